@@ -61,7 +61,8 @@ def make_engine(
             `Blocks.compile_blocks`).
 
     Raises:
-        UserError: a setting requires something that this machine does not have.
+        UserError: a setting requires something that this machine does not have, the batch cannot be split over the
+            ranks, or DeepSpeed rejects its section.
     """
     if ranks.device.type == "cpu":
         keep_freed_memory()

@@ -57,7 +57,7 @@ class Place(NamedTuple):
 
 
 class DeepSpeedEngine:
-    """An engine that trains with DeepSpeed; see `engine.interface.ModelEngine`."""
+    """An engine that trains with DeepSpeed; `engine.interface.ModelEngine` describes its methods."""
 
     memory = ""
 
@@ -243,7 +243,8 @@ def deepspeed_section(
     config: DeepSpeedConfig, optim: OptimConfig, dtype: torch.dtype, micro_batch: int, accumulation: int
 ) -> dict[str, Any]:
     """Return the `deepspeed` section, completed with values from the rest of the config. Defaults that would
-    synchronise with the GPU or reduce the precision are overridden."""
+    synchronise with the GPU or reduce the precision are overridden. `dtype`: dtype of matmuls; `micro_batch`: samples
+    per micro-batch; `accumulation`: micro-batches per step."""
     section = config.model_dump(exclude_none=True)
     section |= {
         "train_micro_batch_size_per_gpu": micro_batch,

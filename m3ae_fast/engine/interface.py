@@ -47,7 +47,8 @@ class Engine(Protocol):
             lr: learning rate of the update; it is multiplied by the `lr_scale` of a parameter group that has one.
 
         Returns:
-            The micro-batches' StepLosses, and the global gradient norm before clipping.
+            The micro-batches' StepLosses, and the global gradient norm before clipping, a 0-d tensor; it is not finite
+                if a gradient is not finite.
         """
 
     def fragments(self) -> Fragments:
@@ -56,7 +57,8 @@ class Engine(Protocol):
         passes may run at the same time."""
 
     def load_state(self, step: int, read: Read) -> None:
-        """Load the state after `step` updates. Each rank reads only its own elements."""
+        """Load the state after `step` updates, with `read`. Every rank must call it, and reads only the elements that
+        it holds."""
 
 
 class ModelEngine(Engine, Protocol):

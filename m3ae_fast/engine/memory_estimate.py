@@ -62,8 +62,8 @@ def muon_bytes(matrices: int, stage: int, world: int) -> float:
 
 def zero_bytes(parameters: int, stage: int, world: int, bf16: bool, matrices: int = 0) -> tuple[float, float, float]:
     """Return the bytes per GPU of the weights, of the gradients, and of the float32 master weights and moments (ZeRO,
-    arXiv 1910.02054). Gradients are accumulated in float32. `matrices`: number of weights that Muon updates, which have
-    one moment instead of two."""
+    arXiv 1910.02054, section 5), for a number of `parameters` and a ZeRO `stage` on `world` ranks. Gradients are
+    accumulated in float32. `matrices`: number of weights that Muon updates, which have one moment instead of two."""
     master = 4 if bf16 and stage > 0 else 0  # at stage 0, the weights themselves are float32
     return (
         (2 if master else 4) * parameters / (world if stage >= 3 else 1),

@@ -24,12 +24,13 @@ _EPS = 1e-7
 class Matrix(NamedTuple):
     """A matrix within a flat buffer."""
 
-    start: int
+    start: int  # first element in the buffer
     rows: int
     columns: int
 
     @property
     def stop(self) -> int:
+        """Return the index after the last element in the buffer."""
         return self.start + self.rows * self.columns
 
 
@@ -42,8 +43,8 @@ class Part(NamedTuple):
 
 
 def orthogonalise(x_NRC: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return approximations of the nearest semi-orthogonal matrices, computed by Newton-Schulz iterations in `dtype`
-    (default: the dtype of `x`). The result for a zero matrix is zero."""
+    """Return approximations of the nearest semi-orthogonal matrices, [N, R, C], computed by Newton-Schulz iterations in
+    `dtype` (default: the dtype of `x`), which is also the dtype of the result. The result for a zero matrix is zero."""
     if x_NRC.shape[1] > x_NRC.shape[2]:
         return orthogonalise(x_NRC.mT, dtype).mT
     x_NRC = (x_NRC / (x_NRC.norm(dim=(1, 2), keepdim=True) + _EPS)).to(dtype or x_NRC.dtype)
@@ -89,8 +90,8 @@ class Muon(torch.optim.Optimizer):
         return [Matrix(start + i * rows * columns, rows, columns) for i in range(number)]
 
     def shard(self, flat: Tensor, start: int, starts: Mapping[Tensor, int], gather: Callable[[Tensor], Tensor]) -> None:
-        """Register `flat` as this rank's part of a buffer. The part begins at element `start` of the buffer. `starts`:
-        the first element of each parameter in the buffer; `gather`: see `Part`."""
+        """Register `flat` [elements] as this rank's part of a buffer. The part begins at element `start` of the buffer.
+        `starts`: the first element of each parameter in the buffer; `gather`: see `Part`."""
         matrices = [matrix for p in self._stacked for matrix in self._matrices(p, starts[p])]
         own = [m for m in matrices if m.start < start + len(flat) and start < m.stop]
         self._parts = {flat: Part(start, own, gather)}

@@ -92,8 +92,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def clip_by_global_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale gradients in place so that their global norm is at most `max_norm` (optax.clip_by_global_norm), and return
-    the norm before scaling."""
+    """Scale gradients in place so that their global L2 norm is at most `max_norm` (optax.clip_by_global_norm; None: no
+    limit), and return the norm before scaling, a 0-d tensor."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if max_norm is not None:
@@ -150,8 +150,8 @@ def _set_step(counter: dict, step: int) -> None:
 def collect(
     model: nn.Module, kind: str, kinds: Kinds, whole: Callable[[nn.Parameter, str], Tensor]
 ) -> dict[str, Tensor]:
-    """Return the results of `whole(parameter, kind)` by parameter name, as float32 copies on the CPU, for all
-    parameters that have a state of this kind (for "model": all parameters)."""
+    """Return the results of `whole(parameter, kind)`, complete tensors, by parameter name, as float32 copies on the
+    CPU, for all parameters that have a state of this kind (for "model": all parameters)."""
     return {
         name: whole(p, kind).detach().to("cpu", torch.float32, copy=True)
         for name, p in model.named_parameters()

@@ -12,7 +12,7 @@ from m3ae_fast.config import LONGEST, LoopConfig, ScheduleConfig
 
 def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
     """Return the learning rate of `step`, counted from 0: linear warm-up, then cosine decay
-    (optax.warmup_cosine_decay_schedule)."""
+    (optax.warmup_cosine_decay_schedule). `batch`: samples per step, to which the configured rates are scaled."""
     scale = config.lr_factor(batch)
     init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
     return warmup_cosine(step, warmup_steps, total_steps, init, peak, end)
@@ -57,14 +57,17 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Return the number of full batches in an epoch, but at least 1."""
         return max(self.samples // self.train.global_batch, 1)
 
     @property
     def configured_steps(self) -> int:
+        """Return the number of steps of the unchanged schedule: `steps` of the config, or its `epochs`."""
         return self.train.steps or max(round((self.train.epochs or 0) * self.steps_per_epoch), 1)
 
     @property
     def total_steps(self) -> int:
+        """Return the number of steps of the run, with all changes so far."""
         return self.changes[-1].total if self.changes else self.configured_steps
 
     @property

@@ -27,8 +27,8 @@ from m3ae_fast.process.ranks import Ranks
 
 
 class TorchEngine:
-    """An engine that trains with plain torch, and with DistributedDataParallel if there are several ranks; see
-    `engine.interface.ModelEngine`."""
+    """An engine that trains with plain torch, and with DistributedDataParallel if there are several ranks.
+    `engine.interface.ModelEngine` describes its methods."""
 
     memory = ""
 

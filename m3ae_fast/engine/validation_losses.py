@@ -28,7 +28,8 @@ def evaluate(
     with_targets: Callable[[PackedBatch], PackedBatch],
     baselines: Baselines | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of an evaluation for the log: means over the batches of all ranks.
+    """Return the metrics of an evaluation for the log: means over the batches of all ranks, `val_skipped` if samples
+    could not be used, and the values of `baselines`. The losses of a modality without samples are missing.
 
     Every rank must call it, with the same number of batches.
 
@@ -126,7 +127,7 @@ class Baselines:
 
 
 def entropy(counts: Tensor) -> float:
-    """Return the entropy in nats of the distribution given by frequencies; 0 if all are 0."""
+    """Return the entropy in nats of the distribution given by frequencies, floating-point [n]; 0 if all are 0."""
     p = counts[counts > 0] / counts.sum().clamp_min(1)
     return -(p * p.log()).sum().item()
 

@@ -18,7 +18,8 @@ from m3ae_fast.model.transformer import EPS, MLP, Blocks, Gelu, drop_path
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention with precomputed keys and values."""
+    """Cross-attention with precomputed keys and values. `att_drop`, `drop`: dropout of the attention weights and of the
+    output."""
 
     def __init__(self, dim: int, num_heads: int, att_drop: float, drop: float) -> None:
         super().__init__()
@@ -27,6 +28,8 @@ class CrossAttention(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_ME: Tensor, kv_TX: Tensor, keys: Segments, queries: Segments) -> Tensor:
+        """Map [M, E] to [M, E]. `kv_TX`: keys and values of the encoder's rows, [T, 2 E]; `keys`, `queries`: the
+        samples' segments of the encoder's rows and of `x_ME`."""
         out_MHd = packed_attention(
             kv_TX.unflatten(-1, (2, self.num_heads, -1)),
             keys.cu_seqlens,
@@ -52,8 +55,8 @@ class CrossBlock(nn.Module):
     def forward(
         self, x_ME: Tensor, kv_TX: Tensor, keys: Segments, queries: Segments, factors_2S: Tensor | None = None
     ) -> Tensor:
-        """Map [M, E] to [M, E]. `kv_TX`: keys and values of the encoder's rows, [T, 2 E]. `factors_2S`: factors of
-        stochastic depth for attention and MLP."""
+        """Map [M, E] to [M, E]. `factors_2S`: factors of stochastic depth for attention and MLP, float32 [2, S]; None:
+        no branch is dropped. The other arguments are those of `CrossAttention.forward`."""
         attention_S, mlp_S = (None, None) if factors_2S is None else factors_2S.unbind()
         x_ME = x_ME + drop_path(self.attn(self.norm1(x_ME), kv_TX, keys, queries), queries, attention_S)
         return x_ME + drop_path(self.mlp(self.norm2(x_ME)), queries, mlp_S)
@@ -83,7 +86,7 @@ class CrossDecoder(Blocks):
             x_ME: mask embeddings with positions.
             memory_TE: the encoder's output at the decoder's width.
             keys, queries: segments of the encoder's rows, and the same number of segments of `x_ME`.
-            draws_S: seeds of stochastic depth; see `drop_path_factors`.
+            draws_S: int32 seeds of stochastic depth; see `drop_path_factors`.
         """
         kv_BTX = self.kv(memory_TE).unflatten(-1, (len(self.blocks), -1)).unbind(1)
         for block, kv_TX, factors_2S in zip(self.blocks, kv_BTX, self.factors(draws_S)):

@@ -56,6 +56,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def drop_options(config: ModelConfig) -> dict[str, Any]:
+    """Return the options of `Blocks` for dropout and stochastic depth."""
     return {"drop": config.drop, "att_drop": config.att_drop, "drop_path": config.drop_path}
 
 
@@ -72,6 +73,8 @@ class EncoderInput(nn.Module):
         self.positions = Positions(config, dim)
 
     def forward(self, patches_ND: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the encoder's input rows, [T, D] in the dtype of `patches_ND`, the embeddings of the batch's visible
+        patches."""
         table = torch.cat((self.cls_token, *self.positions(self.image_type, self.text_type, batch.grids)))
         words_VD = table[:0] if self.text_embedding is None else self.text_embedding
         return scatter_tokens(
@@ -123,7 +126,8 @@ class MultimodalEncoder(nn.Module):
         return Preprocess(self.config)
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
-        """Return encoder rows [T, D] of a batch on the model's device, after the final LayerNorm. Differentiable."""
+        """Return encoder rows [T, D] of a batch on the model's device, after the final LayerNorm, in the dtype in which
+        the encoder computes. Differentiable."""
         return self.encoder.norm(self.encoder(self._input(batch), batch.encoder, batch.draws))
 
     def pooled(self, batch: PackedBatch, pool: Pool = "mean") -> Tensor:
@@ -169,7 +173,8 @@ class MultimodalEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the features of `pooled_of_layers` and the patch tokens [S, K, L, D] after each of K blocks, with the
         final LayerNorm, in one forward pass. All samples must have an image. L is the number of patches of the largest
-        image; smaller images are padded with zeros. `layers`, `pools`: as in `pooled_of_layers`."""
+        image; smaller images are padded with zeros. The features have at least float32, and the patch tokens the dtype
+        in which the encoder computes. `layers`, `pools`: as in `pooled_of_layers`."""
         cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
         patches_L = torch.arange(1, 1 + self.config.most_patches, device=cls_S.device)
         rows_SL = cls_S[:, None] + patches_L
@@ -395,8 +400,8 @@ class MultimodalEncoder(nn.Module):
             value_range: value range of floating-point images, as in `encode`: already normalised, or (black, white).
 
         Returns:
-            [S, 1 + L + n, D]: the cls token, the patches (if there are images) and the text tokens (if there is text).
-                The rows of padding are 0.
+            [S, 1 + L + n, D], in the dtype of the weights unless autocast is enabled: the cls token, the patches (if
+                there are images) and the text tokens (if there is text). The rows of padding are 0.
 
         Raises:
             ValueError: images and text are both None or empty, batch sizes differ, padding precedes tokens, a size does

@@ -29,8 +29,8 @@ def _heads(config: ModelConfig, image_rows: float, text_rows: float) -> float:
 def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = True, text: bool = True) -> float:
     """Return the FLOPs that the official code spends on one training sample, forward and backward.
 
-    The official code embeds all patches, pads captions to `text_length`, and runs both heads on every position (arXiv
-    2205.14204).
+    The official code (of arXiv 2205.14204) embeds all patches, pads captions to `text_length`, and runs each head on
+    every position of its modality. `image`, `text`: whether the sample has an image and a caption.
     """
     text = text and config.vocab_size > 0
     patches = config.patches_per_image if image else 0

@@ -16,7 +16,8 @@ _ROWS = 16_384  # number of rows that are checked at a time
 
 @contextmanager
 def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """Enter a context in which the model is in inference mode. Its weights are cast once for all batches."""
+    """Enter a context in which the model is in inference mode, without gradients. Its weights are cast once for all
+    batches. `precision`: "bf16" (autocast), "fp32", or "auto" for the faster one on the device."""
     was_training = model.training
     model.eval()
     dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
@@ -31,12 +32,12 @@ def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator
 
 def check_finite(values: Tensor, keys: Sequence[str]) -> None:
     """Raise UserError with the key of the first sample whose row of `values` is not finite, because comparisons with
-    such a row would be meaningless. `keys`: names of the samples."""
+    such a row would be meaningless. `values`: floating-point [S, ...]; `keys`: names of the S samples."""
     refuse_not_finite(rows_not_finite(values), keys)
 
 
 def rows_not_finite(values: Tensor) -> list[int]:
-    """Return the indices of the rows with a value that is not finite."""
+    """Return the indices of the rows of `values` [S, ...] with a value that is not finite."""
     if not values.numel():
         return []
     parts = [part.flatten(1).isfinite().all(1) for part in values.split(_ROWS)]

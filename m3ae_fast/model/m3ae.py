@@ -35,10 +35,10 @@ class Losses(NamedTuple):
     This class is a tuple because DeepSpeed finds differentiable outputs only in tuples, lists and dicts.
     """
 
-    loss: Tensor
+    loss: Tensor  # weighted sum of the two losses
     image_loss: Tensor
     text_loss: Tensor
-    text_accuracy: Tensor
+    text_accuracy: Tensor  # fraction, from 0 to 1
 
 
 class DecoderInput(nn.Module):
@@ -57,6 +57,8 @@ class DecoderInput(nn.Module):
 
 
 class Unshuffle(nn.Module):
+    """Places projected encoder rows and mask embeddings in the order of the decoder, and adds positions and types."""
+
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
         self.image_mask = nn.Parameter(torch.empty(1, dim))
@@ -66,6 +68,7 @@ class Unshuffle(nn.Module):
         self.positions = Positions(config, dim)
 
     def forward(self, x_TE: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the decoder's rows, [U, E] in the dtype of `x_TE`."""
         masks = self.image_mask if self.text_mask is None else torch.cat((self.image_mask, self.text_mask))
         table = torch.cat(self.positions(self.image_type, self.text_type, batch.grids))
         return scatter_tokens(
@@ -85,6 +88,7 @@ class HeadMLP(nn.Module):
         self.norms = nn.ModuleList(LayerNorm(dim, eps=EPS) for _ in range(depth + 1 if depth else 0))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., dim] to [..., dim]; with depth 0, return `x`."""
         if not self.layers:
             return x
         x = self.norms[0](x)
@@ -95,7 +99,9 @@ class HeadMLP(nn.Module):
 
 
 class M3AE(MultimodalEncoder):
-    """The M3AE model with its losses. `forward(batch)` maps a PackedBatch to Losses."""
+    """The M3AE model with its losses. `forward(batch)` maps a PackedBatch to Losses. The weights are initialised as in
+    the official code, from torch's generator. The constructor raises ValueError if the loss includes visible tokens
+    although the decoder has cross-attention."""
 
     def __init__(self, config: ModelConfig, loss: LossConfig | None = None) -> None:
         super().__init__(config)
@@ -134,12 +140,14 @@ class M3AE(MultimodalEncoder):
         return found
 
     def reset_parameters(self) -> None:
+        """Initialise all weights; see `MultimodalEncoder.reset_parameters`."""
         super().reset_parameters()
         if isinstance(self.decoder, CrossDecoder):
             self.decoder.reset_keys_and_values()
 
     @property
     def geometry(self) -> Geometry:
+        """Return the geometry of the model's input and of its losses, which image decoding and `pack` require."""
         loss = self.loss_config
         return replace(
             super().geometry,
@@ -149,8 +157,8 @@ class M3AE(MultimodalEncoder):
         )
 
     def forward_decoder(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden rows of the two heads, [I, E] and [W, E]. The last block computes only rows that carry
-        loss."""
+        """Return the hidden rows of the two heads, [I, E] and [W, E] (None if the model is image-only). The last block
+        computes only rows that carry loss. `encoded_TD`: the output of `forward_encoder`."""
         encoded_TE, x_UE = self.decoder_input(encoded_TD, batch)
         if isinstance(self.decoder, CrossDecoder):  # all its rows carry loss
             x_ME = self.decoder(x_UE, encoded_TE, batch.encoder, batch.loss, batch.draws)
@@ -195,8 +203,8 @@ class M3AE(MultimodalEncoder):
     @torch.no_grad()
     def predict(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Return predictions for the rows that carry loss, as a pair. For images, it contains normalised pixels
-        [I, P*P*C] or, with VQGAN targets, logits [I, codebook]. For texts, it contains logits [W, V], or None if the
-        model is image-only."""
+        [I, P*P*C] (standardised per patch with `norm_pix`) or, with VQGAN targets, logits [I, codebook]. For texts, it
+        contains logits [W, V], or None if the model is image-only."""
         hidden_IE, hidden_WE = self.forward_decoder(self.forward_encoder(batch), batch)
         logits_WV = None if self.text_head is None or hidden_WE is None else self.text_head.predict(hidden_WE)
         return self.image_head.predict(hidden_IE), logits_WV

@@ -14,7 +14,7 @@ from m3ae_fast.images.patch_grid import Grid, distinct
 
 def sincos_1d(dim: int, positions: Tensor) -> Tensor:
     """Return float32 [n, dim] for positions [n]: sines in the first half and cosines in the second half, with
-    frequencies 10000^(-2i/dim)."""
+    frequencies 10000^(-2i/dim) (Vaswani et al., arXiv 1706.03762, section 3.5). `dim` must be even."""
     omega = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float32, device="cpu") / (dim / 2.0))
     angles = torch.outer(positions.float(), omega)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
@@ -22,7 +22,7 @@ def sincos_1d(dim: int, positions: Tensor) -> Tensor:
 
 def sincos_2d(dim: int, side: int, first: int = 0) -> Tensor:
     """Return float32 [side * side, dim], row-major. The first half encodes the column and the second half encodes the
-    row; both are counted from `first`."""
+    row; both are counted from `first`. `dim` must be a multiple of 4."""
     places = torch.arange(first, first + side, device="cpu")
     rows, columns = torch.meshgrid(places, places, indexing="ij")
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)
@@ -38,8 +38,8 @@ def sincos_of_smaller(dim: int, side: int, whole: int) -> Tensor:
 
 
 def resampled(image_LD: Tensor, grid: Grid) -> Tensor:
-    """Return the position embeddings of a square image's patches [L, dim], resampled to another grid (bicubic,
-    antialiased), as in timm's `resample_abs_pos_embed`."""
+    """Return the position embeddings of a square image's patches [L, dim], resampled (bicubic, antialiased) to another
+    grid (rows, columns), as in timm's `resample_abs_pos_embed`: [rows * columns, dim], in the same dtype."""
     side = round(len(image_LD) ** 0.5)
     if grid == (side, side):
         return image_LD

@@ -50,6 +50,7 @@ class Pretrained:
 
     @property
     def has_decoder(self) -> bool:
+        """Return whether the weights include those of a decoder."""
         return not is_encoder(self.state)
 
 
@@ -59,7 +60,7 @@ def is_encoder(names: Iterable[str]) -> bool:
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Return a digest of the names and values of weights."""
+    """Return a digest of the names and values of weights: 12 hexadecimal digits of their SHA-256."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
         digest.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -163,14 +164,15 @@ def build(make: Callable[[], M], state: dict[str, Tensor], where: str) -> M:
 def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assign: bool = False) -> bool:
     """Load weights strictly, except that the complete decoder may be missing and is then left unchanged. Return whether
     the decoder was present. `assign`: use the tensors themselves as weights instead of copying. Raises UserError with
-    the name of the first weight that does not fit."""
+    the name of the first weight that does not fit; see `check_weights`."""
     check_weights(model, state, where)
     model.load_state_dict(state, strict=False, assign=assign)
     return not is_encoder(state)
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Check weights as `load_weights` does, without loading them."""
+    """Raise UserError with the name of the first weight that is missing, superfluous, not finite, or of another shape
+    or dtype, as `load_weights` does. `where`: source of the weights, for messages."""
     check_dtypes(state, where)
     own = model.state_dict()
     if is_encoder(state):

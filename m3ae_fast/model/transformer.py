@@ -48,6 +48,8 @@ class QKV(Linear):
 
 
 class Attention(nn.Module):
+    """Self-attention within each sample. `att_drop`, `drop`: dropout of the attention weights and of the output."""
+
     def __init__(self, dim: int, num_heads: int, att_drop: float, drop: float) -> None:
         super().__init__()
         self.num_heads, self.att_drop = num_heads, att_drop
@@ -56,6 +58,8 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_TD: Tensor, keys: Segments, rows_R: Tensor | None, queries: Segments) -> Tensor:
+        """Map [T, D] to [R, D]. `keys`: the samples' segments of `x_TD`; `rows_R`: int, the rows that are queries
+        (None: all rows); `queries`: their segments."""
         q_RD, kv = self.qkv(x_TD, rows_R)
         kv_TnHd = kv.unflatten(-1, (3 if q_RD is None else 2, self.num_heads, -1))
         options: dict[str, Any] = {"dropout_p": self.att_drop if self.training else 0.0}
@@ -76,6 +80,7 @@ class MLP(nn.Module):
         self.gelu, self.drop = gelu, drop
 
     def forward(self, x_RD: Tensor) -> Tensor:
+        """Map [R, D] to [R, D]."""
         dropped = self.training and self.drop > 0
         if self.gelu == "tanh" and not dropped:
             out_RD = mlp(x_RD, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -125,7 +130,9 @@ def _mixed(x: Tensor) -> Tensor:
 
 
 def drop_path(x_RD: Tensor, segments: Segments, factors_S: Tensor | None) -> Tensor:
-    """Multiply the rows of a branch by the factors of their samples; rows of padding segments are unchanged."""
+    """Return the rows of a branch, [R, D], multiplied by the factors of their samples (None: unchanged), in the dtype
+    of `x_RD`. Rows of padding segments are unchanged. `segments`: the samples' segments of `x_RD`, of which the first S
+    are real."""
     if factors_S is None:
         return x_RD
     lengths_P = segments.cu_seqlens.diff()
@@ -134,6 +141,8 @@ def drop_path(x_RD: Tensor, segments: Segments, factors_S: Tensor | None) -> Ten
 
 
 class Block(nn.Module):
+    """A pre-norm block of self-attention and an MLP."""
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu, drop: float, att_drop: float) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=EPS)
@@ -150,7 +159,7 @@ class Block(nn.Module):
         factors_2S: Tensor | None = None,
     ) -> Tensor:
         """Map [T, D] to [T, D], or to [R, D] if `rows_R` selects the output rows and `queries` their segments.
-        `factors_2S`: factors of stochastic depth for attention and MLP."""
+        `factors_2S`: factors of stochastic depth for attention and MLP, float32 [2, S]; None: no branch is dropped."""
         queries = queries or keys
         attention_S, mlp_S = (None, None) if factors_2S is None else factors_2S.unbind()
         branch_RD = self.attn(self.norm1(x_TD), keys, rows_R, queries)
@@ -162,6 +171,7 @@ class RowNorm(LayerNorm):
     """LayerNorm of all rows, or of selected rows in a single pass."""
 
     def forward(self, x_TD: Tensor, rows_R: Tensor | None = None) -> Tensor:
+        """Return the normalised rows `rows_R` (int, distinct), [R, D], or all rows, [T, D]."""
         if rows_R is None:
             return super().forward(x_TD)
         return gather_tokens(x_TD, rows_R, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps)
@@ -214,9 +224,10 @@ class Blocks(nn.Module):
         number of samples per micro-batch. It becomes part of the key of torch's cache of compiled graphs, because sums
         over rows are tuned for the number of rows of the first batch, and torch's own key does not contain that number.
 
-        Without `keep_activations`, the backward pass recomputes GELU and LayerNorm outputs. This halves the activation
-        memory. On a CPU, the recomputation takes no measurable time, because it is fused with the ops that read its
-        results; on a GPU, the results are written to memory again.
+        Without `keep_activations`, the backward pass recomputes GELU and LayerNorm outputs, which are 6 of the 16
+        values that a block with mlp_ratio 4 keeps per row and unit of its width. On a CPU, the recomputation takes no
+        measurable time, because it is fused with the ops that read its results; on a GPU, the results are written to
+        memory again.
         """
         budget = 1.0 if keep_activations else MEMORY_BUDGET
         if budget != torch._functorch.config.activation_memory_budget:
@@ -246,8 +257,9 @@ class Transformer(Blocks):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Tensor:
-        """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes only these rows, and the
-        result is [M, D]. `draws_S`: seeds of stochastic depth; see `drop_path_factors`."""
+        """Map [T, D] to [T, D] before the final norm. With `rows_M`, the last block computes only these rows, whose
+        segments are `queries`, and the result is [M, D]. `segments`: the samples' segments of `x_TD`; `draws_S`: int32
+        seeds of stochastic depth; see `drop_path_factors`."""
         return deque(self.layers(x_TD, segments, draws_S, rows_M, queries), maxlen=1)[0]
 
     def layers(
@@ -258,7 +270,8 @@ class Transformer(Blocks):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the output of each block, [T, D]; the output of the last block is the result of `forward`."""
+        """Yield the output of each block, [T, D]; the output of the last block is the result of `forward`, which has
+        the same arguments."""
         *body, last = self.blocks
         factors = self.factors(draws_S)
         for block, factors_2S in zip(body, factors):

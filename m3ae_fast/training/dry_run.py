@@ -187,7 +187,7 @@ def _print_memory(console: Console, needs: _Needs) -> None:
 
 def report_time(config: Config, session: Session) -> None:
     """Print the duration of the run on the present ranks, estimated from measured steps. On CPUs, also print the load
-    of the data loader. Every rank must call this function. Raises the same UserErrors as the start of a run."""
+    of the data loader. Every rank must call this function. Raises the same errors as `measure`."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")
@@ -209,8 +209,9 @@ def report_time(config: Config, session: Session) -> None:
 def network_bytes(
     parameters: int, stage: int | None, world: int, accumulation: int, bf16: bool, fp32_sums: bool
 ) -> int:
-    """Return the bytes that a GPU sends per optimiser step. `stage`: ZeRO stage, or None for DDP; `fp32_sums`: whether
-    gradients are reduced in float32.
+    """Return the bytes that a GPU sends per optimiser step. `stage`: ZeRO stage, or None for DDP; `world`: number of
+    GPUs; `accumulation`: micro-batches per step; `bf16`: whether matmuls run in bf16; `fp32_sums`: whether gradients
+    are reduced in float32.
 
     An all-reduce over n GPUs sends 2 (n - 1) / n of its data, and a reduce-scatter or an all-gather sends half of that.
     Gradients are sent once per step, or once per micro-batch in stages 2 and 3, in which each GPU keeps only its
@@ -288,7 +289,8 @@ def _network(config: Config, parameters: int, world: int, accumulation: int, rat
 
 
 def fetching_lines(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
-    """Return lines on the downloads and cached shards of a node. The result is empty if shards are read in place or
+    """Return lines, pairs of a title and a text, on the downloads and cached shards of a node, at `rate` samples per
+    second and rank. The result is empty if shards are read in place or
     their sizes are unknown."""
     ranks = range(min(world, GPUS_OF_NODE))
     schedule = prefetch_schedule(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
@@ -310,6 +312,8 @@ def fetching_lines(config: Config, corpus: Corpus, world: int, rate: float) -> l
 
 
 def memory_table(config: Config, parameters: int, world: int, activations: float, matrices: int = 0) -> Table:
+    """Return a table of the memory per GPU in GB for each ZeRO stage. `activations`: their bytes per GPU; `matrices`:
+    number of weights that Muon updates."""
     adam = "Adam" if config.optim.name == "adamw" else "Muon and Adam"
     table = Table("ZeRO stage", "weights", "gradients", f"master + {adam}", "activations", "GB per GPU")
     for stage in range(4):
@@ -336,8 +340,8 @@ def _grids(model: M3AE, path: Path) -> list[Grid]:
 
 
 def image_lines(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
-    """Return lines on the number of patches of native images, and on the variation of the number of tokens between
-    micro-batches of `micro` samples."""
+    """Return lines, pairs of a title and a text, on the number of patches of native images, and on the variation of the
+    number of tokens between micro-batches of `micro` samples."""
     patches = [rows * columns for rows, columns in batch.grids]
     tokens_S = torch.stack([part.cu_seqlens.diff() for part in batch.sequences]).sum(0).double()
     spread = (tokens_S.std(correction=0) / tokens_S.mean()).item() / math.sqrt(micro)

@@ -38,7 +38,7 @@ def constants(model: nn.Module, read: Read | None) -> dict[str, Tensor]:
     position embeddings that were loaded from other weights.
 
     Call this function before an engine casts the model. `read`: reader of a checkpoint, whose values are first copied
-    to the model.
+    to the model; None: the model's values are kept.
     """
     trained = {name for name, _ in model.named_parameters()}
     fixed = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}

@@ -17,13 +17,16 @@ WANDB_ID_FILE = "wandb-id"
 
 
 class Logger(Protocol):
+    """A logger of a run, which is created from the run folder, the step from which the run starts, and the config."""
+
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write one point per scalar. Raises OSError if that fails."""
 
     def figure(self, step: int, name: str, path: Path) -> None:
         """Add an image file to the log."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Write what is buffered, and end the log."""
 
 
 class TensorBoard:
@@ -51,7 +54,7 @@ class WandB:
     continues the same log.
 
     The environment variables WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE set the project, the entity and the mode
-    ("offline" requires no account).
+    ("offline" requires no account). The constructor raises UserError if wandb is not installed or cannot start.
     """
 
     def __init__(self, folder: Path, start_step: int, config: dict[str, Any]) -> None:

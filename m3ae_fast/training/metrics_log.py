@@ -113,12 +113,15 @@ class RunLog:
         self._progress.update(self._task, total=total)
 
     def advance(self, step: int) -> None:
+        """Set the number of steps taken, which the progress bar shows."""
         self._first = self._first or (step, time.monotonic())
         self._progress.update(self._task, completed=step)
 
     def log(self, step: int, values: dict[str, Any], where: Mapping[str, str] | None = None) -> None:
         """Write one JSON line, one point per scalar to the loggers, and one line on the console. If the disk is full,
-        only the console line is written. The run continues, because its checkpoints may be on another disk."""
+        only the console line is written. The run continues, because its checkpoints may be on another disk. `where`:
+        name of the node for values of a single rank. Raises UserError if the file was deleted and cannot be created
+        again."""
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
             self.say(f"{self.folder / METRICS_FILE} was deleted during the run; its contents are lost")
             self._close()
@@ -171,6 +174,7 @@ class RunLog:
         return timedelta(seconds=round(seconds))
 
     def say(self, text: str) -> None:
+        """Print text on the console, above the progress bar."""
         with contextlib.suppress(OSError):  # output redirected to a file on a full disk
             self._progress.console.print(text)
 

@@ -90,7 +90,8 @@ def measure(config: Config, session: Session, seconds: float) -> Pace:
 
 
 def measure_batch(config: Config, session: Session, batch: int, seconds: float) -> Pace:
-    """Return the pace of steps with `batch` samples."""
+    """Return the pace of steps with `batch` samples, measured for about `seconds`. Every rank must call this function.
+    Raises the same errors as `measure`."""
     with (
         working(f"measuring steps of {batch:,} samples", show=session.ranks.is_main),
         tempfile.TemporaryDirectory() as folder,

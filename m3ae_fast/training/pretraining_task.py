@@ -43,6 +43,7 @@ class PretrainingTask:
     probe: Callable[[Trainer], None] | None  # an additional evaluation
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:
+        """Return the counts of a step's micro-batches, which are on the CPU."""
         return StepCounts.of(batches, self.config.model)
 
     def describe(self, trainer: Trainer) -> list[str]:

@@ -293,6 +293,8 @@ def _open(config: Config, progress: bool) -> Data:
 
 
 def preparation_of(config: Config, model: M3AE, data: Data, schedule: Schedule) -> Preparation:
+    """Return what the loader needs to make batches from samples; the steps at which smaller images end are computed
+    from `schedule`."""
     tokens, vqgan, total = config.data.image_tokens, data.image_tokenizer, schedule.total_steps
     return Preparation(
         model.geometry,

@@ -21,8 +21,8 @@ class Rates(Protocol):
         """Add the counts of a step over all ranks, and the seconds that this rank waited for its data."""
 
     def rates(self) -> dict[str, float]:
-        """Return the rates since the last call. `data_wait` is the value of this rank; the maximum over ranks is
-        logged."""
+        """Return the rates since the last call: `samples_per_s`, `data_wait`, and others that the task logs.
+        `data_wait` is the fraction of the time that this rank waited for data; the maximum over ranks is logged."""
 
 
 class SampleCounts(NamedTuple):
@@ -56,7 +56,7 @@ class SampleRate:
         self._waited += waited
 
     def rates(self) -> dict[str, float]:
-        """Return the rates since the last call."""
+        """Return the rates since the last call; see `Rates`."""
         seconds = time.perf_counter() - self._since
         rates = {"samples_per_s": self._samples / seconds, "data_wait": self._waited / seconds}
         self._start()
@@ -122,7 +122,9 @@ class Throughput:
         self._waited += waited
 
     def rates(self) -> dict[str, float]:
-        """Return the rates since the last call."""
+        """Return the rates since the last call: those of `Rates`, tokens per second, and the fractions of the peak
+        FLOP/s that the executed FLOPs are and, if all images are square and of one size, that the official code's would
+        be."""
         seconds, n = time.perf_counter() - self._since, self._counts
         paired = n.images + n.captions - n.samples
         reference = paired * self._paired + (n.samples - n.captions) * self._image + (n.samples - n.images) * self._text

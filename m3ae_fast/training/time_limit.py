@@ -23,7 +23,8 @@ _RUN_DOWN, _RUN_DOWN_TIME = 0.02, 0.03
 
 
 class TimeLimit:
-    """Measures the steps and evaluations of a run, and computes from them how many steps fit into the time limit."""
+    """The time limit of a run. It measures the run's steps and evaluations, and computes from them how many steps fit
+    into the limit."""
 
     def __init__(self, seconds: float, spent: float = 0.0) -> None:
         """Start the clock. `spent`: the part of `seconds` that was used before the run was resumed."""

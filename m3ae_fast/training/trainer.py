@@ -183,7 +183,7 @@ class Trainer:
 
     def take_step(self, inputs: StepInput[Sums], counts: Counts) -> tuple[list[Any], Tensor]:
         """Take one optimiser step (forward, backward and update). Return the losses of the micro-batches and the
-        gradient norm."""
+        global gradient norm before clipping, a 0-d tensor. `counts`: the counts of the step over all ranks."""
         self.heartbeats.mark(f"step {self.step + 1}")
         if self.seeds_steps:  # the random numbers depend only on the seed, the step and the rank
             torch.manual_seed(seed32(self.run.seed, self.step, self.ranks.rank))
@@ -238,7 +238,8 @@ class Trainer:
             self.bad.report(items, say=self.ranks.is_main)
 
     def log_step(self, losses: list[Any], grad_norm: Tensor) -> None:
-        """Log the current step if that is due."""
+        """Log the current step if that is due: the first step, every `log_every` steps, and the last step. `losses`,
+        `grad_norm`: results of `take_step`."""
         if self.step != 1 and not self.schedule.due(self.step, self.settings.log_every):
             return
         lr, epoch = self.schedule.lr(self.step - 1), self.step / self.schedule.steps_per_epoch

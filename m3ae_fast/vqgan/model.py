@@ -50,8 +50,8 @@ class VQGANConfig:
 
 
 class ResBlock(nn.Module):
-    """A residual block: two sequences of norm, swish and convolution. If the width changes, the shortcut is a
-    convolution of the block's own OUTPUT, and the input is not added at all."""
+    """A residual block, [B, width_in, H, W] -> [B, width, H, W]: two sequences of norm, swish and convolution. If the
+    width changes, the shortcut is a convolution of the block's own OUTPUT, and the input is not added at all."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -133,7 +133,8 @@ class VQGAN(nn.Module):
         self.requires_grad_(False).eval()
 
     def features(self, images: Tensor) -> Tensor:
-        """Return features before quantisation: [B, 3, H, W] floating-point in [0, 1] -> [B, h, w, E]."""
+        """Return features before quantisation, in the dtype of the weights: [B, 3, H, W] floating-point in [0, 1] ->
+        [B, h, w, E]."""
         return self.encoder(images.to(self.codebook.dtype)).permute(0, 2, 3, 1)
 
     @torch.no_grad()
@@ -156,7 +157,8 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """Return the images [B, 3, H, W], nearly within [0, 1], for the code ids, int [B, h, w]."""
+        """Return the images [B, 3, H, W], nearly within [0, 1], in the dtype of the weights, for the code ids, int
+        [B, h, w]."""
         return self.decoder(self.codebook[ids.long()].permute(0, 3, 1, 2).contiguous())
 
     def check_fits(self, patch_size: int, codebook_size: int, where: str) -> None:
@@ -208,8 +210,8 @@ class VQGAN(nn.Module):
 
 
 def with_image_targets(batch: PackedBatch, vqgan: VQGAN, config: ModelConfig) -> PackedBatch:
-    """Return `batch` with image targets: the token id of each patch that carries loss, or 0 if the weight of its row
-    is 0. `batch` and `vqgan` must be on the same device.
+    """Return `batch` with image targets, int32 [I]: the token id of each patch that carries loss, or 0 if the weight of
+    its row is 0. `batch` and `vqgan` must be on the same device.
 
     The VQGAN expects pixels in [0, 1], so normalised floating-point images are converted back. (The official code
     passes normalised images to it.)
