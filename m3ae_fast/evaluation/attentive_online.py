@@ -103,6 +103,9 @@ def predict_online(
         recipe: hyper-parameters of the training.
         setting: context of the probes.
         whole: estimator of the task's remaining time. The task's total work is the number returned by `passes`.
+
+    Raises:
+        UserError: as `encode_corpus` does, or a score is not finite.
     """
     train, held_out = corpora
     ranks, world, trying = job.ranks, job.ranks.world, len(recipe.scales) > 1

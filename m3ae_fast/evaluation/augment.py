@@ -140,8 +140,8 @@ class Mixing:
         return ((index ^ 1) * self.lanes + lane) * self.repeats + view, index // 2 * self.lanes + lane, view
 
     def __call__(self, batch: PackedBatch, dtype: torch.dtype) -> tuple[PackedBatch, Tensor]:
-        """Return the batch and its soft labels [S, K]. Mixed images are normalised and have the given dtype. A sample
-        is not mixed if its partner could not be read."""
+        """Return the batch and its soft labels, float32 [S, K]. Mixed images are normalised and have the given dtype. A
+        sample is not mixed if its partner could not be read."""
         assert batch.labels is not None
         labels_SK = F.one_hot(batch.labels, self.classes).float()
         labels_SK = labels_SK * (1 - self.smoothing) + self.smoothing / self.classes

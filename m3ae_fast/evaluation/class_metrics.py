@@ -59,8 +59,8 @@ def class_metrics(folder: Path, classes: Classes, names: Sequence[str], result: 
 
 
 def accuracy_by_class(label_N: np.ndarray, right_N: np.ndarray) -> list[dict[str, Any]]:
-    """Return the entries "class", "samples" and "accuracy" of each class that occurs. `right_N`: fraction of the
-    trials, from 0 to 1, in which each sample was classified correctly."""
+    """Return the entries "class", "samples" and "accuracy" of each class that occurs. `label_N`: class of each sample,
+    integers or text; `right_N`: fraction of the trials, from 0 to 1, in which the sample was classified correctly."""
     found_K, place_N, samples_K = np.unique(label_N, return_inverse=True, return_counts=True)
     accuracy_K = np.bincount(place_N, right_N) / samples_K
     return [
@@ -70,14 +70,16 @@ def accuracy_by_class(label_N: np.ndarray, right_N: np.ndarray) -> list[dict[str
 
 
 def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Return the area under the ROC curve of scores that are higher for positives; equal scores count as one half."""
+    """Return the area under the ROC curve of scores that are higher for positives; equal scores count as one half.
+    `positive`, `negative`: one-dimensional arrays of numbers, neither of which is empty."""
     values_V, place = np.unique(np.concatenate((positive, negative)), return_inverse=True)
     parts = place[: len(positive)], place[len(positive) :]
     return area_under_roc(*(np.bincount(part, minlength=len(values_V)) for part in parts))
 
 
 def auroc_error(area: float, negatives: int, positives: int) -> float:
-    """Return the standard error of an area under the ROC curve (Hanley and McNeil 1982)."""
+    """Return the standard error of an area under the ROC curve for these numbers of samples (Hanley and McNeil 1982,
+    "The meaning and use of the area under a receiver operating characteristic (ROC) curve")."""
     one, other = area / (2 - area), 2 * area**2 / (1 + area)
     variance = area * (1 - area) + (positives - 1) * (one - area**2) + (negatives - 1) * (other - area**2)
     return math.sqrt(max(variance, 0.0) / (negatives * positives))

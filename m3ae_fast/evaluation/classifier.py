@@ -64,10 +64,12 @@ class Classifier(nn.Module):
         self.head = HEADS[config.head](config.model.emb_dim, len(config.classes))
 
     def features(self, batch: PackedBatch) -> Tensor:
-        """Return the features that the head reads, [S, D]."""
+        """Return the features that the head reads, [S, D] with at least float32 precision, for an unmasked batch on the
+        model's device."""
         return self.backbone.pooled(batch, self.config.pool)
 
     def forward(self, batch: PackedBatch) -> Tensor:
+        """Return the logits, [S, K], for an unmasked batch on the model's device."""
         # with ZeRO in bf16, the weights of the head are bf16, but pooled features are float32
         return self.head(self.features(batch).to(next(self.head.parameters()).dtype))
 

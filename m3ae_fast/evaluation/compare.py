@@ -48,6 +48,7 @@ class ComparedPredictions:
     trials: dict[tuple[str, str], dict[int, Predictions]] = field(default_factory=dict)
 
     def add(self, model: str, probe: str, seed: int, predictions: Predictions) -> None:
+        """Add the predictions of a model's probe that was trained with this seed."""
         self.trials.setdefault((model, probe), {})[seed] = predictions
 
     def copy(self) -> ComparedPredictions:

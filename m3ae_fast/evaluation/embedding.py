@@ -65,7 +65,8 @@ def embed(
     """Return the features of all samples of a source, on every rank. The frozen encoder computes them without masking.
 
     Args:
-        model: a model, or the name of a model (see `model_name.MODEL_HELP`).
+        model: a model, or the name of a model (see `model_name.MODEL_HELP`). A model that is passed as an object keeps
+            its own settings of images and its own tokenizer, and is moved back to its device at the end.
         source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of image files.
         out: a .parquet or .npz file to which the features are also written.
         modality: input of the encoder: "image", "text" or "paired"; for image files, "image".

@@ -47,9 +47,9 @@ class UnusableSamples(UserError):
 
 
 def key_digest(key: str, draw: str = "") -> bytes:
-    """Return a hash of a sample's key, which serves as a source of random numbers for the sample; `draw` selects one of
-    several independent hashes. The hash does not depend on the folder of the shard, so that results do not change if
-    the data are moved."""
+    """Return a hash of a sample's key, 32 bytes, which serves as a source of random numbers for the sample; `draw`
+    selects one of several independent hashes. The hash does not depend on the folder of the shard, so that results do
+    not change if the data are moved."""
     shard_and_name = key.split("/")[-2:]
     return hashlib.sha256(os.fsencode(draw + "/".join(shard_and_name))).digest()
 
@@ -88,8 +88,8 @@ def encode_corpus(
     reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> FeatureBank:
-    """Return pooled features of all samples. The samples are not masked, and images are cropped to the central square
-    unless they are native. Each rank stores the features that it has computed.
+    """Return pooled features of all samples, float32. The samples are not masked, and images are cropped to the central
+    square unless they are native. Each rank stores the features that it has computed.
 
     Args:
         model: the encoder, on the device of `ranks`.
@@ -101,13 +101,13 @@ def encode_corpus(
         layers: numbers of the blocks after which features are taken, from 1; features are then [R, K, D], in the order
             of `MultimodalEncoder.pooled_of_layers`. None: only the last block, with features [R, D].
         pools: the poolings; None: the pooling of `config`.
-        patches: whether to also store the features of all patches.
+        patches: whether to also store the features of all patches, as float16.
         reduce: function of a batch's labels, pooled features and patch tokens; its results are stored in place of the
             features.
         folder: folder for a file with features that do not fit into memory; None: the folder for temporary files.
 
     Raises:
-        Stopped: a rank is asked to stop.
+        Stopped: a rank is asked to stop, and `monitor` has `stop`.
         UserError: too many samples cannot be read, a feature is not finite, features fit neither into memory nor on the
             disk, or there are captions and the model has no tokenizer.
     """

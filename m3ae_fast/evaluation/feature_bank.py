@@ -57,16 +57,18 @@ class FeatureBank:
 
     @property
     def features_RD(self) -> Tensor:
-        """Return the features of this rank's samples: a copy if the storage also contains other samples."""
+        """Return the features of this rank's samples, in the dtype of `stored_SD`: a copy if the storage also contains
+        other samples."""
         return self.stored_SD if self.at_R is None else self.take(torch.arange(len(self.at_R)))
 
     @property
     def patches_RLD(self) -> Tensor | None:
-        """Return the patch tokens of this rank's samples; None if they were not stored."""
+        """Return the patch tokens of this rank's samples, float16; None if they were not stored."""
         return None if self.patches_SLD is None else self.tokens().features_RD
 
     def take(self, rows: Tensor | slice) -> Tensor:
-        """Return the features of some of this rank's samples. `rows`: indices into the R samples."""
+        """Return the features of some of this rank's samples, in the dtype of `stored_SD`. `rows`: indices into the R
+        samples, int64, or a slice of them."""
         if self.at_R is None:
             return self.stored_SD[rows if isinstance(rows, slice) else rows.to(self.stored_SD.device)]
         return self.stored_SD[self.at_R[rows].to(self.stored_SD.device)]
@@ -122,8 +124,8 @@ class FeatureBank:
             refuse_not_finite(sorted(row for part in parts for row in part), self.keys)
 
     def predictions(self, scores_RC: Tensor, *, votes: bool = False) -> Predictions:
-        """Return the predictions of all samples on every rank, given the scores of this rank's samples. `votes`: see
-        `Predictions.of`. Raises UserError on every rank if a score on any rank is not finite."""
+        """Return the predictions of all samples on every rank, given the scores of this rank's samples, float. `votes`:
+        see `Predictions.of`. Raises UserError on every rank if a score on any rank is not finite."""
 
         def own() -> Predictions:
             keys = [self.keys[row] for row in self.own.tolist()]
@@ -173,7 +175,7 @@ class Rows:
         self._filled = 0
 
     def append(self, rows: Tensor) -> None:
-        """Append rows. The first call, which every rank must make, determines the dtype and the shape."""
+        """Append rows [n, ...]. The first call, which every rank must make, determines the dtype and the shape."""
         if self._rows is None:
             like = rows
             self._rows = self._ranks.together(lambda: self._allocated(like))

@@ -65,6 +65,7 @@ class TrainableClassifier(Classifier):
         self.mixing = mixing
 
     def forward(self, batch: PackedBatch, samples: float = 1.0) -> Any:
+        """Return ClassLosses in training mode, otherwise logits [S, K]."""
         if not self.training:
             return super().forward(batch)
         batch, labels_SK = self.mixing(batch, self.backbone.patch_embed.weight.dtype)

@@ -177,8 +177,8 @@ def fit_heads(
 
 @torch.no_grad()
 def logits(heads: Heads, bank: FeatureBank, number: int = 0) -> Tensor:
-    """Return the logits of one of the heads for this rank's samples: [R, K], on the CPU. The heads must be in
-    evaluation mode."""
+    """Return the logits of one of the heads for this rank's samples: float32 [R, K], on the CPU. The heads must be in
+    evaluation mode. `number`: index of the head in the stack."""
     return torch.cat([part_SHK[:, number].cpu() for _, part_SHK in _logits(heads, bank)])
 
 

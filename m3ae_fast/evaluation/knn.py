@@ -27,7 +27,7 @@ _SHOWN, _NEIGHBOURS = 8, 7  # number of queries in the figure, and of neighbours
 
 def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, temperature: float) -> Tensor:
     """Return the votes of the k nearest training samples for each class, for this rank's queries: float32 [R, C], on
-    the CPU. Every rank must call it."""
+    the CPU, in units of the vote of the nearest sample. Every rank must call it."""
     similarity_RK, number_RK = nearest(bank, queries, k)
     # Weights are relative to the weight of the nearest sample, which avoids overflow at low temperatures.
     weights_RK = ((similarity_RK.double() - similarity_RK[:, :1]) / temperature).exp()
@@ -41,6 +41,7 @@ def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, confi
 
 
 def run(job: Job) -> dict[str, Any]:
+    """Run the task and return its result. Raises UserError as `Job.open_labelled` and `encode_corpus` do."""
     job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
     encoded = job.encode_with_baselines(train, val)

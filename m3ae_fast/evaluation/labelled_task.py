@@ -62,9 +62,11 @@ class LabelledTask(ABC):
         self.first = 0.0  # time at which the first step ended
 
     def count(self, batches: list[PackedBatch]) -> SampleCounts:
+        """Return the counts of a step's micro-batches."""
         return SampleCounts.of(batches)
 
     def describe(self, trainer: Trainer) -> list[str]:
+        """Return the first log lines: the description of the run, and the notes."""
         return [self.first_line(trainer), *(f"note: {note}" for note in self.notes)]
 
     def evaluate(self, trainer: Trainer) -> None:

@@ -24,7 +24,8 @@ from m3ae_fast.process.ranks import Ranks
 
 
 class ProbeEngine:
-    """An engine that trains a head on the features of a frozen encoder; see `engine.interface.Engine`.
+    """An engine that trains a head on the features of a frozen encoder; `engine.interface.Engine` describes its
+    methods.
 
     The statistics of BatchNorm are those of a whole step, as in the official code; see `Stack`.
     """

@@ -47,7 +47,8 @@ class Neighbours(NamedTuple):
 
 
 def nearest(bank: FeatureBank, queries: FeatureBank, k: int, title: str = "k-NN") -> Neighbours:
-    """Return the min(k, N) nearest neighbours of each of this rank's queries. Every rank must call it."""
+    """Return the min(k, N) nearest neighbours of each of this rank's queries. Every rank must call it. `title`: title
+    of the progress display."""
     ranks, device = bank.ranks, bank.ranks.device if bank.ranks else bank.stored_SD.device
     k = min(k, len(bank.keys))
     own = len(queries.own)

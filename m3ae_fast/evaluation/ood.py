@@ -52,7 +52,7 @@ _AT_A_TIME = 4096  # number of samples whose squares are summed at a time
 def auroc_and_fpr(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
     """Return the area under the ROC curve with in-distribution samples as positives, and the false positive rate at a
     true positive rate of 95 % (FPR95). `inside`, `outside`: scores of the in-distribution and of the
-    out-of-distribution samples."""
+    out-of-distribution samples, one-dimensional arrays of finite numbers."""
     from sklearn.metrics import roc_auc_score
 
     truth = np.concatenate((np.ones(len(inside)), np.zeros(len(outside))))
@@ -62,10 +62,10 @@ def auroc_and_fpr(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float
 
 
 def precision_recall_areas(inside: np.ndarray, outside: np.ndarray) -> tuple[float, float]:
-    """Return the areas under two precision-recall curves (average precisions): with in-distribution samples as
-    positives, and with out-of-distribution samples, which have low scores, as positives. Unlike the area under the ROC
-    curve, both areas depend on the numbers of samples: for an uninformative score, the area is the fraction of
-    positives."""
+    """Return the areas under two precision-recall curves (average precisions) of scores as in `auroc_and_fpr`: with
+    in-distribution samples as positives, and with out-of-distribution samples, which have low scores, as positives.
+    Unlike the area under the ROC curve, both areas depend on the numbers of samples: for an uninformative score, the
+    area is the fraction of positives."""
     from sklearn.metrics import average_precision_score
 
     truth, scores = np.repeat([1, 0], (len(inside), len(outside))), np.concatenate((inside, outside))
@@ -73,8 +73,9 @@ def precision_recall_areas(inside: np.ndarray, outside: np.ndarray) -> tuple[flo
 
 
 def bootstrap_areas(inside: np.ndarray, outside: np.ndarray, seed: int) -> np.ndarray:
-    """Return the areas under the ROC curves of BOOTSTRAPS bootstrap samples of the scores `inside` and `outside`. The
-    selection of samples depends only on the seed and on the numbers of samples."""
+    """Return the areas under the ROC curves of BOOTSTRAPS bootstrap samples of the scores `inside` and `outside` (see
+    `auroc_and_fpr`), float64 [BOOTSTRAPS]. The selection of samples depends only on the seed and on the numbers of
+    samples."""
     random = np.random.default_rng(seed)
     values_V, place = np.unique(np.concatenate((inside, outside)), return_inverse=True)
     parts = place[: len(inside)], place[len(inside) :]
@@ -89,7 +90,8 @@ def bootstrap_areas(inside: np.ndarray, outside: np.ndarray, seed: int) -> np.nd
 
 
 def auroc_interval(inside: np.ndarray, outside: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the area under the ROC curve, computed by the bootstrap."""
+    """Return the 95 % confidence interval of the area under the ROC curve, computed by the bootstrap; see
+    `bootstrap_areas`."""
     return middle(bootstrap_areas(inside, outside, seed))
 
 

@@ -57,9 +57,9 @@ class Predictions:
 
     @classmethod
     def of(cls, keys: Sequence[str], labels_N: Tensor, scores_NC: Tensor, *, votes: bool = False) -> Predictions:
-        """Return the predictions for scores of the classes. By default, scores are logits, and their softmax is stored.
-        If `votes` is set, they are votes, and each class's fraction of the votes is stored. Raises UserError as
-        `best_classes` does."""
+        """Return the predictions for scores of the classes, floating-point. By default, scores are logits, and their
+        softmax is stored. If `votes` is set, they are votes, and each class's fraction of the votes is stored. Raises
+        UserError as `best_classes` does."""
         best_NK = best_classes(scores_NC)
         shares_NC = scores_NC / scores_NC.sum(1, keepdim=True) if votes else scores_NC.float().softmax(1)
         scores_N = shares_NC.gather(1, best_NK[:, :1])[:, 0].float()

@@ -63,6 +63,7 @@ class Features(NamedTuple):
 
     @property
     def is_tokens(self) -> bool:
+        """Return whether the features are patch tokens."""
         return self.pool is None
 
 
@@ -74,14 +75,17 @@ class FeatureTypes(NamedTuple):
 
     @property
     def layers(self) -> list[int]:
+        """Return the numbers of the blocks, without duplicates, in the order of `kinds`."""
         return [*dict.fromkeys(kind.layer for kind in self.kinds)]
 
     @property
     def pools(self) -> list[Pool]:
+        """Return the poolings, without duplicates, in the order of `kinds`; empty if all features are patch tokens."""
         return [*dict.fromkeys(kind.pool for kind in self.kinds if kind.pool is not None)]
 
     @property
     def has_tokens(self) -> bool:
+        """Return whether a probe reads patch tokens."""
         return any(kind.is_tokens for kind in self.kinds)
 
     def shapes(self, model: ModelConfig) -> list[tuple[int, ...]]:
@@ -212,7 +216,8 @@ class Trained(NamedTuple):
 
 def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, Trained]:
     """Train one head on each bank, all in one pass, and return the heads. If the recipe has several learning rates, one
-    of them is chosen for each head; see `try_rates`. Every rank must call it."""
+    of them is chosen for each head; see `try_rates`. Every rank must call it. Raises UserError if the weights of a head
+    are not finite."""
     rates = dict.fromkeys(banks, next(iter(recipe.scales)))
     tried: dict[Input, list[RateTrial]] = {name: [] for name in banks}
     if len(recipe.scales) > 1:
@@ -307,6 +312,9 @@ class Probe(NamedTuple):
             banks: features of the training samples.
             held_out: features of the held-out samples, with the same keys.
             setting: context of the probe.
+
+        Raises:
+            UserError: a head diverged, so its weights or scores are not finite.
         """
         found: dict[Input, Predictions] = {}
         if self.find is not None:

@@ -29,7 +29,7 @@ def bootstrap_weights(samples: int, resamples: int, seed: int) -> np.ndarray:
 class Resampled:
     """A metric for each weighting of the same samples."""
 
-    values_B: np.ndarray
+    values_B: np.ndarray  # float64
 
     @property
     def value(self) -> float:

@@ -71,7 +71,7 @@ def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
 
 def recalls(ranks_N: Tensor) -> dict[int, float]:
     """Return the recall at k, from 0 to 1, for each k in RANKS: the fraction of queries whose match is among the k most
-    similar candidates."""
+    similar candidates. `ranks_N`: the result of `own_ranks`."""
     return {k: (ranks_N <= k).double().mean().item() for k in RANKS}
 
 

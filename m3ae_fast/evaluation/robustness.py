@@ -257,8 +257,8 @@ def pgd(
 
     Args:
         logits_of: differentiable function that maps images to logits [S, K].
-        images_SCHW: images in [0, 1]; the result is also in [0, 1].
-        labels_S: class ids.
+        images_SCHW: floating-point images in [0, 1]; the result is also in [0, 1].
+        labels_S: class ids, int64.
         start_SCHW: values in [-1, 1]; the attack starts at images + epsilon * start.
         epsilon: maximum change of a pixel.
         steps: number of steps.

@@ -89,8 +89,8 @@ class Counts:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task and return its result. Raises UserError if no sample has a mask, a mask cannot be read, or the model
-    is native."""
+    """Run the task and return its result. Raises UserError if no sample has a mask, a mask cannot be read, the masks of
+    the training samples have fewer than two classes, or the model is native."""
     config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
     if model.resize == "native":
         raise UserError("segment needs images of one size; add --set data.resize=square")
@@ -158,7 +158,8 @@ def _ids(images: Images, ignored: int | None, ranks: Ranks) -> set[int]:
 
 
 def patch_labels(masks_BSS: Tensor, side: int, classes: int, ignored: int | None) -> Tensor:
-    """Return the number of pixels of each class in each of the side x side patches of each image, float32 [B, L, C]."""
+    """Return the number of pixels of each class in each of the side x side patches of each image, float32 [B, L, C].
+    `masks_BSS`: integer class ids below `classes`, or `ignored`, whose pixels are not counted (None: all are)."""
     cells_BLP = masks_BSS.long().unflatten(2, (side, -1)).unflatten(1, (side, -1))
     cells_BLP = cells_BLP.transpose(2, 3).flatten(3).flatten(1, 2)
     cells_BLP = cells_BLP.masked_fill(cells_BLP == (-1 if ignored is None else ignored), classes)
@@ -278,7 +279,8 @@ def upsampled(scores_BLC: Tensor, side: int, size: int) -> Tensor:
 
 
 def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int | None) -> Tensor:
-    """Return the three pixel counts of `Counts` for each image and class, int64 [B, 3, C]."""
+    """Return the three pixel counts of `Counts` for each image and class, int64 [B, 3, C]. `predicted_BSS`,
+    `masks_BSS`: integer class ids; pixels whose id in the mask is `ignored` are not counted."""
     found = []
     for predicted_SS, mask_SS in zip(predicted_BSS, masks_BSS):
         seen = torch.ones_like(mask_SS, dtype=torch.bool) if ignored is None else mask_SS != ignored

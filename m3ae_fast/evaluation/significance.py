@@ -35,7 +35,8 @@ def mean_accuracy(correct_DN: np.ndarray) -> tuple[float, float]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean of several values, computed with Student's t distribution."""
+    """Return the 95 % confidence interval of the mean of at least two values, computed with Student's t
+    distribution."""
     from scipy.stats import t
 
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
@@ -98,7 +99,7 @@ def verdict(first: str, second: str, value: float, is_significant: bool) -> str:
 
 
 def middle(values: np.ndarray) -> tuple[float, float]:
-    """Return the ends of the interval that contains the middle 95 % of the values of bootstrap samples."""
+    """Return the ends of the interval that contains the middle 95 % of the values of bootstrap samples, [B]."""
     low, high = np.quantile(values, (LEVEL / 2, 1 - LEVEL / 2))
     return float(low), float(high)
 

@@ -19,6 +19,7 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient. `closure` is not supported."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

@@ -50,6 +50,7 @@ class Task(NamedTuple):
 
     @property
     def has_labels(self) -> bool:
+        """Return whether the task has the option --labels."""
         return (self.trains or self.classifies) and not self.has_masks
 
 
@@ -218,6 +219,7 @@ class Options:
 
     @property
     def is_pixels(self) -> bool:
+        """Return whether the model is downscaled pixels in place of an encoder."""
         return not TASKS[self.task].compares and self.model.startswith(PIXELS)
 
     def evaluates_baselines(self, modality: Modality) -> bool:

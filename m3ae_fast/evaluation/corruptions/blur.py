@@ -13,6 +13,7 @@ from m3ae_fast.evaluation.corruptions.sizes import scale
 
 
 def gaussian_blur(x: np.ndarray, sigma: float, _: Any) -> np.ndarray:
+    """Return the image blurred with a Gaussian. `sigma`: standard deviation in pixels."""
     sigma *= scale(x)
     return ndimage.gaussian_filter(x, (sigma, sigma, 0), mode="nearest")
 

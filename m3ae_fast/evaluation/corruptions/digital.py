@@ -14,6 +14,7 @@ from m3ae_fast.evaluation.corruptions.sizes import STANDARD, resized, scale
 
 
 def contrast(x: np.ndarray, factor: float, _: Any) -> np.ndarray:
+    """Return the image with the distance of each value from its channel's mean multiplied by `factor`."""
     mean = x.mean(axis=(0, 1), keepdims=True)
     return (x - mean) * factor + mean
 
@@ -56,12 +57,14 @@ def _smooth(x: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def pixelate(x: np.ndarray, factor: float, _: Any) -> np.ndarray:
+    """Return the image reduced to `factor` times its side, and enlarged again without interpolation."""
     image = _image(x)
     small = image.resize([max(1, int(side * factor)) for side in image.size], Image.Resampling.BOX)
     return np.asarray(small.resize(image.size, Image.Resampling.BOX)) / 255
 
 
 def jpeg(x: np.ndarray, quality: int, _: Any) -> np.ndarray:
+    """Return the image after compression as JPEG. `quality`: as in Pillow, up to 95."""
     file = io.BytesIO()
     _image(x).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file)) / 255

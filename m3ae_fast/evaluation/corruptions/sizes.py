@@ -14,7 +14,8 @@ def scale(x: np.ndarray) -> float:
 
 
 def resized(layer: np.ndarray, size: int) -> np.ndarray:
-    """Return a layer [H, W], or the planes of a layer [C, H, W], resized to `size` x `size`, with antialiasing."""
+    """Return a layer [H, W], or the planes of a layer [C, H, W], resized to `size` x `size`, with antialiasing, as
+    float64 with float32 precision."""
     if layer.ndim == 3:
         return np.stack([resized(plane, size) for plane in layer])
     image = Image.fromarray(layer.astype(np.float32))

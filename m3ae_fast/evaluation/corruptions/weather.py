@@ -94,7 +94,10 @@ def _grow(
 
 
 def snow(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Return the image after it has been whitened and two layers of snowflakes with motion trails have been added."""
+    """Return the image after it has been whitened and two layers of snowflakes with motion trails have been added.
+    `parameters`: mean and standard deviation of the noise from which flakes are made, its enlargement, the threshold
+    below which it is removed, radius and standard deviation of the trails (see `trail`), and weight of the image as
+    opposed to its whitened version."""
     mean, deviation, zoom, threshold, radius, sigma, kept = parameters
     flakes = zoomed(rng.normal(mean, deviation, (STANDARD, STANDARD, 1)), zoom)
     flakes = np.where(flakes < threshold, 0, flakes).clip(0, 1)
@@ -105,7 +108,10 @@ def snow(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator)
 
 
 def spatter(x: np.ndarray, parameters: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Return the image spattered with drops of water or mud."""
+    """Return the image spattered with drops of water or mud. `parameters`: mean and standard deviation of the noise
+    from which drops are made, standard deviation of the Gaussian that smooths it, threshold above which it is liquid,
+    strength of the reflections of water, or standard deviation of the Gaussian that smooths mud, and whether it is
+    mud."""
     mean, deviation, sigma, threshold, strength, mud = parameters
     liquid = ndimage.gaussian_filter(rng.normal(mean, deviation, (STANDARD, STANDARD)), sigma, mode="nearest")
     wet = liquid >= threshold
