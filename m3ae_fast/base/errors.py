@@ -79,7 +79,8 @@ def _named_by_user(file: object) -> bool:
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """Return the result of `work` and None, or None and the error that it raises."""
+    """Return the result of `work` and None, or None and the error that it raises. KeyboardInterrupt and SystemExit are
+    not caught."""
     try:
         return work(), None
     except (KeyboardInterrupt, SystemExit):

@@ -19,12 +19,14 @@ from m3ae_fast.base.errors import UserError
 
 
 class HasPrecision(Protocol):
-    """A config section with a setting `precision`: "auto", "bf16" or "fp32"."""
+    """A config section, a pydantic model, with a setting `precision`: "auto", "bf16" or "fp32"."""
 
     @property
-    def precision(self) -> Any: ...
+    def precision(self) -> Any:
+        """Return the setting."""
 
-    def model_copy(self, *, update: dict[str, Any]) -> Any: ...
+    def model_copy(self, *, update: dict[str, Any]) -> Any:
+        """Return a copy with other values of the settings in `update`."""
 
 
 C = TypeVar("C", bound=HasPrecision)
@@ -95,7 +97,7 @@ def data_sheet(name: str) -> Peaks | None:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the peak FLOP/s for measuring utilisation: the data sheet's value for known GPUs in bf16, otherwise the
-    best of three measurements of a large matmul."""
+    best of four measurements of a large matmul."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         known = data_sheet(torch.cuda.get_device_name(device))
         if known is not None:

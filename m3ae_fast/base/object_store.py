@@ -32,6 +32,8 @@ def command(url: str) -> list[str]:
 
 
 def main(url: str) -> int:
+    """Write the object to stdout, and return the exit code: 0, NOT_FOUND, or 1 for an error that may be temporary,
+    whose reason is printed on stderr."""
     import obstore  # `require` has checked that it is installed
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 

@@ -13,8 +13,8 @@ from m3ae_fast.base.errors import UserError
 
 
 def write_parquet(path: Path, columns: Mapping[str, np.ndarray | Sequence[Any]]) -> None:
-    """Write columns of equal length to `path` atomically. An array of several dimensions becomes a column of lists.
-    Raises UserError if the file cannot be written."""
+    """Write columns of equal length to `path` atomically. An array [rows, ...] of several dimensions becomes a column
+    of lists. Raises UserError if the file cannot be written."""
     import pyarrow
     from pyarrow import parquet
 

@@ -20,7 +20,7 @@ _SELDOM_S = 60.0
 
 
 def duration(seconds: float) -> str:
-    """Return a time as H:MM:SS."""
+    """Return a time as H:MM:SS, at least 0:00:01."""
     return str(timedelta(seconds=max(round(seconds), 1)))
 
 

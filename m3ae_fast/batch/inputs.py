@@ -40,8 +40,9 @@ _LEVELS = 100
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
     """Return the images as a sequence; a single image becomes a list of one. A tensor or an array with four dimensions
-    is treated as several images, and so is an array with three dimensions whose shape cannot be [H, W, channels].
-    Raises ValueError for an array with three dimensions that could also be one image with its channels first."""
+    is treated as several images and, if `channels` is 1, so is an array with three dimensions, none of which can be
+    channels. Raises ValueError for any other array with three dimensions that is not [H, W, channels], because it may
+    be one image with its channels first."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
@@ -139,8 +140,9 @@ def unmasked_sample(
     tokenizer: CaptionTokenizer | None,
     value_range: ValueRange = None,
 ) -> Sample:
-    """Return an unmasked sample of an image, a text or both. A text requires the tokenizer. Raises ValueError as
-    `prepare_image` does, and if the tokenizer fails on the text."""
+    """Return an unmasked sample of an image, a text or both. A text requires the tokenizer. Raises ValueError
+    and UserError as `prepare_image` does, and ValueError if the tokenizer fails on the text. `number`: its text is the
+    key of the sample."""
     sample = Sample(str(number))
     if image is not None:
         sample.image = prepare_image(image, config, value_range)
@@ -257,8 +259,8 @@ def _floating(image: Tensor, config: ModelConfig, value_range: tuple[float, floa
 
 
 def in_unit(images: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Return floating-point images rescaled so that black is 0 and white is 1. The dtype is at least float32, and the
-    operation is differentiable."""
+    """Return floating-point images of any shape, rescaled so that black is 0 and white is 1. `value_range`: the values
+    of black and white in `images`. The dtype is at least float32, and the operation is differentiable."""
     low, high = value_range
     return (images.to(torch.promote_types(images.dtype, torch.float32)) - low) / (high - low)
 

@@ -29,8 +29,8 @@ def draw_mask(length: int, ratio: float, generator: torch.Generator | None = Non
 
 
 def draw_predicted(mask: Tensor, fraction: float, generator: torch.Generator | None = None) -> Tensor:
-    """Return a random subset of the masked tokens, bool [length]: a `fraction` of them, rounded, and at least one if
-    any is masked."""
+    """Return a random subset of the tokens that are masked in `mask`, bool [length]: a `fraction` of them, rounded, and
+    at least one if any is masked."""
     masked = mask.numpy().nonzero()[0]
     wanted = max(round(fraction * len(masked)), min(len(masked), 1))
     noise = torch.rand(len(masked), dtype=torch.float64, generator=generator).numpy()
@@ -42,30 +42,32 @@ def draw_predicted(mask: Tensor, fraction: float, generator: torch.Generator | N
 class MaskSampler:
     """A sampler of masks, and of the masked tokens that are predicted.
 
-    Its results depend only on the seed and on the key of a sample. If `masking.per` is "batch", the mask of patches
-    depends on the step number instead of the key.
+    Its results depend only on the seed and on the key of a sample, such as its epoch and its number. If `masking.per`
+    is "batch", the masks of patches and text tokens depend on the step number instead of the key.
     """
 
     def __init__(self, config: MaskingConfig, seed: int) -> None:
         self.config, self._streams = config, RandomStreams(seed)
 
     def image_and_text(self, patches: int, text_length: int, key: tuple[int, ...], step: int) -> tuple[Tensor, Tensor]:
-        """Sample the masks of the patches and of the text tokens of a sample. As in the official code, the text mask
-        covers the maximum length, and is drawn from the same random generator after the mask of the patches."""
+        """Return masks of the patches and of the text tokens of a sample, bool [patches] and [text_length]. As in the
+        official code, the text mask covers the maximum length, and is drawn from the same random generator after the
+        mask of the patches."""
         generator = self._image_stream(key, step)
         image_mask = draw_mask(patches, self.config.image_ratio, generator)
         return image_mask, draw_mask(text_length, self.config.text_ratio, generator)
 
     def image(self, patches: int, key: tuple[int, ...], step: int) -> Tensor:
-        """Sample only the mask of the patches. `image_and_text` samples the same mask for them."""
+        """Return only the mask of the patches, bool [patches]. `image_and_text` returns the same mask for them."""
         return draw_mask(patches, self.config.image_ratio, self._image_stream(key, step))
 
     def predicted_patches(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:
-        """Sample the masked patches that are predicted in training. Return None if all of them are predicted."""
+        """Return the patches that are predicted in training, bool with the shape of `mask`, out of those that are
+        masked in it; None if all of them are predicted, or if there is no mask."""
         return self._predicted(mask, self.config.image_predicted, Purpose.PREDICTED_PATCHES, key)
 
     def predicted_tokens(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:
-        """Sample the masked text tokens that are predicted in training. Return None if all of them are predicted."""
+        """Return the text tokens that are predicted in training, as `predicted_patches` does for patches."""
         return self._predicted(mask, self.config.text_predicted, Purpose.PREDICTED_TOKENS, key)
 
     def _image_stream(self, key: tuple[int, ...], step: int) -> torch.Generator:

@@ -77,9 +77,11 @@ class PackedBatch:
         return (self.encoder, self.decoder) if crosses else (self.decoder,)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """Return the batch with its tensors on `device`. `non_blocking`: as in torch.Tensor.to."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedBatch:
+        """Return the batch with its tensors in pinned memory; the DataLoader calls this method."""
         return self._map(lambda t: t.pin_memory())
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:

@@ -32,10 +32,12 @@ class ReaderMissing(BadSample):
 
 
 def is_npy(data: bytes) -> bool:
+    """Return whether a file is a .npy file, given its first bytes."""
     return data.startswith(NPY)
 
 
 def is_tiff(data: bytes) -> bool:
+    """Return whether a file is a TIFF, given its first bytes."""
     return _TIFF.match(data) is not None
 
 
@@ -60,8 +62,8 @@ def npy_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """Return the array in a .npy file as [H, W, C]; [H, W] becomes C = 1. Raises BadSample as `npy_header` and
-    `checked` do."""
+    """Return the array in a .npy file as [H, W, C], with a dtype of `DTYPES`; [H, W] becomes C = 1. Raises BadSample as
+    `npy_header` and `checked` do."""
     shape, is_fortran, dtype, start = npy_header(data)
     try:
         values = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if is_fortran else "C")
@@ -71,8 +73,9 @@ def read_npy(data: bytes) -> np.ndarray:
 
 
 def read_tiff(data: bytes) -> np.ndarray:
-    """Return the first page of a TIFF with any number of bands, [H, W, C]. Raises BadSample as `checked` does, and if
-    tifffile is missing, the file cannot be read, the image is rotated, or its values are not bands."""
+    """Return the first page of a TIFF with any number of bands, [H, W, C] with a dtype of `DTYPES`. Raises BadSample as
+    `checked` does, and if tifffile is missing, the file cannot be read, the image is rotated, or its values are not
+    bands."""
     try:
         tifffile = library("tifffile", "a TIFF with bands or a bit depth that Pillow cannot read")
     except UserError as error:
@@ -115,7 +118,8 @@ def checked(values: np.ndarray) -> np.ndarray:
 
 
 def write_npy(values: np.ndarray) -> bytes:
-    """Return the bytes of a .npy file, which `read_npy` reads."""
+    """Return the bytes of a .npy file with an array, which `read_npy` reads if it is [H, W] or [H, W, C] with a dtype
+    of `DTYPES`."""
     out = BytesIO()
     np.save(out, values, allow_pickle=False)
     return out.getvalue()

@@ -88,7 +88,7 @@ def require_range(depth: Depth, image_range: Range | None) -> None:
 
 
 def scaled(values: np.ndarray, depth: Depth, image_range: Range | None) -> np.ndarray:
-    """Return values scaled so that black is 0 and white is 1, float64."""
+    """Return float64 values of any shape, scaled so that black is 0 and white is 1."""
     assert image_range is not None
     low, high = depth.limits if image_range == "dtype" else image_range
     lit = (values - low) / (high - low)
@@ -96,7 +96,8 @@ def scaled(values: np.ndarray, depth: Depth, image_range: Range | None) -> np.nd
 
 
 def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
-    """Return values from black (0) to white (1) in the model's dtype (`model.image_dtype`). Integers are rounded and
+    """Return floating-point values of any shape, from black (0) to white (1), in the model's dtype
+    (`model.image_dtype`). Integers are rounded and
     clipped; floats are not."""
     if dtype == "float32":
         return lit.astype(np.float32)
@@ -104,8 +105,8 @@ def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def bands_to_pixels(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
-    """Return an array's values as pixels of `dtype`. Values of dtype uint8 are levels from 0 to 255 for any range.
-    Raises BadSample if no range is set for other dtypes."""
+    """Return an array's values, of any shape and with a dtype of `bands.DTYPES`, as pixels of `dtype`. Values of dtype
+    uint8 are levels from 0 to 255 for any range. Raises BadSample if no range is set for other dtypes."""
     kind, bits = ("float", 32) if values.dtype == np.float32 else ("unsigned", 8 * values.itemsize)
     depth = Depth(kind, bits)
     if depth.is_deep:

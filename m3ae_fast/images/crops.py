@@ -71,8 +71,8 @@ def draw_box(
 
 
 def whole_view(image: Tensor, frame: int | Native) -> Tensor:
-    """Return the model's input for the evaluation of an image [C, H, W]: the central square, or the whole native
-    image."""
+    """Return the model's input for the evaluation of an image [C, H, W] (uint8, uint16 or float32), in its dtype: the
+    central square [C, S, S], or the whole native image."""
     if isinstance(frame, int):
         return centre_crop(image, frame)
     height, width = image.shape[-2:]

@@ -221,7 +221,7 @@ def pixels_of(image: Image.Image, channels: int, image_range: Range | None = Non
 
 
 def widened(levels_CHW: Tensor, dtype: str) -> Tensor:
-    """Return levels from 0 to 255 as pixels of `dtype`."""
+    """Return levels from 0 to 255, uint8 [C, H, W], as pixels of `dtype`."""
     return levels_CHW if dtype == "uint8" else torch.from_numpy(as_pixels(levels_CHW.numpy() / 255, dtype))
 
 

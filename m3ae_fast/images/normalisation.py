@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def model_input(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return the model input for a decoded and cropped image: floats are normalised, and integers are unchanged,
-    because the kernels normalise them."""
+    """Return the model input for a decoded and cropped image [C, H, W]: floats are normalised, and integers are
+    unchanged, because the kernels normalise them."""
     return from_unit(image, mean, std) if image.is_floating_point() else image
 
 
@@ -26,7 +26,8 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 
 
 def to_unit(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return pixels [..., C, H, W], integer or normalised, in units in which black is 0 and white is 1."""
+    """Return pixels [..., C, H, W], integer or normalised, in units in which black is 0 and white is 1: float32 for
+    integers, otherwise in their dtype."""
     if not images.is_floating_point():
         return images / LARGEST[images.dtype]
     mean_C11, std_C11 = _by_channel(images, mean, std)
@@ -34,7 +35,7 @@ def to_unit(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tens
 
 
 def from_unit(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return normalised pixels for pixels in the units of `to_unit`."""
+    """Return normalised pixels for floating-point pixels [..., C, H, W] in the units of `to_unit`."""
     mean_C11, std_C11 = _by_channel(images, mean, std)
     return (images - mean_C11) / std_C11
 

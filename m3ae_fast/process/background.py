@@ -39,6 +39,7 @@ class Background:
 
     @property
     def busy(self) -> bool:
+        """Return whether a task has been started and has not ended."""
         return not self._idle.is_set()
 
     def wait_briefly(self) -> None:

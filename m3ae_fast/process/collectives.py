@@ -35,15 +35,15 @@ def all_to_all(tensor: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def all_reduce(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Sum a tensor over ranks in place and return it. This operation is not differentiable."""
+    """Sum a tensor of any shape over ranks in place and return it. This operation is not differentiable."""
     if ranks is not None and ranks.world > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def differentiable_sum(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return the sum of a tensor over ranks. The backward pass also sums over ranks: it sums the gradients with respect
-    to the result, because each rank differentiates only its own part of the common loss."""
+    """Return the sum of a tensor of any shape over ranks. The backward pass also sums over ranks: it sums the gradients
+    with respect to the result, because each rank differentiates only its own part of the common loss."""
     return tensor if ranks is None or ranks.world == 1 else _Sum.apply(tensor, ranks)
 
 

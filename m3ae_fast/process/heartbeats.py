@@ -114,6 +114,7 @@ class Heartbeats:
         return self._groups[0].store.add(f"{_STOP} requests", 1) == 1
 
     def stop_requested(self) -> bool:
+        """Return whether a rank has been asked to stop, as far as this rank knows."""
         try:
             return self._store.check([_STOP])
         except RuntimeError:  # the process that hosts the store has exited

@@ -78,8 +78,8 @@ class Sums:
         self._across = _group(leaders, timeout) if self._apart and rank in leaders else None
 
     def start(self, values_N: Tensor) -> Callable[[], Tensor]:
-        """Start a sum in place, and return a function that waits for the result. All ranks must start and wait in the
-        same order.
+        """Start a sum over ranks of a tensor in host memory, in place, and return a function that waits for the result.
+        All ranks must start and wait in the same order.
 
         The operations after the node's reduction run in the returned function and not in a callback, so that every rank
         runs the operations of each group in the same order. Meanwhile, a GPU computes the previous step."""

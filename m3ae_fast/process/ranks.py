@@ -61,6 +61,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Return whether this is rank 0, which prints and writes files for all ranks."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -68,7 +69,7 @@ class Ranks:
         return self.start_sum(values)()
 
     def sum_tensor(self, values: Tensor) -> Tensor:
-        """Sum a float64 tensor on the CPU element-wise over all ranks, in place, and return it."""
+        """Sum a float64 tensor of any shape on the CPU element-wise over all ranks, in place, and return it."""
         return self.sums.start(values)()
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:

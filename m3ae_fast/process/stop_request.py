@@ -77,9 +77,11 @@ class StopRequest:
 
     @property
     def asked(self) -> bool:
+        """Return whether a stop has been requested."""
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:
+        """Request a stop. Only the reason of the first request is kept."""
         self.reason = self.reason or reason
 
     def joined(self, notify: Callable[[str], bool]) -> None:

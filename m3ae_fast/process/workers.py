@@ -83,8 +83,11 @@ def _end_started() -> None:
 class Companion(Protocol):
     """A process that is started together with the workers and notified of each batch."""
 
-    def begin(self) -> None: ...
-    def watch(self, batches: Iterator[Any]) -> Iterator[Any]: ...
+    def begin(self) -> None:
+        """Start the process. Called before the workers start."""
+
+    def watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches, and notify the process of each."""
 
 
 class Loader(DataLoader[T_co]):
