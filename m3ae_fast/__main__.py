@@ -40,7 +40,7 @@ def usage() -> str:
 
 
 def run() -> int:
-    """Run the command that sys.argv names."""
+    """Run the command that sys.argv names, and return the exit status."""
     return exit_cleanly(_run)
 
 

@@ -79,6 +79,7 @@ class Info:
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
+    """Return the folder of a run's checkpoints, whether or not it exists."""
     return Path(run_dir) / "checkpoints"
 
 
@@ -235,6 +236,7 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def is_good(path: Path) -> bool:
+    """Return whether the checkpoint is marked as GOOD (see `mark`)."""
     return (path / GOOD).exists()
 
 
@@ -252,7 +254,8 @@ def before_decay(saved: Sequence[Path]) -> Path | None:
 
 
 def mark(run_dir: Path, step: int, as_what: str, why: str) -> Path | None:
-    """Mark the checkpoint of `step` as GOOD or FAILED, and return it; None if there is none."""
+    """Mark the checkpoint of `step` by writing `why` to its file `as_what` (GOOD or FAILED), and return the checkpoint;
+    None if there is none. If the file cannot be written, the checkpoint remains unmarked."""
     path = step_folder(run_dir, step)
     if path not in saved_steps(run_dir):
         return None
@@ -309,8 +312,8 @@ def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
 
 
 def read_weights(path: Path, *, average: bool = True) -> dict[str, Tensor]:
-    """Return the float32 weights of a checkpoint by parameter name. For a run with train.ema, return their moving
-    average unless `average` is False. Raises UserError if the checkpoint is damaged."""
+    """Return the weights of a checkpoint by parameter name: float32, in the shapes of the parameters. For a run with
+    train.ema, return their moving average unless `average` is False. Raises UserError if the checkpoint is damaged."""
     state = open_state(path)
     return {name: state.whole(stored) for name, stored in _weight_names(state.shapes, average).items()}
 
@@ -334,4 +337,5 @@ def locate(path: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of m3ae_fast and torch, by package name."""
     return {"m3ae_fast": __version__, "torch": torch.__version__}

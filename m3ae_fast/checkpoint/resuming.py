@@ -140,12 +140,12 @@ class Resume:
 
     def open(self, model: nn.Module, kinds: Kinds) -> None:
         """Open the checkpoint's tensors for a model and the `kinds` of its optimiser's state, and store the reader in
-        `read`; see `open_checkpoint`."""
+        `read`. Every rank must call this method. Raises UserError as `open_checkpoint` does."""
         if self.path and self.info:
             self.read = open_checkpoint(self.path, self.info, model, self.ranks, kinds)
 
     def load(self, engine: Engine) -> None:
-        """Load the opened checkpoint into the engine."""
+        """Load the opened checkpoint into the engine. Raises UserError if a tensor is damaged."""
         if self.read:
             engine.load_state(self.step, self.read)
 

@@ -212,11 +212,11 @@ class State:
         self.shapes, self._pieces, self._files = table.shapes, table.pieces, part_files(table.parts)
 
     def whole(self, name: str) -> Tensor:
-        """Return a complete tensor. Raises the same errors as `read`."""
+        """Return a complete tensor: float32, in the tensor's shape. Raises the same errors as `read`."""
         return self.read(name, 0, math.prod(self._shape(name))).view(self.shapes[name])
 
     def read(self, name: str, start: int, count: int) -> Tensor:
-        """Return the elements [start, start + count) of a flattened tensor.
+        """Return the elements [start, start + count) of a flattened tensor, float32 [count].
 
         Raises:
             UserError: the tensor does not exist, an element is not finite, or a piece is damaged or not float32.

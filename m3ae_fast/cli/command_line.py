@@ -164,15 +164,15 @@ def output(*endings: str) -> Callable[[str], Path]:
 
 
 def seed(text: str) -> int:
-    """Parse a seed. Raises UserError if torch does not accept the seed."""
+    """Return the seed in a text. Raises UserError if it is not an integer from 0 to 2^63 - 1."""
     if not (text.isdecimal() and int(text) < 1 << 63):
         raise UserError(f"--seed {text}: must be an integer from 0 to 2^63 - 1")
     return int(text)
 
 
 def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return a function that parses comma-separated names, which must be in `known`. `what`: the kind of the names, for
-    messages."""
+    """Return a function that parses comma-separated names, which must be in `known`, and removes duplicates.
+    `what`: the kind of the names, for messages. The function raises argparse.ArgumentTypeError for an unknown name."""
 
     def parse(text: str) -> list[str]:
         names = [*dict.fromkeys(text.split(","))]

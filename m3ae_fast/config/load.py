@@ -108,7 +108,7 @@ def parse(section: type[T], data: Any, where: str) -> T:
 
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Apply the override `section.key=value` to plain JSON data. Raises UserError if the override is malformed, or if
-    it names a list item that does not exist."""
+    it names a list item that does not exist or a key below a value that is not a section."""
     name, equals, text = override.partition("=")
     override = " ".join(override.split())[:200]  # for messages
     if not equals or not name:

@@ -204,10 +204,12 @@ class ModelConfig(Section):
 
     @property
     def has_dropout(self) -> bool:
+        """Return whether a kind of dropout is in use: drop, att_drop or drop_path."""
         return max(self.drop, self.att_drop, self.drop_path) > 0
 
     @property
     def patches_per_image(self) -> int:
+        """Return the number of patches of an image that is resized to a square."""
         return (self.image_size // self.patch_size) ** 2
 
     @property

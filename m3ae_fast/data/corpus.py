@@ -44,10 +44,12 @@ class Source:
 
     @property
     def has_images(self) -> bool:
+        """Return whether a shard has images."""
         return any(shard.summary.images for shard in self.shards)
 
     @property
     def has_captions(self) -> bool:
+        """Return whether a shard has captions that are used for training."""
         return self.shard_with_captions is not None
 
     @property
@@ -104,16 +106,18 @@ class Corpus:
 
     @property
     def sizes(self) -> list[np.ndarray]:
-        """Return the number of samples in each shard, for each source."""
+        """Return the number of samples in each shard, for each source: int64 [shards]."""
         return [source.sizes for source in self.sources]
 
     @property
     def weights(self) -> list[float] | None:
+        """Return the weights of the sources; None if they are in proportion to the sizes of the sources."""
         given = [source.weight for source in self.sources if source.weight is not None]
         return given or None  # the config gives weights to all sources or to none
 
     @property
     def has_captions(self) -> bool:
+        """Return whether a source has captions that are used for training."""
         return any(source.has_captions for source in self.sources)
 
 

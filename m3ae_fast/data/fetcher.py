@@ -61,7 +61,7 @@ class PrefetchSchedule:
 
     def span(self, steps: np.ndarray) -> Span:
         """Return the range of positions that the ranks are processing, given the number of steps that each rank has
-        taken."""
+        taken (`steps`: int64 [ranks])."""
         slowest, fastest = max(self.start, int(steps.min())), max(self.start, int(steps.max()))
         end = min(self.stop, fastest + 1 + self.ahead) * self.positions
         return Span(int(slowest * self.positions), math.ceil(end), slowest > self.start)

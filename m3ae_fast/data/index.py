@@ -316,4 +316,5 @@ def caption_of(data: bytes) -> str | None:
 
 
 def printable(key: str) -> str:
+    """Return the key with U+FFFD in place of each character that is not printable."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in key)

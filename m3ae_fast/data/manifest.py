@@ -85,11 +85,13 @@ class CountedShards(Sequence[IndexedShard]):
 
     @property
     def kinds(self) -> list[Modality]:
+        """Return the modality of each shard. Raises IndexError if a shard could not be read."""
         return [KINDS[kind] for kind in self.rows["kind"].tolist()]
 
 
 def rows_of(names: Sequence[str], counts: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return the rows of a manifest for the shards `names` with `counts` (samples, size, kind)."""
+    """Return the rows of a manifest for the shards `names` with `counts` (samples, size, kind): a structured array
+    [shards] with the fields of the module's docstring."""
     encoded = [name.encode() for name in names]
     width = max([1, *map(len, encoded)])
     dtype = [("name", f"S{width}"), ("samples", "<u4"), ("size", "<u8"), ("kind", "u1")]
@@ -97,7 +99,7 @@ def rows_of(names: Sequence[str], counts: Sequence[tuple[int, int, int]]) -> np.
 
 
 def join(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the rows of all parts as one array."""
+    """Return the rows of all parts as one array, in the order of the parts."""
     if len(parts) == 1:
         return parts[0]
     widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
@@ -111,7 +113,8 @@ def write(path: Path, rows: np.ndarray) -> None:
 
 
 def read(path: Path) -> np.ndarray:
-    """Return the memory-mapped rows of a manifest. Raises UserError if the file is not a manifest or is damaged."""
+    """Return the memory-mapped rows of a manifest. Raises UserError if the file cannot be read, is not a
+    manifest, is damaged, or states more than 2^26 samples for a shard."""
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:

@@ -28,9 +28,9 @@ _RETRY_S = 60  # seconds until a failed shard is retried
 
 
 class Raw(NamedTuple):
-    """The bytes of a sample's image and caption; None for a modality that the run does not use."""
+    """A sample's image and caption; None for a modality that the sample lacks or the run does not use."""
 
-    image: bytes | None
+    image: bytes | None  # the bytes of the image file
     caption: str | None
 
 
@@ -82,7 +82,7 @@ class Reader:
         return Raw(image, caption)
 
     def image_ids(self, shard: int, row: int) -> np.ndarray:
-        """Return the stored token ids of a sample's image: int64 [L]. Raises BadSample if they are missing or
+        """Return the stored token ids of a sample's image, int64 [patches]. Raises BadSample if they are missing or
         truncated, and OSError as `read` does."""
         return self._whole(shard, lambda: self._read_ids(shard, row))
 

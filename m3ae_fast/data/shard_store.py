@@ -73,6 +73,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
 
 
 def is_remote(shard: str) -> bool:
+    """Return whether the shard is a URL (other than file:) or a `pipe:` command."""
     return shard.startswith("pipe:") or ("://" in shard and not shard.startswith("file:"))
 
 
@@ -171,7 +172,7 @@ class ShardStore:
 
     def name(self, shard: str) -> str:
         """Return a unique file name for data about the shard. For a local shard, the name also depends on the shard's
-        size and modification time."""
+        size and modification time. Raises OSError if a local shard does not exist."""
         identity = shard
         if not is_remote(shard):
             status = os.stat(shard)
@@ -180,7 +181,7 @@ class ShardStore:
         return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}-{tail}"
 
     def copy(self, shard: str) -> Path:
-        """Return the path of the cached copy of a shard that is not read in place."""
+        """Return the path of the cached copy of a shard that is not read in place, whether or not it exists."""
         return self.cache_dir / "shards" / self.name(shard)
 
     def path(self, shard: str, size: int = 0) -> Path:

@@ -54,8 +54,8 @@ class Word(NamedTuple):
 
 @torch.no_grad()
 def attention_weights(model: M3AE, sample: Sample, queries: Sequence[int], choice: HeadChoice = MEAN_OF_LAST) -> Tensor:
-    """Return the attention weights [R, T] of the rows `queries` of an unmasked sample over all its rows. The weights of
-    each query sum to 1."""
+    """Return the attention weights [R, T], in the model's dtype, of the rows `queries` of an unmasked sample over all
+    its rows. The weights of each query sum to 1. Raises IndexError if the block, the head or a row does not exist."""
     seen: list[Tensor] = []
     block = cast(Block, model.encoder.blocks[choice.block])
     with block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
@@ -76,8 +76,8 @@ def patches_of(sample: Sample) -> int:
 def attention_to_patches(
     model: M3AE, sample: Sample, queries: Sequence[int], choice: HeadChoice = MEAN_OF_LAST
 ) -> Tensor:
-    """Return the attention weights [R, L] from the queries to the image patches, normalised to sum to 1 over the
-    patches."""
+    """Return the attention weights [R, L] from the queries to the image patches, computed as in `attention_weights` and
+    then normalised to sum to 1 over the patches."""
     weights_RL = attention_weights(model, sample, queries, choice)[:, 1 : 1 + patches_of(sample)]
     return weights_RL / weights_RL.sum(1, keepdim=True)
 
@@ -138,7 +138,8 @@ def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | Non
 
 
 def shade_patches(image: Tensor, weights_L: Tensor, patch: int) -> Tensor:
-    """Return an overlay, uint8 [3, H, W]: the mean of the image and a colour for each patch."""
+    """Return an overlay, uint8 [3, H, W]: the mean of the image, uint8 [1 or 3, H, W], and a colour for each patch,
+    from blue for the weight 0 to red for the highest weight. `patch`: patch size in pixels."""
     high = (weights_L / weights_L.max()).view(grid_of(image, patch))
     high = high.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
     return ((image[:3].expand(3, -1, -1) + _colours(high)) / 2).to(torch.uint8)

@@ -18,7 +18,8 @@ def draw_training(
     config: Config, weights: dict[str, Tensor], corpus: Corpus, tokenizer: CaptionTokenizer | None
 ) -> dict[str, Path]:
     """Plot samples of `corpus`, write the figures to the run folder, and return their paths by name: "reconstructions"
-    and, if there are images, "attention". See `draw_run` for the arguments and errors."""
+    and, if there are images, "attention"; there are no reconstructions if no sample is valid. See `draw_run` for the
+    arguments and errors."""
     folder, count = config.run.dir, config.train.pictures
     drawn = {}
     if draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):

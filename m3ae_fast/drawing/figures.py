@@ -64,7 +64,7 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str]
 
 
 def levels(image: Tensor, model: ModelConfig, channels: Sequence[int] | None = None) -> Tensor:
-    """Return a model input [C, H, W] as an image for display: uint8 [3, H, W], or [1, H, W] for grey. 8-bit levels are
+    """Return a model input [C, H, W] as an image for display: uint8, with the displayed channels. 8-bit levels are
     unchanged. Other pixels, which often cover only a small part of the range, are shown from two standard deviations
     below the mean to two above it.
 
@@ -87,7 +87,7 @@ def levels(image: Tensor, model: ModelConfig, channels: Sequence[int] | None = N
 
 
 def stretched(normal: Tensor) -> Tensor:
-    """Return normalised values as uint8 levels: -2 as black, 2 as white."""
+    """Return normalised floating-point values as uint8 levels in the same shape: -2 as black, 2 as white."""
     return (255 * (normal / 4 + 0.5).clamp(0, 1)).round().to(torch.uint8)
 
 
@@ -115,9 +115,9 @@ def _wrapped(cell: Cell) -> list[str]:
 
 
 def draw_confusion(path: Path, labels_N: Tensor, predicted_N: Tensor, classes: Sequence[int | str]) -> None:
-    """Write a PNG of the confusion matrix. It shows, for each class, the fractions of its samples that were
-    predicted as each of the classes. If there are more than _MOST_CONFUSED classes, only the classes with the most
-    samples are shown."""
+    """Write a PNG of the confusion matrix of the class ids `labels_N` and `predicted_N`, int64 [N]. It shows, for each
+    class, the fractions of its samples that were predicted as each of the classes. If there are more than
+    _MOST_CONFUSED classes, only the classes with the most samples are shown."""
     samples_K = np.bincount(labels_N.numpy(), minlength=len(classes))
     shown = np.sort(np.argsort(-samples_K, kind="stable")[:_MOST_CONFUSED])
     count, place_K = len(shown), np.full(len(classes), -1)
@@ -198,7 +198,8 @@ def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float
 
 
 def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], clean: float) -> None:
-    """Write a PNG of the accuracy against the bound of an attack in units of 1/255."""
+    """Write a PNG of the accuracy `top1` against the bound `epsilons` of an attack in units of 1/255. `clean`: accuracy
+    without an attack, shown for the bound 0."""
     figure, (axes,) = _figure(4.6, 3.2)
     axes.plot([0, *epsilons], [clean, *top1], marker="o", markersize=4)
     axes.set(xlabel="L-infinity bound of the attack, in units of 1/255", ylabel="top-1 accuracy", ylim=(0, 1))
@@ -209,7 +210,8 @@ def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], cl
 
 def draw_detection(path: Path, inside: Mapping[str, np.ndarray], outside: Mapping[str, np.ndarray]) -> None:
     """Write a PNG with ROC curves and histograms of the scores of in-distribution samples (`inside`) and
-    out-of-distribution samples (`outside`), by name of the score."""
+    out-of-distribution samples (`outside`), by name of the score: float [samples], higher for in-distribution
+    samples."""
     from sklearn.metrics import RocCurveDisplay
 
     figure, panels = _figure(3 * (1 + len(inside)), 3.2, 1 + len(inside))
@@ -240,12 +242,12 @@ class MapPanel(NamedTuple):
     """A panel of a map. All panels of a map show the same samples."""
 
     title: str
-    places_N2: np.ndarray
+    places_N2: np.ndarray  # float: positions of the samples in the panel
     caption: str = ""
 
 
 def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
-    """Write a PNG with a scatter plot for each of `panels`, coloured by class. `labels_N`: class ids."""
+    """Write a PNG with a scatter plot for each of `panels`, coloured by class. `labels_N`: class ids, int [N]."""
     from matplotlib import colormaps
 
     figure, all_axes = _figure(2 + 6 * len(panels), 6, len(panels))

@@ -35,7 +35,7 @@ FAINT = (130, 130, 130)
 
 def open_weights(config: Config, weights: dict[str, Tensor]) -> M3AE:
     """Return the model of a run on the CPU. `weights`: float32 tensors by parameter name, which become the model's
-    parameters."""
+    parameters. Raises UserError if they do not fit the config."""
     with torch.device("meta"):  # initialising weights would use the random generator of the ongoing training
         model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights", assign=True)
@@ -133,7 +133,8 @@ def _row(
 
 def decode_predicted(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
     """Return the image, uint8 [C, H, W], decoded from the true ids of visible patches and the predicted ids of masked
-    patches."""
+    patches. `image`: the original, uint8 [C, H, W]; `logits_IK`: predicted logits over the codebook, for all patches if
+    the model has loss.image_all_tokens."""
     ids_L, predicted_L = vqgan.encode(image[None])[0], torch.zeros(len(mask_L), dtype=torch.int32)
     predicted_L[_with_loss(mask_L, model.loss_config.image_all_tokens)] = logits_IK.argmax(-1).to(torch.int32)
     grid = model.geometry.grid(image)
@@ -143,7 +144,8 @@ def decode_predicted(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, l
 
 def views_of(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
     """Return the original image, the masked image and, if pixels are predicted, the reconstruction, each uint8 [C, H,
-    W]."""
+    W]. `image`: the model's input [C, H, W]; `pixels_IK`: predicted values, float32, for all patches if the model has
+    loss.image_all_tokens."""
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
     patches_LK = _cut(levels(image, c, range(len(image))), c.patch_size).float()
     masked = patches_LK.clone()
@@ -183,9 +185,10 @@ def _join(patches_LK: Tensor, grid: Grid, patch: int) -> Tensor:
 def caption_views(
     tokens: Tensor, mask: Tensor, guesses: dict[int, int], tokenizer: CaptionTokenizer | None
 ) -> dict[str, list[tuple[str, Colour]]]:
-    """Return three views of a caption: the original, the masked caption, and the caption with the `guesses` at its
-    masked positions. Each view is a list of pieces of text with their colours; a piece includes the space before a
-    word. Without a tokenizer, tokens are shown as ids."""
+    """Return three views of a caption, by name: "caption" (the original), "masked", and "predicted", with the `guesses`
+    (token ids by position) at the masked positions. `tokens`: int [n]; `mask`: bool [n], True for masked tokens. Each
+    view is a list of pieces of text with their colours; a piece includes the space before a word. Without a tokenizer,
+    tokens are shown as ids."""
 
     def pieces(ids: Sequence[int]) -> list[str]:
         return tokenizer.pieces(ids) if tokenizer else [f" {each}" for each in ids]

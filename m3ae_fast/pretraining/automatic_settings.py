@@ -118,8 +118,9 @@ def possible(sizes: Sequence[ModelSize], config_of: Callable[[ModelSize], Config
 
 
 def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
-    """Return an image size of at most `pixels` for which most images need not be enlarged, and the largest patch size
-    with at least eight patches per side."""
+    """Return an image size of at most `pixels` for which at least half of the images need not be enlarged, and the
+    largest patch size of 16 and 8 pixels with at least eight patches per side; 4 if there is none. `short_side`: median
+    length of the images' shorter sides, in pixels; below 16, the image size is 16."""
     size = max(min(short_side, pixels), 16)
     patch = next((p for p in (16, 8) if size // p >= 8), 4)
     return size // patch * patch, patch
@@ -186,8 +187,8 @@ def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
 
 
 def steps_in(seconds: float, pace: float, batch: int, samples: int) -> int:
-    """Return the number of steps that fit into `seconds`, but at most the steps of LONGEST epochs. `pace`: seconds per
-    sample."""
+    """Return the number of steps that fit into `seconds`, but at most the steps of LONGEST epochs, and at least 2.
+    `pace`: seconds per sample; `batch`: samples per step; `samples`: training samples."""
     longest = LONGEST * max(samples // batch, 1)
     return max(min(int(seconds / (pace * batch)), longest), 2)
 

@@ -42,7 +42,8 @@ def inspect(
     shards: Shards, out: Path, labels: str, image_range: Range | None = None, overrides: Sequence[str] = ()
 ) -> tuple[DatasetStatistics, list[str]]:
     """Return statistics of the samples, and notes for the user. Values that the overrides set replace those of the
-    samples. If there are captions, a tokenizer is trained and written to the run folder. An overview of the samples is
+    samples. If there are captions and the overrides do not set a tokenizer or exclude text, a tokenizer is trained and
+    written to the run folder. An overview of the samples is
     printed.
 
     Args:
@@ -54,7 +55,8 @@ def inspect(
 
     Raises:
         UserError: the shards cannot be used, no sample has an image, the value range of images with more than 8 bits
-            per channel cannot be detected, or the tokenizer of the weights from which the run starts is missing.
+            per channel cannot be detected, the tokenizer of the weights from which the run starts is missing, or
+            `labels` (other than "cls") or an override does not fit the samples.
     """
     store = ShardStore()
     train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)

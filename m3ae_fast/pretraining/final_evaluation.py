@@ -58,9 +58,9 @@ def stage(device: Device | None) -> Iterator[Session]:
 
 
 def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict[str, Any]] | None:
-    """Evaluate the run with its baselines and, if it started from given weights, these weights. Return the results by
-    task and by model. Results of an earlier call for the same weights are reused. Return None if a task was stopped.
-    Raises UserError if a task fails."""
+    """Evaluate the run, which must have `train.probe`, with its baselines and, if it started from given weights, these
+    weights. Return the results by task and by model. Results of an earlier call for the same weights are reused. Return
+    None if a task was stopped. Raises UserError if a task fails."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)

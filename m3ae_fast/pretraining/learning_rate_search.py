@@ -28,8 +28,8 @@ FEWEST = 20  # minimum number of steps of a trial
 
 def tune(config: Config, path: Path, device: Device | None = None) -> Config | None:
     """Choose `optim.peak_lr` by the loss of short runs, each with a complete schedule, and write the config with the
-    chosen value to `path`. The time that the search takes is subtracted from `train.hours`. An interrupted search
-    resumes with the interrupted trial; a completed search is not repeated.
+    chosen value to `path`. The time that the search takes is subtracted from `train.hours`, of which at least half is
+    kept. An interrupted search resumes with the interrupted trial; a completed search is not repeated.
 
     Returns:
         The config of the run; None if the search is stopped.

@@ -38,7 +38,8 @@ class _Place(NamedTuple):
 
 
 def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
-    """Return a mask of the samples to hold out, bool [N]. About `wanted` samples are chosen, beginning with the last
+    """Return a mask of the samples to hold out, bool [N], given the image number of each sample (`images_N`,
+    int64, N >= 1). About `wanted` samples are chosen, beginning with the last
     ones; either all samples of an image are held out, or none. An image with more samples than are still wanted is
     skipped. At least one image is held out.
     """

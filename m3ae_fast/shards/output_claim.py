@@ -18,7 +18,8 @@ MANIFEST, CLASSES = "conversion.json", "classes.json"
 @contextmanager
 def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) -> Iterator[None]:
     """Create the folder `out`, or reuse it if it contains shards with the same `manifest`, and lock it for this
-    process. Raises UserError if the folder contains other files, is in use by another process, or cannot be written."""
+    process. `classes`: names of the classes, which are written to classes.json; None: no such file. Raises UserError if
+    the folder contains other files, is in use by another process, or cannot be written."""
     path, text = out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     try:
         if out.exists() and not out.is_dir():

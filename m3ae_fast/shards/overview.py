@@ -72,7 +72,8 @@ def parts_of(records: Records, uses: dict[str, str]) -> list[Part]:
 
 
 def part_of(corpus: Corpus, name: str, use: str, classes: Counter[str] | None, samples: int = _INSPECTED) -> Part:
-    """Return a dataset of shards as a split, with statistics of `samples` of its samples."""
+    """Return a dataset of shards as a split, with statistics of `samples` of its samples. `use`: the purpose of the
+    split; `classes`: number of samples per class; None: unknown."""
     readers = [Reader(source, corpus.store) for source in corpus.sources]
     starts = np.cumsum([0, *(int(source.sizes.sum()) for source in corpus.sources)])
 

@@ -31,8 +31,9 @@ def as_member(data: bytes, short_side: int, quality: int, image_range: Range | N
 
 def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:
     """Return an image file as an RGB JPEG whose short side is at most `short_side` pixels, with the EXIF orientation
-    applied and transparent pixels in white. A JPEG that is small enough is returned unchanged. Raises BadSample as
-    `decode_image` does, or if the image is too long for a JPEG."""
+    applied and transparent pixels in white. A grey or RGB JPEG that is small enough is returned unchanged.
+    `quality`: JPEG quality, 1 to 100; `image_range`: values of black and white, as in `decode_image`. Raises BadSample
+    as `decode_image` does, or if the image is too long for a JPEG."""
     image = decode_image(data, 3, image_range)
     small = _reduced(image, short_side)
     if small is image:

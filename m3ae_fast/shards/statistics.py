@@ -60,7 +60,8 @@ def stats(
         dtype: dtype of the model's images: "uint8", "uint16" or "float32".
         image_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
             data type.
-        tokenizer: a tokenizer.json, to count caption lengths in tokens; None: in words.
+        tokenizer: a tokenizer.json, a BERT vocab.txt or a name on the Hub, to count caption lengths in tokens; None: in
+            words.
         labels: source of the labels: "cls", or "json." and the name of a field.
         cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
 
@@ -148,13 +149,14 @@ def write_settings(path: Path, given: dict[str, Any], settings: Sequence[tuple[s
 
 
 def write_sizes(path: Path, found: Statistics) -> None:
-    """Write the width and height of each image as JSON. Raises UserError if `path` cannot be written."""
+    """Write the width and height of each image, in pixels, as a JSON list of pairs. Raises UserError if `path` cannot
+    be written."""
     write_whole(path, json.dumps(found.sizes) + "\n")
 
 
 def draw_statistics(path: Path, found: Statistics) -> None:
-    """Write a PNG with histograms of pixel values, image sizes, aspect ratios and caption lengths. Raises UserError if
-    `path` cannot be written."""
+    """Write a PNG with histograms of pixel values, image sizes, aspect ratios and caption lengths. `found` must contain
+    an image (see `require_images`). Raises UserError if `path` cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
@@ -206,13 +208,14 @@ class Statistics:
         self.moments_2C = torch.zeros(2, self.channels, dtype=torch.float64)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Return `model.image_mean` and `image_std`, in units in which black is 0 and white is 1."""
+        """Return `model.image_mean` and `image_std`, in units in which black is 0 and white is 1,
+        rounded to four decimals. A standard deviation below 1e-4 is replaced by 1e-4."""
         mean_C, square_C = self.moments_2C / max(1, self.images)
         std_C = (square_C - mean_C**2).clamp_min(0).sqrt()
         return [round(x, 4) for x in mean_C.tolist()], [round(max(x, 1e-4), 4) for x in std_C.tolist()]
 
     def add(self, image: Tensor) -> None:
-        """Count an image, [C, H, W] as returned by `decode_image`."""
+        """Count an image, uint8, uint16 or float32 [C, H, W] as returned by `decode_image`."""
         self.images += 1
         self.sizes.append((image.shape[2], image.shape[1]))
         unit_CN = (image.double() / LARGEST.get(image.dtype, 1)).flatten(1)

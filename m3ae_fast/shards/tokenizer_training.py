@@ -96,7 +96,7 @@ def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
 
 def caption_texts(shards: list[str], store: ShardStore, tally: Tally, most: int | None = None) -> Iterator[str]:
     """Yield the captions of shards: all of them, or those of about `most` samples from evenly spaced shards. Captions
-    that are blank or invalid are left out and counted in `tally`."""
+    that are blank or invalid are left out and counted in `tally`. Raises UserError if the shards cannot be opened."""
     corpus = open_corpus([SourceConfig(shards=shards, modality="text")], store, progress=True)
     for source in corpus.sources:
         reader = Reader(source, store)

@@ -53,7 +53,7 @@ class Shard:
 
     name: str
     split: str  # split of the records
-    numbers: np.ndarray
+    numbers: np.ndarray  # int64: numbers of the samples in the split, in the order in which they are written
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,14 @@ class Converted:
     samples: int
     images: int
     captions: int
-    left_out: int
+    left_out: int  # number of samples that cannot be used
     tally: Tally
 
 
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
     """Write the shards of `records` that are missing in `out`, with their indexes, and return counts of the result.
-    Raises UserError if `out` contains other files or cannot be written, or if no sample is valid."""
+    Raises UserError if `workers` or the held-out fraction does not fit the samples, `out` contains other files or
+    cannot be written, no sample of a split is valid, or a worker process is killed."""
     if not 1 <= workers <= _MOST_WORKERS:
         raise UserError(f"--workers {workers}: must be from 1 to {_MOST_WORKERS}")
     plan = _plan(records, settings)

@@ -34,6 +34,7 @@ OFFICIAL_BATCH = 256  # batch size for which our schedule does not scale the pea
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
+    """Yield all comparisons of a file, computed on `device` in `dtype`."""
     model = build_classifier(golden).to(device, dtype)
     batch = _batch(golden, model.backbone).to(device)
     labels_SK = golden.tensor("in/soft_labels").to(device, dtype)
@@ -58,6 +59,8 @@ def flax_path(name: str) -> str:
 
 
 def build_classifier(golden: Golden) -> Classifier:
+    """Return our classifier with the file's config and parameters, float32. Raises UserError if the config is
+    invalid."""
     m = golden.meta
     data = {"size": None, "vocab_size": 0, "image_size": m["size"], "patch_size": m["patch"]}
     data |= {name: m[name] for name in ("emb_dim", "depth", "num_heads", "mlp_ratio")}

@@ -71,13 +71,14 @@ class Golden:
 
     @property
     def optim(self) -> OptimConfig:
+        """Return the settings of AdamW with which the file was created."""
         m = self.meta
         return OptimConfig(
             weight_decay=m["weight_decay"], betas=tuple(m["betas"]), eps=m["adam_eps"], clip_grad=m["clip_gradient"]
         )
 
     def build_model(self, dtype: torch.dtype = torch.float32) -> M3AE:
-        """Return our model with this file's config and parameters."""
+        """Return our model with this file's config and parameters. Raises UserError if the config is invalid."""
         c, m = self.meta["config"], self.meta
         same = (
             "emb_dim depth num_heads dec_emb_dim dec_depth dec_num_heads mlp_ratio output_head_depth use_type_embedding"
@@ -101,14 +102,17 @@ class Golden:
         return flax_name(name, self.meta["config"]["output_head_depth"])
 
     def tensor(self, key: str) -> Tensor:
+        """Return the array as a tensor of the same shape and dtype. Raises KeyError if the file does not contain it."""
         return torch.from_numpy(self.arrays[key])
 
     def get(self, key: str) -> Tensor | None:
-        """Return the array; None if the file does not contain it, for example because it has only one modality."""
+        """Return the array as `tensor` does; None if the file does not contain it, for example because it has only one
+        modality."""
         return self.tensor(key) if key in self.arrays else None
 
     def at(self, key: str) -> Tensor:
-        """Return a parameter's array in our layout ([out, in] for matmuls)."""
+        """Return a parameter's array in our layout ([out, in] for matmuls), as `from_flax` does. Raises KeyError if the
+        file does not contain it."""
         return from_flax(key, self.arrays[key])
 
     @torch.no_grad()
@@ -149,15 +153,17 @@ class Golden:
         return valid
 
     def kept(self, modality: str) -> np.ndarray:
-        """Return the visible positions in the official order: the first int(length * (1 - ratio)) of the shuffle."""
+        """Return the visible positions of all samples in the official order, int64 [kept]: the first int(length * (1 -
+        ratio)) of the shuffle. `modality`: "image" or "text"."""
         restore = self.arrays[f"in/{modality}_ids_restore"]
         ratio = self.meta["config"][f"{modality}_mask_ratio"]
         return np.argsort(restore)[: int(len(restore) * (1.0 - ratio))]
 
 
 def without_keys(name: str, *tensors: Tensor) -> list[Tensor]:
-    """Return tensors of the parameter `name`. For a qkv bias, the part of the keys is removed: it does not affect the
-    softmax, so its gradient consists of rounding errors, which Adam would scale up to full steps."""
+    """Return the given tensors, which have the shape of the parameter `name`. For a qkv bias, the part of the keys is
+    removed: it does not affect the softmax, so its gradient consists of rounding errors, which Adam would scale up to
+    full steps."""
     if not name.endswith("qkv.bias"):
         return [*tensors]
     return [torch.stack((t.chunk(3)[0], t.chunk(3)[2])) for t in tensors]

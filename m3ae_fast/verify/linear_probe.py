@@ -27,6 +27,7 @@ STRONG_LR = 1.0
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
+    """Yield all comparisons of a file, for each variant of the settings, computed on `device` in `dtype`."""
     for variant, settings in golden.meta["variants"].items():
         yield from _replay(golden, variant, settings, device, dtype)
 

@@ -25,7 +25,7 @@ TOLERANCE_AFTER_STEPS = 2e-4
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    """Yield all comparisons of a file."""
+    """Yield all comparisons of a file, computed on `device` in `dtype`."""
     model = golden.build_model(dtype).to(device)
     batch = pack(golden.samples(), model.geometry).to(device)
     yield from _encoder_outputs(golden, model, batch)

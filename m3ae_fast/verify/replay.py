@@ -23,7 +23,8 @@ _KINDS = {
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
-    """Yield all comparisons of a file of any kind. Raises UserError if an array is missing or has a wrong shape."""
+    """Yield all comparisons of a file of any kind, computed on `device` in `dtype`. Raises UserError if an array is
+    missing or has a wrong shape."""
     replay = next((replay for key, replay in _KINDS.items() if key in golden.arrays), pretraining.quantities)
     try:
         yield from replay(golden, device, dtype)
@@ -35,7 +36,8 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Compare all files, print one line per quantity, and return the exit status. Raises UserError for an invalid file
+    """Compare all files, print one line per quantity, and return the exit status: 0 if all quantities agree, otherwise
+    1. Raises UserError for an invalid file
     or device."""
     console, device = Console(highlight=False, soft_wrap=True), chosen_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

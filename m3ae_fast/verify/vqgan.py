@@ -14,6 +14,7 @@ LEAST_MARGIN = 1e-3  # minimum difference between the distances to the two neare
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
+    """Yield all comparisons of a file, computed on `device` in `dtype`."""
     arrays = {path: array for path, array in golden.arrays.items() if path.startswith("params/")}
     vqgan = from_flax(arrays, str(golden.path)).to(device, dtype)
     official = golden.tensor

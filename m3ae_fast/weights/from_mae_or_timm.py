@@ -50,8 +50,17 @@ class ViTOptions:
 def from_vit(
     weights: dict[str, Tensor], options: ViTOptions, where: str
 ) -> tuple[ModelConfig, dict[str, Tensor], list[str]]:
-    """Return the config and weights of an MAE, or of its encoder if the file has no decoder, and notes about them.
-    Raises UserError if a weight is missing or cannot be represented in an M3AE."""
+    """Return the config and weights of an MAE, or of its encoder if the file has no decoder, and notes about them. The
+    weights are float32, by the parameter names of this package.
+
+    Args:
+        weights: tensors of any floating-point dtype, by MAE's or timm's parameter names.
+        options: properties that cannot be inferred from the weights.
+        where: beginning of error messages.
+
+    Raises:
+        UserError: a weight is missing or cannot be represented in an M3AE, or the number of attention heads is unknown.
+    """
     theirs = {name: tensor for name, tensor in weights.items() if not _LEFT_OUT.fullmatch(name)}
     check_dtypes(theirs, where)
     notes = []
@@ -102,6 +111,10 @@ def _ours(name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
 
 
 def config_of(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, where: str) -> ModelConfig:
+    """Return the config that the shapes of the weights `theirs` (as in `from_vit`) and the options imply. Without a
+    decoder, the config has MAE's decoder: width 512, depth 8. `mean_pool`: model.mean_pool; `where`: beginning of error
+    messages. Raises UserError if the patches or the image are not square, the number of attention heads is unknown, or
+    a value is invalid."""
     width, channels, patch, columns = theirs["patch_embed.proj.weight"].shape
     patches = theirs["pos_embed"].shape[1] - 1
     side = math.isqrt(max(patches, 0))

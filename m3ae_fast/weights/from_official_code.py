@@ -50,7 +50,8 @@ _NORMALISATION = {
 
 
 def flax_name(name: str, head_depth: int) -> str:
-    """Return the flax path of the parameter `name`, such as `encoder/LayerNorm_0/scale` for `encoder.norm.weight`."""
+    """Return the flax path of the parameter `name`, such as `encoder/LayerNorm_0/scale` for `encoder.norm.weight`.
+    `head_depth`: model.output_head_depth. Raises KeyError if the official model has no such parameter."""
     for pattern, template in _NAMES.items():
         if match := re.fullmatch(pattern, name):
             path = match.expand(template).replace("Dense_last", f"Dense_{head_depth}")
@@ -59,8 +60,8 @@ def flax_name(name: str, head_depth: int) -> str:
 
 
 def from_flax(path: str, array: np.ndarray) -> Tensor:
-    """Return the parameter at `path` in the layout of this package: [out, in] for matmuls, row vectors for single
-    tokens."""
+    """Return the parameter at the flax path in the layout of this package: [out, in] for matmuls, [1, D] for single
+    tokens. The dtype is unchanged, and the tensor shares the array's memory."""
     tensor = torch.from_numpy(array)
     return tensor.T if path.endswith("kernel") else tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 2 else tensor
 

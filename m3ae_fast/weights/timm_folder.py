@@ -63,7 +63,8 @@ central square of an image, scaled so that black is 0 and white is 1 (8-bit leve
 
 
 def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
-    """Write the encoder as config.json, model.safetensors and README.md, atomically. Raises UserError if the folder
+    """Write the encoder as config.json, model.safetensors and README.md, atomically. `state`: the model's weights by
+    parameter name. Raises UserError if the folder
     holds other files or cannot be written."""
     arguments = model_arguments(config)
     about = {
@@ -120,7 +121,8 @@ def model_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def timm_weights(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the encoder's weights with timm's names."""
+    """Return the encoder's weights with timm's names and shapes: pos_embed [1, 1 + L, D], cls_token [1, 1, D],
+    patch_embed.proj.weight [D, C, P, P]. The position of cls is 0. `state`: the model's weights by parameter name."""
     side = config.image_size // config.patch_size
     positions_LD = state.get("encoder_input.positions.image", sincos_2d(config.emb_dim, side))
     if config.use_type_embedding:
@@ -141,6 +143,7 @@ def timm_weights(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Ten
 
 
 def is_timm_folder(folder: Path) -> bool:
+    """Return whether the folder's config.json is that of a timm model."""
     return "architecture" in read_folder_config(folder)
 
 

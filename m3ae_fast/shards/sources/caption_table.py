@@ -85,8 +85,9 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
 
 
 def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
-    """Return the column named by the user or, if none is named, the first one with a usual name. Raises NoColumns if no
-    column has a usual name, and UserError if the named column does not exist or occurs several times."""
+    """Return the column named by the user or, if none is named, the first one with a usual name. `option` and `where`:
+    the option that names a column, and the table, for messages. Raises NoColumns if no column has a usual name, and
+    UserError if the named column does not exist or occurs several times."""
     if named is not None and named not in columns:
         advice = f"; specify one of {', '.join(columns)}" if columns else ""
         raise UserError(f"{option} {named}: {where} has no such column{advice}")

@@ -58,7 +58,8 @@ class Folder(Records):
 
     Raises:
         UserError: a folder cannot be listed, there is no image, no image has a mask although `masks` is given, the
-            table names images that do not exist, or split folders and other folders are mixed at one level.
+            table cannot be read or names images that do not exist, split folders and other folders are mixed at one
+            level, the folders do not fit `classes`, or a library that is needed to read the images is missing.
     """
 
     def __init__(

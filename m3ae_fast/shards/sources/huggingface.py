@@ -40,8 +40,8 @@ class HuggingFace(Records):
         columns: names of the columns of the image, caption and label; None: detected.
 
     Raises:
-        UserError: `datasets` is not installed, the dataset has neither images nor captions, or the
-            columns that are read differ between its splits.
+        UserError: `datasets` is not installed, the dataset has neither images nor captions, the split or a named column
+            does not exist, or the columns that are read differ between its splits.
         NotLoaded: the dataset does not exist or cannot be loaded.
     """
 

@@ -38,7 +38,7 @@ class Records(ABC):
     unlabelled: str = ""  # reason why samples have no label, if it is known
 
     def __init__(self, counts: dict[str, np.ndarray]) -> None:
-        """Initialise the records with the number of samples of each row, by split."""
+        """Initialise the records with the number of samples of each row, int64 [rows], by split."""
         self.ignored = Tally()  # files or columns that are not read
         self._starts = {split: np.concatenate(([0], np.cumsum(each))) for split, each in counts.items()}
         self.splits = {split: int(starts[-1]) for split, starts in self._starts.items()}  # number of samples
@@ -70,7 +70,7 @@ class Records(ABC):
 
 
 def to_int(value: Any) -> int | None:
-    """Return a label as a plain int. Raises BadSample if it is not a number."""
+    """Return a label as a plain int; None for None. Raises BadSample if it is not an integer."""
     if value is None:
         return None
     try:
@@ -126,7 +126,7 @@ def _kind(value: Any) -> str:
 
 def caption_of_row(value: Any, index: int) -> str:
     """Return the caption of sample number `index` of a row; blank if the row has no caption. Raises BadSample if
-    `value` is neither text nor a list of texts."""
+    `value` is neither text nor a list of texts, or is not UTF-8."""
     try:
         return (captions_of(value) or [""])[index]
     except ValueError as error:
