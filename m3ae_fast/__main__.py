@@ -10,8 +10,8 @@ from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.base.former_names import present_name
 
 COMMANDS = {
-    "pretrain": "train a model on images with one command: make shards, choose settings, train, evaluate, export",
-    "train": "pre-train a model; on several GPUs: torchrun --nproc-per-node N -m m3ae_fast train",
+    "pretrain": "train a model on your images with one command: make shards, choose settings, train, evaluate, export",
+    "train": "train a model on shards with a config; on several GPUs: torchrun --nproc-per-node N -m m3ae_fast train",
     "shards": "make shards from folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "embed": "write the features of shards or of a folder of images as .npz or .parquet",
     "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, retrieval, out-of-distribution, ...",
@@ -35,8 +35,13 @@ def usage() -> str:
     def lines(commands: dict[str, str]) -> list[str]:
         return [f"  {name:{width}}  {what}" for name, what in commands.items()]
 
-    first = "usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast COMMAND; COMMAND --help; --version)"
-    return "\n".join([first, "", *lines(COMMANDS), "", "developer tools:", *lines(DEVELOPER_TOOLS)])
+    first = [
+        "usage: m3ae-fast COMMAND [OPTIONS]   (or python -m m3ae_fast COMMAND [OPTIONS])",
+        "       m3ae-fast --version",
+        "",
+        "Begin with `m3ae-fast pretrain photos/ --out run`. Each command has its own --help.",
+    ]
+    return "\n".join([*first, "", *lines(COMMANDS), "", "developer tools:", *lines(DEVELOPER_TOOLS)])
 
 
 def run() -> int:

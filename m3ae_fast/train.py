@@ -1,4 +1,4 @@
-"""Pre-train an M3AE.
+"""Train a model on shards, with the settings of a config. `m3ae-fast pretrain` chooses the settings for you.
 
 m3ae-fast train --config quickstart
 m3ae-fast train --config base --train 'shards/train-*.tar' --val 'shards/val-*.tar' --out runs/mine

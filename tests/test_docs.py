@@ -3,6 +3,7 @@ exist."""
 
 import argparse
 import importlib
+import json
 import re
 import shlex
 
@@ -10,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from m3ae_fast.__main__ import MODULES
-from m3ae_fast.config import Config
+from m3ae_fast.config import Config, parse
 from m3ae_fast.config.messages import section_of
 from tests.conftest import LONGEST
 from tests.helpers.trainer import ROOT
@@ -76,6 +77,17 @@ def test_every_setting_named_in_the_docs_exists():
         for key in name.split("."):
             assert place is not None and key in place.model_fields, name
             place = section_of(place.model_fields[key].annotation)
+
+
+def test_every_config_that_is_shown_is_valid():
+    """A JSON block is a complete config, some of its sections, or a result."""
+    blocks = [block for text in TEXT.values() for block in re.findall(r"^```json\n(.*?)^```$", text, re.S | re.M)]
+    shown = [json.loads(block if block.startswith("{") else f"{{{block}}}") for block in blocks]
+    configs = [each for each in shown if "task" not in each]
+    assert len(configs) > 5
+    for config in configs:
+        data = {"train": [{"shards": "a.tar"}]} | config.get("data", {})
+        parse(Config, {"train": {"steps": 1}} | config | {"data": data}, "guide")
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))

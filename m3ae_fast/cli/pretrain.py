@@ -1,6 +1,7 @@
 """Pre-train a model with one command: shards, tokenizer, settings, training, evaluation, report and export.
 
-m3ae-fast pretrain photos/ --out run                      # captions: next to the images or in a table; classes: folders
+m3ae-fast pretrain photos/ --out run                      # captions: NAME.txt next to NAME.jpg; classes: sub-folders
+m3ae-fast pretrain photos/ --out run --captions table.csv --labels json.category   # from columns of a table
 m3ae-fast pretrain imagenette2/ --out run                 # train/CLASS and val/CLASS: the images in val are held out
 m3ae-fast pretrain 'shards/*.tar' --out run --hours 8
 m3ae-fast pretrain uoft-cs/cifar10 --out run              # a dataset on the Hugging Face Hub
@@ -27,14 +28,14 @@ from m3ae_fast.process.launchers import alone
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("pretrain", __doc__)
-    text = "a folder of images, shards, an HDF5 file, or the name of a dataset on the Hub"
+    text = "a folder of images, shards, an HDF5 file, or a Hugging Face dataset (a name on the Hub, or a folder)"
     parser.add_argument("source", metavar="SOURCE", help=text)
     parser.add_argument("--out", type=output(), required=True, metavar="OUT", help="the run folder")
     text = "time limit in hours for all stages on this machine; the training length is adapted to it (default: 0.5)"
     parser.add_argument("--hours", type=float, default=0.5, help=text)
     text = "table of captions, .csv, .tsv, .jsonl or .parquet (default: the table in the folder)"
     parser.add_argument("--captions", type=Path, metavar="TABLE", help=text)
-    text = "held-out shards, if SOURCE consists of shards"
+    text = "held-out shards, if SOURCE consists of shards (default: those named val or test, or the last tenth)"
     parser.add_argument("--val", nargs="+", default=[], metavar="SHARDS", help=text)
     add_labels(parser)
     parser.add_argument(

@@ -1,5 +1,4 @@
-"""Print whether a run is finished, stopped, running or failed, and at which step. The exit code is one of
-
+"""Print whether a run is finished, stopped, running or failed, and at which step. The exit code is:
 
 0  finished: it has taken its last step
 3  stopped by a user or the system; --resume auto continues
