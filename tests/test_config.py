@@ -22,8 +22,18 @@ from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, 
 from m3ae_fast.data import ShardStore, open_corpus, open_data, split_batch
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.engine.memory_estimate import zero_bytes
+from m3ae_fast.engine.muon import orthogonalisation_flops
+from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process import ranks
-from m3ae_fast.training.dry_run import FP32, fetching_lines, image_lines, memory_table, network_bytes, report
+from m3ae_fast.training.dry_run import (
+    FP32,
+    UTILISATION,
+    fetching_lines,
+    image_lines,
+    memory_table,
+    network_bytes,
+    report,
+)
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.ranks import free_port
 from tests.helpers.trainer import CLIPART, ROOT, TINY
@@ -362,14 +372,19 @@ def test_a_dry_run_predicts_step_and_bottleneck_of_the_fast_configs(capsys):
         assert bottleneck == {"small": [True, True], "base": [False, True], "large": [False, False]}[size]
 
 
-def test_a_dry_run_predicts_newton_schulz_in_the_precision_of_the_run(capsys):
-    found = {}
-    for precision in ("bf16", "fp32"):
+def test_a_dry_run_predicts_newton_schulz_in_the_precision_and_the_parts_of_the_run(capsys):
+    """From stage 1 on, each rank orthogonalises its part of the matrices."""
+    bf16, fp32 = ("bf16", hardware.data_sheet("H100").flops), ("float32", FP32)
+    for precision, stage, parts, (name, peak) in (("bf16", 1, 8, bf16), ("fp32", 0, 1, fp32)):
         options = ["--dry-run", "--no-data", "--world", "8", "--set", f"train.precision={precision}"]
+        options += ["--set", f"deepspeed.zero_optimization.stage={stage}"]
         assert train.main(["--config", "fast-small", *options]) == 0
-        words = re.search(r"and ([\d.]+) ms for Muon's.*GFLOP in (\w+)$", capsys.readouterr().out, re.M)
-        found[words[2]] = float(words[1])
-    assert found["float32"] / found["bf16"] == pytest.approx(hardware.data_sheet("H100").flops / FP32, rel=0.01)
+        out = capsys.readouterr().out
+        words = re.search(r"and ([\d.e+]+) ms for Muon's.*, ([\d,.e+]+) GFLOP in (\w+)$", out, re.M)
+        with torch.device("meta"):
+            flops = orthogonalisation_flops(M3AE(load_config("fast-small").model).hidden_matrices()) / parts
+        assert float(words[2].replace(",", "")) == pytest.approx(flops / 1e9, rel=0.01) and words[3] == name
+        assert float(words[1]) == pytest.approx(1e3 * flops / (UTILISATION * peak), rel=0.01)
 
 
 @pytest.mark.parametrize(("micro", "split"), [(None, "1 GPUs x 16 samples"), (4, "4 GPUs x 4 samples")])

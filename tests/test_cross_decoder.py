@@ -2,11 +2,13 @@
 
 import json
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from m3ae_kernels.attention import Segments
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3ae_fast.base.errors import UserError
@@ -14,9 +16,11 @@ from m3ae_fast.base.hardware import has_compiler
 from m3ae_fast.batch.masking import draw_mask, draw_predicted
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config, LossConfig, ModelConfig, parse
+from m3ae_fast.model.cross_decoder import CrossDecoder
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import load_weights
+from m3ae_fast.model.transformer import drop_path_factors
 from tests.helpers.trainer import zero
 
 TINY = ModelConfig(
@@ -126,12 +130,49 @@ def test_losses_and_gradients_equal_those_of_each_query_separately(kinds, fracti
         torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gelu", ["tanh", "exact"])
+def test_blocks_are_those_of_plain_modules(gelu, training):
+    """Each sample attends to its own rows, with dropout and stochastic depth. One sample has no queries. The epsilon of
+    LayerNorm has an effect, because the inputs are small."""
+    torch.manual_seed(0)
+    keys, queries = [3, 2, 4], [2, 0, 3]
+    decoder = CrossDecoder(16, 2, 2, 2.5, gelu=gelu, drop=0.5, drop_path=0.5, drop_key=1).double().train(training)
+    x_ME, memory_TE = 3e-3 * torch.randn(5, 16).double(), torch.randn(9, 16).double()
+    draws = torch.tensor([3, 4, 6], dtype=torch.int32)
+    segments = [
+        Segments(torch.tensor([0, *accumulate(part)], dtype=torch.int32), max(part), sum(part))
+        for part in (keys, queries)
+    ]
+    torch.manual_seed(1)
+    found = decoder(x_ME, memory_TE, *segments, draws)
+    torch.manual_seed(1)
+    factors = drop_path_factors(draws, 4, 0.5, 1) if training else torch.ones(4, 3)
+    factors = factors.double().repeat_interleave(torch.tensor(queries), 1)[..., None]
+    for number, block in enumerate(decoder.blocks):
+        kv_TX = F.linear(memory_TE, decoder.kv.weight, decoder.kv.bias)[:, 32 * number : 32 * number + 32]
+        k, v = (part.reshape(9, 2, 8).split(keys) for part in kv_TX.chunk(2, -1))
+        normed = F.layer_norm(x_ME, (16,), block.norm1.weight, block.norm1.bias, 1e-6)
+        q = F.linear(normed, block.attn.q.weight, block.attn.q.bias).reshape(5, 2, 8).split(queries)
+        out_ME = torch.cat([attend(*each) for each in zip(q, k, v)]).flatten(1)
+        out_ME = F.dropout(F.linear(out_ME, block.attn.proj.weight, block.attn.proj.bias), 0.5, training)
+        x_ME = x_ME + factors[2 * number] * out_ME
+        normed = F.layer_norm(x_ME, (16,), block.norm2.weight, block.norm2.bias, 1e-6)
+        hidden = F.linear(normed, block.mlp.fc1.weight, block.mlp.fc1.bias)
+        assert hidden.shape == (5, 40)
+        hidden = F.dropout(F.gelu(hidden, approximate="none" if gelu == "exact" else "tanh"), 0.5, training)
+        out_ME = F.dropout(F.linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias), 0.5, training)
+        x_ME = x_ME + factors[2 * number + 1] * out_ME
+    torch.testing.assert_close(found, x_ME)
+    assert not training or len(factors.unique()) == 2
+
+
 @pytest.mark.parametrize("attention", ["self", "cross"])
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
 @pytest.mark.parametrize("kinds", KINDS)
 def test_padding_to_repeated_shapes_does_not_change_results(kinds, fraction, attention):
     model = make_model(TINY.model_copy(update={"dec_attention": attention, "drop_path": 0.3}))
-    results = []
+    results, flops = [], set()
     for repeat in (False, True):
         batch = pack(samples_of(kinds, 2, fraction), model.geometry, repeat_shapes=repeat)
         assert batch.loss.cu_seqlens[-1] == batch.loss.rows == len(batch.loss_rows)
@@ -140,8 +181,10 @@ def test_padding_to_repeated_shapes_does_not_change_results(kinds, fraction, att
         losses = model(batch)
         losses.loss.backward()
         results.append((*losses, *[p.grad for p in model.parameters()]))
+        flops.add(executed_flops(model.config, batch))
     for got, expected in zip(*results):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert len(flops) == 1  # padding is not counted
 
 
 def test_attention_dropout_is_applied_only_in_training():
@@ -166,6 +209,24 @@ def test_a_cross_decoder_computes_only_the_predicted_rows():
     predicted = [part for s in samples for part in (s.image_predicted, s.text_predicted) if part is not None]
     assert batch.decoder.rows == batch.loss.rows == sum(int(part.sum()) for part in predicted)
     assert (batch.decoder_src == -1).all() and batch.loss_rows.tolist() == list(range(batch.loss.rows))
+
+
+def test_a_self_attention_decoder_has_no_rows_of_tokens_that_are_left_out():
+    """Its rows are cls, and the visible and the predicted tokens."""
+    samples = samples_of("ppite", 3, 0.5)
+    batch = pack(samples, make_model(SELF).geometry)
+    rows = zip(samples, batch.decoder_table_ids.split(batch.decoder.cu_seqlens.diff().tolist()), strict=True)
+    for sample, found in rows:
+        expected = [-1]
+        for mask, predicted, first in (
+            (sample.image_mask, sample.image_predicted, 0), (sample.text_mask, sample.text_predicted, 16)
+        ):  # fmt: skip
+            if mask is not None:
+                assert mask.sum() > predicted.sum() or not len(mask)
+                expected += [first + i for i in range(len(mask)) if predicted[i] or not mask[i]]
+        assert found.tolist() == expected
+    predicted = [part for s in samples for part in (s.image_predicted, s.text_predicted) if part is not None]
+    assert len(batch.loss_rows) == sum(int(part.sum()) for part in predicted) == int((batch.mask_ids >= 0).sum())
 
 
 @pytest.mark.parametrize("attention", ["self", "cross"])

@@ -92,6 +92,16 @@ def test_a_run_with_a_higher_target_resumes_from_before_its_decay(was, now, long
 LENGTHS = {"steps": 10, "epochs": None, "hours": None}
 
 
+@pytest.mark.parametrize("key", LENGTHS)
+@pytest.mark.parametrize(
+    ("now", "decay", "longer"), [(12, 0.2, True), (10, 0.2, False), (8, 0.2, False), (12, None, False)]
+)
+def test_a_run_that_is_longer_than_it_was_resumes_from_before_its_decay(key, now, decay, longer):
+    was, present = ({**dict.fromkeys(LENGTHS), key: value, "stop_at": None} for value in (10, now))
+    config = SimpleNamespace(optim=SimpleNamespace(decay=decay), train=SimpleNamespace(**present))
+    assert is_extended(config, SimpleNamespace(config={"train": was})) == longer
+
+
 @pytest.mark.slow
 def test_a_run_on_several_ranks_that_stops_early_resumes_bitwise_identically(trainer, tmp_path):
     """The accuracy is reached at the first evaluation, after 4 of 30 steps."""

@@ -3,6 +3,7 @@ numbers of ranks and all ZeRO stages, and its state in checkpoints."""
 
 import json
 import math
+import re
 import shutil
 from itertools import product
 
@@ -18,10 +19,18 @@ from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, parse
 from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.memory_estimate import matrix_elements, memory_needed, muon_bytes, zero_bytes
+from m3ae_fast.engine.memory_estimate import (
+    activation_bytes,
+    matrix_elements,
+    memory_needed,
+    muon_bytes,
+    typical_batch,
+    zero_bytes,
+)
 from m3ae_fast.engine.muon import orthogonalisation_flops, orthogonalise
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
+from m3ae_fast.training.dry_run import report
 from m3ae_fast.training.user_warnings import open_options
 from tests.helpers.checkpoints import changes_of
 from tests.helpers.ranks import run_ranks
@@ -34,16 +43,21 @@ MUON = ["--set", "optim.name=muon", "--set", "train.save_every=2", "--set", "tra
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (1, 7)])
 def test_newton_schulz_gives_about_the_polar_factor(shape):
-    """The result has the singular vectors of the matrix. Jordan's coefficients map all singular values that are not
-    tiny to values between 0.68 and 1.14."""
+    """The result has the singular vectors of the matrix. Five iterations of Jordan's polynomial map all singular values
+    that are not tiny to values between 0.68 and 1.14, whatever the scale of the matrix."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, *shape, generator=generator)
     u, sizes, v = torch.linalg.svd(x, full_matrices=False)
     inside = u.mT @ orthogonalise(x) @ v.mT
     values = inside.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=2e-5)
+    expected = (sizes / sizes.norm(dim=1, keepdim=True)).double()
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    torch.testing.assert_close(values, expected.float(), rtol=0, atol=1e-3)
     values = values[sizes > 0.02 * sizes.norm(dim=1, keepdim=True)]
     assert len(values) > 0 and values.min() > 0.6 and values.max() < 1.2
+    torch.testing.assert_close(orthogonalise(1e-3 * x), orthogonalise(x), rtol=0, atol=1e-3)
     assert not orthogonalise(torch.zeros(2, *shape)).any()
 
 
@@ -242,6 +256,20 @@ def test_the_memory_estimate_has_one_moment_of_a_matrix(stage):
     *same, moments = zero_bytes(parameters, stage, 4, True)
     assert zero_bytes(parameters, stage, 4, True, matrices) == (*same, moments - matrices * 4 / (4 if stage else 1))
     assert muon_bytes(matrices, stage, 4) == 4 * matrices * (1.75 if stage else 4)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_dry_run_without_a_gpu_has_one_moment_of_a_matrix(name, capsys):
+    settings = config(name=name)
+    model = M3AE(settings.model)
+    moments = 4 * sum(
+        p.numel() * (1 if name == "muon" and stacked(n, model) else 2) for n, p in model.named_parameters()
+    )
+    activations = 3 * activation_bytes(settings, typical_batch(settings, model))  # of a micro-batch
+    expected = 8 * sum(p.numel() for p in model.parameters()) + moments + activations
+    report(settings, world=1, gpus=False, data=False)
+    (found,) = re.findall(r"^memory +(\S+) GB per rank", capsys.readouterr().out, re.M)
+    assert found == f"{expected / 1e9:,.3g}"
 
 
 def test_a_muon_update_allocates_less_memory_than_the_activations():

@@ -10,15 +10,18 @@ import torch
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.checkpoint import resuming
 from m3ae_fast.config import Config, parse
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.training import loss_watch
 from m3ae_fast.training import run as run_module
 from m3ae_fast.training.loss_watch import Diverged
 from m3ae_fast.training.metrics_log import SilentLog
+from m3ae_fast.training.rollback import _return_to
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.time_limit import TimeLimit
 from m3ae_fast.training.trainer import batch_of
+from tests.helpers.checkpoints import save
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import TINY
 
@@ -95,6 +98,20 @@ def test_time_before_a_rollback_counts_towards_the_time_limit(tmp_path, monkeypa
     with joined_program() as session:
         pre_train(parse(Config, data, "test"), session)
     assert [limit.seconds for limit in limits] == [3600] * 3 and 1200 <= limits[-1].spent < 1800
+
+
+def test_a_run_returns_to_its_last_good_checkpoint_or_to_where_it_started(tmp_path):
+    """A run that started from a checkpoint of another run returns to that checkpoint. Failed checkpoints are set
+    aside, because they would be in the way of a new start."""
+    other = save(tmp_path / "other", {"model/w": torch.ones(3)}, checkpoint.Info(4, 0, 42, {}, {}))
+    run = tmp_path / "run"
+    for resume in ("no", "auto", str(other)):
+        assert _return_to(run, resume) == resume
+    save(run, {"model/w": torch.ones(3)}, checkpoint.Info(2, 0, 42, {}, {}))
+    assert _return_to(run, str(other)) == "auto"
+    checkpoint.mark(run, 2, checkpoint.FAILED, "the loss of step 3 is not finite")
+    assert _return_to(run, str(other)) == str(other)
+    assert checkpoint.saved_steps(run) == [] and resuming.find(run, str(other)) == other
 
 
 WHOLE: list[list[str]] = []

@@ -3,6 +3,7 @@ extended or branch off."""
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -31,6 +32,13 @@ def test_the_stable_schedule_warms_up_stays_constant_and_decays_by_a_square_root
     for step in (81, 85, 99):
         assert plan.lr(step) == pytest.approx(0.01 + 0.99 * (1 - math.sqrt((step - 80) / 20)))
     assert plan.lr(100) == plan.lr(500) == pytest.approx(0.01)
+
+
+def test_all_rates_are_multiplied_by_the_batch_over_256():
+    plan = schedule(100, warmup=10.0, init_lr=0.1, end_lr=0.01)
+    larger = replace(plan, train=plan.train.model_copy(update={"global_batch": 1024}), samples=1024)
+    for step in (0, 5, 10, 85, 100):
+        assert larger.lr(step) == pytest.approx(4 * plan.lr(step))
 
 
 def test_the_start_of_the_decay_moves_with_the_end_until_the_decay_has_begun():

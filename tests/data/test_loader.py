@@ -311,6 +311,18 @@ def test_masks_follow_the_settings_of_the_config(load, paired, per):
             assert seen <= 4
 
 
+def test_a_part_of_the_masked_tokens_is_predicted_in_training_and_all_in_evaluations(load, paired):
+    """Each modality has its own fraction."""
+    masking = MaskingConfig(image_ratio=0.75, text_ratio=0.75, image_predicted=0.25, text_predicted=0.5)
+    for train in (True, False):
+        loader = load(paired, micro_batch=9, steps=2, masking=masking, train=train)
+        for key, (_, _, rows, mask_ids) in stream(loader):
+            words = len(loader.dataset.preparation.tokenizer.encode(caption(int(key[-5:]))))
+            masked = words - sum(row > 16 for row in rows)
+            images, texts = (3, max(round(0.5 * masked), min(masked, 1))) if train else (12, masked)
+            assert (mask_ids.count(0), mask_ids.count(1)) == (images, texts) and words > 1
+
+
 NATIVE = Native(patch_size=8, least=1, most=16, longest=8, positions="absolute")
 
 
