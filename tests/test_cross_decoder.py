@@ -132,7 +132,7 @@ def test_losses_and_gradients_equal_those_of_each_query_separately(kinds, fracti
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("gelu", ["tanh", "exact"])
-def test_blocks_are_those_of_plain_modules(gelu, training):
+def test_cross_attention_blocks_equal_plain_modules(gelu, training):
     """Each sample attends to its own rows, with dropout and stochastic depth. One sample has no queries. The epsilon of
     LayerNorm has an effect, because the inputs are small."""
     torch.manual_seed(0)
@@ -211,7 +211,7 @@ def test_a_cross_decoder_computes_only_the_predicted_rows():
     assert (batch.decoder_src == -1).all() and batch.loss_rows.tolist() == list(range(batch.loss.rows))
 
 
-def test_a_self_attention_decoder_has_no_rows_of_tokens_that_are_left_out():
+def test_a_self_attention_decoder_has_no_rows_of_tokens_that_are_not_predicted():
     """Its rows are cls, and the visible and the predicted tokens."""
     samples = samples_of("ppite", 3, 0.5)
     batch = pack(samples, make_model(SELF).geometry)

@@ -96,7 +96,7 @@ LENGTHS = {"steps": 10, "epochs": None, "hours": None}
 @pytest.mark.parametrize(
     ("now", "decay", "longer"), [(12, 0.2, True), (10, 0.2, False), (8, 0.2, False), (12, None, False)]
 )
-def test_a_run_that_is_longer_than_it_was_resumes_from_before_its_decay(key, now, decay, longer):
+def test_only_an_extended_run_resumes_from_before_its_decay(key, now, decay, longer):
     was, present = ({**dict.fromkeys(LENGTHS), key: value, "stop_at": None} for value in (10, now))
     config = SimpleNamespace(optim=SimpleNamespace(decay=decay), train=SimpleNamespace(**present))
     assert is_extended(config, SimpleNamespace(config={"train": was})) == longer

@@ -259,7 +259,7 @@ def test_the_memory_estimate_has_one_moment_of_a_matrix(stage):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_dry_run_without_a_gpu_has_one_moment_of_a_matrix(name, capsys):
+def test_the_memory_in_a_dry_run_includes_one_moment_of_a_matrix(name, capsys):
     settings = config(name=name)
     model = M3AE(settings.model)
     moments = 4 * sum(

@@ -100,7 +100,7 @@ def test_time_before_a_rollback_counts_towards_the_time_limit(tmp_path, monkeypa
     assert [limit.seconds for limit in limits] == [3600] * 3 and 1200 <= limits[-1].spent < 1800
 
 
-def test_a_run_returns_to_its_last_good_checkpoint_or_to_where_it_started(tmp_path):
+def test_a_rollback_returns_to_the_last_good_checkpoint_or_to_the_start(tmp_path):
     """A run that started from a checkpoint of another run returns to that checkpoint. Failed checkpoints are set
     aside, because they would be in the way of a new start."""
     other = save(tmp_path / "other", {"model/w": torch.ones(3)}, checkpoint.Info(4, 0, 42, {}, {}))

@@ -34,7 +34,7 @@ def test_the_stable_schedule_warms_up_stays_constant_and_decays_by_a_square_root
     assert plan.lr(100) == plan.lr(500) == pytest.approx(0.01)
 
 
-def test_all_rates_are_multiplied_by_the_batch_over_256():
+def test_learning_rates_are_scaled_with_the_batch_size():
     plan = schedule(100, warmup=10.0, init_lr=0.1, end_lr=0.01)
     larger = replace(plan, train=plan.train.model_copy(update={"global_batch": 1024}), samples=1024)
     for step in (0, 5, 10, 85, 100):

@@ -76,7 +76,7 @@ def test_a_correct_estimate_of_the_steps_is_not_changed(monkeypatch):
     assert plan.changes == () and step == 3600
 
 
-def test_slow_first_steps_are_no_measure_of_the_others(monkeypatch):
+def test_slow_first_steps_are_excluded_from_the_estimate(monkeypatch):
     """The first two steps include compilation. The number of steps is changed only for their time."""
     machine, firsts = Machine(monkeypatch), iter([300.0, 100.0])
     plan, step = machine.train(schedule(3600), lambda now: next(firsts, 1.0))

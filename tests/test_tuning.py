@@ -2,6 +2,7 @@
 stopped."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,9 +50,57 @@ def test_a_learning_rate_is_chosen_by_the_loss_of_short_runs(tmp_path, monkeypat
     assert [each.optim.peak_lr for each in tried] == [5e-4, 1e-3, 2e-3]
     assert {(each.train.steps, each.train.hours, each.optim.warmup_epochs) for each in tried} == {(50, None, 0.1)}
     assert found.optim.peak_lr == 1e-3 and 1.9 < found.train.hours <= 2.0 and found.train.steps > 950
-    assert load_config(path).optim == found.optim and "optim.peak_lr 0.0005: loss 1.9" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert load_config(path).optim == found.optim and "optim.peak_lr 0.0005: loss 1.9" in out
+    assert "chosen: optim.peak_lr 0.001\n" in out  # neither the lowest nor the highest
     trials(monkeypatch, {})
     assert learning_rate_search.tune(found, path) == found  # the search is complete
+
+
+@pytest.mark.parametrize(("hours", "minutes", "left"), [(2.0, 7.5, 1.5), (2.0, 30, 1.0), (None, 10, None)])
+def test_the_time_of_all_trials_is_subtracted_from_the_hours_of_the_run(tmp_path, monkeypatch, hours, minutes, left):
+    """At least half of the hours are kept, and the run has as many steps as fit into what is left. The time of a trial
+    that was stopped counts too."""
+    config, path, clock = tuned_config(tmp_path, hours=hours), tmp_path / "config.json", [0.0]
+    monkeypatch.setattr(learning_rate_search, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for third in ("stop", 2.0):
+        trials(monkeypatch, {5e-4: 3.0, 1e-3: 1.0, 2e-3: third})
+        pre_train = learning_rate_search.pre_train
+        monkeypatch.setattr(
+            learning_rate_search,
+            "pre_train",
+            lambda *args, pre_train=pre_train, **options: (
+                clock.__setitem__(0, clock[0] + 60 * minutes),
+                pre_train(*args, **options),
+            ),
+        )
+        found = learning_rate_search.tune(config, path)
+    assert found.train.hours == left and found.train.steps == round(1000 * (left / hours if hours else 1))
+    assert load_config(path).train == found.train
+
+
+def test_a_trial_has_no_probe_figures_loggers_or_early_stopping(tmp_path, monkeypatch):
+    """A trial has the model, the batch and the seed of the run, but no probe, figures, loggers or early end, and only
+    the evaluations at its beginning and end."""
+    probe = {"train": [{"shards": "a.tar"}], "val": [{"shards": "b.tar"}], "every": 5}
+    config = tuned_config(tmp_path, probe=probe, pictures=2, eval_every=10, save_every=10)
+    train = config.train.model_copy(update={"stop_at": 0.5})
+    tried = trials(monkeypatch, dict.fromkeys((5e-4, 1e-3, 2e-3), 1.0))
+    learning_rate_search.tune(config.model_copy(update={"train": train}), tmp_path / "config.json")
+    for each in tried:
+        own = each.train
+        assert (each.run.loggers, own.probe, own.pictures, own.stop_at, own.eval_every) == ([], None, 0, None, None)
+        assert (own.save_every, own.global_batch, each.model, each.run.seed) == (50, 16, config.model, config.run.seed)
+    assert config.run.loggers != [] and len(tried) == 3
+
+
+def test_without_held_out_samples_the_last_training_losses_are_compared(tmp_path):
+    """The mean over the last fifth of the logged losses, and over one loss if there are few."""
+    config = tuned_config(tmp_path)
+    for losses, mean in (([9.0] * 16 + [1.0, 2.0, 3.0, 4.0], 2.5), ([5.0, 4.0, 3.0], 3.0)):
+        lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
+        (tmp_path / METRICS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert learning_rate_search._loss(config) == mean
 
 
 def test_a_learning_rate_search_without_a_usable_result_is_refused(tmp_path, monkeypatch, capsys):

@@ -57,11 +57,12 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
             continue
         began = time.monotonic()
         loss = _try(config, rate, steps, device)
+        done["seconds"] += time.monotonic() - began
+        if loss is not None:
+            done["tried"][f"{rate:g}"] = loss if math.isfinite(loss) else None
+        write_whole(table, json.dumps(done, indent=1) + "\n")
         if loss is None:
             return None
-        done["tried"][f"{rate:g}"] = loss if math.isfinite(loss) else None
-        done["seconds"] += time.monotonic() - began
-        write_whole(table, json.dumps(done, indent=1) + "\n")
         print(f"optim.peak_lr {rate:g}: loss {loss:.4g}", flush=True)
     found = {rate: loss for rate, loss in done["tried"].items() if loss is not None}
     if not found:

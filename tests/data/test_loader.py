@@ -311,7 +311,7 @@ def test_masks_follow_the_settings_of_the_config(load, paired, per):
             assert seen <= 4
 
 
-def test_a_part_of_the_masked_tokens_is_predicted_in_training_and_all_in_evaluations(load, paired):
+def test_training_predicts_a_fraction_of_the_masked_tokens_and_evaluations_predict_all(load, paired):
     """Each modality has its own fraction."""
     masking = MaskingConfig(image_ratio=0.75, text_ratio=0.75, image_predicted=0.25, text_predicted=0.5)
     for train in (True, False):
