@@ -55,6 +55,7 @@ MEASURED = {".json", ".ipynb"}  # files of these types are not read in folders o
 FORMER = {
     "CHANGELOG.md": ["told apart"],
     "docs/guide/evaluating.md": ["cautions"],
+    "docs/guide/evaluation-results.md": ["cautions"],
     "m3ae_fast/evaluation/job.py": ["cautions"],
 }
 # names of classes, functions and constants that the field's terms have replaced, in tests too

@@ -17,6 +17,7 @@ from m3ae_fast.cli.command_line import program
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.config.schema import IMAGE_SETTINGS, Config, ModelConfig
+from m3ae_fast.evaluation.tasks import TASKS
 
 TRAIN_HEAD = """# Settings
 
@@ -28,9 +29,13 @@ This page lists all settings of a training run. They are grouped by the sections
 """
 EVALUATION_HEAD = """# Evaluation settings
 
-Settings of `m3ae-fast evaluate` and `m3ae-fast embed`. These commands have no config file; their settings are
-passed with `--set section.key=value`. The sections `run` and `data` are described on the page
-[Settings](config.md). Some of the settings in these two sections have their own options, such as `--out` and `--train`.
+Settings of [`m3ae-fast evaluate`](guide/evaluating.md) and `m3ae-fast embed`. These commands have no config file; their
+settings are passed with `--set section.key=value`. A command or task accepts only the settings that it uses:
+
+{table}
+
+Each of them also uses the sections `run` and `data`, which are described on the page [Settings](config.md). Some of the
+settings in these two sections have their own options, such as `--out` and `--train`.
 
 `m3ae-fast config evaluation > docs/evaluation-config.md` generates this page from m3ae_fast/config/evaluation.py.
 """
@@ -45,7 +50,14 @@ def train_page() -> str:
 
 def evaluation_page() -> str:
     """Return docs/evaluation-config.md: the sections that only the tasks of `evaluate` have."""
-    return _page(EVALUATION_HEAD, EvaluationConfig, _links(_sections(Config), "config.md"))
+    return _page(EVALUATION_HEAD.format(table=_readers()), EvaluationConfig, _links(_sections(Config), "config.md"))
+
+
+def _readers() -> str:
+    """Return a table of the tasks of `evaluate`, and of `embed`, with the sections that each of them reads."""
+    rows = [*((name, task.sections) for name, task in TASKS.items()), ("m3ae-fast embed", ("encode",))]
+    lines = [f"| {name} | {', '.join(f'[{each}](#{each})' for each in sections)} |" for name, sections in rows]
+    return "\n".join(["| task | sections |", "|---|---|", *lines])
 
 
 PAGES = {"train": train_page, "evaluation": evaluation_page}

@@ -3,8 +3,11 @@
 m3ae-fast evaluate knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
 m3ae-fast evaluate knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
 
-Labels are integers in KEY.cls, or integers or names in a field of KEY.json. The output folder, OUT, contains
-result.json, figures and TensorBoard events. On several GPUs: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
+Labels are integers in KEY.cls (the default), or integers or names in a field of KEY.json (--labels json.FIELD). The
+output folder, OUT, contains result.json, the predictions of all held-out samples, figures and TensorBoard events.
+On several GPUs: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
+
+To list the options and settings of a task, add --help after its name.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
         text = f"training samples in {shards}"
         command.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help=text)
     if task.has_labels:
-        add_labels(command)
+        add_labels(command, lists=task.has_lists)
     command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples in {shards}")
     if not task.classifies:
         classifier = ", or the input of the classifier" if task.may_classify else ""
@@ -76,7 +79,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
             help=f"input of the encoder (default: {task.modality or 'image'}{classifier})",
         )
     command.add_argument("--out", type=output(), required=True, metavar="OUT", help="output folder")
-    add_settings(command, "knn.k=10")
+    add_settings(command, task.example)
     if name == "ood":
         _add_outside_sets(command)
     if name == "robustness":

@@ -65,7 +65,7 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     """A linear classifier on frozen features, trained with LARS.
 
     Settings that are null are derived from the number of training samples by this
-    [rule](guide/comparing.md#default-hyper-parameters-by-dataset-size). For ImageNet, the rule gives the official
+    [rule](guide/evaluating.md#default-hyper-parameters-by-dataset-size). For ImageNet, the rule gives the official
     hyper-parameters, except for `encode.pool`, which is `cls` in the official code. A resumed run keeps the values that
     were derived at its start.
     """
@@ -92,6 +92,9 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     epochs: float | None = Field(None, gt=0, le=1e6)
     """Length of the run, in epochs; alternative to `steps`. null: 90 or more, derived from the number of training
     samples."""
+    eval_every: Count | None = None
+    """Number of optimiser steps between evaluations; null: one evaluation per epoch, but at most about
+    100 per run."""
 
 
 class AttentiveProbeConfig(Section):
@@ -249,9 +252,9 @@ class EvaluationConfig(Section):
     linear: LinearProbeConfig = LinearProbeConfig()
     attentive: AttentiveProbeConfig = AttentiveProbeConfig()
     finetune: FineTuneConfig = FineTuneConfig()
-    robustness: RobustnessConfig = RobustnessConfig()
-    segment: SegmentConfig = SegmentConfig()
     multilabel: MultilabelConfig = MultilabelConfig()
+    segment: SegmentConfig = SegmentConfig()
+    robustness: RobustnessConfig = RobustnessConfig()
 
 
 def evaluation_config(

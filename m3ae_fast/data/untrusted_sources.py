@@ -17,7 +17,7 @@ _FETCHED = re.compile(r"(https?|s3|gs)://")
 def require_harmless(sources: Iterable[SourceConfig], cache_dir: Path | None, where: str) -> None:
     """Raise UserError if a shard of `sources` would run a program, or if `cache_dir` is not yet a cache folder, because
     files are written to this folder and removed from it. `where`: the file that contains these settings."""
-    advice = "add --trust if you trust it, or specify other shards with --shards"
+    advice = "add --trust if you trust it, or specify other shards with --val"
     for shard in (shard for source in sources for shard in expand(source.shards)):
         if is_remote(shard) and not _FETCHED.match(shard):
             raise UserError(f"{where}: contains the shards {shard!r}, which run a program; {advice}")

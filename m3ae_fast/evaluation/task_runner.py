@@ -55,8 +55,8 @@ def evaluate(
     """Evaluate a model with a task, and write the result, predictions and figures to a folder.
 
     Args:
-        task: "knn", "logistic", "linear", "attentive", "compare", "multilabel", "segment", "finetune", "robustness",
-            "ood" or "retrieval"; see `TASKS`.
+        task: "knn", "logistic", "linear", "attentive", "finetune", "multilabel", "segment", "robustness", "ood",
+            "retrieval" or "compare"; see `TASKS`.
         model: name of a model; see `model_name.MODEL_HELP`. For robustness, the folder of a classifier; ood also
             accepts one. For compare, one or several models.
         val: held-out shards: paths, brace patterns, globs, URLs or pipe: commands.

@@ -37,6 +37,7 @@ class Task(NamedTuple):
     trains: bool = True  # has the options --train and --labels
     resumes: bool = False  # has the option --resume
     has_masks: bool = False  # the labels are masks, so there is no --labels
+    has_lists: bool = False  # the labels are lists
     classifies: bool = False  # MODEL is a classifier; has the option --labels
     may_classify: bool = False  # MODEL may be a classifier
     modality: Modality | None = None  # the only modality that it supports; None: any
@@ -47,6 +48,7 @@ class Task(NamedTuple):
     has_baselines: bool = False  # random weights and downscaled pixels are evaluated too; has the option --no-baselines
     sections: tuple[str, ...] = ("encode",)  # sections of settings that it reads
     libraries: tuple[str, ...] = ()  # optional libraries that it requires
+    example: str = "encode.pool=cls"  # an example of --set for --help
 
     @property
     def has_labels(self) -> bool:
@@ -62,6 +64,7 @@ TASKS = {
         takes_pixels=True,
         has_baselines=True,
         sections=("encode", "knn"),
+        example="knn.k=10",
     ),
     "logistic": Task(
         "logistic regression on frozen features, with the best of five L2 penalties; the classifier is saved in OUT",
@@ -78,6 +81,7 @@ TASKS = {
         takes_pixels=True,
         has_baselines=True,
         sections=("encode", "linear"),
+        example="linear.peak_lr=0.1",
     ),
     "attentive": Task(
         "train a linear classifier and a query that pools the frozen patch tokens",
@@ -86,19 +90,23 @@ TASKS = {
         pools=True,
         has_baselines=True,
         sections=("encode", "attentive"),
+        example="attentive.steps=1000",
     ),
-    "compare": Task(
-        "compare models, random weights and downscaled pixels with several probes, and test which of them differ "
-        "significantly",
-        modality="image",
-        compares=True,
-        sections=("encode", "knn", "linear", "attentive"),
+    "finetune": Task(
+        "train the encoder with a classification head; the classifier is saved in OUT",
+        resumes=True,
+        has_baselines=True,
+        sections=("finetune",),
+        libraries=("timm",),
+        example="finetune.epochs=50",
     ),
     "multilabel": Task(
         "mean average precision of frozen features on samples with lists of labels",
+        has_lists=True,
         takes_pixels=True,
         has_baselines=True,
         sections=("encode", "multilabel", "knn"),
+        example="multilabel.head=knn",
     ),
     "segment": Task(
         "semantic segmentation: classify frozen patch features with a linear head, or by a vote of the nearest "
@@ -108,13 +116,7 @@ TASKS = {
         takes_pixels=True,
         has_baselines=True,
         sections=("encode", "segment", "knn"),
-    ),
-    "finetune": Task(
-        "train the encoder with a classification head; the classifier is saved in OUT",
-        resumes=True,
-        has_baselines=True,
-        sections=("finetune",),
-        libraries=("timm",),
+        example="segment.head=knn",
     ),
     "robustness": Task(
         "accuracy of a classifier on adversarial and on corrupted images",
@@ -122,6 +124,7 @@ TASKS = {
         classifies=True,
         sections=("robustness",),
         libraries=("scipy",),
+        example="robustness.samples=1000",
     ),
     "ood": Task(
         "detect out-of-distribution samples with a frozen encoder or with a classifier",
@@ -133,6 +136,13 @@ TASKS = {
         "find the matching caption of each image, and the matching image of each caption",
         trains=False,
         modality="paired",
+    ),
+    "compare": Task(
+        "compare models, random weights and downscaled pixels with several probes, and test which of them differ "
+        "significantly",
+        modality="image",
+        compares=True,
+        sections=("encode", "knn", "linear", "attentive"),
     ),
 }
 

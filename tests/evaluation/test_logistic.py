@@ -1,5 +1,8 @@
 """The task `logistic` and the classifier that it writes."""
 
+import re
+from operator import eq
+
 import pytest
 import torch
 
@@ -8,6 +11,8 @@ from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS
 from m3ae_fast.weights.open_model import open_model
 from tests.evaluation.conftest import pictures, settings
+from tests.helpers.labelled import NAMES, coloured
+from tests.helpers.trainer import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +46,21 @@ def test_robustness_and_ood_use_the_saved_logistic_classifier(transfer, run, sha
     assert attacked["prediction"] == measured["prediction"]
     assert attacked["score"] == pytest.approx(measured["score"], rel=1e-3)
     assert ood["max_softmax"][:18] == pytest.approx(measured["score"], rel=1e-3)
+
+
+def test_the_guide_shows_how_to_classify_images(transfer, tmp_path):
+    transfer("logistic", "--labels", "json.name")
+    paths = []
+    for number in range(100, 118):  # the images of the validation shard
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(coloured(number, NAMES[number % 3]))
+        paths.append(str(path))
+    guide = (ROOT / "docs/guide/evaluating.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import torch\n.*?)```", guide, re.DOTALL)
+    names: dict = {}
+    exec(code.replace('"runs/finetune"', repr(str(tmp_path / "out"))).replace('["a.jpg", "b.jpg"]', repr(paths)), names)
+    predicted = read_parquet(tmp_path / "out/predictions.parquet")["prediction"]
+    assert sum(map(eq, names["labels"], predicted)) >= 17  # rounding may decide a tie
 
 
 @pytest.mark.parametrize("options", [["--layers", "1"], ["--shots", "5"], ["pixels"]])

@@ -86,8 +86,8 @@ def _fields(value):
 
 
 def test_the_guide_lists_exactly_the_fields_of_a_result(alone):
-    guide = (ROOT / "docs/guide/evaluating.md").read_text()
-    (section,) = re.findall(r"### Fields of result.json\n(.*?)\n## ", guide, re.DOTALL)
+    guide = (ROOT / "docs/guide/evaluation-results.md").read_text()
+    (section,) = re.findall(r"## Fields of result.json\n(.*?)\n## ", guide, re.DOTALL)
     table = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
     named = {name.removesuffix("_se") for _, fields in table for name in re.findall(r"`([A-Za-z0-9_]+)`", fields)}
     results = [json.loads((alone[1] / name / "result.json").read_text()) for name in task_cases.CASES]

@@ -59,7 +59,7 @@ def test_default_steps_have_a_minimum_and_change_gradually_with_the_number_of_sa
 
 
 def test_the_guides_table_of_default_hyper_parameters_is_current():
-    text = (ROOT / "docs/guide/comparing.md").read_text()
+    text = (ROOT / "docs/guide/evaluating.md").read_text()
     rows = re.findall(r"^\| ([\d,]+) \| (.+) \|$", text, re.MULTILINE)
     assert [int(samples.replace(",", "")) for samples, _ in rows] == [1_000, 10_000, 50_000, IMAGENET]
     for samples, row in rows:
