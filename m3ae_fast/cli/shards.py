@@ -232,7 +232,7 @@ def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
 manifest, or to all of its parts."""
     parser = command(commands, "manifest", summary, text, _manifest, common)
     parser.add_argument("--out", type=output(".npy"), required=True, metavar="FILE.npy", help="output file")
-    text = "count only the I-th of N parts of the shards; each part needs its own output file"
+    text = "count only the I-th of N parts of the shards; the part is added to the name of the output file"
     parser.add_argument("--part", type=_part, metavar="I/N", help=text)
     known = parser.add_mutually_exclusive_group()
     known.add_argument(
