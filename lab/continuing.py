@@ -7,9 +7,9 @@ python -m lab.continuing data/labelled --minutes 20        # starts no run after
 
 An MAE is trained on many images of one domain, the source. Then, MAEs are trained on few images of another domain, the
 target, with the settings that `m3ae-fast pretrain` chooses. Some start from scratch, and the others continue from the
-source's weights. All encoders are tested on held-out images of the target. The protocol is in lab/README.md. table.md
-is written to --out after each run. Complete runs are not repeated. An incomplete run starts from the beginning, so that
-the recorded CPU time covers one uninterrupted run.
+source's weights. All encoders are tested on held-out images of the target. The protocol is in lab/continuing.md.
+table.md is written to --out after each run. Complete runs are not repeated. An incomplete run starts from the
+beginning, so that the recorded CPU time covers one uninterrupted run.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ python -m lab.segmentation --packages FOLDER           # FOLDER contains emoji-d
 python -m lab.segmentation --minutes 20                # no run starts after 20 minutes; the next call continues
 
 An MAE and an M3AE are pre-trained. `evaluate segment` compares them with random weights, with the pixels of each patch
-and with the largest class. The protocol is in lab/README.md. segmentation.json, segmentation.png and README.md are
-written after each encoder. Completed training runs and tests are not repeated.
+and with the largest class. The protocol is in lab/segmentation/README.md. segmentation.json, segmentation.png and
+README.md are written after each encoder. Completed training runs and tests are not repeated.
 """
 
 from __future__ import annotations

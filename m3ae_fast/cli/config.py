@@ -21,8 +21,22 @@ from m3ae_fast.evaluation.tasks import TASKS
 
 TRAIN_HEAD = """# Settings
 
-This page lists all settings of a training run. They are grouped by the sections of the JSON config file, and
-`--set section.key=value` overrides any of them. The settings of probes and fine-tuning are on another page:
+This page lists all settings of a training run, grouped by the sections of the JSON config file. A config contains only
+the settings whose values differ from the defaults. `data.train` and either `train.epochs` or `train.steps` are
+required:
+
+```json
+{
+  "run": {"dir": "runs/mine"},
+  "model": {"size": "small"},
+  "data": {"train": [{"shards": "shards/train-*.tar"}], "tokenizer": "bert-base-uncased"},
+  "train": {"global_batch": 1024, "epochs": 100},
+  "deepspeed": null
+}
+```
+
+`--set train.epochs=200` overrides a setting on the command line. [Training](guide/training.md) explains how to start a
+run, and the folder `configs` contains complete configs. The settings of probes and fine-tuning are on another page:
 [Evaluation settings](evaluation-config.md).
 
 `m3ae-fast config > docs/config.md` generates this page from m3ae_fast/config/schema.py.

@@ -344,8 +344,9 @@ class DataConfig(Section):
     whose samples a lane shuffles together."""
     lanes: int = Field(64, gt=0, le=1 << 16)
     """Maximum number of lanes, the parallel sub-streams into which the training stream is divided; each node reads only
-    some of them. The actual number of lanes is the largest divisor of `train.global_batch` / `repeats` that
-    exceeds neither this value nor the number of shards."""
+    some of them ([explanation](guide/many-nodes.md#partitioning-of-shards-over-nodes)). The actual number of lanes is
+    the largest divisor of `train.global_batch` / `repeats` that exceeds neither this value nor the number of
+    shards."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of data-loader processes per rank; null: derived from the number of CPU cores."""
     prefetch: int = Field(4, gt=0, le=1024)
@@ -465,7 +466,7 @@ class LoopConfig(Section):
     """Maximum number of samples per rank in each forward pass. Larger per-rank batches are split evenly into
     micro-batches with gradient accumulation; null: no gradient accumulation."""
     epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run, in epochs; alternative to `steps`."""
+    """Length of the run, in epochs; alternative to `steps`. One of the two must be set."""
     steps: Count | None = None
     """Length of the run, in optimiser steps; alternative to `epochs`."""
     log_every: Count = 10
