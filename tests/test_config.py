@@ -550,11 +550,6 @@ def test_the_generated_pages_of_settings_are_current(page, file, capsys):
     assert capsys.readouterr().out == (ROOT / "docs" / file).read_text(), again
 
 
-def test_the_example_on_the_page_of_settings_is_valid():
-    example = json.loads(re.search(r"```json\n(.*?)```", train_page(), re.DOTALL)[1])
-    assert parse(Config, example, "example").train.epochs == 100
-
-
 def test_every_setting_is_explained():
     text = train_page() + evaluation_page()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]

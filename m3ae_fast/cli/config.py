@@ -22,22 +22,12 @@ from m3ae_fast.evaluation.tasks import TASKS
 TRAIN_HEAD = """# Settings
 
 This page lists all settings of a training run, grouped by the sections of the JSON config file. A config contains only
-the settings whose values differ from the defaults. `data.train` and either `train.epochs` or `train.steps` are
-required:
+the settings whose values differ from the defaults ([example](guide/training.md#your-own-config)). `data.train` and
+either `train.epochs` or `train.steps` are required. On the command line, `--set section.key=value` overrides a setting,
+for example `--set train.epochs=200`.
 
-```json
-{
-  "run": {"dir": "runs/mine"},
-  "model": {"size": "small"},
-  "data": {"train": [{"shards": "shards/train-*.tar"}], "tokenizer": "bert-base-uncased"},
-  "train": {"global_batch": 1024, "epochs": 100},
-  "deepspeed": null
-}
-```
-
-`--set train.epochs=200` overrides a setting on the command line. [Training](guide/training.md) explains how to start a
-run, and the folder `configs` contains complete configs. The settings of probes and fine-tuning are on another page:
-[Evaluation settings](evaluation-config.md).
+[Terms](index.md#terms) explains words such as shard, lane and rank. The settings of probes and fine-tuning are on
+another page: [Evaluation settings](evaluation-config.md).
 
 `m3ae-fast config > docs/config.md` generates this page from m3ae_fast/config/schema.py.
 """
