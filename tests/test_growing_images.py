@@ -148,6 +148,12 @@ def test_settings_incompatible_with_growing_images_are_refused_in_one_line(model
     assert "\n" not in str(error.value)
 
 
+def test_growing_images_are_refused_if_the_data_section_asks_for_native_images():
+    changed = {"data": TINY["data"] | {"resize": "native"}, "train": TINY["train"] | {"image_sizes": [[0.5, 8]]}}
+    with pytest.raises(UserError, match=r"square images with pixel targets, not model\.resize native"):
+        parse(Config, TINY | changed, "test")
+
+
 def test_a_dry_run_counts_the_flops_of_all_sizes(capsys):
     """The mean is that over the steps of a run, each with the FLOPs of a model of its size."""
     sizes = {"emb_dim": 256, "num_heads": 4, "vocab_size": 0}

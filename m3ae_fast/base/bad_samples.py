@@ -72,7 +72,17 @@ class BadSamples:
         Raises UserError if more than `max_fraction` of all samples so far are bad."""
         self.seen += seen
         self.bad += bad
-        if self.seen >= self.least and self.bad > self.max_fraction * self.seen:
+        if self.seen >= self.least:
+            self._check()
+
+    def finish(self) -> None:
+        """Check the samples of a run that ends before enough samples were read for `count` to check them. Raises
+        UserError if all of them are bad, unless `max_fraction` is 1."""
+        if self.bad == self.seen:
+            self._check()
+
+    def _check(self) -> None:
+        if self.bad > self.max_fraction * self.seen:
             example = f", for example {self._latest}" if self._latest else ""
             raise UserError(
                 f"{self.bad} of {self.seen} samples cannot be used{example}; "

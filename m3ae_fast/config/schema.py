@@ -713,7 +713,6 @@ class Config(Section):
             )
         if self.train.stop_at is not None and (self.train.probe is None or self.train.probe.every is None):
             raise ValueError("train.stop_at needs the accuracy of train.probe during training: set train.probe.every")
-        self._check_image_sizes()
         if self.train.spike_threshold is not None and not self.train.rollbacks:
             raise ValueError("train.spike_threshold needs rollbacks to a checkpoint: set train.rollbacks to 1 or more")
         self._check_layer_decay()
@@ -731,7 +730,9 @@ class Config(Section):
         shown = self.data.show_channels or (0,)
         if not 0 <= min(shown) <= max(shown) < self.model.channels:
             raise ValueError(f"data.show_channels {list(shown)}: the model has channels 0 to {self.model.channels - 1}")
-        return self._with_images()._without_captions()
+        config = self._with_images()._without_captions()
+        config._check_image_sizes()  # depends on model.resize, which may be set by data.resize
+        return config
 
     def _check_layer_decay(self) -> None:
         """Raise ValueError if optim.layer_decay is set and cannot be combined with other settings."""

@@ -23,6 +23,7 @@ from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.attention_kernels import RunAttention
+from m3ae_fast.training.early_stopping import PLATEAU
 from m3ae_fast.training.metrics_log import RunLog
 from m3ae_fast.training.throughput import StepCounts
 from m3ae_fast.training.trainer import Trainer
@@ -133,9 +134,17 @@ class PretrainingTask:
         ]
         lines += filter(None, (open_options(config), engine.memory))
         if trainer.step >= schedule.total_steps:
-            fixed = "set train.hours=null and " if config.train.hours else ""
-            lines.append(f"training is complete; {fixed}raise train.epochs or train.steps to continue")
+            lines.append(f"training is complete; {_how_to_continue(trainer, config)}")
         return lines
+
+
+def _how_to_continue(trainer: Trainer, config: Config) -> str:
+    """Return advice on how to extend a run that has taken all of its steps."""
+    if trainer.early_stopping and trainer.early_stopping.step is not None:
+        raised = "" if config.train.stop_at == PLATEAU else "raise train.stop_at or "
+        return f"it was ended by train.stop_at={config.train.stop_at}: {raised}set it to null to continue"
+    fixed = "set train.hours=null and " if config.train.hours else ""
+    return f"{fixed}raise train.epochs or train.steps to continue"
 
 
 def _shown(times: dict[str, float]) -> str:

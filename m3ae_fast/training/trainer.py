@@ -338,11 +338,12 @@ class Trainer:
 
     def _finish(self) -> None:
         """Wait for the last save. If the run was stopped early, save its state first. Raises UserError on all ranks if
-        a save has failed."""
+        a save has failed, or if no sample could be used."""
         self.saver.wait()
         self.stop_if_diverged()
         if self.bad.bad:
             self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
+        self.bad.finish()
         if self.step >= self.schedule.total_steps:
             return
         if self.step > self.start and not self._saves():

@@ -651,6 +651,19 @@ def test_too_many_bad_samples_end_the_loader():
         BadSamples(0.0, samples=20).count(500, 1)
 
 
+def test_a_short_run_without_a_usable_sample_is_an_error():
+    """A run of 16 samples ends before the fraction of bad samples is checked."""
+    for fraction, bad in ((0.1, 15), (1.0, 16), (0.1, 0)):
+        counter = BadSamples(fraction, samples=10_000)
+        counter.count(16, bad)
+        counter.finish()
+    BadSamples(0.1, samples=10_000).finish()  # a run that took no step
+    counter = BadSamples(0.1, samples=10_000)
+    counter.count(16, 16)
+    with pytest.raises(UserError, match="16 of 16 samples cannot be used"):
+        counter.finish()
+
+
 def test_a_limited_number_of_bad_samples_is_logged(caplog):
     counter = BadSamples(0.1, samples=1000)
     for i in range(50):
