@@ -192,6 +192,32 @@ def test_results_may_be_stored_in_another_folder(run, tmp_path):
     assert "knn" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "edited",
+    [
+        {"baselines": None},
+        {"baselines": []},
+        {"baselines": {"random weights": 3}},
+        {"baselines": {"random weights": {"difference": {"value": 0.1}, "top1": 0.5}}},
+        {"baselines": {"random weights": {"difference": {"value": "0.1", "low": None, "high": 1}}}},
+        {"per_class": [1]},
+        {"per_class": [{"accuracy": 0.5}]},
+        {"per_class": [{"class": 1, "samples": 2, "accuracy": None}]},
+    ],
+)
+def test_an_edited_result_is_an_error_that_names_the_file(run, edited):
+    (run / "probe/result.json").write_text(json.dumps({"task": "knn", "top1": 0.5} | edited))
+    with pytest.raises(UserError, match=r"probe/result\.json: is damaged"):
+        write_report(run, run / "report.html")
+    assert not (run / "report.html").exists()
+
+
+def test_a_result_without_classes_has_no_table_of_classes(run):
+    (run / "probe/result.json").write_text('{"task": "knn", "top1": 0.5, "per_class": []}')
+    write_report(run, run / "report.html")
+    assert "of each class" not in (run / "report.html").read_text()
+
+
 def test_user_errors_are_reported(run, tmp_path):
     with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path, tmp_path / "page.html")

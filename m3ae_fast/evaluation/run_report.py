@@ -89,8 +89,19 @@ def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: is damaged ({error}); remove it") from None
             if isinstance(result, dict):
+                _check(path, result)
                 found[path.resolve()] = result
     return list(found.items())
+
+
+def _check(path: Path, result: dict[str, Any]) -> None:
+    """Raise UserError if entries of a result have other types than those that tasks write, for example because the file
+    was edited."""
+    own = [(path, result)]
+    try:
+        _results_table(own), [*_per_class(own)], [each.words("", "") for each in differences(result).values()]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({type(error).__name__}: {error}); remove it") from None
 
 
 def _head(run: Path, metrics: Metrics, named: bool) -> str:
@@ -189,14 +200,14 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
 def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
     """Yield a collapsed table for each result with metrics of each class. The class with the lowest metric is first."""
     for path, result in found:
-        if not isinstance(rows := result.get("per_class"), list):
+        if not isinstance(rows := result.get("per_class"), list) or not rows:
             continue
         measure = next(
             (name for name in ("accuracy", "iou", "average_precision") if all(name in row for row in rows)), None
         )
         if measure is None:
             continue
-        counted = next(name for name in ("samples", "pixels") if name in rows[0])
+        counted = "samples" if "samples" in rows[0] else "pixels"
         cells = [
             [escape(str(row.get("name", row["class"]))), _cell(f"{row[counted]:,}"), _cell(f"{row[measure]:.1%}")]
             for row in sorted(rows, key=lambda row: row[measure])
