@@ -194,7 +194,16 @@ def test_shards_are_made_counted_and_described_through_the_python_api(images, tm
         ),
         (lambda shards: shards.manifest("a.tar", "m.npy", part=(3, 2)), "--part 3/2: must be I/N"),
         (lambda shards: shards.tokenizer("a.tar", "t.json", vocab_size=1), "--vocab-size 1: must be above"),
+        (lambda shards: shards.make("in", "out", kind="zip"), "--kind zip: must be one of folder, hdf5, huggingface"),
+        (lambda shards: shards.make("in", "out", image_range=(9, 0)), r"--range \(9, 0\): must be dtype"),
+        (lambda shards: shards.make("in", "out", image_range=(5, 5)), r"--range \(5, 5\): must be dtype"),
         (lambda shards: shards.stats("a.tar", channels=0), "--channels 0: must be from 1"),
+        (lambda shards: shards.stats("a.tar", dtype="int8"), "--dtype int8: must be one of uint8, uint16, float32"),
+        (lambda shards: shards.stats("a.tar", image_range="uint16"), "--range uint16: must be dtype"),
+        (
+            lambda shards: shards.image_tokens("a.tar", "out", vqgan="vqgan", image_range=(0, float("inf"))),
+            r"--range \(0, inf\): must be dtype",
+        ),
         (lambda shards: shards.image_tokens("a.tar", "out", vqgan="vqgan", views=0), "--views 0: must be 1 or more"),
     ],
 )
@@ -202,6 +211,25 @@ def test_invalid_arguments_for_making_shards_are_refused(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         call(m3ae_fast.shards)
+    assert not any(tmp_path.iterdir())
+
+
+def test_shards_are_not_made_with_0_workers(images, tmp_path):
+    with pytest.raises(UserError, match="--workers 0: must be from 1 to 1024"):
+        m3ae_fast.shards.make(images, tmp_path / "out", workers=0)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "safetensors"}, "--format safetensors: must be one of m3ae, timm, onnx"),
+        ({"weights": "ema"}, "--weights ema: must be one of average, last"),
+    ],
+)
+def test_an_export_with_an_unknown_format_or_kind_of_weights_is_refused(run, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        m3ae_fast.export(run, tmp_path / "out", **options)
     assert not any(tmp_path.iterdir())
 
 

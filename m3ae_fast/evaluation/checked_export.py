@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import push_folder
@@ -16,6 +16,9 @@ from m3ae_fast.evaluation.onnx_check import OnnxCheck, check_onnx, open_labelled
 from m3ae_fast.model.pretrained import Pretrained
 from m3ae_fast.weights.exporting import write_export
 from m3ae_fast.weights.onnx_model import NEEDS, file_names
+
+Format = Literal["m3ae", "timm", "onnx"]
+Weights = Literal["average", "last"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ def export(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    format: Literal["m3ae", "timm", "onnx"] = "m3ae",
-    weights: Literal["average", "last"] = "average",
+    format: Format = "m3ae",
+    weights: Weights = "average",
     push: str | None = None,
     private: bool = False,
     train: str | Sequence[str] = (),
@@ -54,10 +57,13 @@ def export(
         labels: source of the labels: "cls", or "json." and the name of a field.
 
     Raises:
-        UserError: the model does not exist or is damaged, arguments cannot be combined, a library is missing, or the
-            result cannot be written or uploaded.
+        UserError: the model does not exist or is damaged, an argument is invalid, arguments cannot be combined, a
+            library is missing, or the result cannot be written or uploaded.
     """
     bank, queries = ([given] if isinstance(given, str) else list(given) for given in (train, val))
+    for name, value, allowed in (("format", format, get_args(Format)), ("weights", weights, get_args(Weights))):
+        if value not in allowed:
+            raise UserError(f"--{name} {value}: must be one of {', '.join(allowed)}")
     if push and format == "onnx":
         raise UserError("--push uploads a folder, but --format onnx writes files; leave out --push")
     if private and not push:

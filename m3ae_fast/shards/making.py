@@ -68,4 +68,4 @@ def make(
         subset=subset,
         split=split,
     )
-    return convert(records, Path(out), settings, workers or len(os.sched_getaffinity(0)))
+    return convert(records, Path(out), settings, len(os.sched_getaffinity(0)) if workers is None else workers)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
-from m3ae_fast.config import MAX_CHANNELS, Config, Range, SourceConfig, parse
+from m3ae_fast.config import MAX_CHANNELS, Config, ModelConfig, Range, SourceConfig, parse, require_range
 from m3ae_fast.config.load import read_config
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import LEFT_OUT, Label, read_labels, select_labelled
@@ -35,6 +35,7 @@ from m3ae_fast.images.image_kind import kind_of
 
 _QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # quantiles of a distribution that are shown
 _LONGEST = 1 << 16  # maximum length of a caption in tokens
+_DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["image_dtype"].annotation)
 _SHOWN = 5  # maximum numbers of labels and of reasons for unreadable samples that are shown
 
 
@@ -72,6 +73,9 @@ def stats(
         raise UserError(f"--samples {samples}: must be 1 or more")
     if not 1 <= channels <= MAX_CHANNELS:
         raise UserError(f"--channels {channels}: must be from 1 to {MAX_CHANNELS}")
+    if dtype not in _DTYPES:
+        raise UserError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
+    require_range(image_range)
     loaded = None if tokenizer is None else load_tokenizer(os.fspath(tokenizer), _LONGEST, label="--tokenizer")
     names = [shards] if isinstance(shards, str) else list(shards)
     corpus = open_corpus([SourceConfig(shards=names)], ShardStore(cache_dir), progress=True)

@@ -112,6 +112,8 @@ def open_source(
         UserError: the source cannot be read, or an argument does not apply to sources of its kind.
     """
     name = os.fspath(source)
+    if kind is not None and kind not in SOURCE_KINDS:
+        raise UserError(f"--kind {kind}: must be one of {', '.join(SOURCE_KINDS)}")
     kind = kind or kind_of_source(name)
     options: dict[str, object] = {"captions": captions, "classes": classes, "flat": flat, "masks": masks}
     options |= {
