@@ -114,7 +114,8 @@ def predict_online(
     stacks = {at: new_stack(shape, recipe, scales, setting) for at, shape in enumerate(types.shapes(job.model.config))}
     accumulation = max(-(-recipe.batch // (job.config.encode.batch * world)), 1)
     share = Share(recipe.batch, accumulation, ranks.rank, world)
-    loader = job.batches(train, share, range(recipe.steps), lay_out(job.config.data, train.sizes, recipe.batch))
+    layout = lay_out(job.config.data, train.sizes, recipe.batch)
+    loader = job.batches(train, share, range(recipe.steps), layout, seed=setting.seed)
     steps = EncodedSteps(loader, accumulation, job.model, job.config.encode, types, ranks, trying)
     title = f"{recipe.probe} probe, online" + (f", {len(scales)} rates" if trying else "")
     part = float(recipe.steps * recipe.batch)

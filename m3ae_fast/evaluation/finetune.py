@@ -183,6 +183,7 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
     if config.ema is not None:
         averaged = Classifier(model.config).to(ranks.device).eval()
         averaged.load_state_dict(model.state_dict())  # for the position embeddings; the weights will be overwritten
+        averaged.backbone.tokenizer = model.backbone.tokenizer  # is saved with the weights
     groups = layer_decay_groups(model, model.config.model.depth, config.weight_decay, config.layer_decay)
     engine = make_engine(model, groups, [model.backbone.encoder], config, config, config.deepspeed, ranks, config.ema)
     sections = {"classifier": model.config.model_dump(mode="json"), "task": {"model": job.options.model}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -239,12 +239,20 @@ class Job:
         return Preparation(encoder.geometry, UNMASKED, encoder.tokenizer, self.config.run.seed)
 
     def batches(
-        self, train: Corpus, share: Share, steps: range, layout: Layout, transform: Transform | None = None
+        self,
+        train: Corpus,
+        share: Share,
+        steps: range,
+        layout: Layout,
+        transform: Transform | None = None,
+        seed: int | None = None,
     ) -> DataLoader[PackedBatch]:
-        """Return a loader of this rank's training batches for the given steps."""
+        """Return a loader of this rank's training batches for the given steps. `seed`: random seed of the order and the
+        crops of the samples; None: `run.seed`."""
         more: dict[str, Any] = {"node": self.session.node(), "pin_memory": pins_memory(self.ranks.device)}
+        preparation = self.preparation if seed is None else replace(self.preparation, seed=seed)
         return train_loader(
-            self.config.data, train, self.preparation, share, steps, layout=layout, transform=transform, **more
+            self.config.data, train, preparation, share, steps, layout=layout, transform=transform, **more
         )
 
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:

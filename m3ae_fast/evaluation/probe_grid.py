@@ -200,6 +200,7 @@ def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpu
     )
     job.keep_if_stopped(lambda: PartialResult(found.live.copy()[1], {}, {}))
     made = predict_online(job, (train, val), kinds, recipe, setting, whole)
+    found.samples = train.samples, len(made[0].keys)  # unreadable samples are not classified
     found.made = [(Case(*kinds[number], None), 0, own) for number, own in made.items()]
     return _concluded(job, found, (train, val))
 

@@ -19,6 +19,7 @@ from m3ae_fast.evaluation import ood
 from m3ae_fast.evaluation.baselines import LARGEST, SCALED, UNTRAINED
 from m3ae_fast.evaluation.compare import ComparedPredictions, model_names
 from m3ae_fast.evaluation.difference import compare_results
+from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.ood import SCORES
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import difference
@@ -91,6 +92,20 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
         alone = parquet.read_table(tmp_path / task / "predictions.parquet").to_pandas()
         own = table[(table.model == name) & (table.probe == task) & (table.seed == seed)]
         assert alone.score.tolist() == own.score.tolist(), "each is what its task alone would give, to the bit"
+
+
+def test_each_seed_of_an_online_probe_has_samples_in_another_order(compared, run, monkeypatch):
+    """The order of a seed is the same for all models."""
+    orders, batches = [], Job.batches
+
+    def seen(job, *given, **more):
+        orders.append([key for batch in batches(job, *given, **more) for key in batch.keys])
+        return batches(job, *given, **more)
+
+    monkeypatch.setattr(Job, "batches", seen)
+    short = settings("attentive.steps=3", "attentive.batch=16", "attentive.peak_lr=0.001", "attentive.online=true")
+    compared("--seeds", "2", "--probes", "attentive", models=[run], short=short)
+    assert len(orders) == 4 and orders[:2] == orders[2:] and orders[0] != orders[1]
 
 
 def _found(**correct):

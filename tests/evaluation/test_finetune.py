@@ -2,28 +2,37 @@
 
 import json
 import os
+import random
 import signal
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import auto_augment
+from timm.data.transforms_factory import transforms_imagenet_train
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.data.rank_share import MicroBatches, Share
-from m3ae_fast.evaluation import finetune
+from m3ae_fast.evaluation import finetune, linear
 from m3ae_fast.evaluation.augment import Mixing, RandAugment
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.finetune import TrainableClassifier
+from m3ae_fast.images.crops import centre_crop
+from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.training.metrics_log import read_metrics
-from tests.helpers.labelled import coloured, labelled_tar
+from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -57,22 +66,18 @@ def test_fine_tuning_learns_and_its_classifier_can_be_loaded(transfer, tmp_path,
     assert result["task"] == "finetune" and result["top1"] >= 0.7 and "top5" not in result
     counts = [result[name] for name in ("classes", "train_samples", "val_samples", "skipped", "steps")]
     assert counts == [3, 48, 18, 0, 3 * changed.get("epochs", 4)]
+    assert read_metrics(tmp_path / "out")[0]["lr"] == pytest.approx(3e-3), "it is not multiplied by the batch size"
     model = Classifier.from_pretrained(tmp_path / "out").eval()
     assert model.config.classes == [0, 1, 2] and model.config.modality == modality
-    if modality == "text":
-        return
-    samples = []
+    assert (model.backbone.tokenizer is None) == (modality == "image")
+    samples, members = [], dict(labelled_members(range(100, 118)))
     for number in range(100, 118):
-        from m3ae_fast.images.crops import centre_crop
-        from m3ae_fast.images.decoding import decode_image
-
-        image = centre_crop(decode_image(coloured(number, ("blue", "green", "red")[number % 3]), 3), 32)
-        samples.append(Sample(str(number), image, torch.zeros(16, dtype=torch.bool)))
-    if modality == "image":
-        with torch.no_grad():
-            found = model(pack(samples, model.backbone.geometry)).argmax(1)
-        share = (found == torch.arange(100, 118) % 3).double().mean().item()
-        assert share == pytest.approx(result["top1"])
+        image = centre_crop(decode_image(members[f"{number:05d}.png"], 3), 32) if modality != "text" else None
+        words = members[f"{number:05d}.txt"].decode() if modality != "image" else None
+        samples.append(unmasked_sample(number, image, words, model.config.model, model.backbone.tokenizer))
+    with torch.no_grad():
+        found = model(pack(samples, model.backbone.geometry)).argmax(1)
+    assert (found == torch.arange(100, 118) % 3).double().mean().item() == pytest.approx(result["top1"])
 
 
 def test_resumed_fine_tuning_equals_an_uninterrupted_run(transfer, tmp_path, capsys):
@@ -189,6 +194,75 @@ def test_a_checkpoint_with_different_settings_is_refused(transfer, run, shards, 
             command[1:2], other = other, []
         assert exit_cleanly(partial(main, [*command, *settings(epochs=1), *other, "--resume", "auto"])) == 2
         assert message in capsys.readouterr().err
+
+
+def test_every_setting_takes_effect_and_partners_are_in_one_micro_batch(run, tmp_path, monkeypatch):
+    """Settings of the samples and of the network change the loss of the first step; those of the optimiser change the
+    loss of the second step. Each lane has an even number of samples in a step."""
+    steps = {"global_batch": 12, "micro_batch": 6, "precision": "fp32"}
+    sampling = {"label_smoothing": 0.3, "mixup": 0.1, "cutmix": 0.1, "switch_prob": 0.9, "rand_augment": None}
+    network, optimiser = (
+        {"drop_path": 0.6, "pool": "mean"},
+        {"layer_decay": 0.9, "weight_decay": 5.0, "betas": (0.5, 0.9)},
+    )
+    found = {}
+
+    def first_losses(job, name="", value=None):
+        config = FineTuneConfig(**steps | ({name: value} if name else {}))
+        job = replace(job, config=job.config.model_copy(update={"finetune": config}), model=deepcopy(job.model))
+        task, trainer = finetune.set_up(job)
+        assert trainer.stream["data.order"].startswith("3 lanes, ")
+        losses, batches = [], iter(trainer.train_loader)
+        for _ in range(2):
+            parts = [next(batches) for _ in range(2)]
+            for part in parts:
+                assert len(part.keys) == 6 and {task.model.mixing.pair(p)[0] for p in part.positions} == {
+                    *part.positions
+                }
+            losses.append(sum(each.loss.item() for each in trainer.engine.step(parts, 12.0, 1e-2)[0]))
+        return losses
+
+    def prepare(job):
+        found[""] = first_losses(job)
+        found.update({name: first_losses(job, name, new) for name, new in (sampling | network | optimiser).items()})
+
+    monkeypatch.setattr(finetune, "run", prepare)
+    train = [labelled_tar(tmp_path / f"{number}.tar", range(12 * number, 12 * number + 12)) for number in range(4)]
+    options = ["--val", train[0], "--out", str(tmp_path / "out"), "--no-baselines", "--set", "data.workers=0"]
+    assert main(["finetune", str(run), "--train", *train, *options]) == 0
+    first, second = found.pop("")
+    for name, losses in found.items():
+        assert (losses[0] != first) == (name not in optimiser), name
+        assert losses[1] != second, name
+
+
+@pytest.mark.parametrize("total", [40, 1000, 30_000])
+@pytest.mark.parametrize("held_out", [10, 3000, 200_000])
+def test_ten_evaluations_or_as_many_as_take_a_twentieth_of_the_time(total, held_out):
+    """In an evaluation, a sample takes a third of the time that it takes in a training step."""
+    schedule, share = SimpleNamespace(total_steps=total, steps_per_epoch=7), SimpleNamespace(global_batch=64)
+    task = SimpleNamespace(val=SimpleNamespace(samples=held_out))
+    trainer = SimpleNamespace(schedule=schedule, share=share)
+    period = finetune.FineTuningTask._default_period(task, trainer)
+
+    def allowed(period):
+        return period >= max(7, total // 10) and held_out / 3 <= period * 64 / 20 + 1e-6
+
+    assert allowed(period) and not allowed(period - 1)
+
+
+def test_a_resumed_fine_tuning_may_change_its_schedule_and_nothing_that_it_draws():
+    """A setting that is added has to be listed here or in the rules."""
+    schedule = {"epochs", "steps", "warmup_epochs", "peak_lr", "init_lr", "end_lr"}
+    optimiser = {"weight_decay", "betas", "eps", "clip_grad", "layer_decay", "ema", "deepspeed", "precision"}
+    loop = {"log_every", "eval_every", "save_every", "keep", "micro_batch", "activation_checkpointing", "compile"}
+    of_the_classifier = {"pool", "drop_path"}
+    refused = {name for name in FineTuneConfig.model_fields if finetune.RULES.severity(f"finetune.{name}") == "refused"}
+    assert refused == FineTuneConfig.model_fields.keys() - schedule - optimiser - loop - of_the_classifier
+    assert {finetune.RULES.severity(f"classifier.{name}") for name in ("pool", "model.drop_path")} == {"refused"}
+    for rules, names in ((finetune.RULES, ["task.model"]), (linear.RULES, ["task.weights", "task.classes"])):
+        for name in [*names, "run.seed", "data.crop_scale", "data.flip", "data.repeats"]:
+            assert rules.severity(name) == "refused", name
 
 
 def _labelled_batch(model, count, first=0, only=None):
@@ -332,6 +406,21 @@ def test_rand_augment_depends_only_on_its_seed():
     np.random.seed(5)
     assert all(torch.equal(one, augment(image, seed)) for seed, one in enumerate(first))
     assert len({one.numpy().tobytes() for one in first}) > 3
+
+
+def test_rand_augment_is_that_of_timms_training_transform():
+    """The sizes of shifts and the colour of the pixels outside the image are those of timm."""
+    config, mean = "rand-m7-n3-mstd0.5-inc1", (0.1, 0.5, 0.9)
+    sizes = ModelConfig(**_sizes().model_dump() | {"size": None, "image_size": 48, "image_mean": mean})
+    whole = transforms_imagenet_train(48, auto_augment=config, mean=mean)
+    (theirs,) = (each for each in whole.transforms if isinstance(each, auto_augment.RandAugment))
+    ours = RandAugment(config, sizes)
+    for seed in range(40):
+        image = torch.randint(256, (3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+        random.seed(seed)
+        np.random.seed(seed)
+        expected = np.array(theirs(Image.fromarray(image.permute(1, 2, 0).numpy())))
+        assert np.array_equal(ours(image, seed).permute(1, 2, 0), expected), seed
 
 
 def test_rand_augment_accepts_the_highest_magnitudes():

@@ -9,19 +9,23 @@ import torch
 from pyarrow import parquet
 from scipy import stats
 from sklearn.neighbors import KNeighborsClassifier
+from torch.nn.functional import cross_entropy
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.evaluation import attentive_online, feature_bank, probe_grid
+from m3ae_fast.evaluation import attentive_online, encoding, feature_bank, probe_grid
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.learning_rates import best
 from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
 from m3ae_fast.evaluation.probes import ATTENTIVE_RATES
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
 from m3ae_fast.evaluation.task_runner import evaluate
+from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.weights.open_model import open_model
 from tests.evaluation.conftest import pictures, settings
-from tests.helpers.labelled import NAMES, coloured, labelled_tar
+from tests.helpers.labelled import NAMES, coloured, labelled_members, labelled_tar
+from tests.helpers.shards import write_tar
 
 pytestmark = pytest.mark.slow
 
@@ -65,9 +69,15 @@ def test_images_are_encoded_once_for_all_layers_and_the_accuracies_are_plotted_b
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
-def test_the_result_of_the_last_layer_is_bitwise_that_of_the_task_without_layers(transfer, tmp_path, task):
+def test_the_result_of_the_last_layer_is_bitwise_that_of_the_task_without_layers(transfer, tmp_path, monkeypatch, task):
+    """Features that do not fit into memory would be stored in the output folder."""
+    folders, rows = [], encoding.Rows
+    monkeypatch.setattr(encoding, "Rows", lambda *given: folders.append(given[2]) or rows(*given))
     transfer(task, "--layers", "1,2", out="layers")
+    assert {*folders} == {tmp_path / "layers"}
+    folders.clear()
     transfer(task, out="plain")
+    assert {*folders} == {tmp_path / "plain"}
     layers, plain = (
         parquet.read_table(tmp_path / name / "predictions.parquet").to_pandas() for name in ("layers", "plain")
     )
@@ -255,6 +265,65 @@ def test_the_memory_of_an_online_probe_does_not_grow_with_the_number_of_images(t
         peaks.append(dict(peak))
     assert peaks[0] == peaks[1] and 0 < peaks[0]["stored"] < 200 < peaks[0]["tokens"]
     assert "online, 180 training samples, batch 16, 4 steps, learning rates: 0.0001" in capsys.readouterr().out
+
+
+def test_an_online_probe_has_the_rate_with_the_best_results_on_the_held_out_tenth(
+    transfer, run, shards, tmp_path, monkeypatch
+):
+    """The results of the rates, the choice and the predictions are computed again from the trained heads. One held-out
+    sample cannot be read."""
+    trained, right, fit = [], [], attentive_online.fit_heads
+    monkeypatch.setattr(attentive_online, "fit_heads", lambda *given: right.append(fit(*given)) or right[-1])
+    monkeypatch.setattr(attentive_online, "head_warnings", lambda one, recipe: trained.append(one) or [])
+    online = ("attentive.online=true", "attentive.steps=8", "attentive.batch=16", "encode.precision=fp32")
+    val = write_tar(tmp_path / "val.tar", [*labelled_members(range(100, 118)), ("a.png", b""), ("a.cls", b"0")])
+    result = transfer("attentive", "--pools", "mean", *settings(*online), val=val)
+    assert result["val_samples"] == 18
+    model = open_model(str(run), text=False)
+    held_out = [number for number in range(48) if attentive_online.is_held_out(f"{shards[0]}/{number:05d}")]
+    assert 0 < len(held_out) < 12
+    for place, one in enumerate(trained):
+        assert one.accuracies == right[0][place][:, one.number].tolist() and not one.heads.training
+        with torch.no_grad():
+            tenth, val = (one.heads(_features(model, numbers, place == 0)) for numbers in (held_out, range(100, 118)))
+        labels = torch.tensor(held_out) % 3
+        for number, tried in enumerate(one.tried):
+            assert tried.peak_lr == ATTENTIVE_RATES[number]
+            assert tried.top1 == pytest.approx((tenth[:, number].argmax(1) == labels).double().mean().item())
+            assert tried.loss == pytest.approx(cross_entropy(tenth[:, number], labels).item(), rel=1e-2)
+        assert one.number == one.tried.index(best(one.tried)) and result["results"][place]["peak_lr"] == one.peak_lr
+        top1 = (val[:, one.number].argmax(1) == torch.arange(100, 118) % 3).double().mean().item()
+        assert result["results"][place]["top1"] == pytest.approx(top1)
+    assert {one.number for one in trained} != {0}, "the first head is not the best in general"
+
+
+def _features(model, numbers, tokens):
+    """Return the patch tokens or the mean-pooled features of coloured images."""
+    images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in numbers]
+    if not tokens:
+        return model.encode(images=images, precision="fp32")
+    return model.representation(torch.stack([centre_crop(image, 32) for image in images]))[:, 1:]
+
+
+def test_the_memory_of_patch_tokens_is_that_of_all_ranks(monkeypatch):
+    """If the memory of one rank is too small, no rank stores its tokens."""
+    asked = []
+    monkeypatch.setattr(probe_grid, "missing_in_host_memory", lambda *given: asked.append(given) or "")
+    for found, online in (([""] * 3, False), (["", "", "9 GB needed"], True)):
+        said = []
+        job = SimpleNamespace(
+            model=SimpleNamespace(config=SimpleNamespace(most_patches=196, emb_dim=768)),
+            ranks=SimpleNamespace(world=3, of_node=[1, 2], gather=lambda own, found=found: found),
+            config=SimpleNamespace(attentive=SimpleNamespace(online=None)),
+            say=said.append,
+        )
+        corpora = [SimpleNamespace(samples=samples) for samples in (90_000, 10_000)]
+        assert probe_grid.trains_online(job, [6, 12], corpora) == online
+    assert asked == [(100_000 * 2 * 196 * 768 * 2 / 3, 2)] * 2
+    assert said == [
+        "the patch tokens of 100,000 samples at 2 layers do not fit into memory (9 GB needed): each step encodes a "
+        "batch and discards its tokens"
+    ]
 
 
 def test_tokens_that_do_not_fit_into_memory_are_not_stored(transfer, peak, monkeypatch, capsys):
