@@ -119,6 +119,17 @@ def test_the_largest_micro_batch_has_the_expected_size(batch, world, parts):
     assert {share.micro_batch for share in shares} == {largest}
 
 
+@pytest.mark.parametrize(
+    ("batch", "world", "lanes", "repeats"), [(12, 3, 4, 1), (10, 2, 5, 3), (8, 4, 2, 3), (9, 2, 1, 2), (64, 6, 16, 4)]
+)
+def test_the_lanes_of_ranks_are_those_that_they_read(batch, world, lanes, repeats):
+    """If the number of views does not divide the batch, the lanes of a rank differ between steps."""
+    for ranks in ([0], [world - 1], [0, 1]):
+        shares = [MicroBatches(range(24), Share(batch, 1, rank, world), lanes, repeats) for rank in ranks]
+        read = {position // repeats % lanes for share in shares for positions in share for position in positions}
+        assert shares[0].lanes_of(ranks) == sorted(read)
+
+
 def test_views_of_a_sample_stay_together():
     parts = MicroBatches(range(2), Share(48, 2, 1, 2), lanes=4, repeats=3)
     for positions in parts:

@@ -1,6 +1,7 @@
 """Splits and classes of a folder of images, and held-out shards by their names."""
 
 import json
+import os
 import re
 
 import pytest
@@ -99,7 +100,7 @@ def test_the_flat_option_ignores_folder_names(tmp_path):
 
 def test_captions_are_read_for_each_split(tmp_path):
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
-    (root / "val/cat/0.txt").write_text("a cat")
+    (root / "val/cat/0.txt").write_text("a cat", encoding="utf-8-sig")  # with the mark that Windows puts before UTF-8
     assert make(root, tmp_path / "beside") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "beside", "val-*.tar")] == [b"a cat"]
     (tmp_path / "t.csv").write_text("path,caption\nval/cat/0.png,one\nval/cat/0.png,two\ntrain/dog/0.png,three\n")
@@ -108,6 +109,34 @@ def test_captions_are_read_for_each_split(tmp_path):
         split: [s.get("txt") for s in contents(tmp_path / "table", f"{split}-*.tar")] for split in ("train", "val")
     }
     assert sorted(found["val"]) == [b"one", b"two"] and sorted(found["train"], key=str) == [None, b"three"]
+
+
+def test_any_change_of_images_captions_or_splits_is_another_conversion(tmp_path):
+    """Otherwise, a conversion that is repeated after the change would keep its shards."""
+    root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
+    text = root / "train/cat/0.txt"
+    changes = [
+        lambda: None,
+        lambda: text.write_text("a cat"),
+        lambda: os.utime(text, (1, 1)),
+        lambda: text.write_text("a black cat"),
+        lambda: text.rename(root / "train/dog/0.txt"),
+        lambda: os.utime(root / "val/cat/0.png", (1, 1)),
+        lambda: (root / "val/cat/0.png").write_bytes(picture(9, fmt="PNG")),
+        lambda: (root / "val/cat/0.png").rename(root / "val/cat/1.png"),
+        lambda: (root / "train/dog/0.png").rename(root / "train/dog/1.png"),
+        lambda: (root / "train/dog/2.png").symlink_to("1.png"),
+        lambda: (root / "val").rename(root / "test"),
+    ]
+    seen = []
+    for change in changes:
+        change()
+        seen.append(json.dumps(Folder(root).identity))
+    assert len({*seen}) == len(seen) and json.dumps(Folder(root).identity) == seen[-1]
+    photos = tree(tmp_path / "photos", "cat/0.png", "dog/0.png")
+    before = Folder(photos).identity
+    assert Folder(photos.rename(tmp_path / "pictures")).identity == before
+    assert Folder((tmp_path / "pictures").rename(tmp_path / "val")).identity != before, "the images form another split"
 
 
 def test_a_table_may_contain_only_labels(tmp_path, capsys):

@@ -2,6 +2,7 @@
 themselves."""
 
 import json
+from dataclasses import replace
 from html import escape
 
 import numpy as np
@@ -325,3 +326,5 @@ def test_the_difference_from_a_baseline_is_undefined_for_a_single_sample(samples
     right, wrong = (Predictions.of(keys, labels_N, torch.tensor([row] * samples)) for row in ([2.0, 1.0], [1.0, 2.0]))
     entries = accuracy_entries({MODEL: wrong, UNTRAINED: right})["baselines"][UNTRAINED]
     assert entries["top1"] == 1 and ("difference" in entries) == (samples > 1)
+    other = replace(right, keys=[*keys[1:], "another"])  # such as after a read error that only one of the two had
+    assert "difference" not in accuracy_entries({MODEL: wrong, UNTRAINED: other})["baselines"][UNTRAINED]

@@ -1,6 +1,7 @@
 """Metrics that are not dominated by a large class."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -50,13 +51,24 @@ def test_ties_count_one_half_in_the_area_under_the_curve():
     assert metrics.auroc(positive, negative) == roc_auc_score(truth, np.concatenate((positive, negative)))
 
 
-def test_standard_errors_equal_the_deviation_over_redrawn_samples():
+def test_standard_errors_equal_the_deviation_over_redrawn_samples(tmp_path):
     """The standard errors of the balanced accuracy and of the area under the ROC curve differ by less than a fifth from
     the standard deviations over redrawn samples."""
     random = np.random.default_rng(1)
     negative, positive = random.normal(size=(400, 60)), random.normal(1, size=(400, 40))
     areas = [metrics.auroc(p, n) for p, n in zip(positive, negative)]
     assert metrics.auroc_error(np.mean(areas), 60, 40) == pytest.approx(np.std(areas), rel=0.2)
+    sizes, shares = np.array([400, 90, 25]), (0.9, 0.5, 0.7)
+    labels, balanced, errors = np.repeat(range(3), sizes), [], []
+    for draw in range(300):
+        right = random.random(sizes.sum()) < np.repeat(shares, sizes)
+        balanced.append(np.mean([right[labels == label].mean() for label in range(3)]))
+        if draw % 30 == 0:
+            _table(tmp_path, labels.tolist(), np.where(right, labels, (labels + 1) % 3).tolist())
+            found = class_metrics(tmp_path, range(3), ["0", "1", "2"], {})
+            assert found["balanced_accuracy"] == pytest.approx(balanced[-1])
+            errors.append(found["balanced_accuracy_se"])
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(balanced), rel=0.2)
 
 
 def test_the_standard_error_of_the_auroc_depends_on_the_numbers_of_positives_and_negatives(tmp_path):
@@ -135,7 +147,10 @@ def test_a_task_reports_all_class_metrics(transfer, run, tmp_path, capsys):
     balanced = f"{result['balanced_accuracy']:.1%} ± {result['balanced_accuracy_se']:.1%}"
     assert f'<td>balanced_accuracy</td><td class="number">{balanced}</td><td class="number">50.0%</td>' in page
     assert f"<b>warning</b>: knn of {run}: the model is not significantly better than the largest class" in page
-    assert "accuracy of each class" in page and '<td>0</td><td class="number">32</td>' in page
+    rows = re.findall(r"<td>(\d)</td><td class=.number.>(\d+)</td><td", page.partition("accuracy of each class")[2])
+    assert sorted(rows) == [("0", "32"), ("1", "4")]
+    accuracies = [row["accuracy"] for row in result["per_class"]]
+    assert (rows[0][0] == "0") == (accuracies[0] < accuracies[1]) and accuracies[0] != accuracies[1], "lowest first"
     for model in (f"random:{run}", f"pixels:{run}"):
         (tmp_path / "out/result.json").write_text(json.dumps(result | {"model": model}))
         write_report(tmp_path / "out", tmp_path / "report.html")  # the report requires no other entries

@@ -1,13 +1,17 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.evaluation import encoding, knn
+from m3ae_fast.evaluation import encoding, knn, knn_during_training
 from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.train import main
 from m3ae_fast.weights.open_model import open_model
 from tests.evaluation.conftest import settings
@@ -70,6 +74,23 @@ def test_a_stop_request_ends_the_pass_between_two_batches(pretrain, shards, monk
     whole = pretrain("whole", *probe(shards))
     resumed = pretrain("stopped", *probe(shards), "--resume", "auto")
     assert resumed[-1] == whole[-1] and "val_knn_top1" in whole[-1]
+
+
+def test_the_probe_encodes_in_the_precision_of_the_run_and_with_its_own_pooling(monkeypatch):
+    """A pass that a stop request ends is cut short."""
+    encoded, cut = [], []
+
+    def encode(model, corpus, data, config, *more, **others):
+        encoded.append((config.pool, config.precision))
+        raise Stopped
+
+    monkeypatch.setattr(knn_during_training, "encode_corpus", encode)
+    trainer = MagicMock(engine=SimpleNamespace(model=object.__new__(M3AE)))
+    trainer.cut_short = lambda: cut.append(True)
+    for precision in ("bf16", "fp32"):
+        config = SimpleNamespace(data=None, train=SimpleNamespace(precision=precision))
+        knn_during_training._log(config, SimpleNamespace(every=1, pool="cls"), None, None, [0, 1], trainer)
+    assert encoded == [("cls", "bf16"), ("cls", "fp32")] and cut == [True, True]
 
 
 def test_invalid_labels_end_the_run_before_training(pretrain, shards, tmp_path):

@@ -107,19 +107,26 @@ def test_a_non_finite_feature_on_any_rank_is_named():
 def test_storage_is_chosen_for_the_features_of_all_models_that_follow(monkeypatch, tmp_path):
     """Memory that is allocated but not written yet counts as free."""
     asked = []
-    monkeypatch.setattr(feature_bank, "storage", lambda needed, *_: asked.append(needed) or "host")
-    with join_ranks() as ranks:
-        for to_come in (3, 2, 1):
-            Rows(9, ranks, tmp_path, to_come).append(torch.zeros(2, 5))
-    assert asked == [3 * 9 * 5 * 4, 2 * 9 * 5 * 4, 9 * 5 * 4]
+    monkeypatch.setattr(feature_bank, "storage", lambda *given: asked.append(given) or "host")
+    cpu = torch.device("cpu")
+    ranks = SimpleNamespace(device=cpu, of_node=[4, 5, 6], world=7, together=lambda work: work())
+    for to_come in (3, 2, 1):
+        Rows(9, ranks, tmp_path, to_come).append(torch.zeros(2, 5))
+    assert asked == [(parts * 9 * 5 * 4, cpu, 3, tmp_path) for parts in (3, 2, 1)]  # three ranks are on this node
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_features_stored_in_a_file_are_unchanged_and_the_file_is_removed(monkeypatch, tmp_path, dtype):
+    folders, real = [], feature_bank.tempfile.TemporaryFile
     monkeypatch.setattr(feature_bank, "storage", lambda *given: "file")
+    monkeypatch.setattr(
+        feature_bank.tempfile,
+        "TemporaryFile",
+        lambda dir: folders.append(dir) or real(dir=dir),  # in the output folder
+    )
     parts = [torch.randn(count, 3, 2).to(dtype) for count in (4, 0, 3)]
     with join_ranks() as ranks:
         rows = Rows(9, ranks, tmp_path)
         for part in parts:
             rows.append(part)
-    assert torch.equal(rows.tensor(), torch.cat(parts)) and not [*tmp_path.iterdir()]
+    assert torch.equal(rows.tensor(), torch.cat(parts)) and not [*tmp_path.iterdir()] and folders == [tmp_path]

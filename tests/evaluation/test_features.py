@@ -2,13 +2,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from pyarrow import parquet
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.embed import main
 from m3ae_fast.weights.open_model import open_model
-from tests.helpers.labelled import labelled_members, labelled_tar
-from tests.helpers.shards import write_tar
+from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run
+from tests.helpers.ranks import run_ranks
+from tests.helpers.shards import picture, write_tar
 
 
 @pytest.fixture
@@ -67,6 +69,41 @@ def test_requested_columns_identify_each_sample(features, tmp_path):
     assert table["caption"] == [captions[key] for key in table["keys"]]
     assert table["path"] == ["red/00000.json", "red/00002.json", "", "red/00004.json", "", ""]
     assert table["class"] == ["Rouge", "Rouge", "", "Rouge", "", ""]
+
+
+@pytest.mark.slow
+def test_features_of_native_images_are_the_same_on_two_ranks(tmp_path):
+    """The images have different sizes, one of them cannot be read, and their batches are assigned to the ranks in
+    turn."""
+    torch.manual_seed(0)
+    model = str(tiny_run(tmp_path / "run", resize="native", data={"resize": "native"}))
+    sizes = [(32, 32), (64, 16), (40, 24), (16, 16)]
+    files = [
+        (f"{i}.png", b"" if i == 2 else picture(i, sizes[i % 4], fmt="PNG"))
+        if kind == "png"
+        else (f"{i}.cls", b"%d" % (i % 3))
+        for i in range(11)
+        for kind in ("png", "cls")
+    ]
+    shards = [write_tar(tmp_path / "a.tar", files[:10]), write_tar(tmp_path / "b.tar", files[10:])]
+    options = [model, *shards, "--patches", "--set", "data.workers=0", "--set", "encode.precision=fp32"]
+    options += ["--set", "encode.batch=2", "--set", "data.max_bad_fraction=0.2"]
+    assert main([*options, "--out", str(tmp_path / "one.npz")]) == 0
+    arguments = [*options, "--out", str(tmp_path / "two.npz")]
+    code, output = run_ranks("m3ae_fast.cli.embed", arguments, 2, tmp_path / "log")
+    assert code == 0, output
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert [*one] == [*two] == ["keys", "shards", "features", "labels", "patches", "grids"]
+    for name in one:
+        if one[name].dtype.kind == "f":
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-3, atol=1e-3)
+        else:
+            assert one[name].tolist() == two[name].tolist(), name
+    kept = [i for i in range(11) if i != 2]
+    assert one["keys"].tolist() == [str(i) for i in kept] and one["labels"].tolist() == [i % 3 for i in kept]
+    assert one["grids"].tolist() == [[sizes[i % 4][1] // 8, sizes[i % 4][0] // 8] for i in kept]
+    filled = one["patches"].any(2).sum(1)
+    assert filled.tolist() == [rows * columns for rows, columns in one["grids"].tolist()]
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])

@@ -238,7 +238,7 @@ def test_every_setting_takes_effect_and_partners_are_in_one_micro_batch(run, tmp
 
 @pytest.mark.parametrize("total", [40, 1000, 30_000])
 @pytest.mark.parametrize("held_out", [10, 3000, 200_000])
-def test_ten_evaluations_or_as_many_as_take_a_twentieth_of_the_time(total, held_out):
+def test_the_default_period_limits_the_number_and_the_time_of_evaluations(total, held_out):
     """In an evaluation, a sample takes a third of the time that it takes in a training step."""
     schedule, share = SimpleNamespace(total_steps=total, steps_per_epoch=7), SimpleNamespace(global_batch=64)
     task = SimpleNamespace(val=SimpleNamespace(samples=held_out))
@@ -251,7 +251,7 @@ def test_ten_evaluations_or_as_many_as_take_a_twentieth_of_the_time(total, held_
     assert allowed(period) and not allowed(period - 1)
 
 
-def test_a_resumed_fine_tuning_may_change_its_schedule_and_nothing_that_it_draws():
+def test_settings_that_affect_the_samples_must_not_change_when_a_run_resumes():
     """A setting that is added has to be listed here or in the rules."""
     schedule = {"epochs", "steps", "warmup_epochs", "peak_lr", "init_lr", "end_lr"}
     optimiser = {"weight_decay", "betas", "eps", "clip_grad", "layer_decay", "ema", "deepspeed", "precision"}

@@ -9,7 +9,9 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
+from m3ae_fast.evaluation import finetune, linear
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
@@ -19,6 +21,7 @@ from m3ae_fast.evaluation.learning_rates import FACTORS
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
+from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.open_model import open_model
 from tests.evaluation.conftest import pictures, settings
 from tests.helpers.labelled import labelled_members, labelled_tar
@@ -42,24 +45,55 @@ def test_images_of_three_colours_are_classified_correctly(transfer, run, tmp_pat
     assert torch.equal(classifier.backbone.patch_embed.weight, encoder.patch_embed.weight)  # the encoder was frozen
 
 
-def test_a_step_equals_lars_on_the_loss_of_the_whole_batch():
+def test_steps_equal_lars_on_the_loss_of_the_whole_batch():
+    """The expected weights are computed with LARS' formulas. A checkpoint may read the state until `before_update` is
+    called."""
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(12, 8, generator=generator), torch.arange(12) % 3
+    config = LinearProbeConfig(weight_decay=0.3, momentum=0.5)
     with join_ranks() as ranks:
         head = LinearHeads(8, 3, [0])
-        weight = head.linear.weight[0].detach().clone()
+        weights = [p[0].detach().clone().requires_grad_() for p in (head.linear.weight, head.linear.bias)]
+        buffers = [torch.zeros_like(p) for p in weights]
         encoder = torch.nn.Linear(8, 8)
         encoder.pooled = lambda batch, pool: features[batch.rows]
-        engine = ProbeEngine(head, LinearProbeConfig(), ranks, encoder, EncodeConfig(precision="fp32"))
+        engine = ProbeEngine(head, config, ranks, encoder, EncodeConfig(precision="fp32"))
+        readable = []
+        engine.before_update = lambda: readable.append({k: v.clone() for k, v in engine._tensors().items()})
         parts = [SimpleNamespace(rows=rows, labels=labels[rows]) for rows in (slice(6), slice(6, 12))]
-        (losses,), _ = engine.step(parts, 12.0, lr=0.5)
-    normal = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
-    weight.requires_grad_()
-    loss = torch.nn.functional.cross_entropy(normal @ weight.T, labels)
-    (gradient,) = torch.autograd.grad(loss, weight)
-    torch.testing.assert_close(losses.loss, loss.detach())
-    expected = weight - 0.5 * 1e-3 * weight.norm() / gradient.norm() * gradient
-    torch.testing.assert_close(head.linear.weight[0].detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+        normal = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-5).sqrt()
+        for step, lr in enumerate((0.5, 0.25, 0.125)):
+            state = {name: tensor.clone() for name, tensor in engine._tensors().items()}
+            (losses,), norm = engine.step(parts, 12.0, lr=lr)
+            assert len(readable) == step + 1 and all(torch.equal(readable[step][name], t) for name, t in state.items())
+            loss = torch.nn.functional.cross_entropy(normal @ weights[0].T + weights[1], labels)
+            gradients = torch.autograd.grad(loss, weights)
+            torch.testing.assert_close(losses.loss, loss.detach())
+            torch.testing.assert_close(norm, torch.cat([g.flatten() for g in gradients]).norm())
+            for p, gradient, buffer in zip(weights, gradients, buffers):
+                update = gradient + 0.3 * p.detach()
+                if p.any():  # the bias is 0 at first, and its update is then not scaled
+                    update = 1e-3 * p.detach().norm() / update.norm() * update
+                buffer.mul_(0.5).sub_(lr * update)
+                p.data += buffer
+    for found, expected in zip((head.linear.weight, head.linear.bias), weights):
+        torch.testing.assert_close(found[0].detach(), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["linear", "finetune"])
+def test_the_initial_weights_of_a_head_depend_on_the_seed(run, shards, tmp_path, monkeypatch, task):
+    module, weights = {"linear": linear, "finetune": finetune}[task], []
+
+    def set_up(job):
+        prepared, _ = module.set_up(job)
+        head = prepared.heads if task == "linear" else prepared.model.head
+        weights.append(head.linear.weight.detach().clone())
+
+    monkeypatch.setattr(module, "run", set_up)
+    data = ["--train", shards[0], "--val", shards[1], "--set", "data.workers=0", "--no-baselines"]
+    for number, seed in enumerate((1, 1, 2)):
+        assert main([task, str(run), *data, "--out", str(tmp_path / str(number)), "--set", f"run.seed={seed}"]) == 0
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_a_resumed_probe_has_the_result_of_an_uninterrupted_one(transfer, run, tmp_path, monkeypatch):
@@ -89,6 +123,10 @@ def test_a_resumed_probe_has_the_result_of_an_uninterrupted_one(transfer, run, t
     assert resumed["top1"] == whole["top1"]
     states = [checkpoint.saved_steps(tmp_path / name)[-1] / "state.safetensors" for name in ("whole", "cut")]
     assert states[0].read_bytes() == states[1].read_bytes()
+    steps = [
+        [line["step"] for line in read_metrics(tmp_path / name) if "val_top1" in line] for name in ("whole", "cut")
+    ]
+    assert steps == [[2, 4, 6]] * 2, "no evaluation is repeated"
 
 
 def test_held_out_samples_may_be_of_one_class(transfer, tmp_path):

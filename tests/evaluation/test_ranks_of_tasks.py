@@ -47,6 +47,16 @@ def alone(run, tmp_path_factory):
     return data, out
 
 
+def test_unreadable_samples_of_all_ranks_are_counted(alone):
+    results = {name: json.loads((alone[1] / name / "result.json").read_text()) for name in task_cases.CASES}
+    skipped = {name: result["skipped"] for name, result in results.items() if "skipped" in result}
+    assert {
+        skipped.pop(name) for name in ("knn", "logistic", "multilabel", "multilabel-knn", "segment", "segment-knn")
+    } == {4}
+    assert skipped == {"linear": 4, "finetune": 1, "retrieval": 2}
+    assert (results["ood"]["train_samples"], results["ood"]["val_samples"]) == (45, 15)
+
+
 def test_every_task_has_a_test_case():
     assert {task for task, _ in task_cases.CASES.values()} == {*TASKS}
 
@@ -66,6 +76,12 @@ def test_every_task_has_the_same_result_on_one_and_several_ranks(run, alone, tmp
                 np.testing.assert_allclose(found[column], values, rtol=2e-3, atol=2e-3, err_msg=f"{name}, {column}")
             else:
                 assert found[column] == values, (name, column)
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    assert refused.keys() == task_cases.REFUSED.keys()
+    for messages in refused.values():
+        assert len(messages) == ranks and all(
+            re.match("2 of (47|17) samples cannot be used", each) for each in messages
+        )
     for name in ("logistic", "linear", "finetune"):
         states = [Classifier.from_pretrained(folder / name).head.state_dict() for folder in (tmp_path, one)]
         for key, value in states[1].items():

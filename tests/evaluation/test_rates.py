@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.evaluation import logistic_regression
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import logits, losses
+from m3ae_fast.evaluation.fit_heads import judge, logits, losses
+from m3ae_fast.evaluation.heads import LinearHeads
 from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split
+from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS, USUAL, fit_chosen
 from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads, try_rates
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import join_ranks
@@ -76,6 +79,33 @@ def test_each_learning_rate_is_tried_in_an_independent_training():
     assert best(tried).top1 >= 0.8 and len({each.loss for each in tried}) == len(FACTORS)
 
 
+def test_linear_heads_are_trained_by_lars_with_warm_up_and_cosine():
+    """The expected head is computed with LARS' formulas. Each step has all samples, so their order does not matter."""
+    bank, rates = _bank(64), []
+    given = {"global_batch": 64, "steps": 8, "warmup_epochs": 2, "weight_decay": 0.1, "momentum": 0.5, "peak_lr": 400.0}
+    with join_ranks() as ranks:
+        setting = _setting(ranks, 3, **given)
+        found = train_heads({0: bank}, linear_recipe(64, setting), setting)[0].heads
+    head = LinearHeads(8, 3, [3])
+    weights = [p[0].detach().clone().requires_grad_() for p in (head.linear.weight, head.linear.bias)]
+    buffers = [torch.zeros_like(p) for p in weights]
+    mean, var = bank.features_RD.mean(0), bank.features_RD.var(0, correction=0)
+    inputs = (bank.features_RD - mean) / (var + 1e-5).sqrt()
+    for step in range(8):
+        rates.append(400 * 64 / 256 * (step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 6)) / 2))
+        loss = torch.nn.functional.cross_entropy(inputs @ weights[0].T + weights[1], bank.labels)
+        for p, gradient, buffer in zip(weights, torch.autograd.grad(loss, weights), buffers):
+            update = gradient + 0.1 * p.detach()
+            if p.any():  # the bias is 0 at first, and its update is then not scaled
+                update = 1e-3 * p.detach().norm() / update.norm() * update
+            buffer.mul_(0.5).sub_(rates[-1] * update)
+            p.data += buffer
+    for p, expected in zip((found.linear.weight, found.linear.bias), weights):
+        torch.testing.assert_close(p[0].detach(), expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.norm.mean, (1 - 0.9**8) * mean)
+    torch.testing.assert_close(found.norm.var, (1 - 0.9**8) * var + 0.9**8)
+
+
 def test_a_trial_has_the_result_of_training_with_its_learning_rate():
     """The training has momentum, weight decay and warm-up, and the statistics of all steps are compared."""
     bank = _bank(200)
@@ -92,6 +122,34 @@ def test_a_trial_has_the_result_of_training_with_its_learning_rate():
             assert each.top1 == pytest.approx((found_MK.argmax(1) == held_out.labels_N).double().mean().item())
             with torch.no_grad():
                 torch.testing.assert_close(trained.heads.head(0)(held_out.features_RD), found_MK)
+
+
+def test_heads_are_judged_on_all_samples_of_a_large_bank():
+    """Samples are classified in parts."""
+    bank, heads = _bank(600), LinearHeads(8, 3, [0, 1, 2]).eval()
+    expected = [heads.linear(bank.features_RD / (1 + 1e-5) ** 0.5)[:, number] for number in range(3)]
+    for (top1, loss), logits_NK in zip(judge(heads, bank), expected):
+        assert top1 == pytest.approx((logits_NK.argmax(1) == bank.labels).double().mean().item())
+        assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits_NK, bank.labels).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_an_accuracy_has_the_standard_error_of_the_held_out_tenth(monkeypatch, seed):
+    """If the accuracies had been measured on all samples, another value would be chosen for both probes."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, features = torch.arange(300) % 3, torch.randn(300, 60, generator=generator)
+    features[torch.arange(300), labels] += 1.5
+    bank, judged = FeatureBank([f"a.tar/{i:04}" for i in range(300)], features, labels), []
+    monkeypatch.setattr(logistic_regression, "judge", lambda *of: judged.append(judge(*of)) or judged[-1])
+    strength = fit_chosen(bank, 3)[1]
+    tried = [RateTrial(each, *found) for each, found in zip(INVERSE_STRENGTHS, judged[0])]
+    assert strength == choose(tried, USUAL, 30).peak_lr != choose(tried, USUAL, 300).peak_lr
+    with join_ranks() as ranks:
+        setting = _setting(ranks, seed, global_batch=64, steps=16, warmup_epochs=0)
+        recipe = linear_recipe(300, setting)
+        trained = train_heads({0: bank}, recipe, setting)[0]
+    assert trained.peak_lr == choose(trained.tried, recipe.usual, 30).peak_lr
+    assert trained.peak_lr != choose(trained.tried, recipe.usual, 300).peak_lr
 
 
 def test_a_learning_rate_that_diverges_is_never_the_best():

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from torch import nn
 
 from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import CommonCorruption, ExtraCorruption, RobustnessConfig
@@ -277,6 +278,7 @@ def test_the_robustness_accuracies_equal_those_of_the_classifier(transfer, class
 
     monkeypatch.setattr(robustness, "_predictions", with_mistakes)
     options = ["--set", "robustness.epsilons=[1e-6,64]", "--set", 'robustness.corruptions=["jpeg","contrast"]']
+    options += ["--set", "robustness.samples=9"]  # every second sample
     result = transfer("robustness", *options, model=classifier, train=None)
     assert result["task"] == "robustness" and list(result["pgd"]) == ["1e-06/255", "64/255"]
     assert result["pgd"]["1e-06/255"] == result["top1"]  # the attack is too weak to change a prediction
@@ -284,15 +286,16 @@ def test_the_robustness_accuracies_equal_those_of_the_classifier(transfer, class
     assert [len(found) for found in result["corruptions"].values()] == [5, 5]
     every = np.mean(list(result["corruptions"].values()))
     assert result["mean_corruption_error"] == pytest.approx(1 - every)
-    assert result["val_samples"] == 18 and result["top1_se"] < 0.1
+    assert result["val_samples"] == 9 and result["top1_se"] < 0.1
     output = capsys.readouterr().out
-    assert "18 images in 13 passes: clean images, 2 attacks of 10 steps, 2 corruptions at 5 severities" in output
-    assert f"equivalent to classifying {18 * (1 + 2 * 31 + 10):,} images" in output
+    assert "9 images in 13 passes: clean images, 2 attacks of 10 steps, 2 corruptions at 5 severities" in output
+    assert f"equivalent to classifying {9 * (1 + 2 * 31 + 10):,} images" in output
     assert "clean (1 of 13, about 0:" in output and "contrast 5 (13 of 13): top1" in output
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for name, top1 in (("clean", result["top1"]), ("jpeg 2", result["corruptions"]["jpeg"][1])):
         rows = table[table.condition == name]
-        assert len(rows) == 18 and (rows.label == rows.prediction).mean() == pytest.approx(top1)
+        assert [key[-5:] for key in rows.key] == [f"{number:05d}" for number in range(100, 118, 2)]
+        assert (rows.label == rows.prediction).mean() == pytest.approx(top1)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"attack.png", "corruptions.png"}
     assert drawn["draw_attack"] == ([1e-6, 64], list(result["pgd"].values()), result["top1"])
     rows, titles = drawn["draw_sheet"]
@@ -378,6 +381,35 @@ def test_robustness_refuses_a_run_because_it_is_not_a_classifier(run, shards, tm
     command = ["robustness", str(run), "--val", shards[1], "--out", str(tmp_path / "out")]
     assert exit_cleanly(lambda: main(command)) == 2
     assert "not a classifier" in capsys.readouterr().err
+
+
+def test_the_task_attacks_with_the_bounds_and_steps_of_its_settings(classifier, monkeypatch):
+    """The result is the logits of the attacked images."""
+    model, given = Classifier.from_pretrained(classifier).eval(), []
+
+    def attack(logits_of, *arguments):
+        given.append(arguments)
+        return pgd(logits_of, *arguments)
+
+    monkeypatch.setattr(robustness, "pgd", attack)
+    config = RobustnessConfig(epsilons=[2, 0.5], steps=3, step_size=0.4, corruptions=[])
+    whole = argparse.Namespace(robustness=config, run=argparse.Namespace(seed=5))
+    job = argparse.Namespace(model=model, config=whole, ranks=argparse.Namespace(device=torch.device("cpu")))
+    passes = robustness._passes(job, config, None, {})
+    levels = [torch.from_numpy(np.random.RandomState(i).randint(0, 256, (3, 32, 32), np.uint8)) for i in range(3)]
+    visible = torch.zeros(16, dtype=torch.bool)
+    samples = [Sample(f"a.tar/{i}", image, visible, label=i) for i, image in enumerate(levels)]
+    batch = pack(samples, model.backbone.geometry)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (SIZES.image_mean, SIZES.image_std))
+    for number, epsilon in enumerate(config.epsilons):
+        found = passes[f"pgd {epsilon:g}/255"].classify(batch)
+        images, labels, start, bound, steps, step_size = given[number]
+        torch.testing.assert_close(images, torch.stack(levels) / 255)
+        assert labels.tolist() == [0, 1, 2] and torch.equal(start, _start(batch, 5)) and steps == 3
+        assert (bound, step_size) == (pytest.approx(epsilon / 255), pytest.approx(0.4 * epsilon / 255))
+        attacked = pgd(lambda x: model(replace(batch, images=(x - mean) / std)), *given[number])
+        assert 0.9 * bound < (attacked - images).abs().max() <= bound + 1e-6
+        torch.testing.assert_close(found, model(replace(batch, images=(attacked - mean) / std)))
 
 
 def test_the_random_start_of_an_attack_depends_only_on_seed_and_sample():

@@ -6,13 +6,15 @@ import os
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 from pyarrow import parquet
 
-from m3ae_fast.evaluation import logistic, probe_grid
+from m3ae_fast.evaluation import labelled_task, logistic, probe_grid
 from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.labelled_task import LabelledTask
 from tests.evaluation.conftest import settings
 from tests.helpers.ranks import LIMIT_S, await_ranks, fork_ranks
 
@@ -85,6 +87,22 @@ def test_stopped_fine_tuning_writes_its_last_evaluation_and_a_checkpoint(stopped
     assert output.rstrip().endswith("; --resume auto continues")
     note = f"note: {tmp_path}/out contains a partial result: the task was stopped before its end\n"
     assert compare_results([tmp_path / "out"] * 2).startswith(note)
+
+
+def test_a_resumed_run_that_is_stopped_reports_the_last_evaluation(monkeypatch):
+    lines = [{"step": 0, "val_top1": 0.1}, {"step": 4, "val_top1": 0.5, "val_top5": 0.8}, {"step": 5, "loss": 1.0}]
+    monkeypatch.setattr(labelled_task, "read_metrics", lambda folder: lines)
+    trainer = SimpleNamespace(schedule=SimpleNamespace(total_steps=9), run=SimpleNamespace(dir=None), step=6)
+    found = LabelledTask.partial_result(SimpleNamespace(predictions=None), trainer)
+    assert found.result == {"top1": 0.5, "top5": 0.8, "steps": 4, "total_steps": 9} and not found.columns
+    assert found.done == "the evaluation after step 4 of 9"
+    lines.insert(2, {"step": 5, "val_top1": 0.6})
+    found = LabelledTask.partial_result(SimpleNamespace(predictions=None), trainer)
+    assert found.result == {"top1": 0.6, "steps": 5, "total_steps": 9}
+    del lines[1:3]
+    assert LabelledTask.partial_result(SimpleNamespace(predictions=None), trainer) == (
+        "step 6 of 9, before the first evaluation", {}, {}, ""
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])

@@ -88,8 +88,11 @@ def test_the_model_card_describes_the_run_without_secrets(run, tmp_path):
         info = json.loads(path.read_text().replace(str(CLIPART), "https://me:secret@host/d"))
         info["config"]["train"]["probe"] = {"train": info["config"]["data"]["train"]}
         path.write_text(json.dumps(info).replace(".tar", ".tar?key=secret"))
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:  # the run has continued since the exported checkpoint
+        file.write(json.dumps({"step": 7, "loss": 123.0, "val_image_loss": 123.0}) + "\n")
     assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out/README.md").read_text()
+    assert "123" not in card.partition("| metric |")[2].partition("With ")[0]
     assert card.startswith("---\nlibrary_name: m3ae-fast\nlicense: other\n") and "Licence: to be filled in" in card
     assert "6 steps, 96 samples seen" in card and "`https://host/d/train-0000.tar`" in card and "secret" not in card
     assert f"| val_image_loss | {losses_of(run)['val_image_loss']:.4g} | 6 |" in card
