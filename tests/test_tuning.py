@@ -124,6 +124,40 @@ def test_a_learning_rate_search_without_a_usable_result_is_refused(tmp_path, mon
         pretrain(tmp_path, tmp_path / "out", overrides=["optim.peak_lr=1e-3"], tune=True)
 
 
+def test_a_search_that_is_killed_before_it_writes_the_config_is_not_repeated(tmp_path, monkeypatch):
+    """The table is written first. The next call writes the same config, and a later call does not change it."""
+    config, path = tuned_config(tmp_path, hours=2.0), tmp_path / "config.json"
+    trials(monkeypatch, {5e-4: 3.0, 1e-3: 2.0, 2e-3: 1.0})
+    write = learning_rate_search._write
+    monkeypatch.setattr(learning_rate_search, "_write", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        learning_rate_search.tune(config, path)
+    assert (tmp_path / "tuning.json").exists() and not path.exists()
+    monkeypatch.setattr(learning_rate_search, "_write", write)
+    trials(monkeypatch, {})
+    found = learning_rate_search.tune(config, path)
+    assert found.optim.peak_lr == 2e-3 and load_config(path) == found
+    path.unlink()
+    assert learning_rate_search.tune(found, path) == found and not path.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"tried": [], "seconds": 0}', '{"tried": {"a": 1.0}, "seconds": 0}',
+                '{"tried": {"0.1": "x"}, "seconds": 0}', '{"tried": {}, "seconds": null}']
+)  # fmt: skip
+def test_a_damaged_table_of_a_search_is_an_error_of_one_line(tmp_path, content):
+    (tmp_path / "tuning.json").write_text(content)
+    with pytest.raises(UserError, match=r"tuning\.json: is damaged .*; remove it to repeat the search"):
+        learning_rate_search.tune(tuned_config(tmp_path), tmp_path / "config.json")
+
+
+def test_a_search_needs_a_number_of_steps(tmp_path):
+    with pytest.raises(UserError, match=r"set train\.steps in place of train\.epochs"):
+        learning_rate_search.tune(tuned_config(tmp_path, steps=None, epochs=9.0), tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"set train\.steps in place of train\.epochs"):
+        pretrain(tmp_path, tmp_path / "out", overrides=["train.epochs=9"], tune=True)
+
+
 @pytest.mark.slow
 def test_a_trial_of_the_learning_rate_search_is_a_separate_run(tmp_path, monkeypatch):
     monkeypatch.setattr(learning_rate_search, "FACTORS", (1.0, 2.0))

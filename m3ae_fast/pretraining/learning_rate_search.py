@@ -24,6 +24,7 @@ FOLDER, FILE = "tuning", "tuning.json"  # names in the run folder
 FACTORS = (0.5, 1.0, 2.0)  # the learning rates that are tried, as multiples of the default
 PART = 0.05  # length of each trial as a fraction of the run's steps
 FEWEST = 20  # minimum number of steps of a trial
+NEEDS_STEPS = "--tune derives the length of its short runs from train.steps: set train.steps in place of train.epochs"
 
 
 def tune(config: Config, path: Path, device: Device | None = None) -> Config | None:
@@ -35,15 +36,18 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
         The config of the run; None if the search is stopped.
 
     Raises:
-        UserError: the run has already begun or is too short, or no trial has a finite loss.
+        UserError: the run has already begun or is too short, its length is given in epochs, no trial has a finite loss,
+            or the table of an earlier call is damaged.
     """
     run, table = config.run.dir, config.run.dir / FILE
-    done: dict[str, Any] = read_json(table) if table.exists() else {"tried": {}, "seconds": 0.0}
-    if "chosen" in done:
-        return config
+    done, before = _read(table), _settings(config)
+    if "chosen" in done:  # an interrupted call may have written only the table
+        return _write(config, path, done) if done.get("before") == before else config
     if checkpoint.saved_steps(run):
         raise UserError(f"--tune: the run in {run} has begun; leave out --tune, or choose another --out")
-    planned = config.train.steps or 0
+    if config.train.steps is None:
+        raise UserError(NEEDS_STEPS)
+    planned = config.train.steps
     steps = round(PART * planned)
     if steps < FEWEST:
         raise UserError(
@@ -72,12 +76,37 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
         )
     best = min(found, key=lambda rate: found[rate])
     tried = [*done["tried"]]
-    tuned = _with_rate(config, float(best), done["seconds"])
-    write_whole(path, json.dumps(remembered(tuned), indent=2) + "\n")
-    write_whole(table, json.dumps(done | {"chosen": float(best)}, indent=1) + "\n")
+    done |= {"chosen": float(best), "before": before}
+    write_whole(table, json.dumps(done, indent=1) + "\n")
+    tuned = _write(config, path, done)
     is_end = best in (tried[0], tried[-1])
     note = ", the lowest or highest of these rates; the best rate may be outside their range" if is_end else ""
     print(f"chosen: optim.peak_lr {best}{note}", flush=True)
+    return tuned
+
+
+def _read(table: Path) -> dict[str, Any]:
+    """Return the content of the table of an earlier call, or an empty table. Raises UserError if it is damaged."""
+    try:
+        done = read_json(table)
+        losses = [loss for loss in done["tried"].values() if loss is not None]
+        [float(number) for number in (*done["tried"], *losses, done["seconds"], done.get("chosen", 0))]
+    except FileNotFoundError:
+        return {"tried": {}, "seconds": 0.0}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{table}: is damaged ({error}); remove it to repeat the search of the learning rate") from None
+    return done
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """Return the settings that the search changes."""
+    return {"peak_lr": config.optim.peak_lr, "hours": config.train.hours, "steps": config.train.steps}
+
+
+def _write(config: Config, path: Path, done: dict[str, Any]) -> Config:
+    """Write the config with the chosen learning rate to `path`, and return it. `done`: table of a completed search."""
+    tuned = _with_rate(config, done["chosen"], done["seconds"])
+    write_whole(path, json.dumps(remembered(tuned), indent=2) + "\n")
     return tuned
 
 

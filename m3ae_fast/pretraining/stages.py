@@ -24,6 +24,7 @@ from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overr
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
+from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS
 from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
@@ -136,6 +137,8 @@ def _check(
     image_range = check_overrides(overrides, start_from).model.image_range
     if tune and set_to(overrides, "optim.peak_lr", None) is not None:
         raise UserError("--tune chooses optim.peak_lr: use either --tune or --set optim.peak_lr")
+    if tune and set_to(overrides, "train.epochs", None) is not None:
+        raise UserError(NEEDS_STEPS)
     object_store.require(str(source), *val)
     check_field(labels)
     if out.exists() and not out.is_dir():
