@@ -68,7 +68,7 @@ def run(tmp_path):
     return tiny_run(tmp_path / "run")
 
 
-def _use(run, shard):
+def _set_held_out_shard(run, shard):
     """Replace the held-out samples of the run by those of another shard."""
     path = checkpoint.saved_steps(run)[-1] / checkpoint.INFO_FILE
     text = path.read_text()
@@ -77,7 +77,7 @@ def _use(run, shard):
 
 
 def test_each_kind_of_figure_is_drawn(run, tmp_path):
-    _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
+    _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(12)))
     assert main(["reconstructions", str(run), "--pictures", "2"]) == 0
     assert Image.open(run / "reconstructions.png").height == 24 + 2 * (reconstructions.SIDE + reconstructions.GAP)
     assert main(["attention", str(run), "--word", "blue", "--pictures", "2", "--out", str(tmp_path / "a.png")]) == 0
@@ -87,7 +87,7 @@ def test_each_kind_of_figure_is_drawn(run, tmp_path):
 
 def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypatch):
     """Captions are masked with the run's ratio."""
-    _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
+    _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(12)))
     drawn = []
     monkeypatch.setattr(reconstructions, "draw_reconstructions", lambda model, samples, *_: drawn.append(samples))
     for given in ([], [0.25, 0.5, 1.0]):
@@ -123,7 +123,7 @@ def test_nothing_is_drawn_if_no_sample_can_be_used(run, tmp_path):
 
 def test_figures_drawn_during_training_equal_those_of_the_draw_command(run, tmp_path):
     """One of the two samples is a caption without an image."""
-    _use(run, write_tar(tmp_path / "val.tar", [("0.txt", b"blue sky"), *labelled_members(range(1, 4))]))
+    _set_held_out_shard(run, write_tar(tmp_path / "val.tar", [("0.txt", b"blue sky"), *labelled_members(range(1, 4))]))
     path = checkpoint.locate(run)
     settings = checkpoint.read_info(path).config
     settings["run"]["dir"], settings["train"]["pictures"] = str(tmp_path), 2
@@ -138,7 +138,7 @@ def test_figures_drawn_during_training_equal_those_of_the_draw_command(run, tmp_
 
 
 def test_images_are_masked_with_the_ratio_of_the_run_or_with_each_given_ratio(run, tmp_path, monkeypatch):
-    _use(run, labelled_tar(tmp_path / "val.tar", range(4)))
+    _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(4)))
     path, drawn = checkpoint.locate(run), []
     settings = checkpoint.read_info(path).config
     settings["masking"] |= {"image_ratio": 0.25, "text_ratio": 0.5}
@@ -171,7 +171,7 @@ def test_each_attention_map_belongs_to_the_word_below_it(run, tmp_path, monkeypa
 
     captions = ["a, b", "the red of a blue house by the sea and so on", "", "blue, blue", "no such", "a blue one"]
     files = [file for i in range(6) for file in ((f"{i}.png", coloured(i, "red")), (f"{i}.txt", captions[i].encode()))]
-    _use(run, write_tar(tmp_path / "val.tar", [*files, ("6.txt", b"blue alone")]))
+    _set_held_out_shard(run, write_tar(tmp_path / "val.tar", [*files, ("6.txt", b"blue alone")]))
     sheets = []
     monkeypatch.setattr(attention, "draw_sheet", lambda path, rows, titles: sheets.append(rows))
     main(["attention", str(run), "--pictures", "2" if word else "7", *(["--word", word] if word else [])])
@@ -198,7 +198,7 @@ def test_each_attention_map_belongs_to_the_word_below_it(run, tmp_path, monkeypa
 
 def test_a_feature_map_shows_each_sample_with_its_class(run, tmp_path, monkeypatch):
     """Two of the features replace the coordinates of t-SNE."""
-    _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
+    _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(12)))
     drawn = []
     monkeypatch.setattr("m3ae_fast.evaluation.feature_map.draw_map", lambda path, *what: drawn.append(what))
     chosen = []
@@ -219,7 +219,7 @@ def test_a_feature_map_shows_each_sample_with_its_class(run, tmp_path, monkeypat
 
 @pytest.mark.parametrize("options, device", [([], None), (["--device", "cpu"], "cpu")])
 def test_a_feature_map_is_computed_on_the_device_of_the_command(run, tmp_path, monkeypatch, options, device):
-    _use(run, labelled_tar(tmp_path / "val.tar", range(12)))
+    _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(12)))
     devices = []
     monkeypatch.setattr("m3ae_fast.evaluation.run_figures.draw_feature_map", lambda *what: devices.append(what[-1]))
     main(["map", str(run), "--labels", "json.name", *options])
@@ -227,7 +227,7 @@ def test_a_feature_map_is_computed_on_the_device_of_the_command(run, tmp_path, m
 
 
 def test_user_errors_are_reported_in_one_line_and_nothing_is_drawn(run, tmp_path):
-    _use(run, labelled_tar(tmp_path / "val.tar", range(3)))
+    _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(3)))
     for (what, *options), message in (
         (["reconstructions", "--ratios", "1.5"], "must be from 0 to 1"),
         (["attention", "--word", "unicorn"], "none of the samples has an image and 'unicorn'"),

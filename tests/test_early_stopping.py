@@ -19,7 +19,7 @@ from tests.helpers.trainer import TINY
 from tests.test_stable_schedule import schedule
 
 
-def fed(stop_at, accuracies):
+def stopping_after(stop_at, accuracies):
     """Return the criterion after these accuracies, one per 10 steps."""
     stopping = EarlyStopping(stop_at)
     why = [stopping.add(10 * number, accuracy) for number, accuracy in enumerate(accuracies)]
@@ -28,15 +28,15 @@ def fed(stop_at, accuracies):
 
 def test_a_run_ends_once_the_target_accuracy_is_reached():
     """The accuracy of random weights is ignored. The first accuracy that reaches the target decides."""
-    step, why = fed(0.5, [0.9, 0.4, 0.5, 0.7])
+    step, why = stopping_after(0.5, [0.9, 0.4, 0.5, 0.7])
     assert step == 20 and why == ["the k-NN accuracy of 0.5 reaches train.stop_at=0.5"]
-    assert fed(0.5, [0.1, 0.2, 0.3]) == (None, [])
+    assert stopping_after(0.5, [0.1, 0.2, 0.3]) == (None, [])
 
 
 def test_a_run_ends_once_the_accuracy_stops_improving():
-    step, why = fed("plateau", [0.9, 0.3, 0.5, 0.5, 0.4, 0.5, 0.6])
+    step, why = stopping_after("plateau", [0.9, 0.3, 0.5, 0.5, 0.4, 0.5, 0.6])
     assert step == 50 and why == ["the k-NN accuracy has not exceeded 0.5 in 3 evaluations"]
-    assert fed("plateau", [0.3, 0.5, 0.4, 0.4, 0.6, 0.5, 0.5])[0] is None
+    assert stopping_after("plateau", [0.3, 0.5, 0.4, 0.4, 0.6, 0.5, 0.5])[0] is None
 
 
 @pytest.mark.parametrize("decay", [0.01, 0.2, 0.5, 0.9])

@@ -269,7 +269,7 @@ def saved(tmp_path_factory):
     return save(run, STATE, checkpoint.Info(3, 48, 42, WHOLE, {"torch": "2"}, {"data.train": "1"}), keep=9)
 
 
-def look_at(path: Path) -> None:
+def open_checkpoint(path: Path) -> None:
     """Open a checkpoint in all the ways that programs do."""
     try:
         info = checkpoint.read_info(path)
@@ -301,7 +301,7 @@ def test_any_value_in_any_field_of_a_state_json_causes_no_unexpected_error(tmp_p
     (path / checkpoint.INFO_FILE).write_text(json.dumps(data))
     for file in (STATE_FILE, TABLE_FILE):
         (path / file).write_bytes((saved / file).read_bytes())
-    look_at(path)
+    open_checkpoint(path)
 
 
 @fuzz(100)
@@ -322,12 +322,12 @@ def test_any_damage_to_the_files_of_a_checkpoint_causes_no_unexpected_error(tmp_
         of_it = info["sha256"] | {STATE_FILE: hashlib.sha256(content).hexdigest()}
         sha256 = {"as saved": info["sha256"], "of the damaged file": of_it, "none": {}}[sums]
         (path / checkpoint.INFO_FILE).write_text(json.dumps(info | {"sha256": sha256}))
-        look_at(path)
+        open_checkpoint(path)
         if sums == "as saved" and content != whole:
             with pytest.raises(UserError, match="is damaged"):
                 checkpoint.open_state(path)
     (path / checkpoint.INFO_FILE).write_bytes(damaged(json.dumps(info).encode(), cut, edits))
-    look_at(path)
+    open_checkpoint(path)
 
 
 def test_a_pipe_in_place_of_a_checkpoints_state_is_refused_without_waiting(tmp_path, saved):

@@ -15,7 +15,7 @@ from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.shards.sources.huggingface import HuggingFace
 
 
-class _Knows(http.server.BaseHTTPRequestHandler):
+class _HubHandler(http.server.BaseHTTPRequestHandler):
     """A hub that contains only owner/name."""
 
     def do_GET(self):
@@ -31,29 +31,29 @@ class _Knows(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def at(monkeypatch):
+def hub_at_port(monkeypatch):
     """Return a function that sets the port at which the Hub is expected on this machine."""
 
-    def move(port):
+    def set_port(port):
         api = functools.partial(huggingface_hub.HfApi, endpoint=f"http://127.0.0.1:{port}")
         monkeypatch.setattr(huggingface_hub, "HfApi", api)
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    return move
+    return set_port
 
 
-def test_any_response_shows_that_the_hub_is_reachable(at):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Knows) as server:
+def test_any_response_shows_that_the_hub_is_reachable(hub_at_port):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _HubHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        at(server.server_port)
+        hub_at_port(server.server_port)
         assert hub.hub_answers("owner/name") and hub.hub_answers("owner/name", "dataset")
         assert hub.hub_answers("owner/other") and hub.hub_answers("no -- name")
         server.shutdown()
 
 
-def test_a_hub_that_does_not_respond_times_out(at, monkeypatch):
+def test_a_hub_that_does_not_respond_times_out(hub_at_port, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        at(silent.getsockname()[1])
+        hub_at_port(silent.getsockname()[1])
         monkeypatch.setattr(hub, "PATIENCE", 0.1)
         assert not hub.hub_answers("owner/name")
     monkeypatch.setattr(hub, "PATIENCE", 60)
@@ -61,12 +61,12 @@ def test_a_hub_that_does_not_respond_times_out(at, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_hub_that_timed_out_is_not_contacted_again(at, monkeypatch, tmp_path):
+def test_a_hub_that_timed_out_is_not_contacted_again(hub_at_port, monkeypatch, tmp_path):
     """A name without a local copy gives an error, and the library does not retry."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda *_, **__: pytest.fail("asks"))
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        at(silent.getsockname()[1])
+        hub_at_port(silent.getsockname()[1])
         monkeypatch.setattr(hub, "PATIENCE", 0.1)
         with pytest.raises(UserError, match="owner/name: no such file or folder, and the Hub does not respond, and"):
             find_folder("owner/name")

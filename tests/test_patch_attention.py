@@ -22,7 +22,7 @@ from m3ae_fast.drawing.attention import (
 )
 from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.labelled import labelled_tar, tiny_run
-from tests.test_draw import SIZES, _use
+from tests.test_draw import SIZES, _set_held_out_shard
 
 HEADS, LENGTH = 4, 16  # in SIZES: number of heads, and patches of an image
 
@@ -150,7 +150,7 @@ def test_a_patch_is_outlined_in_images_of_any_aspect_ratio_that_contain_it(tmp_p
 def test_the_draw_command_passes_its_options(tmp_path, monkeypatch):
     torch.manual_seed(0)
     run = tiny_run(tmp_path / "run")
-    _use(run, labelled_tar(tmp_path / "val.tar", range(6)))
+    _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(6)))
     choices, real = [], attention.attention_to_words
     monkeypatch.setattr(
         attention, "attention_to_words", lambda *given: choices.append(given[2:]) or real(*given)

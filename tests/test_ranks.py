@@ -80,7 +80,7 @@ def sockets(pid):
     return found
 
 
-def standing_by():
+def print_start_of_fetcher():
     """Print the calls that query CUDA, and whether this rank and its fetcher have connections."""
     touched, before = [], sockets(os.getpid())
     begin, available = program.HelperProcess, torch.cuda.is_available
@@ -93,7 +93,10 @@ def standing_by():
 
 
 def test_the_fetcher_process_is_started_before_connections_and_cuda(tmp_path):
-    assert run_ranks(__name__, ["standing by"], 2, tmp_path / "log") == (0, "fetcher True True False True\n" * 2)
+    assert run_ranks(__name__, ["start of the fetcher"], 2, tmp_path / "log") == (
+        0,
+        "fetcher True True False True\n" * 2,
+    )
 
 
 def test_a_single_rank_starts_no_gloo_threads(monkeypatch):
@@ -153,7 +156,7 @@ def on_nodes(what, folder):
         if rank == 3 and what == "stop":
             heartbeats.request_stop("enough")
         if rank == 3 and what == "stall":
-            stand_still(heartbeats)
+            stall_here(heartbeats)
         if what == f"killed {rank}":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "stall":
@@ -177,7 +180,7 @@ def check_sums(joined):
     assert joined.sum(range(1000)) == [joined.world * number for number in range(1000)]
 
 
-def stand_still(heartbeats):
+def stall_here(heartbeats):
     heartbeats.timeout = 6.0  # this rank is not the first to detect the stall
     time.sleep(20)
 
@@ -222,7 +225,7 @@ def test_a_stall_writes_the_stack_traces_of_all_ranks(tmp_path):
     assert f"{line}; {folder} contains the stack traces of all ranks that respond\n" in log.read_text()
     stacks = {path.name: path.read_text() for path in folder.iterdir()}
     assert sorted(stacks) == [f"rank-{rank}.txt" for rank in range(4)]
-    assert all(("stand_still" in text) == (name == "rank-3.txt") for name, text in stacks.items())
+    assert all(("stall_here" in text) == (name == "rank-3.txt") for name, text in stacks.items())
     assert all("all_gather_object" in stacks[f"rank-{rank}.txt"] for rank in range(3))
 
 
@@ -472,7 +475,7 @@ def test_a_user_error_on_one_rank_is_printed_once_and_all_ranks_exit_with_its_co
 
 PROGRAMS = {
     "mistake": with_a_mistake,
-    "standing by": standing_by,
+    "start of the fetcher": print_start_of_fetcher,
     "many clients": many_clients,
     "few files": few_files,
     "nodes": on_nodes,

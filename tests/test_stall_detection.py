@@ -23,7 +23,7 @@ class Ended(Exception):
     """Raised instead of ending the process."""
 
 
-class Judged:
+class SimulatedRank:
     """A rank whose stalls are detected on a simulated clock. `at(seconds)` is called at each check. It may change
     `busy`, which states who computes or writes ("workers" or "self"), and may return a number of seconds for which the
     whole process is then suspended."""
@@ -74,52 +74,52 @@ class Judged:
 @pytest.mark.parametrize("timeout", [0.5, 5.0, 600.0])
 def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, timeout):
     """The main thread, which waits for the workers, does not affect the timeout."""
-    judged = Judged(monkeypatch, timeout)
-    judged.busy = {"self"}
-    judged.heartbeats.mark("waiting for its loader", loading=True)
-    end, why = judged.ended(10 * timeout)
+    simulated = SimulatedRank(monkeypatch, timeout)
+    simulated.busy = {"self"}
+    simulated.heartbeats.mark("waiting for its loader", loading=True)
+    end, why = simulated.ended(10 * timeout)
     assert timeout < end < 1.3 * timeout and "its data-loader workers have been idle" in why
-    assert judged.looks >= 10
+    assert simulated.looks >= 10
 
 
 def test_active_workers_do_not_count_as_stalled(monkeypatch):
-    judged = Judged(monkeypatch, 60.0)
-    judged.busy = {"workers"}
-    judged.heartbeats.mark("waiting for its loader", loading=True)
+    simulated = SimulatedRank(monkeypatch, 60.0)
+    simulated.busy = {"workers"}
+    simulated.heartbeats.mark("waiting for its loader", loading=True)
 
     def at(now: float) -> None:
         if now > 1000:
-            judged.busy = set()
+            simulated.busy = set()
 
-    end, _ = judged.ended(5000, at)
+    end, _ = simulated.ended(5000, at)
     assert 1060 <= end < 1070  # one timeout after the workers became idle
 
 
 def test_every_batch_resets_the_stall_timer(monkeypatch):
-    judged = Judged(monkeypatch, 60.0)
+    simulated = SimulatedRank(monkeypatch, 60.0)
 
     def at(now: float) -> None:
         if now < 500 and now % 50 == 0:
-            judged.heartbeats.mark("waiting for its loader", loading=True)
+            simulated.heartbeats.mark("waiting for its loader", loading=True)
 
-    end, _ = judged.ended(5000, at)
+    end, _ = simulated.ended(5000, at)
     assert 510 < end < 520
 
 
 def test_workers_may_be_idle_while_a_batch_is_used(monkeypatch):
     """The batch may be used for a step or for a compilation that takes hours."""
-    judged = Judged(monkeypatch, 60.0)
-    batches = judged.heartbeats.watch([1, 2], "training")
+    simulated = SimulatedRank(monkeypatch, 60.0)
+    batches = simulated.heartbeats.watch([1, 2], "training")
     for _ in range(2):
         next(batches)
-        assert judged.ended(judged.now + 5000) is None
+        assert simulated.ended(simulated.now + 5000) is None
 
 
 def test_the_heartbeat_knows_the_activity_of_the_main_thread_throughout_a_batch(monkeypatch):
-    judged, seen = Judged(monkeypatch, 60.0), []
+    simulated, seen = SimulatedRank(monkeypatch, 60.0), []
 
     def note() -> None:
-        seen.append((judged.heartbeats._doing, judged.heartbeats._loading, judged.heartbeats._marks))
+        seen.append((simulated.heartbeats._doing, simulated.heartbeats._loading, simulated.heartbeats._marks))
 
     class Loader:
         def __iter__(self):
@@ -129,7 +129,7 @@ def test_the_heartbeat_knows_the_activity_of_the_main_thread_throughout_a_batch(
                 yield batch
             note()
 
-    for _ in judged.heartbeats.watch(Loader(), "training"):
+    for _ in simulated.heartbeats.watch(Loader(), "training"):
         note()
     note()
     waiting, training = ("waiting for its loader", True), ("training", False)
@@ -141,9 +141,9 @@ def test_the_heartbeat_knows_the_activity_of_the_main_thread_throughout_a_batch(
 
 
 def test_a_process_that_was_suspended_does_not_report_a_stall(monkeypatch):
-    judged = Judged(monkeypatch, 60.0, ranks=2)
-    judged.heartbeats.mark("waiting for its loader", loading=True)
-    end, _ = judged.ended(2e5, lambda now: 1e5 if 30 <= now < 31 else None)
+    simulated = SimulatedRank(monkeypatch, 60.0, ranks=2)
+    simulated.heartbeats.mark("waiting for its loader", loading=True)
+    end, _ = simulated.ended(2e5, lambda now: 1e5 if 30 <= now < 31 else None)
     assert 1e5 + 60 - 2 <= end < 1e5 + 70  # only seconds in which the process was not suspended count
 
 
@@ -151,81 +151,81 @@ def test_a_process_that_was_suspended_does_not_report_a_stall(monkeypatch):
 def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
     """Rank 0 monitors all other ranks, and all of them monitor rank 0. Ranks whose heartbeats have been received since
     are not named."""
-    judged = Judged(monkeypatch, 60.0, rank, ranks=4)
-    end, why = judged.ended(1000)
+    simulated = SimulatedRank(monkeypatch, 60.0, rank, ranks=4)
+    end, why = simulated.ended(1000)
     assert 60 < end < 70 and f"no heartbeat from rank {', '.join(map(str, others))} (last activity: joining)" in why
 
     def heard(now: float) -> None:
         for other in others[:-1]:
-            judged.heartbeats._others[other].silent = 0.0
+            simulated.heartbeats._others[other].silent = 0.0
 
-    judged.heartbeats._others[others[-1]].beat = b"7 saving step 4"
-    judged.heartbeats.mark("step 5")
-    _, why = judged.ended(judged.now + 1000, heard)
+    simulated.heartbeats._others[others[-1]].beat = b"7 saving step 4"
+    simulated.heartbeats.mark("step 5")
+    _, why = simulated.ended(simulated.now + 1000, heard)
     assert f"from rank {others[-1]} (last activity: saving step 4)" in why
 
 
 def test_a_rank_that_makes_progress_ends_no_other_rank(monkeypatch):
     """Another rank may be silent for long: the rank that waits reports the stall."""
-    judged = Judged(monkeypatch, 60.0, ranks=2)
-    assert judged.ended(1000, lambda now: judged.heartbeats.mark("step")) is None
+    simulated = SimulatedRank(monkeypatch, 60.0, ranks=2)
+    assert simulated.ended(1000, lambda now: simulated.heartbeats.mark("step")) is None
 
 
 def test_a_rank_sends_heartbeats_only_while_it_is_active(monkeypatch):
-    judged = Judged(monkeypatch, 600.0, ranks=2)
-    assert judged.beats(50) <= 1
-    assert judged.beats(50, lambda now: judged.heartbeats.mark("step")) > 45
-    judged.busy = {"self"}
-    assert judged.beats(50) > 45
-    judged.busy = set()
-    with judged.heartbeats.waiting():
-        assert judged.beats(50) > 45
-        assert judged.store.get("beat 0").endswith(b" step")
-    assert judged.beats(50) <= 1
-    assert judged.store.get("beat 0").endswith(b" starting")  # the rank has left that step
-    judged.busy = {"self"}
-    judged.heartbeats.mark("waiting for its loader", loading=True)
-    assert judged.beats(50) <= 1
-    judged.busy = {"workers"}
-    assert judged.beats(50) > 45
+    simulated = SimulatedRank(monkeypatch, 600.0, ranks=2)
+    assert simulated.beats(50) <= 1
+    assert simulated.beats(50, lambda now: simulated.heartbeats.mark("step")) > 45
+    simulated.busy = {"self"}
+    assert simulated.beats(50) > 45
+    simulated.busy = set()
+    with simulated.heartbeats.waiting():
+        assert simulated.beats(50) > 45
+        assert simulated.store.get("beat 0").endswith(b" step")
+    assert simulated.beats(50) <= 1
+    assert simulated.store.get("beat 0").endswith(b" starting")  # the rank has left that step
+    simulated.busy = {"self"}
+    simulated.heartbeats.mark("waiting for its loader", loading=True)
+    assert simulated.beats(50) <= 1
+    simulated.busy = {"workers"}
+    assert simulated.beats(50) > 45
 
 
 def test_only_a_new_heartbeat_message_resets_the_silence_of_a_rank(monkeypatch):
-    judged = Judged(monkeypatch, 600.0, ranks=3)
-    one, two = (judged.heartbeats._others[other] for other in (1, 2))
-    judged.store.set("beat 1", "1 step 1")
-    judged.beats(5)
+    simulated = SimulatedRank(monkeypatch, 600.0, ranks=3)
+    one, two = (simulated.heartbeats._others[other] for other in (1, 2))
+    simulated.store.set("beat 1", "1 step 1")
+    simulated.beats(5)
     assert one.beat == b"1 step 1" and two.beat == b""
     one.silent = two.silent = 7.0
-    judged.beats(5)
+    simulated.beats(5)
     assert (one.silent, two.silent) == (7.0, 7.0)
-    judged.store.set("beat 2", "4 step 1")
-    judged.beats(5)
-    assert (one.silent, two.silent) == (7.0, 0.0) and not judged.stop.asked
-    judged.store.set("beat 1", "2 step 2")
-    judged.store.set("stop", "SIGTERM")
-    judged.beats(5)
-    assert one.silent == 0.0 and judged.stop.reason == "requested by another rank"
-    assert judged.heartbeats.stop_requested()
+    simulated.store.set("beat 2", "4 step 1")
+    simulated.beats(5)
+    assert (one.silent, two.silent) == (7.0, 0.0) and not simulated.stop.asked
+    simulated.store.set("beat 1", "2 step 2")
+    simulated.store.set("stop", "SIGTERM")
+    simulated.beats(5)
+    assert one.silent == 0.0 and simulated.stop.reason == "requested by another rank"
+    assert simulated.heartbeats.stop_requested()
 
 
 def test_a_rank_keeps_its_own_stop_request_if_the_store_is_gone(monkeypatch):
-    judged = Judged(monkeypatch, 600.0, ranks=2)
+    simulated = SimulatedRank(monkeypatch, 600.0, ranks=2)
 
     def gone(keys):
         raise RuntimeError("Connection reset by peer")
 
-    judged.heartbeats._store = SimpleNamespace(check=gone)
-    assert not judged.heartbeats.stop_requested()
-    judged.stop.ask("SIGTERM")
-    assert judged.heartbeats.stop_requested()
+    simulated.heartbeats._store = SimpleNamespace(check=gone)
+    assert not simulated.heartbeats.stop_requested()
+    simulated.stop.ask("SIGTERM")
+    assert simulated.heartbeats.stop_requested()
 
 
 def test_only_the_first_stop_request_returns_true(monkeypatch):
-    judged = Judged(monkeypatch, 600.0, ranks=2)
-    assert not judged.heartbeats.stop_requested()
-    assert [judged.heartbeats.request_stop("SIGTERM") for _ in range(3)] == [True, False, False]
-    assert judged.heartbeats.stop_requested()
+    simulated = SimulatedRank(monkeypatch, 600.0, ranks=2)
+    assert not simulated.heartbeats.stop_requested()
+    assert [simulated.heartbeats.request_stop("SIGTERM") for _ in range(3)] == [True, False, False]
+    assert simulated.heartbeats.stop_requested()
 
 
 def test_groups_have_two_levels_if_there_are_several_nodes_and_one_has_several_ranks():

@@ -356,7 +356,7 @@ class OneOfTwo:
         return [a + b for a, b in zip(values, self.other)] if self.other else list(values)
 
 
-def as_it_is(batch):
+def unchanged(batch):
     return batch
 
 
@@ -376,11 +376,11 @@ def test_held_out_losses_are_means_over_the_images_and_captions_of_all_ranks():
     parts[0][1] = dataclasses.replace(parts[0][1], skipped=bad)
     parts[1][0] = dataclasses.replace(parts[1][0], skipped=bad[:1])
     second = OneOfTwo()
-    assert evaluate(engine, parts[1], second, as_it_is)["val_skipped"] == 1
-    values = evaluate(engine, parts[0], OneOfTwo(second.own), as_it_is)
+    assert evaluate(engine, parts[1], second, unchanged)["val_skipped"] == 1
+    values = evaluate(engine, parts[0], OneOfTwo(second.own), unchanged)
     with torch.no_grad():
         alone = [model(pack([sample], model.geometry)) for sample in samples]
-    assert values["val_skipped"] == 3 and "val_skipped" not in evaluate(engine, parts[0][:1], OneOfTwo(), as_it_is)
+    assert values["val_skipped"] == 3 and "val_skipped" not in evaluate(engine, parts[0][:1], OneOfTwo(), unchanged)
     assert 0 < values["val_text_accuracy"] < 1
     images = [one.image_loss.item() for one, sample in zip(alone, samples) if sample.image is not None]
     texts = [(one.text_loss.item(), one.text_accuracy.item()) for one, s in zip(alone, samples) if s.tokens is not None]
@@ -534,7 +534,7 @@ def test_the_earliest_failed_step_of_all_ranks_is_reported():
             watch=argparse.Namespace(
                 first_bad=partial("step {}".format, mine), bad_step=mine, finite_through=6, spikes=None
             ),
-            ranks=Agreeing(value=(f"step {other}", other, 6)),
+            ranks=RankWithPartner(value=(f"step {other}", other, 6)),
             saver=argparse.Namespace(
                 awaits=lambda step: False, step_was_not_finite=lambda step: judged.append(step) or "told"
             ),
@@ -591,7 +591,7 @@ def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch
     assert spent == [4, 2]
 
 
-class Agreeing(OneOfTwo):
+class RankWithPartner(OneOfTwo):
     """One of two ranks, with the given sums and values of its partner."""
 
     rank, world, is_main, lasting = 0, 2, True, None
@@ -638,7 +638,7 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
                 bad=argparse.Namespace(count=lambda *_: None),
                 throughput=argparse.Namespace(add=lambda *_: None),
                 task=argparse.Namespace(count=lambda batches: SampleCounts(0, 0)),
-                ranks=Agreeing(value=("", None, finite_through[1])),
+                ranks=RankWithPartner(value=("", None, finite_through[1])),
                 heartbeats=argparse.Namespace(watch=lambda loader, doing: [SimpleNamespace()]),
                 share=argparse.Namespace(accumulation=1),
                 train_loader=None,

@@ -26,7 +26,7 @@ from lab.soak.faults import AWAKE_S, DAMAGES, FAULTS, FREEZE, FULL_DISK, STOPS, 
 from m3ae_fast import checkpoint
 from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.shards.tar_member import add_member
-from tests.helpers.pictures import CASES
+from tests.helpers.image_formats import CASES
 from tests.helpers.ranks import free_port
 
 ROOT = Path(__file__).parents[2]

@@ -194,15 +194,15 @@ def test_candidates_are_compiled_and_written(tmp_path, monkeypatch, capsys):
 
 
 def test_unsound_and_slow_candidates_are_excluded():
-    tried = candidates.possible("sm_90", "16")
-    assert all(s["BLOCK_M"] * s["BLOCK_N"] <= 128 * 32 * s["num_warps"] for s in tried)
-    reports = [Report("k", "sm_90", "bf16", "", registers=128, shared_bytes=50_000) for _ in tried]
-    kept = candidates.best("sm_90", "16", list(zip(tried, reports)))
-    tiles = {(s["BLOCK_M"], s["BLOCK_N"]) for s in tried}
+    possible = candidates.possible("sm_90", "16")
+    assert all(s["BLOCK_M"] * s["BLOCK_N"] <= 128 * 32 * s["num_warps"] for s in possible)
+    reports = [Report("k", "sm_90", "bf16", "", registers=128, shared_bytes=50_000) for _ in possible]
+    kept = candidates.best("sm_90", "16", list(zip(possible, reports)))
+    tiles = {(s["BLOCK_M"], s["BLOCK_N"]) for s in possible}
     assert len(kept) == 2 * len(tiles)
     for report in reports:
         report.problems = ("spills",)
-    assert candidates.best("sm_90", "16", list(zip(tried, reports))) == []
+    assert candidates.best("sm_90", "16", list(zip(possible, reports))) == []
 
 
 BEST = {"BLOCK_M": 16, "BLOCK_D": 256}
@@ -240,7 +240,7 @@ def tuned(tmp_path, monkeypatch):
     return SimpleNamespace(run=run, table=table, asked=asked, folder=tmp_path)
 
 
-def tried(folder, kernel="rows") -> list[tuple]:
+def trials_of(folder, kernel="rows") -> list[tuple]:
     rows = results.read(folder / "gpu-tuning.json")
     return [(r["ms"], r["kept"], r["verdict"]) for r in rows if r["kernel"] == kernel]
 
@@ -250,18 +250,18 @@ def test_tuning_keeps_the_fastest_setting_and_can_be_resumed(tuned):
     written = json.loads((tuned.folder / "interpreter.json").read_text())
     assert written["rows"]["32"] == BEST and written["rows"]["16"] == tuning.table("interpreter")["rows"]["16"]
     expected = [(10.0, "", "ok"), (None, "", "out of resources"), (5.0, "yes", "ok")]
-    assert tried(tuned.folder) == expected and {r["op"] for r in results.read(tuned.folder / "gpu-tuning.json")} == {
-        "scatter_tokens, encoder"
-    }
+    assert trials_of(tuned.folder) == expected and {
+        r["op"] for r in results.read(tuned.folder / "gpu-tuning.json")
+    } == {"scatter_tokens, encoder"}
     tuned.table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
     assert tuned.run() == 0
     assert tuned.asked == list(OPS)  # only the search for the op in which a kernel takes the most time
-    assert tuned.table["rows"]["32"] == BEST and tried(tuned.folder) == expected
+    assert tuned.table["rows"]["32"] == BEST and trials_of(tuned.folder) == expected
 
 
 def test_tuning_one_kernel_does_not_change_the_others(tuned):
     assert tuned.run(only=["segment_sum"]) == 0
-    assert tried(tuned.folder) == [] and tried(tuned.folder, "segment_sum") == [(3.0, "yes", "ok")]
+    assert trials_of(tuned.folder) == [] and trials_of(tuned.folder, "segment_sum") == [(3.0, "yes", "ok")]
 
 
 def test_a_setting_that_breaks_the_device_is_not_tried_again(tuned, monkeypatch):
@@ -270,19 +270,19 @@ def test_a_setting_that_breaks_the_device_is_not_tried_again(tuned, monkeypatch)
     monkeypatch.setattr(tuner, "OPS", ("scatter_tokens, encoder",))
     with pytest.raises(suite.DeviceBroken):
         tuned.run(broken)
-    assert tried(tuned.folder) == [(10.0, "yes", "ok"), (None, "", "out of resources")]
+    assert trials_of(tuned.folder) == [(10.0, "yes", "ok"), (None, "", "out of resources")]
     path = tuned.folder / "gpu-tuning.json"
     path.write_text(path.read_text().replace("out of resources", "under way"))  # as if the process had died
     tuned.table["rows"]["32"] = {"BLOCK_M": 8, "BLOCK_D": 256}
     assert tuned.run() == 0
-    assert tried(tuned.folder) == [(10.0, "", "ok"), (None, "", "under way"), (5.0, "yes", "ok")]
+    assert trials_of(tuned.folder) == [(10.0, "", "ok"), (None, "", "under way"), (5.0, "yes", "ok")]
 
 
 def test_the_fastest_setting_is_not_kept_if_it_is_wrong(tuned, monkeypatch):
     wrong = lambda work: SimpleNamespace(problems=["out: error"] if tuned.table["rows"]["32"] == BEST else [])  # noqa: E731
     monkeypatch.setattr(tuner, "check_timed", wrong)
     assert tuned.run() == 0
-    assert tried(tuned.folder) == [(10.0, "yes", "ok"), (None, "", "out of resources"), (5.0, "", "out: error")]
+    assert trials_of(tuned.folder) == [(10.0, "yes", "ok"), (None, "", "out of resources"), (5.0, "", "out: error")]
 
 
 def test_chosen_settings_are_written_to_the_tables(tuned):

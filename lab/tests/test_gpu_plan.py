@@ -55,7 +55,7 @@ print(child.pid, flush=True)
 
 
 @pytest.fixture
-def impatient(monkeypatch):
+def short_patience(monkeypatch):
     monkeypatch.setattr(plan, "Processes", lambda: Processes(patience=0.2))
 
 
@@ -63,7 +63,7 @@ def runs(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_a_failing_stage_does_not_affect_other_stages(tmp_path, impatient):
+def test_a_failing_stage_does_not_affect_other_stages(tmp_path, short_patience):
     """Five stages are bad: one crashes, one hangs, one prints nothing, one requires a program that does not exist, and
     one requires a file that is not a program. All other stages are run, and their output is kept."""
     (tmp_path / "no-program").touch(mode=0o755)
@@ -87,7 +87,7 @@ def test_a_failing_stage_does_not_affect_other_stages(tmp_path, impatient):
     assert (tmp_path / "last/kept").exists()
 
 
-def test_processes_started_by_a_stage_end_with_it(tmp_path, impatient):
+def test_processes_started_by_a_stage_end_with_it(tmp_path, short_patience):
     """An orphaned process that ignores SIGTERM and has its own session is ended too."""
     assert plan.run(tmp_path, 60, [Stage("leaves one", 60, python(ORPHAN))]) == 0
     pid, late = int((tmp_path / "leaves one/log.txt").read_text()), time.monotonic() + 30

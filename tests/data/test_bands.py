@@ -29,8 +29,8 @@ from m3ae_fast.images.crops import centre_crop, random_crop, resize
 from m3ae_fast.images.decoding import decode_image, format_of, pixels_of_bands, size_of
 from m3ae_fast.images.normalisation import from_unit, model_input, normalised, to_unit
 from m3ae_fast.shards.shrink import as_member
-from tests.data.test_pictures import damaged
-from tests.helpers.pictures import RGB, png, tiff
+from tests.data.test_image_formats import damaged
+from tests.helpers.image_formats import RGB, png, tiff
 from tests.helpers.shards import write_tar
 
 BANDS = 13

@@ -35,7 +35,7 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(params=[0.0])
-def far(request, shards, tmp_path, monkeypatch):
+def remote_shards(request, shards, tmp_path, monkeypatch):
     """Return (manifest of shards behind a URL, Counter of the served paths, bytes of a shard). The parameter is the
     fraction of requests that fail."""
     folder, size = shards
@@ -48,18 +48,18 @@ def far(request, shards, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def start(load, far, tmp_path):
+def start(load, remote_shards, tmp_path):
     """Return a function start(number, world, cache_gb=..., ...), which returns the loader of a node with one rank."""
 
     def build(number, world, cache_gb=None, folder="node{}", **options):
         store = ShardStore(tmp_path / folder.format(number), cache_gb)
         options = {"steps": STEPS, "config": {"lanes": LANES, "shuffle_shards": LANES}} | options
-        return load(far[0], global_batch=BATCH, rank=number, world=world, at=store, **options)
+        return load(remote_shards[0], global_batch=BATCH, rank=number, world=world, at=store, **options)
 
     return build
 
 
-def disk(loader):
+def bytes_in_cache(loader):
     copies = loader.dataset.corpus.store.cache_dir / "shards"
     found = 0
     for entry in os.scandir(copies):
@@ -68,7 +68,7 @@ def disk(loader):
     return found
 
 
-def come(loader):
+def required_shards_are_cached(loader):
     """Return whether the shards that a node must have downloaded at this step are in its cache."""
     needs, steps = loader.companion.schedule, loader.companion._steps
     return all(needs.corpus.store.copy(shard.name).exists() for shard in needs.near(needs.span(steps)))
@@ -78,9 +78,9 @@ def epoch(loaders):
     """Return the keys of each step of some nodes, whose steps take longer than a download."""
     batches = [iter(loader) for loader in loaders]
     for _ in range(len(loaders[0])):
-        until(lambda: all(map(come, loaders)))
+        until(lambda: all(map(required_shards_are_cached, loaders)))
         keys = list(chain.from_iterable(next(each).keys for each in batches))
-        assert all(disk(loader) <= loader.dataset.corpus.store.limit for loader in loaders)
+        assert all(bytes_in_cache(loader) <= loader.dataset.corpus.store.limit for loader in loaders)
         yield sorted(keys)
     end(*loaders)
 
@@ -91,27 +91,27 @@ def end(*loaders):
         loader.companion._fetcher.process.join()
 
 
-@pytest.mark.parametrize("far", [0.0, 0.5], indirect=True)
-def test_nodes_download_each_shard_once_within_their_disk_limit(start, far):
-    _, requests, size = far
+@pytest.mark.parametrize("remote_shards", [0.0, 0.5], indirect=True)
+def test_nodes_download_each_shard_once_within_their_disk_limit(start, remote_shards):
+    _, requests, size = remote_shards
     loaders = [start(number, 4, 11 * size / 1e9) for number in range(4)]
     seen = list(chain.from_iterable(epoch(loaders)))
     assert len(seen) == len(set(seen)) == SHARDS * PER
     assert SHARDS <= sum(requests.values()) <= 1.05 * SHARDS
-    assert max(map(disk, loaders)) > 6 * size
+    assert max(map(bytes_in_cache, loaders)) > 6 * size
 
 
-def test_the_first_shuffle_windows_are_downloaded_before_the_first_step(start, far):
+def test_the_first_shuffle_windows_are_downloaded_before_the_first_step(start, remote_shards):
     loader = start(0, 2)
     iter(loader)
-    until(lambda: come(loader) and sum(far[1].values()) == LANES // 2)
+    until(lambda: required_shards_are_cached(loader) and sum(remote_shards[1].values()) == LANES // 2)
     time.sleep(0.5)
-    assert sum(far[1].values()) == LANES // 2
+    assert sum(remote_shards[1].values()) == LANES // 2
     end(loader)
 
 
-def test_a_second_epoch_downloads_nothing_if_all_shards_fit_into_the_cache(start, far):
-    _, requests, _ = far
+def test_a_second_epoch_downloads_nothing_if_all_shards_fit_into_the_cache(start, remote_shards):
+    _, requests, _ = remote_shards
     loader = start(1, 4, steps=3 * STEPS)
     steps = epoch([loader])
     for _ in range(STEPS):
@@ -121,9 +121,9 @@ def test_a_second_epoch_downloads_nothing_if_all_shards_fit_into_the_cache(start
     assert sum(requests.values()) == 24
 
 
-def test_the_samples_are_the_same_after_the_loss_of_a_node(start, far):
+def test_the_samples_are_the_same_after_the_loss_of_a_node(start, remote_shards):
     """The cached shards of the other nodes are lost too, which is the worst case."""
-    _, requests, size = far
+    _, requests, size = remote_shards
     known = list(epoch([start(0, 1, folder="whole")]))
     requests.clear()
     found = []
@@ -134,15 +134,15 @@ def test_the_samples_are_the_same_after_the_loss_of_a_node(start, far):
     assert sum(requests.values()) <= 1.3 * SHARDS
 
 
-def test_no_sample_is_lost_if_the_fetcher_is_killed(start, far):
-    _, requests, size = far
+def test_no_sample_is_lost_if_the_fetcher_is_killed(start, remote_shards):
+    _, requests, size = remote_shards
     loader = start(0, 2, 24 * size / 1e9, config={"lanes": LANES, "shuffle_shards": LANES, "workers": 1})
     batches = iter(loader)
     seen = list(next(batches).keys)
     os.kill(loader.companion._fetcher.process.pid, signal.SIGKILL)
     loader.companion._fetcher.process.join()
     for batch in batches:
-        assert not batch.skipped and disk(loader) <= 24 * size
+        assert not batch.skipped and bytes_in_cache(loader) <= 24 * size
         seen += batch.keys
     assert len(seen) == len(set(seen)) == SHARDS * PER // 2
     assert sum(requests.values()) <= 1.05 * SHARDS / 2 + 4  # the shards that the fetcher was downloading when it died
@@ -191,7 +191,7 @@ def test_the_fetcher_also_indexes_downloaded_shards(start):
     assert len(list((store.cache_dir / "index").iterdir())) == 4
 
 
-def test_a_failed_download_is_not_retried_continuously(start, far, tmp_path):
+def test_a_failed_download_is_not_retried_continuously(start, remote_shards, tmp_path):
     rows = np.load(tmp_path / "far.npy")
     rows["name"] = np.char.replace(rows["name"], b".tar", b".gone")
     write(tmp_path / "far.npy", rows)
@@ -200,19 +200,19 @@ def test_a_failed_download_is_not_retried_continuously(start, far, tmp_path):
     for _ in range(3):
         fetcher.update(needs.span(np.zeros(1, np.int64)))
         until(lambda: fetcher.wait() or not fetcher._busy)
-    assert sorted(far[1].values()) == [1] * 4
+    assert sorted(remote_shards[1].values()) == [1] * 4
 
 
-def test_a_cache_that_is_too_small_is_refused(start, far):
+def test_a_cache_that_is_too_small_is_refused(start, remote_shards):
     with pytest.raises(
         UserError, match=r"data\.cache_gb 6\.144e-05: the shards that a node uses at once take 8\.19e-05 GB"
     ):
-        start(0, 4, 3 * far[2] / 1e9)
+        start(0, 4, 3 * remote_shards[2] / 1e9)
 
 
-def test_shards_downloaded_to_count_samples_are_reused_for_training(start, far, tmp_path):
+def test_shards_downloaded_to_count_samples_are_reused_for_training(start, remote_shards, tmp_path):
     """Counting the samples and training for an epoch together request each shard once."""
-    manifest, requests, _ = far
+    manifest, requests, _ = remote_shards
     names = [name.decode() for name in np.load(manifest[0].shards)["name"].tolist()]
     stores = [ShardStore(tmp_path / f"node{number}") for number in range(4)]
     work = lambda ranks, node: prepare(names, stores[node], ranks)  # noqa: E731

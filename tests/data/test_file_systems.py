@@ -18,7 +18,7 @@ SHARDS, PER = 4, 8
 
 
 @pytest.fixture
-def far(tmp_path, monkeypatch):
+def network_folder(tmp_path, monkeypatch):
     """Return a folder with shards that is reported to be on NFS. All other folders are local."""
     (tmp_path / "far").mkdir()
     mounts = {"/": "ext4", str(tmp_path / "far"): "nfs4"}
@@ -43,36 +43,38 @@ def captions(store, folder):
     ("fuse.sshfs", True), ("fuse.gcsfuse", True), ("fuse.fuse-overlayfs", False), ("fuseblk", False), ("ext4", False),
     ("overlay", False), ("tmpfs", False), ("", False),
 ])  # fmt: skip
-def test_network_file_systems_are_recognised(tmp_path, monkeypatch, kind, far):
+def test_network_file_systems_are_recognised(tmp_path, monkeypatch, kind, network_folder):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a/b")
     mounts = [SimpleNamespace(mountpoint=str(tmp_path / "a"), fstype=kind)]
     monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
-    assert network_file_system(tmp_path / "link/c") == kind * far
+    assert network_file_system(tmp_path / "link/c") == kind * network_folder
     assert network_file_system(tmp_path) == ""
 
 
-def test_shards_on_a_network_file_system_are_read_from_complete_cached_copies(far, store, tmp_path):
+def test_shards_on_a_network_file_system_are_read_from_complete_cached_copies(network_folder, store, tmp_path):
     """The headers of shards are read in place, so that counting samples copies no images."""
-    corpus = open_corpus([SourceConfig(shards=str(far / "*.tar"))], store)
+    corpus = open_corpus([SourceConfig(shards=str(network_folder / "*.tar"))], store)
     assert corpus.samples == SHARDS * PER and not copies(store)
-    assert len(list(far.glob("*.index"))) == SHARDS
-    expected = captions(ShardStore(far / "cache"), far)
-    assert not copies(ShardStore(far / "cache"))  # a copy in this folder would not be any closer
-    assert captions(store, far) == expected
+    assert len(list(network_folder.glob("*.index"))) == SHARDS
+    expected = captions(ShardStore(network_folder / "cache"), network_folder)
+    assert not copies(ShardStore(network_folder / "cache"))  # a copy in this folder would not be any closer
+    assert captions(store, network_folder) == expected
     assert len(copies(store)) == SHARDS
-    write_tar(far / "0.tar", members(range(30), "text"))  # a larger shard, for which the old copy is not used
+    write_tar(
+        network_folder / "0.tar", members(range(30), "text")
+    )  # a larger shard, for which the old copy is not used
     with pytest.raises(OSError, match="differs from the indexed shard"):
         Reader(corpus.sources[0], store).read(0, 0)
 
 
-def test_a_second_epoch_does_not_read_over_the_network(far, store, load):
-    sources = [SourceConfig(shards=str(far / "*.tar"))]
+def test_a_second_epoch_does_not_read_over_the_network(network_folder, store, load):
+    sources = [SourceConfig(shards=str(network_folder / "*.tar"))]
     loader = load(sources, micro_batch=8, steps=2 * SHARDS, config={"lanes": 2})
     steps = epoch([loader])
     first = list(chain.from_iterable(next(steps) for _ in range(SHARDS)))
     before = copies(store)
-    for path in far.glob("*.tar"):
+    for path in network_folder.glob("*.tar"):
         status = path.stat()
         path.write_bytes(bytes(status.st_size))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -80,17 +82,19 @@ def test_a_second_epoch_does_not_read_over_the_network(far, store, load):
     assert copies(store) == before and len(before) == SHARDS
 
 
-def test_shards_on_a_network_file_system_are_read_directly_if_the_cache_is_full(far, store, load, tmp_path):
-    size = (far / "0.tar").stat().st_size
+def test_shards_on_a_network_file_system_are_read_directly_if_the_cache_is_full(network_folder, store, load, tmp_path):
+    size = (network_folder / "0.tar").stat().st_size
     small = ShardStore(tmp_path / "small", 1.5 * size / 1e9)
-    loader = load([SourceConfig(shards=str(far / "*.tar"))], micro_batch=8, steps=SHARDS, config={"lanes": 2}, at=small)
+    loader = load(
+        [SourceConfig(shards=str(network_folder / "*.tar"))], micro_batch=8, steps=SHARDS, config={"lanes": 2}, at=small
+    )
     keys = list(chain.from_iterable(batch.keys for batch in loader))
     assert len(set(keys)) == SHARDS * PER and not copies(small)
 
 
-def test_inspecting_a_few_images_does_not_copy_shards(far, store, tmp_path):
-    write_tar(far / "images.tar", members(range(4)))
-    corpus = open_corpus([SourceConfig(shards=str(far / "images.tar"))], store)
+def test_inspecting_a_few_images_does_not_copy_shards(network_folder, store, tmp_path):
+    write_tar(network_folder / "images.tar", members(range(4)))
+    corpus = open_corpus([SourceConfig(shards=str(network_folder / "images.tar"))], store)
     model = ModelConfig(size=None, emb_dim=32, depth=1, num_heads=4, image_size=4096, patch_size=16, vocab_size=0)
     assert enlarged_images(SimpleNamespace(model=model), corpus).startswith("images are enlarged: half of 4 inspected")
     assert not copies(store)

@@ -17,7 +17,7 @@ from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.data.rank_share import balanced
 from m3ae_fast.images.decoding import MAX_PIXELS, size_of
 from m3ae_fast.process.helper_process import Node
-from tests.helpers.pictures import CASES, RGB
+from tests.helpers.image_formats import CASES, RGB
 from tests.helpers.shards import picture, write_tar
 
 SIDES = [(8 * rows, 8 * columns) for rows in range(1, 9) for columns in (1, 2, 4, 8)]  # height and width
@@ -33,7 +33,7 @@ def shard(tmp_path):
     return Path(write_tar(tmp_path / "train.tar", [*files, ("broken.png", b"no image"), ("text.txt", b"a cat")]))
 
 
-def opened(shards):
+def open_images(shards):
     return open_corpus([SourceConfig(shards=str(shards), modality="image")], ShardStore(None))
 
 
@@ -45,26 +45,26 @@ def test_the_size_of_an_image_is_read_from_its_header(case):
 
 
 def test_stored_image_sizes_are_used_until_the_shard_changes(shard, monkeypatch):
-    (source,) = measured(opened(shard)).sources
+    (source,) = measured(open_images(shard)).sources
     assert source.image_sizes.tolist() == [*map(list, SIDES), [0, 0], [0, 0]]
     kept = shard.with_name("train.tar.sizes.index")
     with monkeypatch.context() as patch:
         patch.setattr("m3ae_fast.data.image_sizes.size_of", None)  # no header is read again
-        assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
+        assert np.array_equal(measured(open_images(shard)).sources[0].image_sizes, source.image_sizes)
     damage = (lambda: os.truncate(kept, 100), lambda: np.savez(kept.open("wb"), a=1), lambda: kept.write_bytes(_ODD))
     for make in (*damage, lambda: (kept.unlink(), os.mkfifo(kept))):
         make()
-        assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
+        assert np.array_equal(measured(open_images(shard)).sources[0].image_sizes, source.image_sizes)
     rows = np.load(kept)
     np.save(kept.open("wb"), np.where(rows == 64, -1, rows))  # an impossible size
-    assert np.array_equal(measured(opened(shard)).sources[0].image_sizes, source.image_sizes)
+    assert np.array_equal(measured(open_images(shard)).sources[0].image_sizes, source.image_sizes)
     write_tar(shard, [("one.png", picture(0, (24, 16), fmt="PNG"))])
-    assert measured(opened(shard)).sources[0].image_sizes.tolist() == [[16, 24]]
-    assert len(opened(f"{shard.parent}/*").sources[0].shards) == 1  # the file with the sizes is not a shard
+    assert measured(open_images(shard)).sources[0].image_sizes.tolist() == [[16, 24]]
+    assert len(open_images(f"{shard.parent}/*").sources[0].shards) == 1  # the file with the sizes is not a shard
     before = shard.stat()
     write_tar(shard, [("one.png", picture(0, (40, 8), fmt="PNG"))])
     os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
-    assert shard.stat().st_size == before.st_size and measured(opened(shard)).sources[0].image_sizes.tolist() == [
+    assert shard.stat().st_size == before.st_size and measured(open_images(shard)).sources[0].image_sizes.tolist() == [
         [8, 40]
     ]
 
@@ -85,11 +85,11 @@ def test_a_header_may_end_far_after_the_beginning_of_a_file(tmp_path):
     file = io.BytesIO()
     Image.new("RGB", (24, 16)).save(file, "JPEG", comment=bytes(60_000))
     shard = write_tar(tmp_path / "train.tar", [("0.jpg", file.getvalue()), ("1.jpg", picture(1, (16, 8)))])
-    assert measured(opened(shard)).sources[0].image_sizes.tolist() == [[16, 24], [8, 16]]
+    assert measured(open_images(shard)).sources[0].image_sizes.tolist() == [[16, 24], [8, 16]]
 
 
 def test_image_sizes_are_not_read_from_downloaded_shards(shard, monkeypatch):
-    corpus = opened(shard)
+    corpus = open_images(shard)
     monkeypatch.setattr(corpus.store, "is_staged", lambda _: True)
     assert measured(corpus) is corpus
 
@@ -127,7 +127,7 @@ def test_images_of_a_step_are_balanced_over_the_ranks_of_a_node_by_size(shard, a
         keys = [[[k for b in own for k in (*b.keys, *(s.key for s in b.skipped))] for own in step] for step in steps]
         return keys, np.array([[sum(r * c for b in own for r, c in b.grids) for own in step] for step in steps])
 
-    corpus = opened(shard)
+    corpus = open_images(shard)
     plain, patches = found(corpus)
     shared, equal = found(measured(corpus))
     if repeats > 1:

@@ -12,7 +12,7 @@ from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards import overview
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.folder_layout import split_of_file
-from tests.data.test_tools import contents, make
+from tests.data.test_shards_make import contents, make
 from tests.helpers.shards import members, picture, write_tar
 
 

@@ -13,7 +13,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.segmentation_masks import masked_corpus
 from m3ae_fast.shards.sources.folder import Folder
-from tests.data.test_tools import contents, make
+from tests.data.test_shards_make import contents, make
 from tests.helpers.shards import picture, write_tar
 
 

@@ -450,7 +450,7 @@ def test_cached_shards_do_not_exceed_the_limit(server, tmp_path):
     assert requests["/5.tar"] == 1
 
 
-def alike(url, folder, count=20):
+def serve_equal_shards(url, folder, count=20):
     """Serve shards of equal size, and return their names and the size."""
     tar = Path(write_tar(folder / "0.tar", members(range(3)))).read_bytes()
     for number in range(count):
@@ -462,7 +462,7 @@ def alike(url, folder, count=20):
 def test_a_download_inspects_few_cached_shards_regardless_of_their_number(server, tmp_path, monkeypatch, limit):
     """The cache either has enough space, or the oldest copies have to be removed."""
     url, folder, _ = server
-    names, size = alike(url, folder)
+    names, size = serve_equal_shards(url, folder)
     store = ShardStore(tmp_path / "cache", limit and (300 + limit) * size / 1e9)
     for age in range(300):
         copy = store.cache_dir / "shards" / f"{age:03d}.tar"
@@ -486,7 +486,7 @@ def test_a_download_inspects_few_cached_shards_regardless_of_their_number(server
 def test_processes_share_the_account_of_used_cache_space(server, tmp_path):
     """A copy that another process made counts without listing the folder again."""
     url, folder, _ = server
-    names, size = alike(url, folder)
+    names, size = serve_equal_shards(url, folder)
     one, other = (ShardStore(tmp_path / "cache", 4 * size / 1e9) for _ in range(2))
     for number, store in enumerate([one, other, one, other, one, one, other]):
         store.path(names[number])
@@ -497,7 +497,7 @@ def test_processes_share_the_account_of_used_cache_space(server, tmp_path):
 @pytest.mark.parametrize("noted", [b"", b"short", bytes(16)])
 def test_a_lost_or_incorrect_cache_ledger_is_rebuilt(server, tmp_path, noted):
     url, folder, _ = server
-    names, size = alike(url, folder)
+    names, size = serve_equal_shards(url, folder)
     for number in range(5):
         store = ShardStore(tmp_path / "cache", 2 * size / 1e9)  # the store of a separate process, which scans once
         (store.cache_dir / "locks/room").write_bytes(noted)
@@ -507,7 +507,7 @@ def test_a_lost_or_incorrect_cache_ledger_is_rebuilt(server, tmp_path, noted):
 
 def test_a_cached_shard_used_since_the_last_scan_is_not_evicted(server, tmp_path):
     url, folder, _ = server
-    names, size = alike(url, folder)
+    names, size = serve_equal_shards(url, folder)
     one, other = (ShardStore(tmp_path / "cache", 3 * size / 1e9) for _ in range(2))
     for age, name in enumerate(names[:3]):
         os.utime(one.path(name), (age, age))

@@ -12,7 +12,7 @@ from m3ae_fast.cli.shards import main
 from m3ae_fast.config import SourceConfig, load_config
 from m3ae_fast.data import open_corpus
 from m3ae_fast.shards.statistics import collect, sample
-from tests.helpers.pictures import png
+from tests.helpers.image_formats import png
 from tests.helpers.shards import caption, members, picture, write_tar
 from tests.helpers.trainer import TINY
 

@@ -14,7 +14,7 @@ def settings(*overrides):
     return [word for override in overrides for word in ("--set", override)]
 
 
-def pictures(folder):
+def figure_names(folder):
     """Return the names of the figures in the folder of a result, which must also be in TensorBoard's files."""
     names = sorted(path.stem for path in folder.glob("*.png"))
     events = EventAccumulator(str(folder / "tensorboard"))

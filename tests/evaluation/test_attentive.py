@@ -23,7 +23,7 @@ from m3ae_fast.evaluation.probes import (
     train_heads,
 )
 from m3ae_fast.process.ranks import join_ranks
-from tests.evaluation.test_rates import _Heartbeats
+from tests.evaluation.test_learning_rates import _Heartbeats
 
 
 def _tokens(samples, seed=0):

@@ -23,7 +23,7 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.ood import SCORES
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import difference
-from tests.evaluation.conftest import pictures, settings
+from tests.evaluation.conftest import figure_names, settings
 from tests.helpers.labelled import tiny_run
 
 pytestmark = pytest.mark.slow
@@ -72,7 +72,7 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
         for probe in probes
         for second, first in combinations([LARGEST, *(model for model, own in done if own == probe)], 2)
     ]
-    assert pictures(tmp_path / "out") == ["comparison"] and result["chance"] == pytest.approx(1 / 3)
+    assert figure_names(tmp_path / "out") == ["comparison"] and result["chance"] == pytest.approx(1 / 3)
     page = (tmp_path / "out/comparison.md").read_text()
     output = capsys.readouterr().out
     cell = rows["mae", "linear"]

@@ -19,7 +19,7 @@ from m3ae_fast.evaluation.linear import ProbingTask
 from m3ae_fast.evaluation.probes import Setting, attentive_with_defaults
 from m3ae_fast.evaluation.stacked_optimizers import LARS
 from m3ae_fast.process.ranks import join_ranks
-from tests.evaluation.test_rates import _Heartbeats
+from tests.evaluation.test_learning_rates import _Heartbeats
 
 
 def _config(**sections):

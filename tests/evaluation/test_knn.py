@@ -15,7 +15,7 @@ from m3ae_fast.evaluation.knn import knn_scores
 from m3ae_fast.evaluation.predictions import best_classes, topk_accuracy
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.weights.exporting import write_export
-from tests.evaluation.conftest import pictures
+from tests.evaluation.conftest import figure_names
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
 
 
@@ -60,7 +60,7 @@ def test_images_of_three_colours_are_classified_correctly(transfer, run, tmp_pat
     few = transfer("knn", "--labels", "json.name", "--set", "knn.k=1000", out="few")
     assert few["k"] == few["train_samples"]  # all training samples are neighbours
     assert list((tmp_path / "out/tensorboard").iterdir())
-    assert pictures(tmp_path / "out") == ["confusion", "neighbours"]
+    assert figure_names(tmp_path / "out") == ["confusion", "neighbours"]
     untrained = transfer("knn", "--modality", "paired", model=f"random:{run}", out="random")
     assert 0 <= untrained["top1"] <= 1
     write_export(run, tmp_path / "exported")

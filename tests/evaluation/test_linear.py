@@ -23,7 +23,7 @@ from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.open_model import open_model
-from tests.evaluation.conftest import pictures, settings
+from tests.evaluation.conftest import figure_names, settings
 from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import write_tar
@@ -36,7 +36,7 @@ FAST = settings("linear.peak_lr=30", "linear.global_batch=24", "linear.micro_bat
 def test_images_of_three_colours_are_classified_correctly(transfer, run, tmp_path):
     result = transfer("linear", "--labels", "json.name", *FAST, *settings("linear.epochs=15"))
     assert (result["top1"], result["steps"], result["classes"]) == (1.0, 30, 3)
-    assert pictures(tmp_path / "out") == ["confusion", "training"]
+    assert figure_names(tmp_path / "out") == ["confusion", "training"]
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert sum("val_top1" in line for line in lines) == 15  # one line per epoch
     classifier = Classifier.from_pretrained(tmp_path / "out").eval()

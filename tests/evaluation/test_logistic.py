@@ -10,7 +10,7 @@ from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS
 from m3ae_fast.weights.open_model import open_model
-from tests.evaluation.conftest import pictures, settings
+from tests.evaluation.conftest import figure_names, settings
 from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.trainer import ROOT
 
@@ -24,7 +24,7 @@ def test_robustness_and_ood_use_the_saved_logistic_classifier(transfer, run, sha
     result = transfer("logistic", *labels, *encode, out="classifier")
     assert result["top1"] > 0.4 and result["inverse_strength"] in INVERSE_STRENGTHS  # chance: a third
     assert (result["classes"], result["train_samples"], result["val_samples"]) == (3, 48, 18)
-    assert pictures(tmp_path / "classifier") == ["confusion"]
+    assert figure_names(tmp_path / "classifier") == ["confusion"]
     classifier = Classifier.from_pretrained(tmp_path / "classifier")
     saved = classifier.config
     assert (saved.pool, saved.head, saved.modality, saved.classes) == (

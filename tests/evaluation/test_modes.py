@@ -25,17 +25,17 @@ LIGHT = settings("robustness.epsilons=[1]", "robustness.steps=2", 'robustness.co
 
 
 @pytest.fixture
-def seen(monkeypatch):
+def encoder_modes(monkeypatch):
     """Return a list of (training, with gradients, autocast), with an entry for each pass through the encoder."""
     found, real = [], MultimodalEncoder._input
 
-    def looked_at(self, batch):
+    def record_modes(self, batch):
         modes = {module.training for module in self.modules()}
         assert len(modes) == 1
         found.append((modes.pop(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
         return real(self, batch)
 
-    monkeypatch.setattr(MultimodalEncoder, "_input", looked_at)
+    monkeypatch.setattr(MultimodalEncoder, "_input", record_modes)
     return found
 
 
@@ -48,7 +48,7 @@ def test_every_task_requires_an_output_folder(task):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("task", ["knn", "logistic", "ood", "retrieval", "linear", "attentive", "finetune"])
 def test_tasks_encode_in_the_configured_precision_without_gradients_unless_they_train_the_encoder(
-    transfer, shards, seen, task, precision
+    transfer, shards, encoder_modes, task, precision
 ):
     encode = settings(f"encode.precision={precision}") if task != "finetune" else []
     options = {
@@ -60,22 +60,24 @@ def test_tasks_encode_in_the_configured_precision_without_gradients_unless_they_
     more = {"train": None} if task == "retrieval" else {}
     transfer(task, *options.get(task, []), *encode, **more)
     expected = {TRAINS, EVALUATES} if task == "finetune" else {EVALUATES}
-    assert {modes[:2] for modes in seen} == expected
-    assert {modes[2] for modes in seen} == {precision == "bf16"}
+    assert {modes[:2] for modes in encoder_modes} == expected
+    assert {modes[2] for modes in encoder_modes} == {precision == "bf16"}
 
 
-def test_robustness_evaluates_in_float32_and_computes_gradients_only_in_attacks(transfer, tmp_path, seen):
+def test_robustness_evaluates_in_float32_and_computes_gradients_only_in_attacks(transfer, tmp_path, encoder_modes):
     transfer("linear", *LINEAR, out="classifier")
     trained = Classifier.from_pretrained(tmp_path / "classifier")
-    seen.clear()
+    encoder_modes.clear()
     transfer("robustness", *LIGHT, model=tmp_path / "classifier", train=None, out="attacked")
-    assert {modes[:2] for modes in seen} == {EVALUATES, ATTACKS} and not any(modes[2] for modes in seen)
-    assert sum(modes[1] for modes in seen) == 2  # the steps of the attack
+    assert {modes[:2] for modes in encoder_modes} == {EVALUATES, ATTACKS} and not any(
+        modes[2] for modes in encoder_modes
+    )
+    assert sum(modes[1] for modes in encoder_modes) == 2  # the steps of the attack
     after = Classifier.from_pretrained(tmp_path / "classifier")
     assert torch.equal(trained.head.norm.mean, after.head.norm.mean)
 
 
-def test_these_tests_cover_all_tasks(seen):
+def test_these_tests_cover_all_tasks(encoder_modes):
     assert {*TASKS} == {
         "knn",
         "ood",
@@ -92,10 +94,12 @@ def test_these_tests_cover_all_tasks(seen):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_features_are_computed_in_evaluation_mode_and_the_configured_precision(run, shards, tmp_path, seen, precision):
+def test_features_are_computed_in_evaluation_mode_and_the_configured_precision(
+    run, shards, tmp_path, encoder_modes, precision
+):
     out = tmp_path / "a.npz"
     assert features.main([str(run), shards[1], "--out", str(out), *settings(f"encode.precision={precision}")]) == 0
-    assert {*seen} == {(*EVALUATES, precision == "bf16")} and len(np.load(out)["features"]) == 18
+    assert {*encoder_modes} == {(*EVALUATES, precision == "bf16")} and len(np.load(out)["features"]) == 18
 
 
 def test_batch_normalisation_of_a_probe_uses_batch_statistics_in_training_and_running_ones_in_evaluation(

@@ -25,7 +25,7 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.ood import SCORES, Scores, auroc_and_fpr, auroc_interval
 from m3ae_fast.evaluation.tasks import Options, named_sets
 from m3ae_fast.images.decoding import decode_image
-from tests.evaluation.conftest import pictures
+from tests.evaluation.conftest import figure_names
 from tests.helpers.labelled import NAMES, coloured, labelled_tar
 from tests.helpers.shards import members, picture, write_tar
 
@@ -92,7 +92,7 @@ def test_colour_noise_is_detected_as_out_of_distribution(transfer, tmp_path, mon
     monkeypatch.setattr(ood, "draw_detection", lambda path, *scores: drawn.extend(scores) or draw(path, *scores))
     result = transfer("ood", "--ood", other, "--set", "knn.k=5")  # fewer than the 16 samples of a class
     assert result["knn_auroc"] > 0.95
-    assert pictures(tmp_path / "out") == ["scores"]
+    assert figure_names(tmp_path / "out") == ["scores"]
     inside, outside = drawn
     for name in inside:  # the figure shows the reported values
         both = np.concatenate((inside[name], outside[name]))
@@ -320,7 +320,7 @@ def test_ood_scores_of_a_classifier_use_its_features_and_its_head(transfer, clas
     words = [word for name, files in sets.items() for word in (
         "--ood", f"{name}={write_tar(tmp_path / (name + '.tar'), files)}")]  # fmt: skip
     result = transfer("ood", *words, "--set", "knn.k=5", "--set", "encode.precision=fp32", model=folder)
-    assert pictures(tmp_path / "out") == ["scores-noise", "scores-other"]
+    assert figure_names(tmp_path / "out") == ["scores-noise", "scores-other"]
     assert [result[f"{name}_samples"] for name in ("train", "val", "noise", "other")] == [48, 18, 20, 12]
     assert len(given) == 8
 

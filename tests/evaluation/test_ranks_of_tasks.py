@@ -19,18 +19,18 @@ pytestmark = pytest.mark.slow
 OF_THE_CALL = ("seconds", "config", "model")
 
 
-def _alike(found, expected, where):
+def _assert_close(found, expected, where):
     """Assert that two JSON values are equal, apart from rounding errors of numbers. Texts are not compared, because
     they contain such numbers."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), where
         for name, value in expected.items():
             if name not in OF_THE_CALL:
-                _alike(found[name], value, f"{where}.{name}")
+                _assert_close(found[name], value, f"{where}.{name}")
     elif isinstance(expected, list):
         assert len(found) == len(expected), where
         for number, (one, other) in enumerate(zip(found, expected)):
-            _alike(one, other, f"{where}[{number}]")
+            _assert_close(one, other, f"{where}[{number}]")
     elif isinstance(expected, float) and not math.isnan(expected):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), where
     elif not isinstance(expected, str):
@@ -38,7 +38,7 @@ def _alike(found, expected, where):
 
 
 @pytest.fixture(scope="module")
-def alone(run, tmp_path_factory):
+def single_rank(run, tmp_path_factory):
     """Return the folder of the data, and the folder with the results of one rank."""
     data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("alone")
     task_cases.write_data(data)
@@ -62,13 +62,13 @@ def test_every_task_has_a_test_case():
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_every_task_has_the_same_result_on_one_and_several_ranks(run, alone, tmp_path, ranks):
-    data, one = alone
+def test_every_task_has_the_same_result_on_one_and_several_ranks(run, single_rank, tmp_path, ranks):
+    data, one = single_rank
     code, output = run_ranks("tests.helpers.task_cases", [str(run), str(data), str(tmp_path)], ranks, tmp_path / "log")
     assert code == 0, output
     for name in task_cases.CASES:
         results = [json.loads((folder / name / "result.json").read_text()) for folder in (tmp_path, one)]
-        _alike(*results, name)
+        _assert_close(*results, name)
         found, expected = (read_parquet(folder / name / "predictions.parquet") for folder in (tmp_path, one))
         assert found.keys() == expected.keys()
         for column, values in expected.items():
@@ -101,12 +101,12 @@ def _fields(value):
                 yield from _fields(row)
 
 
-def test_the_guide_lists_exactly_the_fields_of_a_result(alone):
+def test_the_guide_lists_exactly_the_fields_of_a_result(single_rank):
     guide = (ROOT / "docs/guide/evaluation-results.md").read_text()
     (section,) = re.findall(r"## Fields of result.json\n(.*?)\n## ", guide, re.DOTALL)
     table = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
     named = {name.removesuffix("_se") for _, fields in table for name in re.findall(r"`([A-Za-z0-9_]+)`", fields)}
-    results = [json.loads((alone[1] / name / "result.json").read_text()) for name in task_cases.CASES]
+    results = [json.loads((single_rank[1] / name / "result.json").read_text()) for name in task_cases.CASES]
     found = {name for result in results for name in _fields(result)}
     assert found - named == set()
     rare = {"top5", "chance_top5", "auroc", "warning", "name"}  # not in the results of three classes

@@ -8,7 +8,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.evaluation import retrieval
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.retrieval import own_ranks, recalls
-from tests.evaluation.conftest import pictures
+from tests.evaluation.conftest import figure_names
 from tests.helpers.shards import members, write_tar
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def test_identical_features_have_a_recall_of_0():
 def test_recalls_are_reported_from_image_to_text_and_from_text_to_image(transfer, shards, tmp_path):
     result = transfer("retrieval", train=None)
     assert (result["pairs"], result["skipped"], result["chance_recall1"]) == (18, 0, 1 / 18)
-    assert pictures(tmp_path / "out") == ["image_to_text", "text_to_image"]
+    assert figure_names(tmp_path / "out") == ["image_to_text", "text_to_image"]
     for way in ("image_to_text", "text_to_image"):
         shares = [result[f"{way}_recall{k}"] for k in (1, 5, 10)]
         assert shares == sorted(shares) and 0 <= shares[0] <= shares[-1] <= 1

@@ -25,7 +25,7 @@ from m3ae_fast.evaluation.segment import Counts, Images, Neighbours, count, fit,
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.label_mask import mask_view, read_mask
 from m3ae_fast.process.ranks import join_ranks
-from tests.evaluation.conftest import pictures, settings
+from tests.evaluation.conftest import figure_names, settings
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.shards import write_tar
 
@@ -88,7 +88,7 @@ def test_segmentation_exceeds_the_baseline_on_simple_shapes(transfer, masked, tm
     output = capsys.readouterr().out
     assert "--train: 39 of 40 samples have a mask" in output and "ignored files in the shards" not in output
     assert f"segment: {result['verdict']}\n" in output and f"± {result['miou_se']:.4f}" in output
-    assert pictures(tmp_path / "out") == ["segmentation"]
+    assert figure_names(tmp_path / "out") == ["segmentation"]
     table = read_parquet(tmp_path / "out/predictions.parquet")
     assert sum(table["right"]) / sum(table["pixels"]) == pytest.approx(result["pixel_accuracy"])
     assert sum(table["pixels"]) == sum(row["pixels"] for row in result["per_class"]) < 16 * 32 * 32

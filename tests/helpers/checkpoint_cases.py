@@ -72,7 +72,7 @@ def probe(engine: ModelEngine) -> Tensor:
     return engine.evaluate(torch.linspace(-1, 1, 37)[None])
 
 
-def as_deepspeed_has_it(engine: ModelEngine) -> dict[str, Tensor]:
+def state_checked_with_deepspeed(engine: ModelEngine) -> dict[str, Tensor]:
     """Return the state according to `engine.whole`. From stage 1 on, it must equal the state according to DeepSpeed's
     own functions."""
     kinds = {kind for each in engine.kinds.values() for kind in each}
@@ -93,7 +93,7 @@ def agreement(ranks: Ranks) -> Agreement:
     return Agreement(ranks.rank, ranks.world, ranks.lasting, threading.Event())
 
 
-def copied_in_a_step(engine: ModelEngine) -> Fragments:
+def copy_made_during_a_step(engine: ModelEngine) -> Fragments:
     """Return the copy of the state that is made late during a step."""
     staging, found = Staging(), []
 
@@ -117,9 +117,9 @@ def save(ranks: Ranks, folder: Path) -> None:
         for step in range(STEPS):
             torch.manual_seed(10 * step + ranks.rank)
             engine.step([torch.randn(4, 37)], None, 1e-2)
-        expected = {name: tensor.clone() for name, tensor in as_deepspeed_has_it(engine).items()}
+        expected = {name: tensor.clone() for name, tensor in state_checked_with_deepspeed(engine).items()}
         outputs = probe(engine)
-        part = copied_in_a_step(engine)
+        part = copy_made_during_a_step(engine)
         total = sum(tensor.numel() for tensor in expected.values())
         held = sum(len(piece.data) for piece in part.values())
         assert held <= 1.3 * total / ranks.world, (zero, ranks.rank, held, total)
@@ -145,7 +145,7 @@ def load(ranks: Ranks, folder: Path) -> None:
                 return read(name, start, count)
 
             engine.load_state(STEPS, noting)
-            found, what = as_deepspeed_has_it(engine), f"{saved} -> {zero} on {ranks.world}"
+            found, what = state_checked_with_deepspeed(engine), f"{saved} -> {zero} on {ranks.world}"
             assert found.keys() == expected.keys(), what
             for name, tensor in expected.items():
                 assert torch.equal(found[name], tensor), f"{what}: {name}"
@@ -160,12 +160,12 @@ def die(ranks: Ranks, folder: Path, rank: int, where: str) -> None:
     agreed = agreement(ranks)
     module = state_files if hasattr(state_files, where) else folder_module
 
-    def fall(*_: Any) -> None:
+    def kill_self(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     for step in (1, 2):
         if (ranks.rank, step) == (rank, 2):
-            setattr(module, where, fall)
+            setattr(module, where, kill_self)
         tensors = {"model/w": torch.arange(1000.0) + step}
         part = cut(tensors, ranks.rank, ranks.world)
         checkpoint.save(folder, part, checkpoint.Info(step, 0, 42, {}, {}), 1, ranks=agreed)

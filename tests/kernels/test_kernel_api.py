@@ -35,7 +35,7 @@ OWN |= {"workspace": 999, "image_mlp": nn.Linear(8, 8), "text_mlp": nn.Linear(8,
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def op_options(monkeypatch):
     """Record the options with which modules call their ops, by the name of the op."""
     seen = {}
 
@@ -70,7 +70,7 @@ def asked(monkeypatch):
         (m3ae_kernels.M3AEHeads, {"gather_tokens", "masked_pixel_loss", "masked_token_loss"}),
     ],
 )
-def test_a_module_passes_each_of_its_options_to_its_ops(asked, module, ops):
+def test_a_module_passes_each_of_its_options_to_its_ops(op_options, module, ops):
     """Each option has a value that differs from its default. New options are covered automatically."""
     options = [p for p in inspect.signature(module).parameters.values() if p.kind == p.KEYWORD_ONLY]
     own = {p.name: OWN[p.name] for p in options}
@@ -86,9 +86,9 @@ def test_a_module_passes_each_of_its_options_to_its_ops(asked, module, ops):
         m3ae_kernels.MaskedTokenLoss: lambda: made(torch.randn(3, 8), ids),
         m3ae_kernels.M3AEHeads: lambda: made(torch.randn(6, 8), **rows, **targets),
     }[module]()
-    assert asked.keys() == ops
+    assert op_options.keys() == ops
     heeded = {"channels", "image_mlp", "text_mlp"}
-    for op, arguments in asked.items():
+    for op, arguments in op_options.items():
         for name in own.keys() & arguments.keys() - {"bias"}:
             assert arguments[name] == own[name], (op, name)
             heeded.add(name)
@@ -149,7 +149,7 @@ def test_a_head_without_bias_equals_one_with_zero_bias():
 
 
 @pytest.fixture
-def unwarned():
+def reset_warning():
     """Reset the warning about the default reduction, which is issued only once."""
     _warn_of_sum.cache_clear()
     yield
@@ -179,7 +179,7 @@ def token_and_pixel_loss() -> dict:
 
 
 @pytest.mark.parametrize("name", token_and_pixel_loss())
-def test_a_loss_without_reduction_argument_sums_and_warns_once(name, unwarned):
+def test_a_loss_without_reduction_argument_sums_and_warns_once(name, reset_warning):
     """The default will be the mean from the next release on, as in torch. Without the warning, the losses of callers
     would be rescaled silently."""
     compute = token_and_pixel_loss()[name]
@@ -198,7 +198,7 @@ def test_a_loss_without_reduction_argument_sums_and_warns_once(name, unwarned):
     torch.testing.assert_close(mean, expected / counted)
 
 
-def test_compiled_code_warns_about_the_default_reduction(unwarned):
+def test_compiled_code_warns_about_the_default_reduction(reset_warning):
     torch._dynamo.reset()
     compute = token_and_pixel_loss()["masked_token_loss"]
     with pytest.warns(FutureWarning, match="masked_token_loss returns the sum") as warned:

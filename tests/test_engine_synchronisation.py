@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import run_ranks
-from tests.helpers.waits import Reads
+from tests.helpers.synchronisation import Reads
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ def found(tmp_path_factory) -> dict[tuple, dict]:
     """Return the counts of each case. They come from a separate process, because DeepSpeed can be initialised only once
     per process."""
     folder = tmp_path_factory.mktemp("waits")
-    code, out = run_ranks("tests.helpers.waits", [str(folder / "found")], 1, folder / "log")
+    code, out = run_ranks("tests.helpers.synchronisation", [str(folder / "found")], 1, folder / "log")
     assert code == 0, out
     lines = map(json.loads, (folder / "found").read_text().splitlines())
     return {tuple(line.pop("case")): line for line in lines}

@@ -18,7 +18,7 @@ from PIL import Image
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.shards import main as data
 from m3ae_fast.shards.problem_counts import CUT, EMPTY, REFUSED, Tally
-from tests.data.test_tools import contents, make, own_cache, pictures  # noqa: F401
+from tests.data.test_shards_make import contents, make, own_cache, pictures  # noqa: F401
 from tests.helpers.shards import picture, write_tar
 
 

@@ -19,8 +19,8 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_start
 from tests.helpers.checkpoints import changes_of
+from tests.helpers.image_formats import pillow, png
 from tests.helpers.labelled import tiny_run
-from tests.helpers.pictures import pillow, png
 from tests.helpers.shards import write_tar
 from tests.helpers.trainer import TINY
 

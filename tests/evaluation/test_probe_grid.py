@@ -23,7 +23,7 @@ from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.weights.open_model import open_model
-from tests.evaluation.conftest import pictures, settings
+from tests.evaluation.conftest import figure_names, settings
 from tests.helpers.labelled import NAMES, coloured, labelled_members, labelled_tar
 from tests.helpers.shards import write_tar
 
@@ -38,7 +38,7 @@ SHORT = {
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def encoded_samples(monkeypatch):
     """Return the list of the numbers of samples that the encoder has processed."""
     seen, real = [], MultimodalEncoder._input
     monkeypatch.setattr(MultimodalEncoder, "_input", lambda self, batch: seen.extend(batch.keys) or real(self, batch))
@@ -47,15 +47,15 @@ def passes(monkeypatch):
 
 @pytest.mark.parametrize("task", SHORT)
 def test_images_are_encoded_once_for_all_layers_and_the_accuracies_are_plotted_by_depth(
-    transfer, tmp_path, passes, task, capsys
+    transfer, tmp_path, encoded_samples, task, capsys
 ):
     result = transfer(task, "--layers", "all", *SHORT[task])
-    assert len(passes) == 48 + 18
+    assert len(encoded_samples) == 48 + 18
     assert [(row["layer"], row["shots"]) for row in result["results"]] == [(1, None), (2, None)]
     assert result["top1"] == result["results"][1]["top1"] and result["top1"] > 0.4  # chance level is a third
     chosen = {"knn": set(), "logistic": {"inverse_strength"}}.get(task, {"peak_lr"})
     assert all({"inverse_strength", "peak_lr"} & {*row} == chosen for row in result["results"])
-    assert pictures(tmp_path / "out") == ["depth"]
+    assert figure_names(tmp_path / "out") == ["depth"]
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for row in result["results"]:
         own = table[table.layer == row["layer"]]
@@ -87,17 +87,17 @@ def test_the_result_of_the_last_layer_is_bitwise_that_of_the_task_without_layers
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic", "linear"])
-def test_images_are_encoded_once_for_all_poolings(transfer, tmp_path, passes, task, capsys):
+def test_images_are_encoded_once_for_all_poolings(transfer, tmp_path, encoded_samples, task, capsys):
     """Each accuracy is that of a run with only this pooling."""
     given = [*SHORT[task], *settings("encode.precision=fp32")]
     result = transfer(task, "--layers", "all", "--pools", "cls,mean", *given)
-    assert len(passes) == 48 + 18
+    assert len(encoded_samples) == 48 + 18
     rows, pools = result["results"], ["cls", "mean"]
     assert [(row["layer"], row["pool"]) for row in rows] == [(layer, pool) for layer in (1, 2) for pool in pools]
     assert result["top1"] == rows[2]["top1"]  # of the last layer with the pooling that is named first
     output = capsys.readouterr().out
     assert f"{task} probe at 2 of 2 layers, cls and mean features, all 48 training samples: 4 probes" in output
-    assert "layer 1, cls: top1 " in output and pictures(tmp_path / "out") == ["depth"]
+    assert "layer 1, cls: top1 " in output and figure_names(tmp_path / "out") == ["depth"]
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for pool in pools:
         own = transfer(task, "--layers", "all", *given, *settings(f"encode.pool={pool}"), out=pool)
@@ -110,19 +110,19 @@ def test_images_are_encoded_once_for_all_poolings(transfer, tmp_path, passes, ta
 
 
 @pytest.mark.parametrize("online", [False, True])
-def test_linear_and_attentive_heads_are_trained_in_one_pass(transfer, tmp_path, passes, online, capsys):
+def test_linear_and_attentive_heads_are_trained_in_one_pass(transfer, tmp_path, encoded_samples, online, capsys):
     """The attentive heads are equal to those of a run without linear heads, and the linear heads also learn."""
     steps = ("attentive.steps=30", "attentive.batch=16", "encode.batch=16", f"attentive.online={str(online).lower()}")
     given = settings(*steps, "encode.precision=fp32")
     result = transfer("attentive", "--layers", "all", "--pools", "mean,cls", *given)
-    assert len(passes) == (30 * 16 + 48 + 18 if online else 48 + 18)
+    assert len(encoded_samples) == (30 * 16 + 48 + 18 if online else 48 + 18)
     rows = result["results"]
     order = [(layer, pool) for layer in (1, 2) for pool in (None, "mean", "cls")]
     assert [(row["layer"], row["pool"]) for row in rows] == order and result["top1"] == rows[3]["top1"]
     assert min(row["top1"] for row in rows) > 0.6 and all(row["peak_lr"] in ATTENTIVE_RATES for row in rows)
     output = capsys.readouterr().out
     assert "linear probes of mean and cls features, " in output
-    assert ("online" in output) == online and pictures(tmp_path / "out") == ["depth"]
+    assert ("online" in output) == online and figure_names(tmp_path / "out") == ["depth"]
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     own = transfer("attentive", "--layers", "all", *given, out="attentive")
     assert [row for row in rows if row["pool"] is None] == own["results"]
@@ -138,7 +138,7 @@ def test_few_shot_accuracies_equal_those_of_k_nn_computed_by_hand(transfer, run,
     result = transfer("knn", "--shots", "1,5", "--draws", "3", *settings("knn.k=5", "encode.precision=fp32"))
     rows = result["results"]
     assert [(row["shots"], row["draws"], row["layer"]) for row in rows] == [(1, 3, 2), (5, 3, 2)]
-    assert pictures(tmp_path / "out") == ["shots"]
+    assert figure_names(tmp_path / "out") == ["shots"]
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     model = open_model(str(run), text=False)
     bank, queries = _encoded(model, range(48)), _encoded(model, range(100, 118))

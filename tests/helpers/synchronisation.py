@@ -1,5 +1,5 @@
 """Counts, on a CPU, the operations in the steps of many engines that would synchronise the host with a GPU. Run by
-test_engine_waits.py.
+test_engine_synchronisation.py.
 
 Writes one line of JSON per case to the file that is given as argument.
 """

@@ -13,7 +13,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.images.bit_depth import Depth, depth_of
 from m3ae_fast.images.decoding import check_precision, decode_image, pixels_of
 from m3ae_fast.shards.shrink import shrink
-from tests.helpers.pictures import CASES, GREY, NEEDS_RANGE, Case, png, table, tiff
+from tests.helpers.image_formats import CASES, GREY, NEEDS_RANGE, Case, png, table, tiff
 
 READ = [case for case in CASES if not case.refused]
 
@@ -133,7 +133,7 @@ def test_images_made_from_arrays_have_the_bit_depth_of_their_mode():
 
 def test_the_guides_table_of_image_formats_is_current():
     guide = Path(__file__).parents[2] / "docs" / "guide" / "image-formats.md"
-    assert table() in guide.read_text(encoding="utf-8"), "python -m tests.helpers.pictures prints the rows"
+    assert table() in guide.read_text(encoding="utf-8"), "python -m tests.helpers.image_formats prints the rows"
 
 
 def damaged(data: bytes, random: np.random.RandomState) -> bytes:
