@@ -42,10 +42,11 @@ def draw(rows: list[results.Row]) -> None:
     for column, what in enumerate(SERIES):
         mine = [row for row in rows if row["quantity"] == what]
         values = [float(row["value"]) for row in mine]
-        for line, quantity in enumerate(("samples/s", "peak MB")):
+        names = {"samples/s": "throughput (samples/s)", "peak MB": "peak memory (MB)"}
+        for line, (quantity, name) in enumerate(names.items()):
             axis = axes[line][column]
             axis.plot(values, [row[quantity] for row in mine], marker="o")
-            axis.set(xlabel=what, ylabel="" if column else quantity, xscale="linear" if "ratio" in what else "log")
+            axis.set(xlabel=what, ylabel="" if column else name, xscale="linear" if "ratio" in what else "log")
             axis.set_xticks(values, [row["value"] for row in mine])
             axis.minorticks_off()
             axis.tick_params(axis="x", labelsize=7)

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from m3ae_fast import train
-from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.shards.tar_member import add_member
@@ -47,7 +47,7 @@ def cut(shard: Path, out: Path) -> None:
     """Write the labelled drawings of `shard` to the shard `out`, without their white margins."""
     with tarfile.open(shard) as tar:
         files = {info.name: tar.extractfile(info).read() for info in tar}
-    with whole_file(out) as partial, tarfile.open(partial, "w") as tar:
+    with atomic_write(out) as partial, tarfile.open(partial, "w") as tar:
         for name, data in files.items():
             label = json.loads(files[name.replace(".jpg", ".json")])["label"] if name.endswith(".jpg") else -1
             if label < 0:
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     for mode, seed in product(MODES, SEEDS):
         run = args.out / f"{mode}-{seed}"
         settings = args.out / f"{mode}-{seed}.json"
-        write_whole(settings, json.dumps(config(run, shards, mode, seed, args.steps), indent=1))
+        write_text_atomically(settings, json.dumps(config(run, shards, mode, seed, args.steps), indent=1))
         train.main(["--config", str(settings), "--resume", "auto"])
         encoders = {mode: str(run)} | ({"random weights": f"random:{run}"} if mode == "square" else {})
         for (name, model), seen, task in product(encoders.items(), MODES, TASKS):
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     spread = "{:.2f}, {:.2f} and {:.2f}".format(*np.quantile(shapes, (0.25, 0.5, 0.75)))
     text = f"{len(shapes):,} drawings; quartiles of the longer side divided by the shorter side: {spread}. "
     text += f"Accuracy in %: mean and standard deviation of {len(SEEDS)} seeds.\n\n"
-    write_whole(args.out / "table.md", text + table(found) + "\n")
+    write_text_atomically(args.out / "table.md", text + table(found) + "\n")
     print(text + table(found))
     return 0
 

@@ -36,7 +36,7 @@ from lab.study.measure import Encode
 from lab.study.shards import LABELS, scaled, write_labelled
 from lab.study.statistics import Seeds, accuracy, difference
 from m3ae_fast import checkpoint, train
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config.evaluation import evaluation_config
 from m3ae_fast.evaluation.probes import PROBES, Setting
@@ -129,7 +129,7 @@ def prepare(data: Path, folder: Path, seeds: int) -> None:
         chosen = sorted(target[TRAIN], key=lambda row: drawn(seed, row[0]))[:IMAGES]
         write_labelled(folder / f"{TRAIN}-{seed}.tar", chosen)
     labels = {key: {"emoji": key, "class": label} for rows in target.values() for key, _, label in rows}
-    write_whole(folder / LABELS, json.dumps(labels) + "\n")
+    write_text_atomically(folder / LABELS, json.dumps(labels) + "\n")
 
 
 class Laboratory:
@@ -159,13 +159,13 @@ class Laboratory:
             shutil.rmtree(self.run(trial), ignore_errors=True)  # an interrupted run, whose CPU time is not known
             started = time.process_time()
             settings_file = self.out / "runs" / f"{trial.name}.json"
-            write_whole(settings_file, json.dumps(self.config(trial), indent=1))
+            write_text_atomically(settings_file, json.dumps(self.config(trial), indent=1))
             train.main(["--config", str(settings_file)])
             seconds = time.process_time() - started
             if trial.steps not in map(checkpoint.step_of, checkpoint.saved_steps(self.run(trial))):
                 return False
         found = {"cpu_s": round(seconds, 2), "correct": self._test(trial)}
-        write_whole(self.result(trial), json.dumps(trial._asdict() | found) + "\n")
+        write_text_atomically(self.result(trial), json.dumps(trial._asdict() | found) + "\n")
         return True
 
     def config(self, trial: Trial) -> dict[str, Any]:
@@ -295,7 +295,7 @@ def write(laboratory: Laboratory, seeds: int) -> str:
     head = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}. "
     head += "Accuracy in %, mean ± standard error over test images and seeds; differences in points."
     text = f"{head}\n\n{tables(collected(laboratory, seeds), laboratory.labels)}\n"
-    write_whole(laboratory.out / "table.md", text)
+    write_text_atomically(laboratory.out / "table.md", text)
     return text
 
 

@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 
 FOLDER = Path("data/openclipart")
 COLLECTION = re.compile(
@@ -71,7 +71,7 @@ def rewrite(shard: Path) -> tuple[int, int]:
         members = [(info, tar.extractfile(info).read()) for info in tar]
     about = {info.name.split(".")[0]: json.loads(data) for info, data in members if info.name.endswith(".json")}
     changed = captions = 0
-    with whole_file(shard) as path, tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_write(shard) as path, tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for info, data in members:
             if info.name.endswith(".txt"):
                 own = about[info.name.split(".")[0]]

@@ -32,7 +32,7 @@ from lab.markdown import table
 from lab.study import measure, shards
 from lab.study.statistics import Seeds, accuracy, difference
 from m3ae_fast import train
-from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
@@ -153,7 +153,7 @@ def prepare(data: Path, folder: Path) -> None:
         labels |= {each.key: {"emoji": each.unit, "class": classes.index(each.category)} for each in own}
         samples = [(p.key, shards.scaled(p.image, SIDE), labels[p.key]["class"]) for p in own]
         shards.write_labelled(folder / f"{name}.tar", samples)
-    write_whole(folder / shards.LABELS, json.dumps(labels) + "\n")
+    write_text_atomically(folder / shards.LABELS, json.dumps(labels) + "\n")
 
 
 def drawn(seed: Any, key: str) -> int:
@@ -189,7 +189,7 @@ class Laboratory:
             return False
         self.result(trial).parent.mkdir(exist_ok=True)
         seconds = {"cpu_s": round(time.process_time() - started, 1)}
-        write_whole(self.result(trial), json.dumps({**trial._asdict(), **seconds, **found}) + "\n")
+        write_text_atomically(self.result(trial), json.dumps({**trial._asdict(), **seconds, **found}) + "\n")
         return True
 
     def _trained(self, data: str) -> bool:
@@ -210,7 +210,7 @@ class Laboratory:
             "deepspeed": None,
         }  # fmt: skip
         settings = self.out / f"{data}.json"
-        write_whole(settings, json.dumps(config, indent=1))
+        write_text_atomically(settings, json.dumps(config, indent=1))
         train.main(["--config", str(settings), "--resume", "auto"])
         return (run / "checkpoints" / f"step-{self.steps:08}").exists()
 
@@ -251,7 +251,7 @@ class Laboratory:
                 labels_N = torch.tensor([self.labels[key]["class"] for key in features.keys])
                 found.append(replace(features, labels_N=labels_N))
             self._encoded[model] = (found[0], found[1])
-            with whole_file(saved) as partial:
+            with atomic_write(saved) as partial:
                 torch.save(self._encoded[model], partial)
         return self._encoded[model]
 
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     head = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}"
     parts = {part: laboratory.tables(args.tasks, part) for part in (TEST, VALIDATION)}
     text = "\n\n".join([head, *(f"On {part} samples:\n\n{tables}" for part, tables in parts.items())])
-    write_whole(args.out / "table.md", text + "\n")
+    write_text_atomically(args.out / "table.md", text + "\n")
     print(text)
     return 0
 

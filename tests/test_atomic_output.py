@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from m3ae_fast import checkpoint
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import CARD_FILE, MODEL_FILE, output_folder, write_tensors
 from m3ae_fast.checkpoint import state_files
@@ -24,7 +24,7 @@ from tests.helpers.shards import members, picture, write_tar
 
 def _file(folder):
     for text in ("old", "new"):
-        with whole_file(folder / "a.txt") as partial:
+        with atomic_write(folder / "a.txt") as partial:
             partial.write_text(text)
 
 
@@ -181,9 +181,9 @@ def test_an_output_written_concurrently_by_another_process_is_not_lost(tmp_path,
 
 def test_two_concurrent_writers_of_a_file_do_not_interfere(tmp_path):
     """The complete file of the writer that ends last remains, even if the other one began later."""
-    with whole_file(tmp_path / "a.txt") as first:
+    with atomic_write(tmp_path / "a.txt") as first:
         first.write_text("first")
-        with whole_file(tmp_path / "a.txt") as second:
+        with atomic_write(tmp_path / "a.txt") as second:
             second.write_text("second")
         assert (tmp_path / "a.txt").read_text() == "second"
     assert (tmp_path / "a.txt").read_text() == "first" and os.listdir(tmp_path) == ["a.txt"]
@@ -201,7 +201,7 @@ def test_two_concurrent_writers_of_a_folder_do_not_interfere(tmp_path):
 def test_leftovers_of_a_killed_process_are_removed(tmp_path, write, name):
     child = os.fork()
     if not child:
-        with whole_file(tmp_path / "a.txt"), output_folder(tmp_path / "out") as partial:
+        with atomic_write(tmp_path / "a.txt"), output_folder(tmp_path / "out") as partial:
             (partial / "part").touch()
             os._exit(0)  # like a kill, this skips all clean-up
     os.waitpid(child, 0)

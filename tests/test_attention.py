@@ -349,8 +349,8 @@ def test_the_fastest_attention_kernel_is_chosen_and_the_reasons_against_the_othe
     stand_ins.calls.clear()
     assert cuda.choose(CPU, BF16, 2, 16, 300).name == "flash-attn 2" and not stand_ins.calls
     seconds["torch varlen"] = 0.5
-    assert cuda.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
-    assert cuda.try_out(CPU, BF16, 2, 16, 300).name == "torch varlen"
+    assert cuda.choose_by_benchmark(CPU, BF16, 2, 16, 300).name == "torch varlen"
+    assert cuda.choose_by_benchmark(CPU, BF16, 2, 16, 300).name == "torch varlen"
     asked = (12, 50, 54, 150, 290)  # the nearest length is determined by ratios: 9 * 300 is 52 * 52
     assert [cuda.choose(CPU, BF16, 2, 16, n).name for n in asked] == ["flash-attn 2"] * 2 + ["torch varlen"] * 3
 
@@ -449,7 +449,7 @@ def test_the_requested_implementation_is_used(monkeypatch):
     """Both devices use the requested implementation, and the run logs the choice. The Triton kernels are tested in
     tests/kernels."""
     monkeypatch.setattr(cuda, "choose", lambda *_: pytest.fail("nothing is tried"))
-    monkeypatch.setattr(cuda, "try_out", cuda.choose)
+    monkeypatch.setattr(cuda, "choose_by_benchmark", cuda.choose)
     import_kernels()
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # otherwise the CPU would refuse Triton
     for device, torch_kernel in ((CPU, PER_SAMPLE), (torch.device("cuda"), PADDED)):
@@ -553,11 +553,11 @@ def test_a_run_reports_its_attention_kernels(monkeypatch):
     """The kernels of encoder and decoder are chosen for their own lengths before the first step."""
     asked = []
 
-    def try_out(device, dtype, heads, head_dim, length):
+    def choose_by_benchmark(device, dtype, heads, head_dim, length):
         asked.append((heads, head_dim, length))
         return Kernel("wide" if head_dim > 16 else "narrow", PADDED.forward, PADDED.backward)
 
-    monkeypatch.setattr(cuda, "try_out", try_out)
+    monkeypatch.setattr(cuda, "choose_by_benchmark", choose_by_benchmark)
     text = RunAttention(CONFIG, MaskingConfig(), torch.device("cuda"), BF16).describe()
     assert text == "wide (encoder), narrow (decoder)" and asked == [(2, 32, 1 + 4 + 3), (3, 16, 1 + 16 + 12)]
     assert RunAttention(CONFIG, MaskingConfig(), CPU, torch.float64).describe() == "torch, per sample"

@@ -243,7 +243,7 @@ def test_damaged_shards_of_training_and_held_out_samples_are_named(monkeypatch, 
     task = PretrainingTask(config=config, engine=None, data=data, eval_loader=None, notes=[], probe=None)
     trainer = SimpleNamespace(
         ranks=SimpleNamespace(device=None, is_main=False, broadcast=lambda _: ({}, {}), from_main=lambda value: value),
-        bad=SimpleNamespace(report=lambda items, say: reported.extend(items)),
+        bad=SimpleNamespace(report=lambda items, log: reported.extend(items)),
         share=SimpleNamespace(micro_batch=1),
         attention={},
     )

@@ -57,7 +57,9 @@ def test_a_checkpoint_of_one_rank_is_loaded_by_several(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank, where", [(2, "save_file"), (1, "to_disk"), (0, "write_table"), (0, "put_in_place")])
+@pytest.mark.parametrize(
+    "rank, where", [(2, "save_file"), (1, "sync_to_disk"), (0, "write_table"), (0, "put_in_place")]
+)
 def test_a_rank_killed_during_a_save_leaves_the_previous_checkpoint(tmp_path, rank, where):
     processes = fork_ranks(MODULE, ["die", str(tmp_path), str(rank), where], 4, tmp_path / "log")
     processes[rank].join(60)
@@ -237,7 +239,7 @@ def test_a_folder_that_nodes_do_not_share_is_reported(tmp_path, monkeypatch):
 
     (tmp_path / "elsewhere").touch()
     monkeypatch.setattr(state_files, "save_file", elsewhere)
-    monkeypatch.setattr(state_files, "to_disk", lambda file: None)
+    monkeypatch.setattr(state_files, "sync_to_disk", lambda file: None)
     monkeypatch.setattr(state_files, "sha256", lambda file: "0")
     (text,) = set(save_parts(tmp_path, _parts()))
     assert "which rank 2 wrote, cannot be read by rank 0" in text and "file system shared by all nodes" in text
@@ -424,7 +426,7 @@ def test_an_update_waits_for_the_copy_in_progress():
     assert not waiting.is_alive()
 
 
-def _saver(run_dir, fragments, say=lambda text: None):
+def _saver(run_dir, fragments, log=lambda text: None):
     """Return a saver of one rank."""
     ranks = SimpleNamespace(
         rank=0,
@@ -436,7 +438,7 @@ def _saver(run_dir, fragments, say=lambda text: None):
         sum=lambda values: values,
     )
     options = {"keep": 9, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": None}
-    return Saver(run_dir=run_dir, engine=SimpleNamespace(fragments=fragments), ranks=ranks, say=say, **options)
+    return Saver(run_dir=run_dir, engine=SimpleNamespace(fragments=fragments), ranks=ranks, log=log, **options)
 
 
 def test_a_save_starts_the_copy_for_which_the_next_update_waits(tmp_path):

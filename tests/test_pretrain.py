@@ -56,9 +56,9 @@ from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.train import main as start
-from m3ae_fast.training import pace
-from m3ae_fast.training.pace import Pace
+from m3ae_fast.training import throughput_estimate
 from m3ae_fast.training.run_state import status
+from m3ae_fast.training.throughput_estimate import ThroughputEstimate
 from tests.helpers.checkpoints import save
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import environment
@@ -236,7 +236,7 @@ def test_results_are_computed_from_the_last_checkpoint(tmp_path, monkeypatch):
 
     def evaluate(task, model, *, out, **options):
         measured.append(task)
-        final_evaluation.write_whole(out / "result.json", json.dumps({"top1": len(measured)}))
+        final_evaluation.write_text_atomically(out / "result.json", json.dumps({"top1": len(measured)}))
 
     monkeypatch.setattr(final_evaluation, "evaluate", evaluate)
     shards = [{"shards": "a.tar"}]
@@ -808,19 +808,25 @@ def test_classes_are_those_of_the_training_samples(tmp_path):
 )
 def test_throughput_is_measured_with_the_largest_batch_of_which_six_steps_fit_the_time(monkeypatch, sample, trials):
     tried = []
-    monkeypatch.setattr(pace, "measure_batch", lambda *given: tried.append(given[2:]) or Pace(sample, given[2], 4))
+    monkeypatch.setattr(
+        throughput_estimate,
+        "measure_batch",
+        lambda *given: tried.append(given[2:]) or ThroughputEstimate(sample, given[2], 4),
+    )
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 1024, "steps": 9}}, "test")
-    assert pace.measure(config, SimpleNamespace(ranks=SimpleNamespace(world=1)), 10).batch == trials[-1][0]
+    assert (
+        throughput_estimate.measure(config, SimpleNamespace(ranks=SimpleNamespace(world=1)), 10).batch == trials[-1][0]
+    )
     assert tried == trials
 
 
 def test_the_time_of_a_step_begins_at_the_end_of_the_previous_step(monkeypatch):
     clock = iter((100.0, 101.5, 104.0))
-    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(throughput_estimate, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     taken = []
     trainer = SimpleNamespace(inputs=lambda: [("inputs", "counts")] * 2)
     trainer.take_step = lambda *what: taken.append(what) or (None, torch.tensor(1.0))
-    times = pace.step_times(trainer)
+    times = throughput_estimate.step_times(trainer)
     assert [next(times), next(times)] == [1.5, 2.5] and taken == [("inputs", "counts")] * 2
     with pytest.raises(Stopped):  # a rank is asked to stop
         next(times)
@@ -835,20 +841,20 @@ def paced(monkeypatch, times, ahead=0, seconds=60.0):
             clock[0] += each
             yield each
 
-    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(pace, "set_up", lambda *_: None)
-    monkeypatch.setattr(pace, "step_times", steps)
-    monkeypatch.setattr(pace, "batches_ahead", lambda run: ahead)
-    monkeypatch.setattr(pace, "gc", SimpleNamespace(collect=lambda: None))
+    monkeypatch.setattr(throughput_estimate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(throughput_estimate, "set_up", lambda *_: None)
+    monkeypatch.setattr(throughput_estimate, "step_times", steps)
+    monkeypatch.setattr(throughput_estimate, "batches_ahead", lambda run: ahead)
+    monkeypatch.setattr(throughput_estimate, "gc", SimpleNamespace(collect=lambda: None))
     session = SimpleNamespace(ranks=SimpleNamespace(world=1, is_main=False, from_main=lambda value: value))
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 4, "steps": 9}}, "test")
-    return pace.measure_batch(config, session, 4, seconds)
+    return throughput_estimate.measure_batch(config, session, 4, seconds)
 
 
 def test_throughput_is_computed_from_the_second_half_of_the_steps(monkeypatch):
     """The first steps are faster, because their batches were loaded in advance."""
     found = paced(monkeypatch, [9.0, 9.0, *[0.001] * 27, *[0.002] * 27], ahead=27)
-    assert found == Pace(pytest.approx(0.002 / 4), 4, 27, pytest.approx(0.0))
+    assert found == ThroughputEstimate(pytest.approx(0.002 / 4), 4, 27, pytest.approx(0.0))
 
 
 def test_throughput_is_measured_until_it_is_stable(monkeypatch):
@@ -866,13 +872,14 @@ def test_throughput_is_measured_until_it_is_stable(monkeypatch):
     rising = [9.0, 9.0, *(0.01 * 1.02**each for each in range(1000))]
     found = paced(monkeypatch, rising)
     assert found.error > 0.1 and found.steps < 200
-    assert paced(monkeypatch, [5.0] * 10, seconds=1.0) == Pace(5 / 4, 4, 1)  # too few steps for a standard error
+    too_few = paced(monkeypatch, [5.0] * 10, seconds=1.0)  # too few steps for a standard error
+    assert too_few == ThroughputEstimate(5 / 4, 4, 1)
 
 
 def test_throughput_is_printed_with_its_standard_error():
-    assert Pace(1 / 97, 8, 24, 0.06).rate() == "97 ± 6 samples/s, measured over 24 steps"
-    assert Pace(1 / 5.23, 8, 24, 0.02).rate() == "5.23 ± 0.10 samples/s, measured over 24 steps"
-    assert Pace(1 / 5.23, 8, 1).rate() == "5.23 samples/s, measured over 1 steps"
+    assert ThroughputEstimate(1 / 97, 8, 24, 0.06).rate() == "97 ± 6 samples/s, measured over 24 steps"
+    assert ThroughputEstimate(1 / 5.23, 8, 24, 0.02).rate() == "5.23 ± 0.10 samples/s, measured over 24 steps"
+    assert ThroughputEstimate(1 / 5.23, 8, 1).rate() == "5.23 samples/s, measured over 1 steps"
 
 
 @pytest.mark.parametrize(("every", "val", "evaluations"), [(25, True, 5), (None, True, 2), (25, False, 0)])
@@ -882,9 +889,11 @@ def test_the_estimated_time_of_a_run_includes_steps_and_evaluations(every, val, 
     train = TINY["train"] | {"steps": 100, "global_batch": 10, "eval_every": every, "eval_samples": 6}
     config = parse(Config, TINY | {"data": data, "train": train}, "test")
     schedule = Schedule(config.train, config.optim, 50)
-    assert Pace(0.5, 10, 4).seconds(config, schedule) == 0.5 * (1000 + evaluations * 6 * 2 / 3)
-    assert "of 8 samples, scaled to the full batch" in Pace(0.5, 8, 4).sentence(config, schedule)
-    assert "100 steps of 5 s, measured over 4 steps" in (text := Pace(0.5, 10, 4).sentence(config, schedule))
+    assert ThroughputEstimate(0.5, 10, 4).seconds(config, schedule) == 0.5 * (1000 + evaluations * 6 * 2 / 3)
+    assert "of 8 samples, scaled to the full batch" in ThroughputEstimate(0.5, 8, 4).sentence(config, schedule)
+    assert "100 steps of 5 s, measured over 4 steps" in (
+        text := ThroughputEstimate(0.5, 10, 4).sentence(config, schedule)
+    )
     assert "scaled" not in text
 
 
@@ -892,7 +901,9 @@ def test_a_model_size_that_exceeds_the_memory_is_not_tried(tmp_path, monkeypatch
     statistics = DatasetStatistics(20_000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     tried, needed = [], []
     monkeypatch.setattr(
-        size_and_length, "measure", lambda config, *_: tried.append(config.model.emb_dim) or Pace(1e-4, 8, 4)
+        size_and_length,
+        "measure",
+        lambda config, *_: tried.append(config.model.emb_dim) or ThroughputEstimate(1e-4, 8, 4),
     )
     monkeypatch.setattr(
         size_and_length,
@@ -921,7 +932,9 @@ def test_model_sizes_are_tried_from_the_smallest_to_the_first_unsuitable_one(tmp
 
     def measure(config, session, limit):
         tried.append(config.model.emb_dim)
-        return Pace(1.0 if ends == "slow" and widths.index(tried[-1]) == place else 1e-6 * tried[-1], 8, 4)
+        return ThroughputEstimate(
+            1.0 if ends == "slow" and widths.index(tried[-1]) == place else 1e-6 * tried[-1], 8, 4
+        )
 
     def missing(needed, device):
         reckoned.append(needed)
@@ -979,7 +992,7 @@ def test_a_throughput_trial_takes_a_small_and_limited_part_of_the_time(tmp_path,
 
     def measure(config, session, limit):
         trials.append((config.train.precision, pytest.approx(limit)))
-        return Pace(1e-4, 8, 4)
+        return ThroughputEstimate(1e-4, 8, 4)
 
     monkeypatch.setattr(size_and_length, "measure", measure)
     monkeypatch.setattr(size_and_length, "missing_memory", lambda size, device: "")
@@ -1025,7 +1038,9 @@ def test_the_largest_model_size_that_fits_the_time_is_chosen(tmp_path, monkeypat
     """The given paces, in seconds per sample, replace measured ones."""
     statistics = DatasetStatistics(1000, 100, 100, [0.5] * 3, [0.2] * 3, classes=0, vocab_size=0, text_length=8)
     widths = {128: "tiny", 192: "mini"}
-    monkeypatch.setattr(size_and_length, "measure", lambda config, *_: Pace(paces[widths[config.model.emb_dim]], 8, 4))
+    monkeypatch.setattr(
+        size_and_length, "measure", lambda config, *_: ThroughputEstimate(paces[widths[config.model.emb_dim]], 8, 4)
+    )
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     shards = Shards(["a.tar"], ["b.tar"], [])
     monkeypatch.setattr(size_and_length, "time", SimpleNamespace(monotonic=lambda: 50.0))
@@ -1046,7 +1061,7 @@ def small(classes=0, samples=1000):
 def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error=math.inf):
     """Return the plan for samples that take `pace` seconds each, after `spent` seconds."""
     monkeypatch.setattr(size_and_length, "time", SimpleNamespace(monotonic=lambda: spent))
-    monkeypatch.setattr(size_and_length, "measure", lambda *_: Pace(pace, 8, 24, error))
+    monkeypatch.setattr(size_and_length, "measure", lambda *_: ThroughputEstimate(pace, 8, 24, error))
     monkeypatch.setattr(size_and_length, "missing_memory", lambda *_: "there is no memory")
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     return size_and_length.choose(

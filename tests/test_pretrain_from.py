@@ -23,7 +23,7 @@ from m3ae_fast.pretraining.automatic_settings import (
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.given_weights import FOLDER, given_weights
 from m3ae_fast.pretraining.size_and_length import Budget
-from m3ae_fast.training.pace import Pace
+from m3ae_fast.training.throughput_estimate import ThroughputEstimate
 from m3ae_fast.weights.converting import convert
 from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run
 from tests.helpers.mae import MAE
@@ -188,7 +188,10 @@ def test_text_that_only_the_weights_or_only_the_samples_have_is_reported(base, t
 
 def test_the_initial_weights_are_evaluated(tmp_path):
     """The time for this evaluation is part of the plan."""
-    statistics, pace = DatasetStatistics(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8), Pace(1e-3, 64, 9)
+    statistics, pace = (
+        DatasetStatistics(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8),
+        ThroughputEstimate(1e-3, 64, 9),
+    )
     config = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", [])
     continued = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", [f"model.init_from={tmp_path}"])
     assert final_evaluation.STARTED not in final_evaluation._models(config)

@@ -164,7 +164,7 @@ def on_nodes(what, folder):
                 joined.gather(None)
         while what.startswith("killed"):
             joined.sum([1.0])
-        while not stop.asked:
+        while not stop.requested:
             time.sleep(0.01)
         joined.gather(None)  # before one of the ranks exits
     return 0

@@ -439,14 +439,14 @@ def test_resume_auto_skips_failed_checkpoints(tmp_path):
     _, two, three = (_save(tmp_path, step) for step in (1, 2, 3))
     assert "no checkpoint is known to be good" in judge(tmp_path, 4)
     assert resuming.find(tmp_path, "auto") == two
-    assert len(resuming.passed_over(tmp_path)) == 1 and str(three) in resuming.passed_over(tmp_path)[0]
+    assert len(resuming.skipped_checkpoints(tmp_path)) == 1 and str(three) in resuming.skipped_checkpoints(tmp_path)[0]
     checkpoint.mark(tmp_path, 2, checkpoint.GOOD, "")
     assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # this checkpoint is not the cause
     assert resuming.find(tmp_path, "auto") == two
     assert resuming.find(tmp_path, str(three)) == three
     checkpoint.mark(tmp_path, 1, checkpoint.FAILED, "")
     # earlier checkpoints are not reported
-    assert [str(three) in note for note in resuming.passed_over(tmp_path)] == [True]
+    assert [str(three) in note for note in resuming.skipped_checkpoints(tmp_path)] == [True]
     checkpoint.mark(tmp_path, 2, checkpoint.FAILED, "")
     with pytest.raises(UserError, match="all of its checkpoints are marked as failed"):
         resuming.find(tmp_path, "auto")
@@ -505,12 +505,12 @@ def test_a_partly_deleted_checkpoint_is_ignored(tmp_path, lost):
     one, two = _save(tmp_path, 1), _save(tmp_path, 2)
     (two / lost).unlink()
     assert resuming.find(tmp_path, "auto") == one
-    assert resuming.passed_over(tmp_path) == [f"{two} is skipped: some of its files are missing"]
+    assert resuming.skipped_checkpoints(tmp_path) == [f"{two} is skipped: some of its files are missing"]
     shutil.rmtree(one)
-    assert len(resuming.passed_over(tmp_path)) == 1  # also if the run starts from the beginning
+    assert len(resuming.skipped_checkpoints(tmp_path)) == 1  # also if the run starts from the beginning
     _save(tmp_path, 1)
     assert _save(tmp_path, 2) == two
-    assert resuming.passed_over(tmp_path) == []
+    assert resuming.skipped_checkpoints(tmp_path) == []
     assert checkpoint.open_state(two).whole("model/w").tolist() == [2, 2, 2]
 
 

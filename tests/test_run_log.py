@@ -223,7 +223,7 @@ def test_a_full_disk_is_reported_once_and_the_run_continues(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["[/red]", ":smile:", "[bold]"])
 def test_messages_are_printed_without_interpreting_markup(tmp_path, capsys, name):
     with RunLog(tmp_path / name, 0, 9) as metrics:
-        metrics.say(f"saved {tmp_path / name}")
+        metrics.print(f"saved {tmp_path / name}")
     assert f"/{name}\n" in capsys.readouterr().out
 
 
@@ -343,7 +343,7 @@ def test_a_log_line_contains_the_learning_rate_of_its_step_and_growing_memory_is
         bad=SimpleNamespace(bad=0),
         line=SimpleNamespace(after=lambda *values: ({"peak_memory_gb": 3.0, "values": values}, {})),
         growth=SimpleNamespace(check=lambda steps, memory: looked.append((steps, memory)) or "it grows"),
-        log=SimpleNamespace(log=lambda *line: logged.append(line), say=logged.append),
+        log=SimpleNamespace(log=lambda *line: logged.append(line), print=logged.append),
     )
     Trainer.log_step(trainer, ["losses"], "norm")
     (step, values, _), note = logged

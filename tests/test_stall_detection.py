@@ -201,7 +201,7 @@ def test_only_a_new_heartbeat_message_resets_the_silence_of_a_rank(monkeypatch):
     assert (one.silent, two.silent) == (7.0, 7.0)
     simulated.store.set("beat 2", "4 step 1")
     simulated.beats(5)
-    assert (one.silent, two.silent) == (7.0, 0.0) and not simulated.stop.asked
+    assert (one.silent, two.silent) == (7.0, 0.0) and not simulated.stop.requested
     simulated.store.set("beat 1", "2 step 2")
     simulated.store.set("stop", "SIGTERM")
     simulated.beats(5)
@@ -217,7 +217,7 @@ def test_a_rank_keeps_its_own_stop_request_if_the_store_is_gone(monkeypatch):
 
     simulated.heartbeats._store = SimpleNamespace(check=gone)
     assert not simulated.heartbeats.stop_requested()
-    simulated.stop.ask("SIGTERM")
+    simulated.stop.request("SIGTERM")
     assert simulated.heartbeats.stop_requested()
 
 
@@ -307,10 +307,10 @@ def test_the_launcher_is_checked_a_few_times_per_second(monkeypatch):
 
 def test_the_first_reason_to_stop_is_reported():
     stop = StopRequest()
-    assert not stop.asked
-    stop.ask("SIGTERM")
-    stop.ask("requested by another rank")
-    assert stop.asked and stop.reason == "SIGTERM"
+    assert not stop.requested
+    stop.request("SIGTERM")
+    stop.request("requested by another rank")
+    assert stop.requested and stop.reason == "SIGTERM"
 
 
 def test_signal_handlers_are_restored_afterwards():

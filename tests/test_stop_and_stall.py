@@ -127,7 +127,7 @@ def test_a_closed_terminal_is_ignored_under_nohup():
             stop.listen()
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.5)
-            print(stop.asked)
+            print(stop.requested)
         print(signal.getsignal(signal.SIGHUP) == signal.SIG_IGN)
     """
     assert program(code).communicate(timeout=20)[0] == "False\nTrue\n"
@@ -174,7 +174,7 @@ def test_the_first_signal_requests_a_stop_and_a_later_ctrl_c_exits_at_once():
         with stop_request.StopRequest() as stop:
             stop.listen()
             print("ready", flush=True)
-            while not stop.asked: time.sleep(0.01)
+            while not stop.requested: time.sleep(0.01)
             print(stop.reason, flush=True)
             time.sleep(60)
     """

@@ -390,15 +390,15 @@ def test_held_out_losses_are_means_over_the_images_and_captions_of_all_ranks():
 
 
 def test_work_ends_before_the_next_batch_if_any_rank_requests_a_stop():
-    ranks, stop, done = OneOfTwo(), argparse.Namespace(asked=False), []
+    ranks, stop, done = OneOfTwo(), argparse.Namespace(requested=False), []
     with pytest.raises(Stopped):
         for batch in until_stopped(range(5), ranks, stop):
             done.append(batch)
-            stop.asked = batch == 2
+            stop.requested = batch == 2
     assert done == [0, 1, 2]
     other = argparse.Namespace(sum=lambda values: [values[0] + 1])  # the partner asks to stop
     with pytest.raises(Stopped):
-        next(until_stopped(range(5), other, argparse.Namespace(asked=False)))
+        next(until_stopped(range(5), other, argparse.Namespace(requested=False)))
 
 
 @pytest.mark.parametrize("repeat_shapes", [False, True])
@@ -511,7 +511,7 @@ def test_a_loss_is_a_spike_only_far_above_a_full_window():
     assert not spikes.add(-100.0)  # a low loss is not a spike
 
 
-def saver(ranks, folder, say=print) -> Saver:
+def saver(ranks, folder, log=print) -> Saver:
     """Return the Saver of a run without an engine."""
     return Saver(
         run_dir=folder,
@@ -520,7 +520,7 @@ def saver(ranks, folder, say=print) -> Saver:
         ranks=ranks,
         constants={},
         suggested_fix="less",
-        say=say,
+        log=log,
         keep_folder=lambda: "",
         after_save=None,
     )
@@ -624,7 +624,7 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
         trainers = []
         for through, at_work in zip(finite_through, busy):
             trainer = argparse.Namespace(
-                stop=argparse.Namespace(asked=False),
+                stop=argparse.Namespace(requested=False),
                 watch=argparse.Namespace(
                     failed=lambda: False,
                     first_bad=lambda: "",

@@ -16,7 +16,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # floati
 Shape = tuple[int | EllipsisType | None, ...]  # None stands for any size, a leading `...` for any number of dimensions
 
 
-def asked_impl(impl: str) -> str:
+def requested_impl(impl: str) -> str:
     """Return the requested implementation: `impl`, or the value of M3AE_KERNELS_IMPL if it is set and `impl` is "auto".
 
     Call this function before an op and never inside it, because compiled graphs are cached by the op's arguments.
@@ -39,7 +39,7 @@ def choose_impl(impl: str, device: torch.device, dtype: torch.dtype | None = Non
     Raises:
         ValueError: the name is unknown, or it is "triton" for a CPU without Triton's interpreter.
     """
-    impl = asked_impl(impl)
+    impl = requested_impl(impl)
     if device.type == "cuda" and dtype == torch.float64:
         return "torch"
     if impl == "triton" and device.type == "cpu" and not _interpreted():

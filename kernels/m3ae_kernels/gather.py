@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import accumulator, as_rows, check_float, check_index, choose_impl, with_lead
-from .ids import asked, check_distinct, check_range
+from .ids import check_distinct, check_range, checks_enabled
 from .registry import Op, traced
 from .wide import put_rows
 
@@ -66,7 +66,7 @@ def gather_tokens(
 
 def _check(x: Tensor, rows: Tensor) -> None:
     """Raise IndexError for invalid rows if M3AE_KERNELS_CHECK is set. torch's code on a CPU always checks the range."""
-    if asked():
+    if checks_enabled():
         check_range("gather_tokens", "rows", rows, len(x))
         check_distinct("gather_tokens", "rows", rows)
 

@@ -13,14 +13,14 @@ from torch import Tensor
 ENV = "M3AE_KERNELS_CHECK"
 
 
-def asked() -> bool:
+def checks_enabled() -> bool:
     """Return whether M3AE_KERNELS_CHECK enables checks everywhere."""
     return os.environ.get(ENV, "0") not in ("", "0")
 
 
 def checked(ids: Tensor, impl: str) -> bool:
     """Return whether an op that runs on `impl`, "triton" or "torch", checks ids on this device."""
-    return asked() or (impl != "triton" and ids.device.type == "cpu")
+    return checks_enabled() or (impl != "triton" and ids.device.type == "cpu")
 
 
 def check_range(op: str, name: str, ids: Tensor, rows: int, *, none: bool = False, ignored: int | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import as_rows, check_float, check_index, choose_impl, with_lead
-from .ids import asked, check_distinct, check_range, checked
+from .ids import check_distinct, check_range, checked, checks_enabled
 from .registry import Op
 from .segment_sum import segment_order, segment_sum
 
@@ -109,7 +109,7 @@ def _forward(
         for name, ids, rows in (("src", src, x), ("fill_ids", fill_ids, fill), ("table_ids", table_ids, table)):
             if ids is not None and rows is not None:
                 check_range("scatter_tokens", name, ids, len(rows), none=True)
-    if asked():
+    if checks_enabled():
         check_distinct("scatter_tokens", "src", src)
         for name, order in (("fill_order", fill_order), ("table_order", table_order)):
             if order is not None:

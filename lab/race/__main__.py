@@ -106,7 +106,7 @@ class Runner:
     def _execute(self, action: Callable[[Trial], None], trial: Trial) -> None:
         if self.until is not None and time.monotonic() > self.until:
             raise TimeIsOver
-        say(f"{action.__name__} {trial.name}")
+        log(f"{action.__name__} {trial.name}")
         action(trial)
         self.write()
 
@@ -141,12 +141,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             for size in args.sizes:
                 _race(runner, args, data, size)
     except TimeIsOver:
-        say(f"{args.minutes:g} minutes are over; run the same command again to continue")
+        log(f"{args.minutes:g} minutes are over; run the same command again to continue")
     except Stopped:
-        say("stopped; run the same command again to continue")
+        log("stopped; run the same command again to continue")
         return 1
     runner.write()
-    say(f"see {folder / report.PAGE}")
+    log(f"see {folder / report.PAGE}")
     return 0
 
 
@@ -173,7 +173,7 @@ def _race(runner: Runner, args: argparse.Namespace, data: str, size: str) -> Non
         runner.finetune(with_settings(trial))
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 

@@ -21,7 +21,7 @@ from lab.markdown import table
 from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, USUAL
 from lab.race.run import TESTS
 from lab.study.measure import Labels
-from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.errors import UserError
 
 JSON, PLOT, PAGE, ANSWERS = "race.json", "race.png", "README.md", "answers.json.xz"
@@ -137,12 +137,12 @@ def save(folder: Path, head: dict[str, Any], rows: Sequence[Row], finetuned: Seq
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {"settings": head["settings"], "runs": rows, "finetuned": finetuned}
-    with whole_file(folder / ANSWERS) as partial:
+    with atomic_write(folder / ANSWERS) as partial:
         partial.write_bytes(lzma.compress(json.dumps(known).encode()))
     runs, tuned = (
         [{key: value for key, value in row.items() if key != "correct"} for row in part] for part in (rows, finetuned)
     )
-    write_whole(folder / JSON, json.dumps(head | {"runs": runs, "finetuned": tuned}, indent=1) + "\n")
+    write_text_atomically(folder / JSON, json.dumps(head | {"runs": runs, "finetuned": tuned}, indent=1) + "\n")
     page = folder / PAGE
     text = page.read_text(encoding="utf-8") if page.exists() else f"# The race\n\n{START}\n{END}\n"
     page.write_text(rewrite(text, tables(rows, finetuned, head, labels)), encoding="utf-8")
@@ -340,6 +340,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.margins(0.06, 0.08)
     if labels := dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()))):
-        figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+        about = "large points: means over seeds; small points: single runs; dashed lines: without training"
+        place = {"loc": "outside lower center", "ncols": 3}
+        figure.legend(labels.values(), labels, fontsize=9, frameon=False, title=about, title_fontsize=9, **place)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -18,7 +18,7 @@ from lab.study.measure import Encode, Measuring
 from lab.study.run import Stopped, clothes_to_train_on, evaluation_of, split_of
 from lab.study.shards import LABELS, write_labelled
 from m3ae_fast import checkpoint, train
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.config import Config, parse
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.config.load import apply_override
@@ -75,7 +75,7 @@ class Race:
         for found, path_of in ((rows, self.result), (finetuned, self.finetuning)):
             for row in found:
                 if not (path := path_of(trial_of(row))).exists():
-                    write_whole(path, json.dumps(row) + "\n")
+                    write_text_atomically(path, json.dumps(row) + "\n")
 
     def accuracy(self, trial: Trial) -> float:
         """Return the accuracy of a complete run in the test by which settings are chosen."""
@@ -91,7 +91,7 @@ class Race:
         correct = self._test(trial, run)
         numbers = {test: fmean(own.values()) for test, own in correct.items()}
         whole = {"trial": asdict(trial), "cost": cost, "numbers": numbers}
-        write_whole(self.result(trial), json.dumps(whole | {"correct": correct}) + "\n")
+        write_text_atomically(self.result(trial), json.dumps(whole | {"correct": correct}) + "\n")
 
     def finetune(self, trial: Trial) -> None:
         """Fine-tune the encoder of a run on the images of the probes, with the default settings of the program, and
@@ -122,7 +122,7 @@ class Race:
         if correct is None:
             raise Stopped
         whole = {"trial": asdict(trial), "numbers": {"finetune": fmean(correct.values())}}
-        write_whole(self.finetuning(trial), json.dumps(whole | {"correct": {"finetune": correct}}) + "\n")
+        write_text_atomically(self.finetuning(trial), json.dumps(whole | {"correct": {"finetune": correct}}) + "\n")
 
     def _prepared(self, trial: Trial) -> Path:
         """Write the config of a run, and return the run's folder."""

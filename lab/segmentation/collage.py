@@ -18,7 +18,7 @@ from PIL import Image
 from lab.labelled.emoji import VERSION, Emoji
 from lab.recipe import CLIPART, drawn
 from lab.study import shards
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.shards.making import make
 
@@ -75,7 +75,7 @@ def prepare(packages: Path, folder: Path, *, download: bool) -> list[str]:
                 rows.append((f"{name}.png", drawing.caption, drawing.key.partition("-")[2]))
     table = io.StringIO()
     csv.writer(table).writerows([("image", "caption", "emoji"), *rows])
-    write_whole(folder / "captions.csv", table.getvalue())
+    write_text_atomically(folder / "captions.csv", table.getvalue())
     for masks in MASKS:
         make(
             folder / "images",
@@ -85,7 +85,7 @@ def prepare(packages: Path, folder: Path, *, download: bool) -> list[str]:
             quality=95,
             workers=1,
         )
-    write_whole(done, json.dumps(classes) + "\n")
+    write_text_atomically(done, json.dumps(classes) + "\n")
     return classes
 
 

@@ -21,7 +21,7 @@ from lab.segmentation.collage import CATEGORIES
 from lab.segmentation.run import LONGER, TESTS, Arm, Study, Test, Trial, plan
 from lab.study import shards
 from lab.study.statistics import Estimate, standard_error
-from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
 from m3ae_fast.evaluation.resampling import bootstrap_weights
@@ -123,14 +123,14 @@ def save(folder: Path, head: dict[str, Any], study: Study, seeds: int, classes: 
         for arm in NAMES
         if (estimate := results.miou(arm, test))
     ]
-    write_whole(folder / JSON, json.dumps({**head, "miou": rows}, indent=1) + "\n")
+    write_text_atomically(folder / JSON, json.dumps({**head, "miou": rows}, indent=1) + "\n")
     page = folder / PAGE
     text = page.read_text(encoding="utf-8") if page.exists() else f"# Segmentation\n\n{START}\n{END}\n"
     about = head["about"]
     made = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}. "
     made += "mIoU in %, mean ± standard error over emoji and seeds (number of seeds); differences in points.\n\n"
     made += "\n\n".join(table(header, rows) for header, *rows in tables(results, ["background", *classes]))
-    write_whole(page, rewrite(text, f"\n{made}\n\n"))
+    write_text_atomically(page, rewrite(text, f"\n{made}\n\n"))
     draw(results, folder / PICTURE)
 
 
@@ -181,5 +181,5 @@ def draw(results: Results, path: Path) -> None:
             ImageDraw.Draw(column).text((4, 4), title, fill="black")
         picture.paste(column, (left, 0))
         left += column.width
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial, format="PNG")

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from lab.segmentation.collage import CATEGORIES, FOREGROUND
 from lab.study.run import Stopped
 from m3ae_fast import checkpoint, train
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.evaluation.job import RESULT_FILE
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
@@ -98,7 +98,7 @@ class Study:
         if steps in map(checkpoint.step_of, checkpoint.saved_steps(run)):
             return
         file = run.with_suffix(".json")
-        write_whole(file, json.dumps(config, indent=1))
+        write_text_atomically(file, json.dumps(config, indent=1))
         train.main(["--config", str(file), "--resume", "auto"])
         if steps not in map(checkpoint.step_of, checkpoint.saved_steps(run)):
             raise Stopped

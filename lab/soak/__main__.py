@@ -76,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
     ):
         task = progress.add_task("", total=args.minutes)
 
-        def say(what: str) -> None:
+        def log(what: str) -> None:
             progress.update(task, description=what, completed=(time.monotonic() - begin) / 60)
 
-        soak = Soak(Path(folder), server.url, args.seed, until, say)
+        soak = Soak(Path(folder), server.url, args.seed, until, log)
         while time.monotonic() < until:
             soak.one_run()
         text = report(soak.tally, server.failures, args.seed, (time.monotonic() - begin) / 60)

@@ -110,11 +110,11 @@ class Soak:
         url: address of the server that provides train-0000.tar.
         seed: random seed of the faults.
         until: value of `time.monotonic` after which no more faults are injected.
-        say: function that prints a line about the progress.
+        log: function that prints a line about the progress.
     """
 
-    def __init__(self, folder: Path, url: str, seed: int, until: float, say: Callable[[str], None]) -> None:
-        self.folder, self.until, self.say = folder, until, say
+    def __init__(self, folder: Path, url: str, seed: int, until: float, log: Callable[[str], None]) -> None:
+        self.folder, self.until, self.log = folder, until, log
         self.chance, self.tally = random.Random(seed), Tally()
         self._untouched: dict[str, Outcome] = {}
         self._deck: list[str] = []
@@ -139,7 +139,7 @@ class Soak:
             fault = None
             if start < FAULTY_STARTS and time.monotonic() < self.until:
                 fault = self._choose(self.folder / name, ranks)
-            self.say(f"run {self.tally.runs} on {layout}, start {start + 1}: {fault or 'no fault'}")
+            self.log(f"run {self.tally.runs} on {layout}, start {start + 1}: {fault or 'no fault'}")
             happened, code, out = self._start(name, layout, fault)
             if fault:
                 (met if happened else self._deck).append(fault)
@@ -159,7 +159,7 @@ class Soak:
 
     def _run_untouched(self, layout: str) -> Outcome:
         name = f"untouched-{layout.replace(' ', '-')}"
-        self.say(f"the undisturbed run on {layout}")
+        self.log(f"the undisturbed run on {layout}")
         _, code, out = self._start(name, layout, None)
         if code or not self._complete(name):
             raise RuntimeError(f"a run without faults failed:\n{out}")

@@ -88,24 +88,24 @@ def main(argv: list[str] | None = None) -> int:
         report.save(folder, head, study.results(everything), labels)
 
     left = [encoder for encoder in wanted if not study.done(encoder)]
-    say(f"{len(wanted)} encoders, {len(wanted) - len(left)} done; runs in {study.out}")
+    log(f"{len(wanted)} encoders, {len(wanted) - len(left)} done; runs in {study.out}")
     for number, encoder in enumerate(left):
         if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
-            say(f"{args.minutes:g} minutes are over: {len(left) - number} encoders are left for the next call")
+            log(f"{args.minutes:g} minutes are over: {len(left) - number} encoders are left for the next call")
             break
-        say(f"[{len(wanted) - len(left) + number + 1}/{len(wanted)}] {encoder.name}")
+        log(f"[{len(wanted) - len(left) + number + 1}/{len(wanted)}] {encoder.name}")
         try:
             study.perform(encoder)
         except Stopped:
-            say("stopped; run the same command again to continue")
+            log("stopped; run the same command again to continue")
             return 1
         write()
     write()
-    say(f"see {folder / report.PAGE}")
+    log(f"see {folder / report.PAGE}")
     return 0
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 

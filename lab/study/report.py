@@ -19,7 +19,7 @@ from lab.markdown import table
 from lab.study.measure import LOSSES, RETRIEVED, SCORES, Labels
 from lab.study.plan import CAPTION_FRACTIONS, CLOTHES_LENGTH, TEXT_RATIOS, USUAL_RATIO, Encoder
 from lab.study.statistics import Estimate, accuracy, difference
-from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.errors import UserError
 
 JSON, PLOT, PAGE, ANSWERS = "study.json", "study.png", "README.md", "answers.json.xz"
@@ -90,10 +90,10 @@ def save(folder: Path, head: dict[str, Any], found: Sequence[dict[str, Any]], la
     """
     folder.mkdir(parents=True, exist_ok=True)
     known = {"settings": head["settings"], "validation": head["validation"], "encoders": found}
-    with whole_file(folder / ANSWERS) as partial:
+    with atomic_write(folder / ANSWERS) as partial:
         partial.write_bytes(lzma.compress(json.dumps(known).encode()))
     encoders = [{key: value for key, value in row.items() if key != "correct"} for row in found]
-    write_whole(folder / JSON, json.dumps(head | {"encoders": encoders}, indent=1) + "\n")
+    write_text_atomically(folder / JSON, json.dumps(head | {"encoders": encoders}, indent=1) + "\n")
     train = head["settings"]["train"]
     rows = Rows(found, labels, train["model"]["emb_dim"], train["train"]["steps"])
     page = folder / PAGE

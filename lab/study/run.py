@@ -15,7 +15,7 @@ from lab.study.measure import EncoderResults, Measuring, Split
 from lab.study.plan import Encoder, central, m3ae
 from lab.study.shards import FOLDS, LABELS, PARTS, TEST, VENDORS
 from m3ae_fast import checkpoint, train
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.training.metrics_log import read_metrics
@@ -69,14 +69,14 @@ class Study:
         times = {"train_cpu_s": trained - started, "measure_cpu_s": time.process_time() - trained}
         losses = self._losses(run) if encoder.trained else {}
         whole = {"encoder": asdict(encoder), "losses": losses, **times, "numbers": measure.numbers_of(found)}
-        write_whole(self.result(encoder), json.dumps(whole | {"correct": found.correct}) + "\n")
+        write_text_atomically(self.result(encoder), json.dumps(whole | {"correct": found.correct}) + "\n")
 
     def adopt(self, found: list[dict[str, Any]]) -> None:
         """Add results of an earlier call that are not in `out`."""
         self.out.mkdir(parents=True, exist_ok=True)
         for row in found:
             if not self.done(encoder := Encoder(**row["encoder"])):
-                write_whole(self.result(encoder), json.dumps(row) + "\n")
+                write_text_atomically(self.result(encoder), json.dumps(row) + "\n")
 
     def results(self, encoders: list[Encoder]) -> list[dict[str, Any]]:
         """Return the results of all complete encoders."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.shards.tar_member import add_member
 
@@ -74,7 +74,7 @@ def prepare(data: Path, folder: Path, side: int) -> None:
         parts[name] = [sample._replace(key=f"{name}-{sample.key}") for sample in samples]
         labels |= {sample.key: {"emoji": sample.key, "category": sample.about["name"]} for sample in parts[name]}
     write(folder, parts, side)
-    write_whole(folder / LABELS, json.dumps(labels) + "\n")
+    write_text_atomically(folder / LABELS, json.dumps(labels) + "\n")
 
 
 def is_plain(sample: Sample) -> bool:
@@ -111,7 +111,7 @@ def read(folder: Path, splits: tuple[str, ...]) -> Iterator[Sample]:
 def write(folder: Path, parts: dict[str, list[Sample]], side: int) -> None:
     """Write a shard for each part."""
     for name, samples in parts.items():
-        with whole_file(folder / f"{name}.tar") as partial, tarfile.open(partial, "w") as tar:
+        with atomic_write(folder / f"{name}.tar") as partial, tarfile.open(partial, "w") as tar:
             for sample in samples:
                 files = {"jpg": scaled(sample.image, side)}
                 files |= {} if sample.caption is None else {"txt": sample.caption.encode()}
@@ -121,7 +121,7 @@ def write(folder: Path, parts: dict[str, list[Sample]], side: int) -> None:
 
 def write_labelled(shard: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
     """Write a shard of labelled images. `samples`: key, JPEG file and class number of each image."""
-    with whole_file(shard) as partial, tarfile.open(partial, "w") as tar:
+    with atomic_write(shard) as partial, tarfile.open(partial, "w") as tar:
         for key, image, label in samples:
             add_member(tar, f"{key}.jpg", image)
             add_member(tar, f"{key}.cls", str(label).encode())

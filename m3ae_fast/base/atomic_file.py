@@ -23,7 +23,7 @@ _CANNOT_SYNC = {
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path` and rename it to `path` when the block ends. Missing parent folders are
     created. If several processes write the same file at once, the last one to finish wins. Raises UserError if `path`
     is a folder or cannot be written. After any exception, `path` is unchanged."""
@@ -45,7 +45,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder_write(target: Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `target`, and replace `target` with it when the block ends. Raises
     OSError if writing fails, and UserError if `target` cannot be restored afterwards. After any other exception,
     `target` is unchanged."""
@@ -122,9 +122,9 @@ def remove_abandoned(folder: Path, pattern: str) -> None:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically. Raises UserError as `whole_file` does."""
-    with whole_file(path) as partial:
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises UserError as `atomic_write` does."""
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -132,12 +132,12 @@ def put_in_place(partial: Path, path: Path) -> None:
     """Flush a finished file, or a folder of files, to disk, and then rename it to `path`. Raises OSError if writing
     fails."""
     for written in (*(sorted(partial.iterdir()) if partial.is_dir() else ()), partial):
-        to_disk(written)
+        sync_to_disk(written)
     os.replace(partial, path)
-    to_disk(path.parent)
+    sync_to_disk(path.parent)
 
 
-def to_disk(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Flush a file's contents, or a folder's list of entries, to disk. Raises OSError if that fails."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -57,14 +57,14 @@ class BadSamples:
         """Return whether fewer than NAMED bad samples have been logged, so that `report` will log the next one."""
         return self._named < NAMED
 
-    def report(self, skipped: Sequence[Skipped], say: bool = True) -> None:
-        """Log bad samples by name. If `say` is False, only count them as logged, because another process logs them."""
+    def report(self, skipped: Sequence[Skipped], log: bool = True) -> None:
+        """Log bad samples by name. If `log` is False, only count them as logged, because another process logs them."""
         for item in skipped:
             self._latest = item
             self._named += 1
-            if say and self._named <= NAMED:
+            if log and self._named <= NAMED:
                 _log.warning("skipped %s", item)
-            if say and self._named == NAMED:
+            if log and self._named == NAMED:
                 _log.warning("further bad samples are counted but no longer listed")
 
     def count(self, seen: int, bad: int) -> None:

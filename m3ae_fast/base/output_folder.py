@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m3ae_fast.base.atomic_file import whole_folder
+from m3ae_fast.base.atomic_file import atomic_folder_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import open_regular, read_json
 
@@ -33,7 +33,7 @@ def output_folder(out: str | Path) -> Iterator[Path]:
     target = Path(out).resolve()
     _check_free(out, target)
     try:
-        with whole_folder(target) as partial:
+        with atomic_folder_write(target) as partial:
             yield partial
             for path in partial.iterdir():
                 path.chmod(0o666 & partial.stat().st_mode)  # safetensors creates files that only their owner can read

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 
 
@@ -24,7 +24,7 @@ def write_parquet(path: Path, columns: Mapping[str, np.ndarray | Sequence[Any]])
             table[name] = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), values[:1].size)
         else:
             table[name] = pyarrow.array(values)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         parquet.write_table(pyarrow.table(table), partial)
 
 

@@ -140,12 +140,12 @@ def working(title: str, *, show: bool = True, every: float = 5.0) -> Iterator[No
 
     def report() -> None:
         while not ended.wait(every):
-            _say(f"{title}: {duration(time.monotonic() - began)} so far")
+            _print_line(f"{title}: {duration(time.monotonic() - began)} so far")
 
     if not show:
         yield
         return
-    _say(title)
+    _print_line(title)
     reporter = threading.Thread(target=report, daemon=True)
     reporter.start()
     try:
@@ -155,7 +155,7 @@ def working(title: str, *, show: bool = True, every: float = 5.0) -> Iterator[No
         reporter.join()
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     with contextlib.suppress(OSError):  # the reader has closed the pipe, or the disk is full
         print(text, file=sys.stderr, flush=True)
 
@@ -196,7 +196,7 @@ def progress(
             if console.is_terminal:
                 bar.update(task, whole=f"whole task {of_task}" if of_task else "")
                 return
-            _say(f"{text}; whole task: about {of_task} left" if of_task else text)
+            _print_line(f"{text}; whole task: about {of_task} left" if of_task else text)
 
         yield advance
 

@@ -136,7 +136,7 @@ class Resume:
         if self.path and self.info:
             sections = config.model_dump(mode="json")
             notes = changes(self.path, self.info, sections, stream, PRETRAINING, with_changes)
-        return notes + (self.ranks.broadcast(lambda: passed_over(config.run.dir)) if resume == "auto" else [])
+        return notes + (self.ranks.broadcast(lambda: skipped_checkpoints(config.run.dir)) if resume == "auto" else [])
 
     def open(self, model: nn.Module, kinds: Kinds) -> None:
         """Open the checkpoint's tensors for a model and the `kinds` of its optimiser's state, and store the reader in
@@ -150,7 +150,7 @@ class Resume:
             engine.load_state(self.step, self.read)
 
 
-def passed_over(run_dir: Path) -> list[str]:
+def skipped_checkpoints(run_dir: Path) -> list[str]:
     """Return notes on skipped checkpoints if "auto" selects an older one or starts from the beginning."""
     whole = checkpoint.saved_steps(run_dir)
     latest = max(checkpoint.checkpoints_dir(run_dir).glob("step-*"), key=checkpoint.step_of, default=None)

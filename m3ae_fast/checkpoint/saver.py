@@ -35,7 +35,7 @@ class Saver:
     ranks: Ranks
     constants: dict[str, Tensor]  # tensors saved in addition to the engine's state, by name
     suggested_fix: str  # settings to change if a tensor is not finite
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     # ensures that run_dir still belongs to this run; returns a note if the folder or its lock has changed, otherwise ""
     keep_folder: Callable[[], str]
     after_save: Callable[[int, Path], None] | None  # called on the main rank with each saved step and its checkpoint
@@ -59,11 +59,11 @@ class Saver:
         def write() -> None:
             part = self._agreement.together(lambda: self._copy(step, constants))
             if event := self._agreement.decide("", lambda _: self.keep_folder()):
-                self.say(f"note: {event}")
+                self.log(f"note: {event}")
             path = checkpoint.save(self.run_dir, part, info, self.keep, self.suggested_fix, self._agreement)
             if not main:
                 return
-            self.say(f"saved {path}")
+            self.log(f"saved {path}")
             if good:
                 self._mark_good(step, "the losses of an evaluation are finite")
             if self.after_save:

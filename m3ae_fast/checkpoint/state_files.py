@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from m3ae_fast.base.atomic_file import to_disk
+from m3ae_fast.base.atomic_file import sync_to_disk
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.engine.fragments import Fragments
@@ -71,7 +71,7 @@ def write_part(folder: Path, part: Fragments, rank: int, world: int) -> str:
             tensors[name] = data.view(shape) if complete else data
             offsets[name] = {"saved_offsets": [0] * len(shape) if complete else [start]}
     save_file(tensors, file, {_OFFSETS: json.dumps(offsets)})
-    to_disk(file)
+    sync_to_disk(file)
     return sha256(file)
 
 

@@ -86,8 +86,8 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
         _add_corrupted(command)
     if task.compares:
         _add_comparison(command)
-    if task.surveys:
-        _add_survey(command, name)
+    if task.has_probe_grid:
+        _add_grid_options(command, name)
     if task.has_baselines:
         command.add_argument(
             "--no-baselines",
@@ -121,7 +121,7 @@ def _add_corrupted(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_survey(command: argparse.ArgumentParser, task: str) -> None:
+def _add_grid_options(command: argparse.ArgumentParser, task: str) -> None:
     command.add_argument(
         "--layers",
         metavar="all|N,N",

@@ -65,7 +65,7 @@ def read_config(path: Path, label: str) -> dict[str, Any]:
     return data
 
 
-def remembered(config: Config) -> dict[str, Any]:
+def stored_config(config: Config) -> dict[str, Any]:
     """Return the config as plain JSON data for a file in the run folder, with the absolute path of that folder."""
     data = config.model_dump(mode="json")
     data["run"]["dir"] = str(config.run.dir.resolve())

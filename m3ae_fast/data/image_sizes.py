@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
@@ -56,7 +56,7 @@ def _sizes_of(shard: IndexedShard) -> np.ndarray:
     sizes = _kept(path, identity, shard.summary.samples)
     if sizes is None:
         sizes = _read(shard)
-        with suppress(UserError), whole_file(path) as partial, open(partial, "wb") as file:
+        with suppress(UserError), atomic_write(path) as partial, open(partial, "wb") as file:
             np.save(file, np.array([identity, *sizes.tolist()], dtype=np.int64))
     return sizes
 

@@ -19,7 +19,7 @@ from typing import TypeVar, get_args, overload
 
 import numpy as np
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.index import VERSION, IndexedShard, Modality, Summary, index_shards
@@ -108,7 +108,7 @@ def join(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def write(path: Path, rows: np.ndarray) -> None:
     """Write a manifest. Raises UserError if that fails."""
-    with whole_file(path) as partial, open(partial, "wb") as file:
+    with atomic_write(path) as partial, open(partial, "wb") as file:
         np.save(file, rows, allow_pickle=False)
 
 

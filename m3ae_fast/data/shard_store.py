@@ -30,7 +30,7 @@ from typing import BinaryIO, NamedTuple
 import psutil
 from webdataset.shardlists import expand_urls
 
-from m3ae_fast.base.atomic_file import is_abandoned, lock, to_disk
+from m3ae_fast.base.atomic_file import is_abandoned, lock, sync_to_disk
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.object_store import require
 from m3ae_fast.data.download import ATTEMPTS, NotFound, download, retry_after
@@ -273,14 +273,14 @@ class ShardStore:
                         out.truncate(out.tell())
                         self._evict(ledger, grown=out.tell() - gone)
                     gone = out.tell()
-                    to_disk(partial)
+                    sync_to_disk(partial)
                     with self.lock(_EVICTION) as ledger:  # no other process may evict the old copy meanwhile
                         replaced = copy.stat().st_size if copy.exists() else 0
                         os.replace(partial, copy)
                         gone = 0
                         if replaced:
                             self._evict(ledger, grown=-replaced)
-                    to_disk(copy.parent)
+                    sync_to_disk(copy.parent)
                 return
             except OSError as error:
                 if isinstance(error, NotFound) or attempt == ATTEMPTS - 1 or not is_remote(shard):

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
@@ -116,7 +116,7 @@ def draw_attention(
     if not rows:
         raise UserError("none of the samples has an image" + (f" and {word!r} in its caption" if word else ""))
     key = Cell(_key(rows[0][0].image), "blue: zero attention; red: maximum in image")
-    draw_sheet(path, [*rows, [key]], ("image", "attention of"))
+    draw_sheet(path, [*rows, [key]], ("image", "attention of the word below each map"))
 
 
 def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | None) -> list[Word]:
@@ -198,7 +198,7 @@ def draw_patch_attention(
         words = model.tokenizer.pieces(sample.tokens.tolist())
         parts = attention_to_words(model, sample, patch, choice).tolist()
         _write_shaded(ImageDraw.Draw(sheet), words, parts, (_SIDE + 2 * _GAP, top))
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         sheet.save(partial, format="PNG")
 
 

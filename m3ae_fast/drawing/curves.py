@@ -43,12 +43,12 @@ LEARNING = (
     Chart("Effective rank of the features", "dimensions (RankMe)", [Line("val_rankme", "held-out", _HELD_OUT)]),
     Chart(
         "Held-out loss relative to a constant prediction",
-        "ratio",
+        "ratio of losses",
         [Line("val_image_relative", "image", _HELD_OUT), Line("val_text_relative", "text", _OTHER)],
     ),
 )
 RUNNING = (
-    Chart("Throughput", "samples/s", [Line("samples_per_s", "", _OTHER)]),
+    Chart("Throughput", "throughput (samples/s)", [Line("samples_per_s", "", _OTHER)]),
     Chart(
         "Utilisation of the peak FLOP/s",
         "fraction",
@@ -56,8 +56,8 @@ RUNNING = (
     ),
     Chart("Time spent waiting for data", "fraction of the time", [Line("data_wait", "", _OTHER)]),
     Chart("Learning rate", "learning rate", [Line("lr", "", _OTHER)]),
-    Chart("Gradient norm before clipping", "norm", [Line("grad_norm", "", _OTHER)]),
-    Chart("Peak memory", "GB", [Line("peak_memory_gb", "peak", _OTHER)]),
+    Chart("Gradient norm before clipping", "L2 norm", [Line("grad_norm", "", _OTHER)]),
+    Chart("Peak memory", "memory (GB)", [Line("peak_memory_gb", "peak", _OTHER)]),
 )
 
 
@@ -76,8 +76,9 @@ def draw_charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> Iterato
         if not axes.lines:
             continue
         axes.set_title(chart.title, fontsize=10)
-        axes.set_ylabel(chart.unit, fontsize=8)
-        axes.set_xlabel("step", fontsize=8)
+        metric = chart.lines[-1].label if len(runs) > 1 else ""
+        axes.set_ylabel(f"{chart.unit} ({metric})" if metric else chart.unit, fontsize=8)
+        axes.set_xlabel("training step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.images.normalisation import normalised
@@ -31,6 +31,7 @@ BLACK, GREEN, RED = (20, 20, 20), (0, 130, 50), (190, 30, 30)
 # maximum numbers of classes in a confusion matrix, and of classes whose names are shown
 _MOST_CONFUSED, _MOST_NAMES = 1000, 40
 _ERRORS = "error bars: ± 1 standard error"
+_ACCURACY = "top-1 accuracy (fraction of samples)"
 
 
 class Cell(NamedTuple):
@@ -59,7 +60,7 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str]
             for line in _wrapped(cell):
                 draw.text((x, y), line, fill=cell.colour, font=font)
                 y += _LINE
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         sheet.save(partial, format="PNG")
 
 
@@ -148,7 +149,10 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_ep
         points = [(line["step"] / steps_per_epoch, line[name]) for line in metrics if name in line]
         if points:
             panels[panel].plot(*zip(*points), label=label, marker="o" if len(points) < 30 else "", markersize=3)
-    titles = (("Training loss", "loss"), ("Accuracy on training and held-out samples", "fraction correct"))
+    titles = (
+        ("Training loss", "cross-entropy (nats)"),
+        ("Accuracy on training and held-out samples", "accuracy (fraction of samples)"),
+    )
     for axes, (title, quantity) in zip(panels, titles):
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.set_title(title, fontsize=10)
@@ -165,9 +169,7 @@ def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float,
     for name, points in lines.items():
         x, accuracy, error = zip(*points)
         axes.errorbar(x, accuracy, yerr=error, label=name, marker="o", markersize=3, capsize=2, linewidth=1.2)
-    axes.set(
-        xlabel=axis, ylabel="top-1 accuracy", xticks=sorted({point[0] for each in lines.values() for point in each})
-    )
+    axes.set(xlabel=axis, ylabel=_ACCURACY, xticks=sorted({point[0] for each in lines.values() for point in each}))
     axes.set_title(f"Accuracy by {axis}", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, title=_ERRORS, title_fontsize=7)
@@ -190,7 +192,7 @@ def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], chance: float
         axes.bar(x, [row["top1"] for row in own], 0.9 * width, yerr=errors, capsize=2, label=str(model)[:40])
     axes.axhline(chance, color="grey", linestyle=":", linewidth=1, label="largest class")
     axes.set_xticks(range(len(probes)), probes)
-    axes.set(xlabel="probe of the frozen features", ylabel="top-1 accuracy")
+    axes.set(xlabel="probe of the frozen features", ylabel=_ACCURACY)
     axes.set_title("Accuracy by model and probe", fontsize=10)
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
     axes.legend(fontsize=8, frameon=False, title=_ERRORS, title_fontsize=7, **place)
@@ -202,7 +204,7 @@ def draw_attack(path: Path, epsilons: Sequence[float], top1: Sequence[float], cl
     without an attack, shown for the bound 0."""
     figure, (axes,) = _figure(4.6, 3.2)
     axes.plot([0, *epsilons], [clean, *top1], marker="o", markersize=4)
-    axes.set(xlabel="L-infinity bound of the attack, in units of 1/255", ylabel="top-1 accuracy", ylim=(0, 1))
+    axes.set(xlabel="L-infinity bound of the attack, in units of 1/255", ylabel=_ACCURACY, ylim=(0, 1))
     axes.set_title("Accuracy under PGD attacks", fontsize=10)
     axes.grid(alpha=0.25)
     _save(figure, path)
@@ -219,13 +221,14 @@ def draw_detection(path: Path, inside: Mapping[str, np.ndarray], outside: Mappin
         other = outside[name]
         truth = np.repeat([1, 0], (len(known), len(other)))
         both = np.concatenate((known, other))
-        RocCurveDisplay.from_predictions(truth, both, name=name, ax=panels[0])
+        title = name.replace("_", " ")
+        RocCurveDisplay.from_predictions(truth, both, name=title, ax=panels[0])
         low, high = np.quantile(both, (0.005, 0.995))
         bins = np.linspace(low, high, 41).tolist()
         for part, label in ((known, "in-distribution (held-out)"), (other, "out-of-distribution")):
             axes.hist(part.clip(low, high), bins, density=True, alpha=0.55, label=label)
-        axes.set_title(f"Scores: {name.replace('_', ' ')}", fontsize=9)
-        axes.set(xlabel="score", ylabel="density", yticks=[])
+        axes.set_title(f"Score distribution: {title}", fontsize=9)
+        axes.set(xlabel="score (higher: more in-distribution)", ylabel="density", yticks=[])
     panels[0].set_title("ROC curves of all scores", fontsize=9)
     panels[0].set(
         xlabel="false positive rate\n(out-of-distribution samples accepted)",
@@ -281,5 +284,5 @@ def _save(figure: Figure, path: Path) -> None:
     for text in figure.findobj():
         if isinstance(text, Text):
             text.set_parse_math(False)  # the name of a class may be invalid math such as $\frac{$
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import Config
@@ -98,14 +98,14 @@ def draw_reconstructions(
     width = 3 * (SIDE + GAP) + TEXT_WIDTH
     sheet = Image.new("RGB", (width, 24 + sum(row.height + GAP for row in rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = ("original", "masked", "reconstruction", "caption; green: masked tokens, predicted correctly")
+    titles = ("original", "masked", "reconstruction", "caption; predicted tokens: green if correct, otherwise red")
     for i, title in enumerate(titles):
         draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=ImageFont.load_default(12))
     y = 24
     for row in rows:
         sheet.paste(row, (0, y))
         y += row.height + GAP
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         sheet.save(partial, format="PNG")
 
 

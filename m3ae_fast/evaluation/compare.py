@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import TimeLeft, duration
 from m3ae_fast.data import Corpus
@@ -190,7 +190,7 @@ def run(job: Job) -> dict[str, Any]:
         known, text = found.copy(), f"{done} of {len(names)} models"
         page = f"Partial result: the comparison was stopped after {text}.\n\n{known.page()}" if known.trials else ""
         if page:
-            write_whole(job.out / TABLE_FILE, page)
+            write_text_atomically(job.out / TABLE_FILE, page)
         return PartialResult(text, known.result(), known.columns(), page)
 
     job.keep_if_stopped(partial_result)
@@ -203,7 +203,7 @@ def run(job: Job) -> dict[str, Any]:
         sum(each.trials(probe, len(seeds)) * each.training[probe] for each in work.values() for probe in each.training),
         shorter=lambda _: _shorter(job, work.values()),
     )
-    job.say(
+    job.print(
         f"compare: {', '.join(names)}; probes: {', '.join(options.probes)}; {len(seeds)} seeds; {len(names)} models "
         f"encode {train.samples + val.samples:,} images each (random weights: once per seed)"
         + (f"; the probes train for about {duration(whole.other_work)} in total" if whole.other_work > 1 else "")
@@ -211,11 +211,11 @@ def run(job: Job) -> dict[str, Any]:
     for name, model in names.items():
         _measure(job, found, (work[name], whole), name, model, seeds, (train, val))
         done += 1
-        job.say(f"{done} of {len(names)} models done{whole.left()}")
+        job.print(f"{done} of {len(names)} models done{whole.left()}")
     job.keep(found.columns())
     page = found.page()
-    job.ranks.on_main(lambda: write_whole(job.out / TABLE_FILE, page))
-    job.say(page)
+    job.ranks.on_main(lambda: write_text_atomically(job.out / TABLE_FILE, page))
+    job.print(page)
     result = found.result()
     job.pictures.append(lambda: draw_comparison(job.out / "comparison.png", result["rows"], result["chance"]))
     return result | {"classes": len(classes), "train_samples": train.samples}
@@ -303,7 +303,7 @@ def _measure(
             about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
 
             def warn(_: int, text: str, about: str = about) -> None:
-                job.say(f"note: {about}: {text}")
+                job.print(f"note: {about}: {text}")
 
             setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn)
             with whole.aside(work.training[probe]):
@@ -314,7 +314,7 @@ def _measure(
                 else:
                     predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
             found.add(name, probe, seed, predictions)
-            job.say(f"{about}: {summary(predictions.accuracies())}{whole.left()}")
+            job.print(f"{about}: {summary(predictions.accuracies())}{whole.left()}")
 
 
 def _encoded(

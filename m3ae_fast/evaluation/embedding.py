@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from m3ae_fast.base import object_store
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.bad_samples import BadSample, Skipped
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
@@ -313,5 +313,5 @@ def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write the arrays to a .parquet or .npz file. Raises UserError if that fails."""
     if out.suffix == PARQUET:
         return write_parquet(out, arrays)
-    with whole_file(out) as partial, open(partial, "wb") as file:
+    with atomic_write(out) as partial, open(partial, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import pins_memory
 from m3ae_fast.base.parquet import write_parquet
@@ -89,9 +89,9 @@ class Job:
         store = ShardStore(self.config.data.cache_dir, self.config.data.cache_gb)
         corpus = self.ranks.main_first(lambda: open_corpus(sources, store, progress=self.ranks.is_main))
         for damaged in corpus.damaged:
-            self.say(str(damaged))
+            self.print(str(damaged))
         if corpus.ignored:
-            self.say(f"ignored files in the shards: {corpus.ignored}")
+            self.print(f"ignored files in the shards: {corpus.ignored}")
         return corpus
 
     def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
@@ -104,11 +104,11 @@ class Job:
         for corpus in (train, val):
             found, classes = label_corpus(corpus, field, classes, progress=progress)
             labelled.append(found)
-            self.say(f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes")
+            self.print(f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes")
         assert classes is not None
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
-            self.say(
+            self.print(
                 f"note: --val: {parts} also in --train (for example, {shared[0]}), so accuracies are not measured on "
                 "unseen samples"
             )
@@ -179,7 +179,7 @@ class Job:
             return self._encode_by_each(models, train, val, "baselines: ", stop=stop, layer=layer, pool=pool)
         except (UnusableSamples, Stopped) as error:
             reason = f"stopped ({self.stop.reason or BY_ANOTHER})" if isinstance(error, Stopped) else error
-            self.say(f"note: the result is written without baselines: {reason}")
+            self.print(f"note: the result is written without baselines: {reason}")
             return {}
 
     def _encode_by_each(
@@ -227,7 +227,9 @@ class Job:
             part = cost * corpus.samples
             found = self.encode(corpus, title, time_left, part)
             left = time_left.after(part)
-            self.say(f"{title}: {len(found.keys):,} samples done ({time_left.done / passes:.0%} of the encoding{left})")
+            self.print(
+                f"{title}: {len(found.keys):,} samples done ({time_left.done / passes:.0%} of the encoding{left})"
+            )
             return found
 
         return encode
@@ -273,7 +275,7 @@ class Job:
         image = levels(sample.image, self.model.config, self.config.data.show_channels)
         return Cell(image, caption if text is None else text, colour)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line, once for all ranks."""
         if self.ranks.is_main:
             print(text, flush=True)
@@ -290,7 +292,7 @@ class Job:
 
         def report(left: float) -> None:
             if self.ranks.device.type == "cpu" and left > LONG_S:
-                self.say(
+                self.print(
                     f"note: the task takes about {duration(left)} on this CPU; to reduce the time: "
                     f"{shorter(SHORT_S / left)}"
                 )
@@ -366,7 +368,7 @@ def refuse_existing(out: Path) -> None:
 
 def write_result(out: Path, result: dict[str, Any], name: str = RESULT_FILE) -> None:
     """Write a result atomically. By default, it is written as result.json, and an intermediate result is removed."""
-    write_whole(out / name, json.dumps(result, indent=2) + "\n")
+    write_text_atomically(out / name, json.dumps(result, indent=2) + "\n")
     if name == RESULT_FILE:
         (out / PARTIAL_FILE).unlink(missing_ok=True)
 

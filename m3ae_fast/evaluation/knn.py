@@ -81,15 +81,15 @@ def _draw_neighbours(
     if it has the query's class. `shown`: numbers of the training samples, keyed by the query's number."""
     bank, queries = features
     keys = [bank.keys[row] for rows in shown.values() for row in rows], [queries.keys[row] for row in shown]
-    neighbours, asked = (job.samples(corpus, names) for corpus, names in zip(corpora, keys))
+    neighbours, shown_queries = (job.samples(corpus, names) for corpus, names in zip(corpora, keys))
     sheet = []
     for row, nearest_K in shown.items():
         label, predicted = int(queries.labels[row]), int(predicted_M[row])
         right = GREEN if label == predicted else RED
         text = job.names[label] + ("" if label == predicted else f", predicted as {job.names[predicted]}")
-        cells = [job.cell(asked.get(queries.keys[row]), text, right)]
+        cells = [job.cell(shown_queries.get(queries.keys[row]), text, right)]
         for other in nearest_K:
             own = int(bank.labels[other])
             cells.append(job.cell(neighbours.get(bank.keys[other]), job.names[own], GREEN if own == label else RED))
         sheet.append(cells)
-    draw_sheet(job.out / "neighbours.png", sheet, ("sample", "nearest training samples"))
+    draw_sheet(job.out / "neighbours.png", sheet, ("held-out sample", "nearest training samples"))

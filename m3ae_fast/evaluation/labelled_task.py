@@ -124,7 +124,7 @@ class LabelledTask(ABC):
         job, result = self.job, trainer.train()
         if result is None:
             rerun = "--resume auto continues"
-            job.ranks.on_main(lambda: job.say(job.write_partial(self.partial_result(trainer), rerun)))
+            job.ranks.on_main(lambda: job.print(job.write_partial(self.partial_result(trainer), rerun)))
             return None
         self.save_classifier(trainer)
         assert self.predictions is not None
@@ -132,7 +132,7 @@ class LabelledTask(ABC):
         job.pictures.append(lambda: self.draw(trainer))
         found = job.ranks.broadcast(lambda: self.warnings(trainer))
         for warning in found:
-            job.say(f"note: {warning}")
+            job.print(f"note: {warning}")
         predictions = {MODEL: self.predictions}
         for name, banks in job.encode_baselines(*self.corpora, job.stop).items():
             predictions[name], _ = logistic_regression.predict(*banks, len(self.classes), job.heartbeats)
@@ -180,7 +180,7 @@ class LabelledTask(ABC):
         if self.expected or not left or timed < 1 or (timed < _TIMED and seconds < _SOON_S):
             return
         self.expected = True
-        trainer.log.say("\n".join(self.expectation(trainer, seconds / timed, left)))
+        trainer.log.print("\n".join(self.expectation(trainer, seconds / timed, left)))
 
     def expectation(self, trainer: Trainer, pace: float, left: int) -> list[str]:
         """Return a line with the expected duration of the `left` remaining steps at `pace` seconds per step. On a CPU,

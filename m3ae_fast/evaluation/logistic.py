@@ -18,7 +18,7 @@ def run(job: Job) -> dict[str, Any]:
     encoded = job.encode_with_baselines(train, val)
     bank, held_out = encoded[MODEL]
     job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
-    job.say(f"logistic regression of {job.config.encode.pool} features of {len(bank.keys):,} samples")
+    job.print(f"logistic regression of {job.config.encode.pool} features of {len(bank.keys):,} samples")
     heads, strength = fit_chosen(bank, len(classes), job.heartbeats)
     found = {MODEL: held_out.predictions(logits(heads, held_out))}
     numbers = {

@@ -41,12 +41,12 @@ def run(job: Job) -> dict[str, Any]:
     bank, queries = encoded[MODEL]
     truth_NC, truth_MC = (part.classes_LC[each.labels] for part, each in ((train, bank), (val, queries)))
     scores = {}
-    for name, (own, asked) in encoded.items():
+    for name, (own, queries) in encoded.items():
         if config.head == "knn":
-            scores_RC = neighbour_scores(own, asked, truth_NC, knn.k, knn.temperature)
+            scores_RC = neighbour_scores(own, queries, truth_NC, knn.k, knn.temperature)
         else:
-            scores_RC = logits(fit(own, truth_NC, len(train.classes), job.heartbeats), asked)
-        scores[name] = asked.complete(scores_RC).numpy()
+            scores_RC = logits(fit(own, truth_NC, len(train.classes), job.heartbeats), queries)
+        scores[name] = queries.complete(scores_RC).numpy()
     job.keep(_columns(queries.keys, truth_MC, scores[MODEL], train.classes))
     result = measured(truth_MC.numpy(), scores, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)
     return result | {
@@ -59,9 +59,9 @@ def run(job: Job) -> dict[str, Any]:
 
 def _open(job: Job, sources: Sequence[SourceConfig], classes: Classes | None) -> LabelledLists:
     found = list_corpus(job.open(sources), job.options.labels, classes, progress=job.ranks.is_main)
-    job.say(f"{found.corpus.samples:,} samples with lists of labels, {len(found.classes):,} classes")
+    job.print(f"{found.corpus.samples:,} samples with lists of labels, {len(found.classes):,} classes")
     if found.unknown:
-        job.say(f"note: {found.unknown:,} labels that occur in --val have no training samples, and are left out")
+        job.print(f"note: {found.unknown:,} labels that occur in --val have no training samples, and are left out")
     return found
 
 

@@ -188,7 +188,7 @@ def run(job: Job) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     warnings: list[str] = []
     others = sum(corpus.samples for corpus in outside.values())
-    job.say(
+    job.print(
         f"ood: {labelled.samples:,} training, {held_out.samples:,} held-out and {others:,} out-of-distribution samples "
         "are encoded; then four scores are compared by how well they separate the last two groups"
     )
@@ -198,7 +198,7 @@ def run(job: Job) -> dict[str, Any]:
     encode = job.encoder(labelled.samples + held_out.samples + others)
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     seed = job.config.run.seed
-    job.say(f"fitting the scores to {len(train.keys):,} training samples")
+    job.print(f"fitting the scores to {len(train.keys):,} training samples")
     scores = Scores(train, job.config.knn.k, head)
     known = scores(val)
     columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
@@ -210,10 +210,10 @@ def run(job: Job) -> dict[str, Any]:
         measured = _compare(known, other, seed)
         metrics = {f"{prefix}{key}": value for key, value in measured.items()}
         result |= metrics
-        job.say(f"{name or 'ood'}: {summary(metrics)}")
+        job.print(f"{name or 'ood'}: {summary(metrics)}")
         for warning in filter(None, (unknown_intervals(measured), inverted(measured))):
             warnings.append(f"{name or 'ood'}: {warning}")
-            job.say(f"note: {warnings[-1]}")
+            job.print(f"note: {warnings[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
         # updated in a single call, because another thread may read the columns
         columns.update({column: [*columns[column], *values] for column, values in more.items()})

@@ -157,7 +157,7 @@ def run(job: Job) -> dict[str, Any]:
     expected = {shots: draws * _seconds(job, shots, train, classes, kinds) for shots in numbers}
     whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
     probes = len(kinds) * len(numbers) * draws
-    job.say(
+    job.print(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + _pooled(options)
         + (f"{', '.join(map(str, options.shots))} training samples per class, out of " if options.shots else "all ")
@@ -178,7 +178,7 @@ def run(job: Job) -> dict[str, Any]:
             found.made += [(Case(*kinds[number], shots), draw, own) for number, own in made.items()]
         for row in found.rows([each for each in found.made if each[0].shots == shots]):
             case = Case(*(row.pop(name) for name in Case._fields))
-            job.say(f"{case.name(found.pools)}: {summary(row)}{whole.left()}")
+            job.print(f"{case.name(found.pools)}: {summary(row)}{whole.left()}")
     return _concluded(job, found, (train, val))
 
 
@@ -193,7 +193,7 @@ def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpu
         return f"--set attentive.steps={max(int(recipe.steps * fraction), 1)}"
 
     whole = job.time_left(passes(recipe, train, val), shorter=shorter)
-    job.say(
+    job.print(
         f"attentive probe at {len(FeatureTypes(kinds).layers)} of {job.model.config.depth} layers, online, "
         f"{_pooled(job.options)}{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, "
         f"learning rates: {', '.join(map(str, recipe.scales))}"
@@ -219,7 +219,7 @@ def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
     job.keep_if_stopped(lambda: PartialResult("without baselines", result, columns))
     job.keep(columns)
     for warning in found.warnings:
-        job.say(f"note: {warning}")
+        job.print(f"note: {warning}")
     job.pictures.append(lambda: _draw(job, rows))
     return result | baseline_entries(_baselines(job, found, corpora))
 
@@ -315,11 +315,11 @@ def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], na
     lacking = next(filter(None, ranks.gather(lacking)), "")
     what = f"{name}the patch tokens of {samples:,} samples at {len(layers)} layer{'s' * (len(layers) != 1)}"
     if online is None and lacking:
-        job.say(f"{what} do not fit into memory ({lacking}): each step encodes a batch and discards its tokens")
+        job.print(f"{what} do not fit into memory ({lacking}): each step encodes a batch and discards its tokens")
         return True
     if not online:
         place = f" and are written to a file, because memory is too small ({lacking})" if lacking else ""
-        job.say(f"{what} need {needed / 1e9:.3g} GB of memory{place}")
+        job.print(f"{what} need {needed / 1e9:.3g} GB of memory{place}")
     return bool(online)
 
 
@@ -382,8 +382,8 @@ def _draw(job: Job, rows: Sequence[dict[str, Any]]) -> None:
         return
     points: dict[str, list[tuple[float, float, float]]] = {}
     for row in rows:
-        name = "all samples" if row[line] is None else f"{line} {row[line]}"
+        name = f"layer {row[line]}" if line == "layer" else f"{row[line]} shots" if row[line] else "all samples"
         name = f"{row['pool'] or ATTENTION}, {name}" if len(pools) > 1 else name
         points.setdefault(name, []).append((row[x], row["top1"], row[f"top1{ERROR}"]))
-    titles = {"layer": ("depth.png", "layer"), "shots": ("shots.png", "training samples of each class")}
+    titles = {"layer": ("depth.png", "layer"), "shots": ("shots.png", "number of training samples per class")}
     draw_accuracies(job.out / titles[x][0], points, titles[x][1])

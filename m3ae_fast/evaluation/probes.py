@@ -275,12 +275,12 @@ def partial_predictions(
     trained, where = live.copy()
     found = {}
     for name, heads in trained.items():
-        number, asked = 0, held_out[name].local()
+        number, local = 0, held_out[name].local()
         if len(heads.linear.bias) > 1:
             tenth = banks[name].rows(split(banks[name]).held_out).local()
             tried = [RateTrial(rate, *each) for rate, each in zip(recipe.scales, judge(heads, tenth))]
             number = tried.index(best(tried))
-        found[name] = asked.predictions(logits(heads, asked, number))
+        found[name] = local.predictions(logits(heads, local, number))
     return found, where
 
 

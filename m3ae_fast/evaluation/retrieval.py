@@ -56,8 +56,8 @@ def own_ranks(queries: FeatureBank, candidates: FeatureBank) -> Tensor:
         unit_QD, wanted_QD = (F.normalize(bank.take(part).double(), dim=1) for bank in (queries, candidates))
         similar_Q, number_Q = (unit_QD * wanted_QD).sum(1).float(), own_R[part].to(device)
         missing = min(most - start, at_a_time) - len(unit_QD)  # this rank may have fewer queries than others
-        asked = (F.pad(unit_QD, (0, 0, 0, missing)), F.pad(similar_Q, (0, missing)), F.pad(number_Q, (0, missing)))
-        all_QD, all_Q, numbers_Q = (all_gather(each, ranks).flatten(0, 1) for each in asked)
+        padded = (F.pad(unit_QD, (0, 0, 0, missing)), F.pad(similar_Q, (0, missing)), F.pad(number_Q, (0, missing)))
+        all_QD, all_Q, numbers_Q = (all_gather(each, ranks).flatten(0, 1) for each in padded)
         above_Q = torch.zeros_like(numbers_Q)
         for first in range(0, len(candidates.own), _AT_A_TIME):
             block = slice(first, first + _AT_A_TIME)
@@ -81,7 +81,7 @@ def run(job: Job) -> dict[str, Any]:
     pairs = job.open(job.config.data.val)
     result: dict[str, Any] = {}
     columns: dict[str, Any] = {}
-    job.say(
+    job.print(
         f"retrieval: the images and the captions of {pairs.samples:,} samples are encoded; then all captions are "
         "ranked for each image, and all images for each caption"
     )
@@ -108,12 +108,12 @@ def run(job: Job) -> dict[str, Any]:
         found = {f"{name}_recall{k}": fraction for k, fraction in recalls(ranks_N).items()}
         errors = {name + ERROR: standard_error(fraction, len(keys)) for name, fraction in found.items()}
         result |= found | errors
-        job.say(f"{name}: {summary(found | errors)}")
+        job.print(f"{name}: {summary(found | errors)}")
     job.keep(columns)
     chance = {f"chance_recall{k}": min(k / len(common), 1.0) for k in RANKS}
     result |= chance | {"pairs": len(common), "skipped": pairs.samples - len(common)}
     if at_chance(result):
-        job.say(AT_CHANCE)
+        job.print(AT_CHANCE)
     return result
 
 
@@ -170,14 +170,14 @@ def _draw(job: Job, pairs: Corpus, keys: list[str], shown: Mapping[str, Mapping[
     """Plot the results for some captions and for some images; the text of a match is green. `shown`: for each
     direction, the numbers of the candidates, keyed by the query's number."""
     for name, best in shown.items():
-        asked, found = name.split("_to_")
+        query_kind, found = name.split("_to_")
         samples = job.samples(pairs, [keys[row] for row in {*best, *(row for some in best.values() for row in some)}])
         sheet = []
         for row, some in best.items():
-            cells = [_cell(job, samples.get(keys[row]), asked)]
+            cells = [_cell(job, samples.get(keys[row]), query_kind)]
             cells += [_cell(job, samples.get(keys[other]), found, other == row) for other in some]
             sheet.append(cells)
-        draw_sheet(job.out / f"{name}.png", sheet, (asked, "results, most similar first"))
+        draw_sheet(job.out / f"{name}.png", sheet, (f"query ({query_kind})", "results, most similar first"))
 
 
 def _cell(job: Job, sample: Sample | None, modality: str, own: bool = False) -> Cell:

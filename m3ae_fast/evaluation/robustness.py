@@ -81,7 +81,7 @@ def run(job: Job) -> dict[str, Any]:
         model.backbone.require_tokenizer()
     model.requires_grad_(False)
     passes, images = _passes(job, config, val, corrupted), min(config.samples or val.samples, val.samples)
-    job.say(_plan(config, images, passes, kinds))
+    job.print(_plan(config, images, passes, kinds))
     found: dict[str, Predictions] = {}
 
     def partial_result() -> PartialResult:
@@ -97,7 +97,7 @@ def run(job: Job) -> dict[str, Any]:
     for number, (name, each) in enumerate(passes.items(), 1):
         found[name] = _predictions(job, each, f"{name} ({number} of {len(passes)})", time_left)
         left = time_left.after(each.cost)
-        job.say(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
+        job.print(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
     job.keep(_columns(found, model.config.classes))
     result = _result(config, kinds, found)
     job.pictures.append(lambda: _draw(job, config, passes, kinds, result))
@@ -188,9 +188,9 @@ def _draw(
         for severity, top1 in zip(severities, result["corruptions"][kind]):
             each = passes[f"{kind} {severity}"]
             image = each.corruption(clean, job.config.run.seed) if each.corruption else _first_image(job, each)
-            cells[severity] = Cell(image, f"{top1:.1%} right")
-        rows.append([Cell(clean, f"{kind}: none"), *cells.values()])
-    draw_sheet(job.out / "corruptions.png", rows, ("", *(f"severity {number}" for number in columns)))
+            cells[severity] = Cell(image, f"accuracy {top1:.1%}")
+        rows.append([Cell(clean, kind), *cells.values()])
+    draw_sheet(job.out / "corruptions.png", rows, ("without corruption", *(f"severity {number}" for number in columns)))
 
 
 def _first_image(job: Job, each: Pass) -> Tensor | None:

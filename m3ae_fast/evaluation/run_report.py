@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast import checkpoint
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
@@ -73,7 +73,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
     body = "\n".join(parts)
     page = f'<!doctype html>\n<html lang="en">\n<head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n'
-    write_whole(out, page + "</html>\n")
+    write_text_atomically(out, page + "</html>\n")
 
 
 def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:

@@ -98,15 +98,15 @@ def run(job: Job) -> dict[str, Any]:
     opened = {name: _open(job, sources, name) for name, sources in (("train", data.train), ("val", data.val))}
     encoded = _images(job, opened)
     train, val = encoded[MODEL]
-    known, asked = (_ids(part, config.ignore_label, ranks) for part in (train, val))
+    known, val_ids = (_ids(part, config.ignore_label, ranks) for part in (train, val))
     if len(known) < 2:
         raise UserError(
             f"--train: its masks have {len(known)} classes besides segment.ignore_label {config.ignore_label}; at "
             "least two are required"
         )
-    if not asked:
+    if not val_ids:
         raise UserError(f"--val: all pixels of its masks have segment.ignore_label {config.ignore_label}")
-    classes = max(known | asked) + 1
+    classes = max(known | val_ids) + 1
     job.keep_if_stopped(lambda: PartialResult("the images are encoded", {}, {}))
     shown = {row * len(val.bank.keys) // _SHOWN for row in range(_SHOWN)}
     counts = {}
@@ -118,9 +118,9 @@ def run(job: Job) -> dict[str, Any]:
             pictures = {row: cell for part in ranks.gather(cells) for row, cell in part.items()}
     job.keep(_columns(val.bank.keys, counts[MODEL]))
     job.pictures.append(lambda: _draw(job, opened["val"][0], val.bank.keys, pictures))
-    if untrained := asked - known:
+    if untrained := val_ids - known:
         names = ", ".join(map(str, sorted(untrained)))
-        job.say(f"note: no training image has pixels of the classes {names}, whose IoU therefore counts as 0")
+        job.print(f"note: no training image has pixels of the classes {names}, whose IoU therefore counts as 0")
     result = measured(counts, job.config.run.seed)
     return result | {
         "head": config.head,
@@ -134,7 +134,7 @@ def _open(job: Job, sources: Sequence[SourceConfig], name: str) -> tuple[Corpus,
     """Return the samples that have a mask, and their masks. `name`: "train" or "val", for the message."""
     corpus = job.open(sources)
     found, masks = job.ranks.main_first(lambda: masked_corpus(corpus, progress=job.ranks.is_main))
-    job.say(f"--{name}: {found.samples:,} of {corpus.samples:,} samples have a mask")
+    job.print(f"--{name}: {found.samples:,} of {corpus.samples:,} samples have a mask")
     return found, masks
 
 
@@ -343,4 +343,4 @@ def _draw(job: Job, corpus: Corpus, keys: Sequence[str], cells: Mapping[int, tup
     for row in sorted(cells):
         truth, predicted = (Cell(colours[ids_SS.long()].permute(2, 0, 1)) for ids_SS in cells[row])
         sheet.append([job.cell(samples.get(keys[row]), ""), truth, predicted])
-    draw_sheet(job.out / "segmentation.png", sheet, ("image", "truth", "prediction"))
+    draw_sheet(job.out / "segmentation.png", sheet, ("image", "ground truth", "prediction"))

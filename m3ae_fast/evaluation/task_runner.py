@@ -214,13 +214,13 @@ def _perform(
         for draw in job.pictures:
             ranks.on_main(draw)
         ranks.on_main(lambda: show_result(job.out, result))
-        job.say(f"{task}: {summary(result)}")
+        job.print(f"{task}: {summary(result)}")
         if "verdict" in result:
-            job.say(f"{task}: {result['verdict']}")
+            job.print(f"{task}: {result['verdict']}")
         apart = differences(result)
         for name, each in result.get(BASELINES, {}).items():
             words = f"; {apart[name].words(MODEL, name)}" if name in apart else ""
-            job.say(f"{task}: {baseline_name(name, each)}: {summary(each)}{words}")
+            job.print(f"{task}: {baseline_name(name, each)}: {summary(each)}{words}")
         if "warning" in result:
-            job.say(f"warning: {result['warning']}")
+            job.print(f"warning: {result['warning']}")
         return result

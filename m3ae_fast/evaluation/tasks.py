@@ -41,8 +41,8 @@ class Task(NamedTuple):
     classifies: bool = False  # MODEL is a classifier; has the option --labels
     may_classify: bool = False  # MODEL may be a classifier
     modality: Modality | None = None  # the only modality that it supports; None: any
-    surveys: bool = False  # has the options --layers and --shots
-    pools: bool = False  # has the option --pools, which requires `surveys`
+    has_probe_grid: bool = False  # has the options --layers and --shots
+    pools: bool = False  # has the option --pools, which requires `has_probe_grid`
     compares: bool = False  # accepts several MODELs, and opens them itself
     takes_pixels: bool = False  # MODEL may be pixels:MODEL
     has_baselines: bool = False  # random weights and downscaled pixels are evaluated too; has the option --no-baselines
@@ -59,7 +59,7 @@ class Task(NamedTuple):
 TASKS = {
     "knn": Task(
         "k-nearest-neighbour accuracy of frozen features",
-        surveys=True,
+        has_probe_grid=True,
         pools=True,
         takes_pixels=True,
         has_baselines=True,
@@ -68,7 +68,7 @@ TASKS = {
     ),
     "logistic": Task(
         "logistic regression on frozen features, with the best of five L2 penalties; the classifier is saved in OUT",
-        surveys=True,
+        has_probe_grid=True,
         pools=True,
         takes_pixels=True,
         has_baselines=True,
@@ -76,7 +76,7 @@ TASKS = {
     "linear": Task(
         "train a linear classifier on frozen features; the classifier is saved in OUT",
         resumes=True,
-        surveys=True,
+        has_probe_grid=True,
         pools=True,
         takes_pixels=True,
         has_baselines=True,
@@ -86,7 +86,7 @@ TASKS = {
     "attentive": Task(
         "train a linear classifier and a query that pools the frozen patch tokens",
         modality="image",
-        surveys=True,
+        has_probe_grid=True,
         pools=True,
         has_baselines=True,
         sections=("encode", "attentive"),
@@ -178,10 +178,10 @@ class Options:
             "labels": task.has_labels,
             "modality": not task.classifies,
             "resume": task.resumes,
-            "layers": task.surveys,
+            "layers": task.has_probe_grid,
             "pools": task.pools,
-            "shots": task.surveys,
-            "draws": task.surveys,
+            "shots": task.has_probe_grid,
+            "draws": task.has_probe_grid,
             "probes": task.compares,
             "seeds": task.compares,
             "baselines": task.has_baselines,
@@ -241,10 +241,10 @@ class Options:
     @property
     def module(self) -> str:
         """Return the name of the module that runs the task."""
-        surveys = self.task == "attentive" or bool(self.layers or self.pools or self.shots)
+        uses_grid = self.task == "attentive" or bool(self.layers or self.pools or self.shots)
         # a saved classifier needs an encoder, which pixels do not have
-        surveys = surveys or (self.task == "linear" and self.is_pixels)
-        return "probe_grid" if surveys else self.task
+        uses_grid = uses_grid or (self.task == "linear" and self.is_pixels)
+        return "probe_grid" if uses_grid else self.task
 
 
 def _default(name: str) -> Any:

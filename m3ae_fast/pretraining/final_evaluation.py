@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast import checkpoint
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
@@ -50,8 +50,8 @@ def _models(config: Config) -> dict[str, str]:
 
 @contextmanager
 def stage(device: Device | None) -> Iterator[Session]:
-    """Yield a session as `joined_program` does, for one of several stages of a program. After the stage, `stop.asked`
-    states whether a stop was requested, even if the stage has completed."""
+    """Yield a session as `joined_program` does, for one of several stages of a program. After the stage,
+    `stop.requested` states whether a stop was requested, even if the stage has completed."""
     with joined_program(device) as session:
         session.stop.at_leaving = lambda: RESUME_NOTE if session.ranks.is_main else ""
         yield session
@@ -81,7 +81,7 @@ def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict
                         baselines=whose == RUN,
                         session=session,
                     )
-                if session.stop.asked or not (out / RESULT_FILE).exists():
+                if session.stop.requested or not (out / RESULT_FILE).exists():
                     return None
             found.setdefault(task, {})[whose] = read_json(out / RESULT_FILE)
     return found
@@ -99,7 +99,7 @@ def _forget_other_weights(run: Path) -> None:
         (run / MAP).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{error.filename or mark.parent}: cannot be replaced ({error.strerror or error})") from None
-    write_whole(mark, now)
+    write_text_atomically(mark, now)
 
 
 def why_no_map() -> str:

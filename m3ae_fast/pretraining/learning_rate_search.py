@@ -10,11 +10,11 @@ from statistics import fmean
 from typing import Any
 
 from m3ae_fast import checkpoint
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
-from m3ae_fast.config import Config, remembered
+from m3ae_fast.config import Config, stored_config
 from m3ae_fast.pretraining.final_evaluation import stage
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
@@ -64,7 +64,7 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
         done["seconds"] += time.monotonic() - began
         if loss is not None:
             done["tried"][f"{rate:g}"] = loss if math.isfinite(loss) else None
-        write_whole(table, json.dumps(done, indent=1) + "\n")
+        write_text_atomically(table, json.dumps(done, indent=1) + "\n")
         if loss is None:
             return None
         print(f"optim.peak_lr {rate:g}: loss {loss:.4g}", flush=True)
@@ -77,7 +77,7 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
     best = min(found, key=lambda rate: found[rate])
     tried = [*done["tried"]]
     done |= {"chosen": float(best), "before": before}
-    write_whole(table, json.dumps(done, indent=1) + "\n")
+    write_text_atomically(table, json.dumps(done, indent=1) + "\n")
     tuned = _write(config, path, done)
     is_end = best in (tried[0], tried[-1])
     note = ", the lowest or highest of these rates; the best rate may be outside their range" if is_end else ""
@@ -106,7 +106,7 @@ def _settings(config: Config) -> dict[str, Any]:
 def _write(config: Config, path: Path, done: dict[str, Any]) -> Config:
     """Write the config with the chosen learning rate to `path`, and return it. `done`: table of a completed search."""
     tuned = _with_rate(config, done["chosen"], done["seconds"])
-    write_whole(path, json.dumps(remembered(tuned), indent=2) + "\n")
+    write_text_atomically(path, json.dumps(stored_config(tuned), indent=2) + "\n")
     return tuned
 
 
@@ -144,7 +144,7 @@ def _try(config: Config, rate: float, steps: int, device: Device | None) -> floa
         if "is not finite" in str(error):
             return math.inf
         raise
-    if session.stop.asked or status(folder)[0] != "finished":
+    if session.stop.requested or status(folder)[0] != "finished":
         return None
     return _loss(trial)
 

@@ -18,7 +18,7 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.pretraining import automatic_settings
 from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, ModelSize, Shards
 from m3ae_fast.process.session import Session
-from m3ae_fast.training.pace import Pace, measure
+from m3ae_fast.training.throughput_estimate import ThroughputEstimate, measure
 
 # maximum time for measuring a model size: as a fraction of the available time, and in seconds
 _TRIAL, _LONGEST_TRIAL = 0.03, 30.0
@@ -65,7 +65,7 @@ class Budget:
         """Return the seconds since the call began."""
         return time.monotonic() - self._began
 
-    def after(self, pace: Pace) -> float:
+    def after(self, pace: ThroughputEstimate) -> float:
         """Return the estimated seconds for everything after training."""
         if not self._probed:
             return _REPORT
@@ -74,32 +74,32 @@ class Budget:
         regression = _REGRESSION * self.statistics.samples * self.statistics.classes
         return calls + self._models * (encoding + regression) + _REPORT
 
-    def training(self, pace: Pace) -> float:
+    def training(self, pace: ThroughputEstimate) -> float:
         """Return the seconds that are left for training and its evaluations."""
         return max(self.seconds - self.spent() - self.after(pace), _LEAST * self.seconds)
 
-    def ends(self, pace: Pace) -> float:
+    def ends(self, pace: ThroughputEstimate) -> float:
         """Return the estimated seconds for the evaluations before the first step and after the last."""
         probe = self._features(pace) if self._probed else 0.0
         return 2 * (self._losses(pace) + probe)
 
-    def evaluations(self, pace: Pace) -> tuple[int, float]:
+    def evaluations(self, pace: ThroughputEstimate) -> tuple[int, float]:
         """Return the number of evaluations between the first step and the last, and the estimated seconds for them."""
         probe = self._features(pace) if self._probed and self.statistics.samples <= automatic_settings.PROBED else 0.0
         each = self._losses(pace) + probe
         count = min(automatic_settings.EVALUATIONS, int(_EVALUATING * self.training(pace) / each)) if each else 0
         return count, count * each
 
-    def steps_time(self, pace: Pace) -> float:
+    def steps_time(self, pace: ThroughputEstimate) -> float:
         """Return the seconds that are available for training steps."""
         left = self.training(pace) - self.ends(pace) - self.evaluations(pace)[1]
         return max(left, _LEAST * self.training(pace))
 
-    def _losses(self, pace: Pace) -> float:
+    def _losses(self, pace: ThroughputEstimate) -> float:
         held_out = self.statistics.held_out
         return _START + pace.evaluation(min(held_out, automatic_settings.EVALUATED)) if held_out else 0.0
 
-    def _features(self, pace: Pace) -> float:
+    def _features(self, pace: ThroughputEstimate) -> float:
         """Return the estimated seconds to compute the features of all samples. A forward pass over all patches takes
         about as long as a training step, in which only the visible patches are encoded."""
         return _START + (self.statistics.samples + self.statistics.held_out) * pace.sample
@@ -147,7 +147,7 @@ def choose(
         lambda size: config_of(size, automatic_settings.SMALLEST_BATCH, 1),
     )
 
-    def measured(size: ModelSize) -> Pace:
+    def measured(size: ModelSize) -> ThroughputEstimate:
         config = config_of(size, automatic_settings.batch_of(statistics.samples), 1)
         resolved = config.model_copy(update={"train": resolve_precision(config.train, session.ranks.device)})
         return measure(resolved, session, min(_TRIAL * budget.seconds, _LONGEST_TRIAL))
@@ -175,9 +175,9 @@ def choose(
 def _largest_fitting(
     allowed: Sequence[ModelSize],
     lacking: Callable[[ModelSize], str],
-    measured: Callable[[ModelSize], Pace],
+    measured: Callable[[ModelSize], ThroughputEstimate],
     budget: Budget,
-) -> tuple[ModelSize, Pace, str]:
+) -> tuple[ModelSize, ThroughputEstimate, str]:
     """Return the largest model size that fits into memory and can be trained long enough in the available time, its
     pace, and the reason why the next larger size is not chosen; "" if there is no larger size.
 
@@ -208,7 +208,7 @@ def _why_not_larger(statistics: DatasetStatistics) -> str:
     return f'"{above[0].name}" requires {above[0].samples:,.0f} samples or more'
 
 
-def _too_slow(size: ModelSize, seconds: float, pace: Pace, statistics: DatasetStatistics) -> str:
+def _too_slow(size: ModelSize, seconds: float, pace: ThroughputEstimate, statistics: DatasetStatistics) -> str:
     """Return the reason, as text for the user, why a model size is too slow for the available time."""
     seen = seconds / pace.sample
     epochs = seen / statistics.samples
@@ -219,7 +219,7 @@ def _too_slow(size: ModelSize, seconds: float, pace: Pace, statistics: DatasetSt
     )
 
 
-def _lines(config: Config, budget: Budget, size: ModelSize, why: str, pace: Pace) -> list[str]:
+def _lines(config: Config, budget: Budget, size: ModelSize, why: str, pace: ThroughputEstimate) -> list[str]:
     m, statistics = config.model, budget.statistics
     kind = "no captions" if m.vocab_size else "no captions: image-only"
     if statistics.vocab_size and m.vocab_size:
@@ -233,7 +233,7 @@ def _lines(config: Config, budget: Budget, size: ModelSize, why: str, pace: Pace
     ]
 
 
-def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
+def _length(config: Config, budget: Budget, pace: ThroughputEstimate) -> list[str]:
     """Return lines about the length of the run and the expected end."""
     schedule, batch = Schedule(config.train, config.optim, budget.statistics.samples), config.train.global_batch
     steps = schedule.total_steps
@@ -254,7 +254,7 @@ def _length(config: Config, budget: Budget, pace: Pace) -> list[str]:
     ]
 
 
-def _between(config: Config, schedule: Schedule, budget: Budget, pace: Pace) -> float:
+def _between(config: Config, schedule: Schedule, budget: Budget, pace: ThroughputEstimate) -> float:
     """Return the estimated seconds for the evaluations between the first step and the last, given the intervals in the
     config."""
     count, seconds = budget.evaluations(pace)
@@ -262,7 +262,7 @@ def _between(config: Config, schedule: Schedule, budget: Budget, pace: Pace) -> 
     return (schedule.total_steps - 1) // every * seconds / count if every and count else 0.0
 
 
-def _warning(config: Config, budget: Budget, pace: Pace) -> str:
+def _warning(config: Config, budget: Budget, pace: ThroughputEstimate) -> str:
     """Return a warning if the run is too short to learn much, including the number of hours that would be enough.
     Return "" otherwise, or if the user has set the length."""
     schedule, batch = Schedule(config.train, config.optim, budget.statistics.samples), config.train.global_batch

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast.base import object_store
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import uses_gpu
-from m3ae_fast.config import Config, Range, follow, load_config, read_config, remembered
+from m3ae_fast.config import Config, Range, follow, load_config, read_config, stored_config
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report
@@ -107,7 +107,7 @@ def pretrain(
     with stage(device) as session:
         config = session.ranks.broadcast(lambda: load_config(out / CONFIG, here))
         pre_train(config, session, resume="auto", make_probe=knn_probe)
-    if session.stop.asked or status(out)[0] != "finished":
+    if session.stop.requested or status(out)[0] != "finished":
         return outcome
     results = evaluate_run(config, device) if config.train.probe else {}
     if results is None:
@@ -203,7 +203,7 @@ def _configured(
             _ask_whether_to_start()
         if is_held(out):  # another call may have started a run in the meantime
             raise UserError(f"--out {out}: another run is using it; choose another folder")
-        write_whole(path, json.dumps(remembered(plan.config), indent=2) + "\n")  # includes the defaults
+        write_text_atomically(path, json.dumps(stored_config(plan.config), indent=2) + "\n")  # includes the defaults
         print(f"{path} contains all settings; --set section.key=value overrides them", flush=True)
     return plan.config
 
@@ -225,7 +225,7 @@ def _follow(path: Path) -> None:
     data = read_config(path, "config")
     followed = follow(data, path.parent.resolve())
     if followed != data:
-        write_whole(path, json.dumps(followed, indent=2) + "\n")
+        write_text_atomically(path, json.dumps(followed, indent=2) + "\n")
         print(
             f"{path}: the run folder has moved from {data['run']['dir']} to {followed['run']['dir']}; its paths "
             "are updated"

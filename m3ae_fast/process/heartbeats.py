@@ -118,7 +118,7 @@ class Heartbeats:
         try:
             return self._store.check([_STOP])
         except RuntimeError:  # the process that hosts the store has exited
-            return self._stop.asked
+            return self._stop.requested
 
     @property
     def _interval(self) -> float:
@@ -158,7 +158,7 @@ class Heartbeats:
             for group in self._groups:
                 group.store.set(message, "")
             if message == _STOP:
-                self._stop.ask(BY_ANOTHER)
+                self._stop.request(BY_ANOTHER)
             else:
                 self._write_stacks()
         if self._error:

@@ -29,7 +29,7 @@ _TWICE_S = 2.0  # seconds after the first Ctrl-C during which another one is ign
 
 
 class StopRequest:
-    """Receiver of stop requests. `asked` becomes true at the first signal or when the launcher ends; a later Ctrl-C
+    """Receiver of stop requests. `requested` becomes true at the first signal or when the launcher ends; a later Ctrl-C
     ends the process at once.
 
     Before `listen` is called, there is no checkpoint to save, and a stop request ends a program of this package with
@@ -76,11 +76,11 @@ class StopRequest:
             self._watcher.join(_GRACE_S)
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Return whether a stop has been requested."""
         return bool(self.reason)
 
-    def ask(self, reason: str) -> None:
+    def request(self, reason: str) -> None:
         """Request a stop. Only the reason of the first request is kept."""
         self.reason = self.reason or reason
 
@@ -91,13 +91,13 @@ class StopRequest:
         self._joined.set()
 
     def listen(self) -> None:
-        """Let the run respond to stop requests from now on: it must check `asked`, save and exit."""
+        """Let the run respond to stop requests from now on: it must check `requested`, save and exit."""
         self._listening = True
 
     def leave(self, reason: str) -> None:
         """Save intermediate results if `listen` has not been called yet. The main thread calls this method if another
         rank has stopped, so that this rank cannot continue."""
-        self.ask(reason)
+        self.request(reason)
         with self._lock:
             if not self._listening:
                 self._report(first=False)
@@ -108,7 +108,7 @@ class StopRequest:
                 return
             self._ended = True
             raise SystemExit(0) if self._in_program else KeyboardInterrupt
-        self.ask(signal.Signals(number).name)
+        self.request(signal.Signals(number).name)
         if number == signal.SIGINT:
             self._first_interrupt = min(self._first_interrupt, time.monotonic())
             if time.monotonic() - self._first_interrupt > _TWICE_S:
@@ -125,10 +125,10 @@ class StopRequest:
                     return
                 for number in numbers:
                     if number in SIGNALS:
-                        self.ask(signal.Signals(number).name)
-            if not self.asked and ((chain := launcher_chain()) != self._parents or chain == _GONE):
-                self.ask(_LAUNCHER_GONE)
-            if self.asked and not self._listening:
+                        self.request(signal.Signals(number).name)
+            if not self.requested and ((chain := launcher_chain()) != self._parents or chain == _GONE):
+                self.request(_LAUNCHER_GONE)
+            if self.requested and not self._listening:
                 self._leave()
 
     def _leave(self) -> None:

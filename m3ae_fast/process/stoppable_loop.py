@@ -19,6 +19,6 @@ def until_stopped(batches: Iterable[T], ranks: Ranks, stop: StopRequest) -> Iter
     """Yield the batches. All ranks must have the same number of batches. Raises Stopped before the next batch if a rank
     is asked to stop."""
     for batch in batches:
-        if any(ranks.sum([stop.asked])):
+        if any(ranks.sum([stop.requested])):
             raise Stopped
         yield batch

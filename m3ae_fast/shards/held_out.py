@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
@@ -109,7 +109,7 @@ def write_without(shard: str, offsets: set[int], path: Path) -> bool:
     others = (files.values() for _, files in samples if not any(file.offset in offsets for file in files.values()))
     kept = [member for files in others for member in files]
     if kept and not _holds(path, kept, os.stat(shard).st_mtime_ns):
-        with _opened(shard) as file, whole_file(path) as partial, tarfile.open(partial, "w") as tar:
+        with _opened(shard) as file, atomic_write(path) as partial, tarfile.open(partial, "w") as tar:
             for member in kept:
                 add_member(tar, member.name, os.pread(file.fileno(), member.size, member.offset))
     return bool(kept)

@@ -18,7 +18,7 @@ import torch
 from m3ae_kernels.pixels import LARGEST
 from torch import Tensor
 
-from m3ae_fast.base.atomic_file import whole_file, write_whole
+from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
@@ -149,13 +149,13 @@ def write_settings(path: Path, given: dict[str, Any], settings: Sequence[tuple[s
     for section, key, value in settings:
         given.setdefault(section, {})[key] = value
     parse(Config, given, f"--write {path}")
-    write_whole(path, json.dumps(given, indent=2, ensure_ascii=False) + "\n")
+    write_text_atomically(path, json.dumps(given, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_sizes(path: Path, found: Statistics) -> None:
     """Write the width and height of each image, in pixels, as a JSON list of pairs. Raises UserError if `path` cannot
     be written."""
-    write_whole(path, json.dumps(found.sizes) + "\n")
+    write_text_atomically(path, json.dumps(found.sizes) + "\n")
 
 
 def draw_statistics(path: Path, found: Statistics) -> None:
@@ -167,22 +167,25 @@ def draw_statistics(path: Path, found: Statistics) -> None:
     (levels, sizes), (ratios, lengths) = figure.subplots(2, 2)
     names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "black"]}.get(found.channels)
     names = names or [f"C{channel % 10}" for channel in range(found.channels)]  # the ten default colours of Matplotlib
-    for name, fractions_256 in zip(names, found.fractions_C256 / found.images):
-        levels.semilogy(fractions_256.numpy(), color=name)
+    for number, (name, fractions_256) in enumerate(zip(names, found.fractions_C256 / found.images)):
+        label = f"channel {number}" if name.startswith("C") else name
+        levels.semilogy(fractions_256.numpy(), color=name, label=label)
+    if found.channels <= 10:
+        levels.legend()
     widths, heights = np.array(found.sizes).T
     sizes.hist([widths, heights], bins=40, label=["width", "height"])
     sizes.legend()
     ratios.hist(np.log2(widths / heights), bins=40)
     lengths.hist(found.lengths, bins=40)
     names_of_axes = (
-        ("Pixel values by channel", "level, 0 to 255", "fraction of the pixels"),
-        ("Image sizes", "pixels", "number of images"),
+        ("Pixel values by channel", "pixel value (0 to 255)", "fraction of pixels (logarithmic)"),
+        ("Image sizes", "width or height (pixels)", "number of images"),
         ("Aspect ratios", "log2(width / height)", "number of images"),
-        ("Lengths of captions", found.unit, "number of captions"),
+        ("Lengths of captions", f"length ({found.unit})", "number of captions"),
     )
     for axes, (title, x, y) in zip((levels, sizes, ratios, lengths), names_of_axes):
         axes.set(title=title, xlabel=x, ylabel=y)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png")
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
@@ -87,7 +87,7 @@ def describe_tokenizer(trained: TrainedTokenizer, vocab_size: int) -> list[str]:
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """Write a tokenizer.json atomically. Raises UserError if that fails."""
-    with whole_file(out) as partial:
+    with atomic_write(out) as partial:
         try:
             tokenizer.save(str(partial))
         except Exception as error:  # the library raises plain Exceptions

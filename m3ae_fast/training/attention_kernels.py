@@ -9,7 +9,7 @@ import torch
 from m3ae_kernels.attention import cuda
 from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.attention.padded import PADDED
-from m3ae_kernels.dispatch import asked_impl
+from m3ae_kernels.dispatch import requested_impl
 
 from m3ae_fast.batch.masking import kept
 from m3ae_fast.config import MaskingConfig, ModelConfig
@@ -34,7 +34,7 @@ class RunAttention:
         the same kernels, and pass the result to `use_kernels` on every rank."""
         names: Names = {}
         times: dict[str, dict[str, float]] = {}
-        if self.device.type != "cuda" or asked_impl("auto") != "auto" or self.config.att_drop:
+        if self.device.type != "cuda" or requested_impl("auto") != "auto" or self.config.att_drop:
             return names, times
         for part, size in self._sizes().items():
             name = (known or {}).get(part)
@@ -56,8 +56,8 @@ class RunAttention:
         benchmark."""
         if self.config.att_drop:
             return "padded SDPA"
-        impl = asked_impl("auto")
-        find = cuda.try_out if impl == "auto" and self.device.type == "cuda" else partial(kernel_for, impl)
+        impl = requested_impl("auto")
+        find = cuda.choose_by_benchmark if impl == "auto" and self.device.type == "cuda" else partial(kernel_for, impl)
         encoder, decoder = (find(self.device, self.dtype, *size).name for size in self._sizes().values())
         return encoder if encoder == decoder else f"{encoder} (encoder), {decoder} (decoder)"
 

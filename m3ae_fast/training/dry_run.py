@@ -34,7 +34,7 @@ from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
-from m3ae_fast.training.pace import FIRST_BATCH, measure
+from m3ae_fast.training.throughput_estimate import FIRST_BATCH, measure
 
 UTILISATION = 0.45  # assumed fraction of an H100's bf16 peak; good trainers reach it for models of this size
 NETWORK = 50e9  # assumed network bandwidth in bytes per second and GPU: 400 Gbit/s

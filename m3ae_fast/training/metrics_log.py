@@ -123,7 +123,7 @@ class RunLog:
         name of the node for values of a single rank. Raises UserError if the file was deleted and cannot be created
         again."""
         if self._file is not None and os.fstat(self._file.fileno()).st_nlink == 0:
-            self.say(f"{self.folder / METRICS_FILE} was deleted during the run; its contents are lost")
+            self.print(f"{self.folder / METRICS_FILE} was deleted during the run; its contents are lost")
             self._close()
         self._open()
         assert self._file is not None
@@ -138,7 +138,7 @@ class RunLog:
         ]
         if "loss" in values and not self.console.is_terminal:  # on a terminal, the progress bar shows the time left
             shown.append(f"eta {self._left(step)}")
-        self.say("  ".join([f"step {step}", *shown]))
+        self.print("  ".join([f"step {step}", *shown]))
 
     def has(self, step: int, names: Collection[str]) -> bool:
         """Return whether the log has a line for this step with any of these names. Lines from before the run was
@@ -161,7 +161,7 @@ class RunLog:
             yield
         except OSError as error:
             if self._written:
-                self.say(f"metrics can no longer be written ({error.strerror or error})")
+                self.print(f"metrics can no longer be written ({error.strerror or error})")
             self._written = False
 
     def _left(self, step: int) -> timedelta:
@@ -173,7 +173,7 @@ class RunLog:
         seconds = (time.monotonic() - begun) / max(step - first, 1) * (self.total - step)
         return timedelta(seconds=round(seconds))
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print text on the console, above the progress bar."""
         with contextlib.suppress(OSError):  # output redirected to a file on a full disk
             self._progress.console.print(text)
@@ -183,7 +183,7 @@ class SilentLog(RunLog):
     """The log of the other ranks, which prints and writes nothing."""
 
     _nothing: Any = staticmethod(lambda *_, **__: None)
-    __init__ = __exit__ = begin = change = advance = log = has = figure = say = _nothing
+    __init__ = __exit__ = begin = change = advance = log = has = figure = print = _nothing
 
     def __enter__(self) -> SilentLog:
         return self

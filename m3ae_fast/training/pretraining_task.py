@@ -58,7 +58,7 @@ class PretrainingTask:
         attention.use_kernels(trainer.attention)
         described = attention.describe()
         damaged = self.data.train.damaged + (self.data.val.damaged if self.data.val else [])
-        trainer.bad.report(ranks.from_main(damaged), say=ranks.is_main)
+        trainer.bad.report(ranks.from_main(damaged), log=ranks.is_main)
         if not ranks.is_main:
             return []
         tried = [f"attention of the {part}: {_shown(each)}" for part, each in times.items()]

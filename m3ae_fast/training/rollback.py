@@ -46,7 +46,7 @@ def train_with_rollbacks(
             if len(trainer.left_out) >= config.train.rollbacks:
                 raise
             left_out = (*trainer.left_out, error.batch)
-            trainer.log.say(f"{error.what}; batch {error.batch} is skipped: the run returns to a good checkpoint")
+            trainer.log.print(f"{error.what}; batch {error.batch} is skipped: the run returns to a good checkpoint")
         spent = trainer.limit.spent if trainer.limit else 0.0
         del trainer
         gc.collect()  # frees its weights and loaders

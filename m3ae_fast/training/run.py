@@ -18,7 +18,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, missing_for_triton, peak_flops, pins_memory, resolve_precision
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import Resume, require_same
-from m3ae_fast.config import Config, remembered, require_libraries_of
+from m3ae_fast.config import Config, require_libraries_of, stored_config
 from m3ae_fast.data import (
     Data,
     Layout,
@@ -136,7 +136,7 @@ def set_up(
         folder=folder,
         run=config.run,
         settings=cfg,
-        sections=remembered(config),
+        sections=stored_config(config),
         share=stream.share,
         schedule=stream.schedule,
         engine=engine,

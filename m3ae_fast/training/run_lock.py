@@ -21,8 +21,8 @@ def is_held(path: Path) -> bool:
     prevent a run from starting."""
     try:
         with (path / LOCK_FILE).open("rb") as file:
-            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, request))
     except OSError:
         return False
     return kind != fcntl.F_UNLCK

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from m3ae_fast.base.atomic_file import write_whole
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.training.metrics_log import read_metrics
@@ -73,7 +73,7 @@ class Recorder:
                     self._write(state, step(), why)
 
     def _write(self, state: str, step: int, reason: str = "") -> None:
-        write_whole(self._path, json.dumps(asdict(Record(state, step, self._total, reason))) + "\n")
+        write_text_atomically(self._path, json.dumps(asdict(Record(state, step, self._total, reason))) + "\n")
 
 
 def status(run: Path) -> tuple[str, str]:

@@ -114,7 +114,7 @@ class Trainer:
             ranks=self.ranks,
             constants=self.constants,
             suggested_fix=self.suggested_fix,
-            say=self.log.say,
+            log=self.log.print,
             keep_folder=self.folder.keep if self.folder else lambda: "",
             after_save=partial(self.after_save, self.log) if self.after_save else None,
         )
@@ -133,7 +133,7 @@ class Trainer:
         """
         self.stop.listen()
         with self._ending(), self.log, self.saver, profiler(trace_dir) as trace, GarbageCollection() as garbage:
-            self.log.say("\n".join(self.task.describe(self)))
+            self.log.print("\n".join(self.task.describe(self)))
             self.task.evaluate(self)
             for inputs, counts in self.inputs():
                 if self.step == self.start:
@@ -201,7 +201,7 @@ class Trainer:
         total = self._decide() if self.ranks.is_main else 0
         loss = self.watch.loss(self.step - LAG)
         own = self.task.count(batches)
-        wait = self.ranks.start_sum((self.stop.asked, failed, confirmed, total, loss, *own))
+        wait = self.ranks.start_sum((self.stop.requested, failed, confirmed, total, loss, *own))
 
         def sums() -> Sums:
             stopped, failed, confirmed, total, loss, *counts = wait()
@@ -235,7 +235,7 @@ class Trainer:
     def _name_bad(self, skipped: list[Skipped]) -> None:
         """Log the invalid samples of all ranks. Every rank must call it."""
         for items in self.ranks.gather(skipped[:NAMED]):
-            self.bad.report(items, say=self.ranks.is_main)
+            self.bad.report(items, log=self.ranks.is_main)
 
     def log_step(self, losses: list[Any], grad_norm: Tensor) -> None:
         """Log the current step if that is due: the first step, every `log_every` steps, and the last step. `losses`,
@@ -246,7 +246,7 @@ class Trainer:
         values, where = self.line.after(self.step, losses, grad_norm, lr, epoch, self.bad.bad)
         self.log.log(self.step, values, where)
         if grown := self.growth.check(self.step - self.start, values["peak_memory_gb"]):
-            self.log.say(f"note: {grown}")
+            self.log.print(f"note: {grown}")
 
     # Methods that tasks call
 
@@ -269,11 +269,11 @@ class Trainer:
     def add_accuracy(self, accuracy: float) -> None:
         """Add the k-NN accuracy after this step to early stopping, which may end the run."""
         if self.early_stopping and (why := self.early_stopping.add(self.step, accuracy)):
-            self.log.say(f"{why}: the learning rate decays from step {self.step} on, and the run then ends")
+            self.log.print(f"{why}: the learning rate decays from step {self.step} on, and the run then ends")
 
     def cut_short(self) -> None:
         """Log that a stop request has interrupted an evaluation, which is repeated when the run resumes."""
-        self.log.say(f"the evaluation after step {self.step} was interrupted; --resume auto repeats it")
+        self.log.print(f"the evaluation after step {self.step} was interrupted; --resume auto repeats it")
 
     def stop_if_diverged(self) -> None:
         """Raise Diverged on all ranks if a step of any rank had a loss or gradient norm that is not finite, or if the
@@ -314,7 +314,7 @@ class Trainer:
             self.log.begin()
             self.record.begin(self.start)
             for path in checkpoint.set_aside_after(self.run.dir, self.start):
-                self.log.say(f"the run continues from step {self.start}; a later checkpoint was renamed to {path}")
+                self.log.print(f"the run continues from step {self.start}; a later checkpoint was renamed to {path}")
 
         self.ranks.on_main(begin)
 
@@ -342,7 +342,7 @@ class Trainer:
         self.saver.wait()
         self.stop_if_diverged()
         if self.bad.bad:
-            self.log.say(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
+            self.log.print(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
         self.bad.finish()
         if self.step >= self.schedule.total_steps:
             return
@@ -351,7 +351,7 @@ class Trainer:
             self.saver.wait()
         reason = self.stop.reason or BY_ANOTHER
         saved = "" if self.step > self.start else "; nothing to save"
-        self.log.say(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
+        self.log.print(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
 
 
 def batch_of(step: int, left_out: Iterable[int]) -> int:

@@ -18,7 +18,7 @@ import torch
 from m3ae_kernels.pixels import LARGEST
 from torch import Tensor, nn
 
-from m3ae_fast.base.atomic_file import whole_file
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config import ModelConfig
@@ -91,13 +91,13 @@ def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -
         raise UserError(f"{out}: must end in {SUFFIX}")
     require_libraries(NEEDS)
     encoder = ImageEncoder(config, {name: tensor.float() for name, tensor in state.items()}).eval()
-    with whole_file(out) as partial:
+    with atomic_write(out) as partial:
         _export(encoder, config, partial)
         exact = _checked(encoder, config, partial)
         if exact.cosine < NEEDED:
             raise UserError(f"{out}: its features differ from torch's (cosine {exact.cosine:.6f}); no file was written")
     _, small = file_names(out)
-    with whole_file(small) as partial:
+    with atomic_write(small) as partial:
         _quantise(out, partial)
         quick = _checked(encoder, config, partial)
     return [exact._replace(path=out), quick._replace(path=small)]

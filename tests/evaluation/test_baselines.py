@@ -210,7 +210,7 @@ def test_a_stop_during_the_baselines_keeps_the_result(transfer, run, monkeypatch
     encode = Job.encode_baselines
 
     def stopped(job, *given):
-        job.stop.ask("SIGTERM")
+        job.stop.request("SIGTERM")
         return encode(job, *given)
 
     monkeypatch.setattr(Job, "encode_baselines", stopped)

@@ -79,7 +79,7 @@ def test_the_training_speed_is_measured_after_the_first_step(monkeypatch):
     """The first step also waits for the loader to start. A resumed training counts only its own steps."""
     seconds, reported = [100.0], []
     monkeypatch.setattr(labelled_task.time, "perf_counter", lambda: seconds[0])
-    schedule, log = SimpleNamespace(total_steps=50), SimpleNamespace(say=lambda text: None)
+    schedule, log = SimpleNamespace(total_steps=50), SimpleNamespace(print=lambda text: None)
     task = SimpleNamespace(expected=False, first=0.0, expectation=lambda _, *pace: reported.append(pace) or [])
     for step in range(20, 30):
         trainer = SimpleNamespace(step=step, start=20, schedule=schedule, log=log)
@@ -160,7 +160,7 @@ def test_default_epochs_of_finetuning_equal_those_of_the_duration_message():
 )
 def test_a_shorter_alternative_to_a_long_task_on_a_cpu_is_printed_once(device, pace, is_noted):
     notes = []
-    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device(device)), say=notes.append)
+    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device(device)), print=notes.append)
     left = Job.time_left(job, 100, shorter=lambda part: f"--set robustness.samples={int(1000 * part)}")
     left.during(1, pace)
     left.during(2, pace)
@@ -170,7 +170,7 @@ def test_a_shorter_alternative_to_a_long_task_on_a_cpu_is_printed_once(device, p
 
 def test_the_duration_of_a_long_training_is_printed_before_encoding():
     notes = []
-    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), say=notes.append)
+    job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), print=notes.append)
     Job.time_left(job, 100, 3600, shorter=lambda _: "--seeds 1").during(50, 1.0)
     assert notes == ["note: the task takes about 1:00:00 on this CPU; to reduce the time: --seeds 1"]
     quick = Job.time_left(job, 100, 600, shorter=lambda _: "--seeds 1")

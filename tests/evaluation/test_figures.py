@@ -97,7 +97,10 @@ def test_training_curves_are_plotted_over_epochs_and_named(drawn, tmp_path):
     losses, shares = ({line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in drawn[0].axes)
     assert losses == {"training": [[1, 2], [2, 1]]}
     assert shares == {"training": [[1, 0.25]], "held-out, top-1": [[2, 0.5]], "held-out, top-5": [[2, 0.75]]}
-    assert [axes.get_ylabel() for axes in drawn[0].axes] == ["loss", "fraction correct"]
+    assert [axes.get_ylabel() for axes in drawn[0].axes] == [
+        "cross-entropy (nats)",
+        "accuracy (fraction of samples)",
+    ]
 
 
 def test_the_curve_of_an_attack_begins_with_the_clean_accuracy(drawn, tmp_path):
@@ -144,7 +147,10 @@ def test_a_detection_figure_shows_both_distributions_in_different_colours(drawn,
     curves, *panels = drawn[0].axes
     areas = {line.get_label(): auc(line.get_xdata(), line.get_ydata()) for line in curves.lines}
     assert {label.split(" (")[0]: area for label, area in areas.items()} == {"good": 1.0, "bad": 0.0}
-    assert [panel.get_title() for panel in panels] == ["Scores: good", "Scores: bad"]
+    assert [panel.get_title() for panel in panels] == [
+        "Score distribution: good",
+        "Score distribution: bad",
+    ]
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels == ["in-distribution (held-out)", "out-of-distribution"]
     centres = [

@@ -315,7 +315,7 @@ def test_the_memory_of_patch_tokens_is_that_of_all_ranks(monkeypatch):
             model=SimpleNamespace(config=SimpleNamespace(most_patches=196, emb_dim=768)),
             ranks=SimpleNamespace(world=3, of_node=[1, 2], gather=lambda own, found=found: found),
             config=SimpleNamespace(attentive=SimpleNamespace(online=None)),
-            say=said.append,
+            print=said.append,
         )
         corpora = [SimpleNamespace(samples=samples) for samples in (90_000, 10_000)]
         assert probe_grid.trains_online(job, [6, 12], corpora) == online
@@ -337,7 +337,7 @@ def test_tokens_that_do_not_fit_into_memory_are_not_stored(transfer, peak, monke
     ("layers", "shots", "file", "lines"),
     [
         ((3, 6), (None,), "depth.png", {"all samples": [(3, 30, 1), (6, 60, 1)]}),
-        ((3, 6), (1, 5), "depth.png", {"shots 1": [(3, 31, 1), (6, 61, 1)], "shots 5": [(3, 35, 1), (6, 65, 1)]}),
+        ((3, 6), (1, 5), "depth.png", {"1 shots": [(3, 31, 1), (6, 61, 1)], "5 shots": [(3, 35, 1), (6, 65, 1)]}),
         ((6,), (1, 5), "shots.png", {"layer 6": [(1, 61, 1), (5, 65, 1)]}),
         ((6,), (5,), None, None),
     ],

@@ -109,10 +109,10 @@ def test_triton_attention_takes_part_in_the_benchmark_at_start_up(cuda, monkeypa
     for name, less in (("SAMPLES", 2), ("ROUNDS", 1)):
         monkeypatch.setattr(attention_cuda, name, less)
     for head_dim, length in ((64, 5), (16, 140)):  # one tile of keys, and two tiles
-        assert attention_cuda.try_out(CUDA, torch.float16, 1, head_dim, length).name == "triton"
+        assert attention_cuda.choose_by_benchmark(CUDA, torch.float16, 1, head_dim, length).name == "triton"
     wrong = Kernel("triton", lambda *parts: (PADDED.forward(*parts)[0] * 1.05, PADDED.forward(*parts)[1]), None)
     monkeypatch.setattr("m3ae_kernels.triton_impl.attention.TRITON", wrong)
-    assert attention_cuda.try_out(CUDA, torch.float16, 1, 16, 6) is PADDED
+    assert attention_cuda.choose_by_benchmark(CUDA, torch.float16, 1, 16, 6) is PADDED
     assert "attention: triton is excluded" in caplog.text
 
 

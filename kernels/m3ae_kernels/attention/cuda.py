@@ -46,14 +46,15 @@ _chosen: dict[tuple, dict[int, Kernel]] = {}  # (device, dtype, heads, head dime
 
 def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return the fastest kernel for samples of about `length` rows. Kernels are benchmarked once per head
-    configuration; for any other length, the choice for the nearest length that was passed to `try_out` is used."""
+    configuration; for any other length, the choice for the nearest length that was passed to `choose_by_benchmark` is
+    used."""
     choices = _chosen.get((device, dtype, heads, head_dim))
     if choices is None:
-        return try_out(device, dtype, heads, head_dim, length)
+        return choose_by_benchmark(device, dtype, heads, head_dim, length)
     return choices[min(choices, key=lambda known: abs(math.log(known / length)))]
 
 
-def try_out(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
+def choose_by_benchmark(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return the fastest kernel for samples of about `length` rows. The first call for a length runs the benchmark. If
     no kernel works, or for dtypes other than bfloat16 and float16, the kernel is `PADDED`."""
     if dtype not in HALVES:

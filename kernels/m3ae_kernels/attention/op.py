@@ -12,11 +12,11 @@ from torch import Tensor
 from ..dispatch import (
     accumulator,
     as_rows,
-    asked_impl,
     check_float,
     check_index,
     compute_dtype,
     no_autocast,
+    requested_impl,
     with_lead,
 )
 from ..registry import Op, traced
@@ -71,7 +71,7 @@ def packed_attention(
     if q is not None and cu_queries is not None:
         check_float("q", q, (..., *qkv.shape[-2:]), qkv)
         check_index("cu_queries", cu_queries, cu_seqlens.shape, qkv)
-    impl, dtype = asked_impl(impl), compute_dtype(qkv, qkv)
+    impl, dtype = requested_impl(impl), compute_dtype(qkv, qkv)
     lead = qkv.shape[:-3] if q is None else q.shape[:-2]
     q, qkv = None if q is None else as_rows(q.to(dtype), 2), as_rows(qkv.to(dtype), 3)
     cu_queries = cu_seqlens if cu_queries is None else cu_queries

@@ -6,7 +6,7 @@ Shapes: S samples, Q query rows, K key rows, H heads, G heads of keys and values
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulator, asked_impl, check_float, check_index, compute_dtype, is_integer, no_autocast
+from ..dispatch import accumulator, check_float, check_index, compute_dtype, is_integer, no_autocast, requested_impl
 from ..registry import Op, traced
 from .choice import kernel_for, own_kernel
 from .kernel import Kernel, Scores, Segments, as_length, check_segments, check_sizes
@@ -102,7 +102,7 @@ def flash_attn_varlen_func(
         return padded_attention(q, k, v, *segments, dropout_p, Scores(scale, left, right))
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     own = deterministic and q.device.type == "cuda"
-    out, lse, _ = varlen_attention_op(q, k, v, *lengths, scale, left, right, own, asked_impl(impl))
+    out, lse, _ = varlen_attention_op(q, k, v, *lengths, scale, left, right, own, requested_impl(impl))
     return (out, lse, q.new_empty(0)) if return_attn_probs else out
 
 

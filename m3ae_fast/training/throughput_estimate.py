@@ -38,7 +38,7 @@ _EVALUATED = 2 / 3
 
 
 @dataclass(frozen=True)
-class Pace:
+class ThroughputEstimate:
     """The time per sample, measured over a few steps, from which the duration of a run is estimated."""
 
     sample: float  # seconds per sample
@@ -75,7 +75,7 @@ class Pace:
         return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, {measured}{adjusted}"
 
 
-def measure(config: Config, session: Session, seconds: float) -> Pace:
+def measure(config: Config, session: Session, seconds: float) -> ThroughputEstimate:
     """Return the pace of a run. It is measured by taking steps without output until their rate is stable or `seconds`
     have passed. Every rank must call this function.
 
@@ -89,7 +89,7 @@ def measure(config: Config, session: Session, seconds: float) -> Pace:
     return pace if fitting < 2 * pace.batch else measure_batch(config, session, fitting, seconds)
 
 
-def measure_batch(config: Config, session: Session, batch: int, seconds: float) -> Pace:
+def measure_batch(config: Config, session: Session, batch: int, seconds: float) -> ThroughputEstimate:
     """Return the pace of steps with `batch` samples, measured for about `seconds`. Every rank must call this function.
     Raises the same errors as `measure`."""
     with (
@@ -117,7 +117,7 @@ def measure_batch(config: Config, session: Session, batch: int, seconds: float) 
                     break
         counted = _counted(taken)
         mean, error = session.ranks.from_main((fmean(counted), _error(counted)))
-        pace = Pace(mean / batch, batch, len(counted), error)
+        pace = ThroughputEstimate(mean / batch, batch, len(counted), error)
     del trainer
     gc.collect()  # frees its weights and loaders
     return pace
