@@ -116,7 +116,7 @@ def draw_attention(
     if not rows:
         raise UserError("none of the samples has an image" + (f" and {word!r} in its caption" if word else ""))
     key = Cell(_key(rows[0][0].image), "blue: zero attention; red: maximum in image")
-    draw_sheet(path, [*rows, [key]], ("image", "attention of the word below each map"))
+    draw_sheet(path, [*rows, [key]], ("image", "attention of the token"))
 
 
 def words_of(tokenizer: CaptionTokenizer, tokens: Sequence[int], word: str | None) -> list[Word]:
