@@ -72,7 +72,7 @@ class Info:
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)
     decays: bool = False  # whether the decay of a schedule that can be extended has begun
     spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds of training, if the run has a time limit
-    # indices (from 0), in the training stream, of the batches that the run leaves out
+    # indices of the batches that the run leaves out, counted from 0 in the training stream
     left_out: list[Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=list)
     # losses of the last steps, if the run detects loss spikes
     recent_losses: list[Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=list)
@@ -170,8 +170,8 @@ class _Save(NamedTuple):
     world: int
 
     def write(self, rank: int) -> tuple[str, BaseException | None]:
-        """Write this rank's part. Return a pair: a JSON object with the checksum, or with the reason why there is none;
-        and the error if it is a bug, otherwise None."""
+        """Write this rank's part. Return a pair. Its first item is a JSON object with the checksum or, if the part
+        was not written, the reason. Its second item is the error if the error is a bug, otherwise None."""
         checksum, error = attempt(lambda: self._write(rank))
         if error is None:
             return json.dumps({"sha256": checksum}), None

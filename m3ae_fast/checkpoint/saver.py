@@ -50,8 +50,8 @@ class Saver:
 
     def save(self, info: checkpoint.Info) -> None:
         """Start copying and writing this rank's part of a checkpoint. Every rank must call it. Raises UserError if the
-        previous save failed; a bug in that save is raised on the rank on which it occurred."""
-        self.wait()  # this save will overwrite the copy of the state that the previous save writes
+        previous save failed; an exception due to a bug is raised only on the rank on which it occurred."""
+        self.wait()  # the previous save may still read the copy of the state, which is overwritten below
         step, good, main = info.step, self._finite_evaluation == info.step, self.ranks.is_main
         constants = {name: whole(tensor) for name, tensor in self.constants.items()} if main else {}
         self._staging.begin(self.ranks.device)

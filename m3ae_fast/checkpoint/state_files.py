@@ -11,7 +11,8 @@ there were several ranks, and wrote no table if there was only one; their checkp
 The files have torch.distributed.checkpoint's safetensors format and can be read by its HuggingFaceStorageReader.
 torch's own writer is not used, because it keeps a second copy of each part in memory and does not verify that the parts
 are complete. Here, the table is built from the files on disk, and only if each element of a tensor occurs in exactly
-one file. The table of torch's other format is a pickle, which can execute code.
+one file. torch.distributed.checkpoint's default format is not used, because its table is a pickle, which can execute
+code.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ class Job:
 
         Args:
             train, val: the training and the held-out samples.
-            stop: stop requests that have to be checked, because they do not end the program; see `PassMonitor`.
+            stop: stop requests to check before each batch; None if a stop request ends the program by itself.
             layer: number of the block, from 1; None: the last block.
             pool: the pooling; None: the one in the settings.
         """

@@ -159,7 +159,8 @@ def _ids(images: Images, ignored: int | None, ranks: Ranks) -> set[int]:
 
 def patch_labels(masks_BSS: Tensor, side: int, classes: int, ignored: int | None) -> Tensor:
     """Return the number of pixels of each class in each of the side x side patches of each image, float32 [B, L, C].
-    `masks_BSS`: integer class ids below `classes`, or `ignored`, whose pixels are not counted (None: all are)."""
+    `masks_BSS`: integer ids, each below `classes` or equal to `ignored`. Pixels with the id `ignored` are not counted;
+    None: all pixels are counted."""
     cells_BLP = masks_BSS.long().unflatten(2, (side, -1)).unflatten(1, (side, -1))
     cells_BLP = cells_BLP.transpose(2, 3).flatten(3).flatten(1, 2)
     cells_BLP = cells_BLP.masked_fill(cells_BLP == (-1 if ignored is None else ignored), classes)
@@ -199,7 +200,8 @@ def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
 
 
 def _steps(train: Images, classes: int, config: SegmentConfig, job: Job) -> Iterator[HeadBatch]:
-    """Yield steps of patches. The targets of a patch are the numbers of its pixels that belong to each class."""
+    """Yield the patches of each training step. The targets of a patch are the numbers of its pixels that belong to each
+    class."""
     bank, ranks, images = train.bank, job.ranks, len(train.bank.keys)
     rows_N = torch.full((images,), -1)
     rows_N[bank.own] = torch.arange(len(bank.own))
@@ -214,9 +216,9 @@ def _steps(train: Images, classes: int, config: SegmentConfig, job: Job) -> Iter
 
 class Neighbours:
     """A head that uses the votes of the nearest training patches: patches [B, L, D] -> scores [B, L, C], whose sum over
-    classes is 1. Each training patch votes with the fractions of its pixels that belong to each class. The voting
-    patches are evenly spaced over the training images, and over the patches of an image that are not ignored
-    completely. Every rank has all of them."""
+    classes is 1. Each training patch votes with the fractions of its pixels that belong to each class. All training
+    images contribute about the same number of voting patches. Within an image, these are evenly spaced among the
+    patches that contain at least one pixel that is not ignored. Every rank has the voting patches of all images."""
 
     def __init__(self, train: Images, classes: int, job: Job) -> None:
         bank, N, ranks = train.bank, len(train.bank.keys), job.ranks

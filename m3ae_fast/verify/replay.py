@@ -37,8 +37,7 @@ def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iter
 
 def compare(args: argparse.Namespace) -> int:
     """Compare all files, print one line per quantity, and return the exit status: 0 if all quantities agree, otherwise
-    1. Raises UserError for an invalid file
-    or device."""
+    1. Raises UserError for an invalid file or device."""
     console, device = Console(highlight=False, soft_wrap=True), chosen_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     total = failed = 0

@@ -70,8 +70,8 @@ def input_dtype(config: ModelConfig) -> np.dtype:
 
 
 def as_input(images: Tensor, config: ModelConfig) -> np.ndarray:
-    """Return the images [B, C, S, S] of a batch, in model.image_dtype and normalised if they are floats, as the input
-    of a file: an array of the same shape in `input_dtype`."""
+    """Convert images to the input of an exported file, and return it: an array [B, C, S, S] in `input_dtype`. `images`:
+    images of a batch, [B, C, S, S], in model.image_dtype; floating-point images are normalised."""
     pixels = to_unit(images, config.image_mean, config.image_std) if images.is_floating_point() else images
     return pixels.numpy().astype(input_dtype(config), copy=False)
 
@@ -82,10 +82,10 @@ def file_names(out: Path) -> tuple[Path, Path]:
 
 
 def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> list[Checked]:
-    """Write the image encoder to `out` in float32, and to NAME.int8.onnx next to it with int8 weight matrices and
-    dynamically quantised inputs. Return the accuracy and speed of both. `state`: weights by parameter name. Raises
-    UserError if `out` is not the name of an ONNX file, a library is missing, a file cannot be written, or the features
-    of the float32 file differ from torch's (cosine similarity below NEEDED)."""
+    """Write the image encoder to two files, whose paths `file_names` returns: one in float32, and one with int8 weight
+    matrices and dynamically quantised inputs. Return the accuracy and speed of both. `state`: weights by parameter
+    name. Raises UserError if `out` is not the name of an ONNX file, a library is missing, a file cannot be written, or
+    the features of the float32 file differ from torch's (cosine similarity below NEEDED)."""
     out = Path(out)
     if out.suffix != SUFFIX:
         raise UserError(f"{out}: must end in {SUFFIX}")
