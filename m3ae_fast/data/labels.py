@@ -164,7 +164,7 @@ def _refuse_missing(corpus: Corpus, labels: list[list[Label | None]], where: str
     advice = (
         f"the samples have {', '.join(others)}: choose one with --labels"
         if others
-        else "the samples have neither .cls nor .json"
+        else "the samples have neither .cls nor .json (the files of a sample must be adjacent in the tar file)"
     )
     raise UserError(
         f"{where}: {missing:,} of {total:,} samples have no label ({field}), for example {source.shards[shard].shard}/"
