@@ -2,6 +2,7 @@
 stopped."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from m3ae_fast import pretrain
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, load_config, parse
-from m3ae_fast.pretraining import learning_rate_search
+from m3ae_fast.pretraining import learning_rate_search, stages
 from m3ae_fast.training.metrics_log import METRICS_FILE
 from m3ae_fast.training.run_state import RECORD_FILE
 from tests.helpers.trainer import TINY
@@ -156,6 +157,18 @@ def test_a_search_needs_a_number_of_steps(tmp_path):
         learning_rate_search.tune(tuned_config(tmp_path, steps=None, epochs=9.0), tmp_path / "config.json")
     with pytest.raises(UserError, match=r"set train\.steps in place of train\.epochs"):
         pretrain(tmp_path, tmp_path / "out", overrides=["train.epochs=9"], tune=True)
+
+
+def test_a_run_that_is_too_short_for_a_search_leaves_no_config(tmp_path, monkeypatch):
+    """A repeated call with more hours would otherwise use the config of the short run."""
+    plan = SimpleNamespace(config=tuned_config(tmp_path, steps=100), lines=["the plan"], warning="")
+    monkeypatch.setattr(stages, "find_shards", lambda *given: SimpleNamespace(notes=[]))
+    monkeypatch.setattr(stages, "stage", lambda device: nullcontext())
+    monkeypatch.setattr(stages, "inspect", lambda *given: (None, []))
+    monkeypatch.setattr(stages, "choose", lambda *given: plan)
+    with pytest.raises(UserError, match=r"trial runs of 5 steps .* increase --hours"):
+        pretrain(tmp_path / "images", tmp_path, tune=True)
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.slow

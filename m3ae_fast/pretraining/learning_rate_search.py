@@ -45,15 +45,7 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
         return _write(config, path, done) if done.get("before") == before else config
     if checkpoint.saved_steps(run):
         raise UserError(f"--tune: the run in {run} has begun; leave out --tune, or choose another --out")
-    if config.train.steps is None:
-        raise UserError(NEEDS_STEPS)
-    planned = config.train.steps
-    steps = round(PART * planned)
-    if steps < FEWEST:
-        raise UserError(
-            f"--tune: trial runs of {steps:,} steps ({PART:.0%} of {planned:,}) are too short to compare; increase "
-            "--hours, or leave out --tune"
-        )
+    steps = trial_steps(config)
     print(f"tuning optim.peak_lr with {len(FACTORS)} runs of {steps:,} steps", flush=True)
     for factor in FACTORS:
         rate = float(f"{factor * config.optim.peak_lr:.3g}")
@@ -83,6 +75,20 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
     note = ", the lowest or highest of these rates; the best rate may be outside their range" if is_end else ""
     print(f"chosen: optim.peak_lr {best}{note}", flush=True)
     return tuned
+
+
+def trial_steps(config: Config) -> int:
+    """Return the number of steps of a trial. Raises UserError if the run is too short, or its length is given in
+    epochs."""
+    if config.train.steps is None:
+        raise UserError(NEEDS_STEPS)
+    steps = round(PART * config.train.steps)
+    if steps < FEWEST:
+        raise UserError(
+            f"--tune: trial runs of {steps:,} steps ({PART:.0%} of {config.train.steps:,}) are too short to compare; "
+            "increase --hours, or leave out --tune"
+        )
+    return steps
 
 
 def _read(table: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overr
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
-from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS
+from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS, trial_steps
 from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
@@ -95,7 +95,7 @@ def pretrain(
     table_of_captions = None if captions is None else Path(captions)
     here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the run folder may have been moved or copied
     config = _configured(
-        str(source), out, hours, began, table_of_captions, val, labels, given, here, image_range, device, dry_run
+        str(source), out, hours, began, table_of_captions, val, labels, given, here, image_range, device, tune, dry_run
     )
     if config and config.train.probe and (missing := why_no_map()):
         print(f"note: no map of the features will be drawn: {missing}", flush=True)
@@ -168,6 +168,7 @@ def _configured(
     overrides: Sequence[str],
     image_range: Range | None,
     device: Device | None,
+    tune: bool,
     dry_run: bool,
 ) -> Config | None:
     """Return the config of the run: the config that an earlier call has written, or a config that is chosen now. Return
@@ -198,6 +199,8 @@ def _configured(
     print("\n".join([*plan.lines, *printed]), flush=True)
     if plan.warning:
         print(f"warning: {plan.warning}", flush=True)
+    if tune:
+        trial_steps(plan.config)  # raises an error before the config is written, so that --hours can still be changed
     if not dry_run:
         if plan.warning:
             _ask_whether_to_start()
