@@ -1,13 +1,16 @@
 """Checkpoints of which each rank writes a part are complete or absent, and can be loaded on any number of ranks."""
 
+import itertools
 import json
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
@@ -426,19 +429,28 @@ def test_an_update_waits_for_the_copy_in_progress():
     assert not waiting.is_alive()
 
 
-def _saver(run_dir, fragments, log=lambda text: None):
+def _saver(run_dir, fragments, log=lambda text: None, **given):
     """Return a saver of one rank."""
+    usual = {"rank": 0, "world": 1, "is_main": True, "lasting": None, "agreements": itertools.count()} | given
     ranks = SimpleNamespace(
-        rank=0,
-        world=1,
-        is_main=True,
-        lasting=None,
-        device=torch.device("cpu"),
-        together=lambda work: work(),
-        sum=lambda values: values,
+        device=torch.device("cpu"), together=lambda work: work(), sum=lambda values: values, **usual
     )
     options = {"keep": 9, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": None}
     return Saver(run_dir=run_dir, engine=SimpleNamespace(fragments=fragments), ranks=ranks, log=log, **options)
+
+
+def test_a_second_saver_of_a_process_does_not_read_answers_of_the_first(tmp_path):
+    """After a rollback, or in the next evaluation task, ranks save with a new saver. Its rank 0 is late."""
+    store, numbers = dist.HashStore(), [itertools.count(), itertools.count()]
+    for answer in ("first", "second"):
+
+        def decide(rank, answer=answer):
+            own = _saver(tmp_path, None, rank=rank, world=2, lasting=store, agreements=numbers[rank])
+            time.sleep(0.1 * (rank == 0))
+            return own._agreement.decide("", lambda _: answer)
+
+        with ThreadPoolExecutor(2) as threads:
+            assert [*threads.map(decide, range(2))] == [answer] * 2
 
 
 def test_a_save_starts_the_copy_for_which_the_next_update_waits(tmp_path):

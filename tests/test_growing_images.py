@@ -4,6 +4,7 @@ of the size."""
 import shutil
 from dataclasses import replace
 from functools import partialmethod
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions, resampled, sincos_2d, sincos_of_smaller
-from m3ae_fast.training import dry_run
+from m3ae_fast.process.stoppable_loop import Stopped
+from m3ae_fast.training import dry_run, pace
 from m3ae_fast.training.dry_run import report
 from m3ae_fast.training.run import preparation_of
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import TINY
 
+PROBE = {"train": [{"shards": "a.tar"}], "val": [{"shards": "b.tar"}], "every": 5}
 MODEL = ModelConfig(
     size=None, emb_dim=16, depth=2, num_heads=2, dec_emb_dim=16, dec_depth=1, dec_num_heads=2, image_size=32,
     patch_size=8, vocab_size=0,
@@ -136,13 +139,16 @@ def test_compiled_blocks_process_images_of_all_sizes_without_recompilation(atten
         ({}, {"hours": 1.0}, r"a known number of steps: set train\.hours"),
         ({}, {"image_sizes": [[0.5, 8], [0.25, 12]]}, r"the fractions \[0\.5, 0\.25\] must increase"),
         ({}, {"image_sizes": [[0.5, 10]]}, r"10 must be a multiple of model\.patch_size"),
-        ({}, {"image_sizes": [[0.5, 64]]}, r"below model\.image_size"),
+        ({}, {"image_sizes": [[0.5, 32]]}, r"below model\.image_size"),
+        ({}, {"image_sizes": [[0.5, 8], [0.5, 16]]}, r"the fractions \[0\.5, 0\.5\] must increase"),
+        ({}, {"stop_at": "plateau", "probe": PROBE}, r"a known number of steps: set train\.hours and train\.stop_at"),
         ({}, {"image_sizes": [[1.0, 16]]}, r"train\.image_sizes"),
     ],
 )
 def test_settings_incompatible_with_growing_images_are_refused_in_one_line(model, train, message):
     data = {"image_tokenizer": "vqgan"} if "image_targets" in model else {}
     changed = {"model": TINY["model"] | model, "data": TINY["data"] | data}
+    changed |= {"optim": TINY["optim"] | ({"schedule": "wsd"} if "stop_at" in train else {})}
     with pytest.raises(UserError, match=message) as error:
         parse(Config, TINY | changed | {"train": TINY["train"] | {"image_sizes": [[0.5, 8]]} | train}, "test")
     assert "\n" not in str(error.value)
@@ -152,6 +158,23 @@ def test_growing_images_are_refused_if_the_data_section_asks_for_native_images()
     changed = {"data": TINY["data"] | {"resize": "native"}, "train": TINY["train"] | {"image_sizes": [[0.5, 8]]}}
     with pytest.raises(UserError, match=r"square images with pixel targets, not model\.resize native"):
         parse(Config, TINY | changed, "test")
+
+
+def test_the_pace_is_measured_with_images_of_full_size(monkeypatch):
+    """The whole run, which may end early, is not part of the measurement either."""
+    configs = []
+
+    def set_up(config, *_):
+        configs.append(config)
+        raise Stopped
+
+    monkeypatch.setattr(pace, "set_up", set_up)
+    config = parse(Config, TINY | {"train": TINY["train"] | {"image_sizes": [[0.5, 8]]}}, "test")
+    with pytest.raises(Stopped):
+        pace.measure_batch(config, SimpleNamespace(ranks=SimpleNamespace(is_main=False)), 4, 1.0)
+    (measured,) = configs
+    assert (measured.train.image_sizes, measured.train.global_batch, measured.run.loggers) == ([], 4, [])
+    assert measured.train.steps > 10**9 and measured.run.dir != config.run.dir
 
 
 def test_a_dry_run_counts_the_flops_of_all_sizes(capsys):

@@ -5,10 +5,12 @@ import math
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from m3ae_fast import checkpoint
+from m3ae_fast import train as program
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import resuming
 from m3ae_fast.config import Config, parse
@@ -22,6 +24,7 @@ from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.time_limit import TimeLimit
 from m3ae_fast.training.trainer import batch_of
 from tests.helpers.checkpoints import save
+from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import TINY
 
@@ -179,6 +182,50 @@ def test_a_run_rolls_back_after_loss_spikes_up_to_the_maximum_number_of_rollback
         shutil.rmtree(path)
     train("run", bad, "auto", loss=1e6, **settings)
     assert losses(tmp_path / "run") == found and checkpoint.read_info(late[-1]).left_out == [4]
+
+
+def main(argv):
+    """Train as the program does. The loss is a spike on the rank with the sample at the given position of the stream,
+    and is compared with the previous three losses."""
+    position, *arguments = argv
+    build = run_module.build_engine
+
+    def spoilt(*args):
+        engine = build(*args)
+        step = engine.step
+
+        def take(batches, counts, lr):
+            losses, norm = step(batches, counts, lr)
+            if any(int(position) in batch.positions for batch in batches):
+                losses[-1] = losses[-1]._replace(loss=torch.tensor(1e6))
+            return losses, norm
+
+        engine.step = take
+        return engine
+
+    run_module.build_engine, loss_watch.WINDOW = spoilt, 3
+    return program.main(arguments)
+
+
+@pytest.mark.slow
+def test_two_ranks_roll_back_together_as_one_rank_does(trainer):
+    """The spike is in batch 4, on one of the ranks. The checkpoints contain the mean losses of both ranks."""
+    options = ["train.rollbacks=1", "train.spike_threshold=100", "train.save_every=2", "train.keep=9", "train.steps=8"]
+    options = [word for option in (*options, "data.workers=0") for word in ("--set", option)]
+    losses, recent = [], []
+    for run, ranks in (("one", 1), ("two", 2)):
+        arguments = [str(4 * 16 + 1), *trainer.arguments(run, *options)]
+        code, out = run_ranks(__name__, arguments, ranks, trainer.log(run))
+        assert code == 0 and out.count("batch 4 is skipped") == 1, out
+        losses.append(trainer.losses(run))
+        infos = [checkpoint.read_info(path) for path in checkpoint.saved_steps(trainer.folder / run)]
+        assert [(info.step, info.left_out) for info in infos] == [(2, []), (4, []), (6, [4]), (8, [4])]
+        recent.append([info.recent_losses for info in infos[:2]])
+    assert [step for step, *_ in losses[0]] == [*range(1, 9)]
+    np.testing.assert_allclose(np.array(losses[1]), np.array(losses[0]), rtol=2e-5)
+    for one, two in zip(*recent, strict=True):
+        np.testing.assert_allclose(two, one, rtol=2e-5)
+    assert len(recent[0][-1]) == 3
 
 
 def test_spike_detection_requires_rollbacks_and_a_constant_image_size():

@@ -598,7 +598,7 @@ class RankWithPartner(OneOfTwo):
 
     def __init__(self, sums=None, value=None):
         super().__init__(sums)
-        self.value = value
+        self.value, self.agreements = value, itertools.count()
 
     def start_sum(self, values):
         total = self.sum(values)

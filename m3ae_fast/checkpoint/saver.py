@@ -42,7 +42,10 @@ class Saver:
 
     def __post_init__(self) -> None:
         self._thread = Background()
-        self._agreement = Agreement(self.ranks.rank, self.ranks.world, self.ranks.lasting, self._thread.leaving)
+        ranks = self.ranks
+        self._agreement = Agreement(
+            ranks.rank, ranks.world, ranks.lasting, self._thread.leaving, next(ranks.agreements)
+        )
         self._staging = Staging()
         self.engine.before_update = self._staging.wait
         self.unjudged: int | None = None  # step of the last checkpoint if it is not marked yet

@@ -23,11 +23,12 @@ class Agreement:
     """Decisions that rank 0 makes from the reports of all ranks. Reports and decisions are exchanged through the shared
     store, where no thread can block the others."""
 
-    def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event) -> None:
-        """Create the agreement, which must be the only one that uses `store`. `leaving` is set if this rank is about to
-        exit, perhaps because another rank has exited. Ranks that do not report within a few seconds after it
-        is set are considered lost."""
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event, number: int = 0) -> None:
+        """Create the agreement. `number` must differ from those of all other agreements that use or have used `store`,
+        because the last answer of each stays in the store. `leaving` is set if this rank is about to exit, perhaps
+        because another rank has exited. Ranks that do not report within a few seconds after it is set are considered
+        lost."""
+        self.rank, self.world, self._number = rank, world, number
         self._store, self._leaving, self._round = store, leaving, 0
 
     def decide(self, report: str, judge: Callable[[list[str]], str]) -> str:
@@ -71,8 +72,8 @@ class Agreement:
                 self._store.delete_key(key)
         return verdict
 
-    def _key(self, rank: int, number: int | None = None) -> str:
-        return f"agreement {self._round if number is None else number} {rank}"
+    def _key(self, rank: int, at: int | None = None) -> str:
+        return f"agreement {self._number} {self._round if at is None else at} {rank}"
 
     def _await(self, keys: Sequence[str]) -> list[str]:
         pause, end = 0.001, float("inf")

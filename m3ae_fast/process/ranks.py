@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 import resource
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import TypeVar, cast
@@ -54,6 +55,8 @@ class Ranks:
     lasting: dist.Store  # store that stays available to the ranks if the launcher dies
     heartbeat_groups: list[HeartbeatGroup]
     sums: Sums
+    # numbers of the agreements that use `lasting`: the trainers of a process save one after another
+    agreements: Iterator[int] = field(default_factory=itertools.count)
 
     def __deepcopy__(self, memo: dict) -> Ranks:
         """Return this object itself: a copied module belongs to the same ranks as the original."""
