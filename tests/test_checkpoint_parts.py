@@ -23,6 +23,7 @@ from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.engine.fragments import Fragment, cut, whole
+from m3ae_fast.engine.schedule import Change
 from m3ae_fast.process import agreement
 from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.weights.exporting import write_export
@@ -437,6 +438,43 @@ def _saver(run_dir, fragments, log=lambda text: None, **given):
     )
     options = {"keep": 9, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": None}
     return Saver(run_dir=run_dir, engine=SimpleNamespace(fragments=fragments), ranks=ranks, log=log, **options)
+
+
+@pytest.mark.parametrize("step", [6, 7])
+def test_a_trainer_saves_all_values_from_which_it_resumes(step):
+    """The learning rate decays after step 6."""
+    saved = []
+    trainer = SimpleNamespace(
+        heartbeats=SimpleNamespace(mark=lambda what: None),
+        saver=SimpleNamespace(save=saved.append),
+        step=step,
+        settings=SimpleNamespace(global_batch=16),
+        run=SimpleNamespace(seed=5),
+        sections={"model": {"depth": 2}},
+        schedule=SimpleNamespace(changes=(Change(2, 9), Change(4, 8)), decay_begin=6),
+        limit=SimpleNamespace(spent=3.5),
+        spikes=SimpleNamespace(recent=[1.0, 2.0]),
+        stream={"data.train": "1 shard"},
+        attention={"encoder": "a kernel"},
+        left_out=(4,),
+    )
+    Trainer._save(trainer)
+    assert saved == [
+        checkpoint.Info(
+            step=step,
+            samples=16 * step,
+            seed=5,
+            config={"model": {"depth": 2}},
+            versions=checkpoint.versions(),
+            stream={"data.train": "1 shard"},
+            attention={"encoder": "a kernel"},
+            changes=[(2, 9), (4, 8)],
+            decays=step > 6,
+            spent=3.5,
+            left_out=[4],
+            recent_losses=[1.0, 2.0],
+        )
+    ]
 
 
 def test_a_second_saver_of_a_process_does_not_read_answers_of_the_first(tmp_path):
