@@ -22,7 +22,7 @@ from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions, resampled, sincos_2d, sincos_of_smaller
 from m3ae_fast.process.stoppable_loop import Stopped
-from m3ae_fast.training import dry_run, pace
+from m3ae_fast.training import dry_run, throughput_estimate
 from m3ae_fast.training.dry_run import report
 from m3ae_fast.training.run import preparation_of
 from tests.helpers.shards import members, write_tar
@@ -160,7 +160,7 @@ def test_growing_images_are_refused_if_the_data_section_asks_for_native_images()
         parse(Config, TINY | changed, "test")
 
 
-def test_the_pace_is_measured_with_images_of_full_size(monkeypatch):
+def test_throughput_is_measured_with_images_of_full_size(monkeypatch):
     """The whole run, which may end early, is not part of the measurement either."""
     configs = []
 
@@ -168,10 +168,10 @@ def test_the_pace_is_measured_with_images_of_full_size(monkeypatch):
         configs.append(config)
         raise Stopped
 
-    monkeypatch.setattr(pace, "set_up", set_up)
+    monkeypatch.setattr(throughput_estimate, "set_up", set_up)
     config = parse(Config, TINY | {"train": TINY["train"] | {"image_sizes": [[0.5, 8]]}}, "test")
     with pytest.raises(Stopped):
-        pace.measure_batch(config, SimpleNamespace(ranks=SimpleNamespace(is_main=False)), 4, 1.0)
+        throughput_estimate.measure_batch(config, SimpleNamespace(ranks=SimpleNamespace(is_main=False)), 4, 1.0)
     (measured,) = configs
     assert (measured.train.image_sizes, measured.train.global_batch, measured.run.loggers) == ([], 4, [])
     assert measured.train.steps > 10**9 and measured.run.dir != config.run.dir
