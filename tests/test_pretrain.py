@@ -582,7 +582,7 @@ def test_the_splits_of_a_hugging_face_dataset_are_used(tmp_path, monkeypatch):
     ) and statistics.vocab_size
     monkeypatch.setattr("m3ae_fast.shards.sources.huggingface.hub_answers", lambda *_: True)
     monkeypatch.setattr("datasets.load_dataset", lambda *_: (_ for _ in ()).throw(ConnectionError("the Hub is far")))
-    with pytest.raises(UserError, match="nowhere: no such folder; as the name of a dataset: "):
+    with pytest.raises(UserError, match="nowhere: no such folder; it was also tried as the name of a dataset: "):
         find_shards("nowhere", tmp_path / "other", None, [])
 
 

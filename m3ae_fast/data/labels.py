@@ -162,13 +162,13 @@ def _refuse_missing(corpus: Corpus, labels: list[list[Label | None]], where: str
     shard, row = reader.find(sample)
     others = _fields(source.shards[shard], row, corpus.store)
     advice = (
-        f"the samples have {', '.join(others)}: choose one with --labels"
+        f"the samples have {', '.join(others)}: choose one with --labels, or "
         if others
-        else "the samples have neither .cls nor .json (the files of a sample must be adjacent in the tar file)"
+        else "the samples have neither .cls nor .json (the files of a sample must be adjacent in the tar file): "
     )
     raise UserError(
         f"{where}: {missing:,} of {total:,} samples have no label ({field}), for example {source.shards[shard].shard}/"
-        f"{reader.key(shard, row)}; {advice}, or label these samples (-1 excludes a sample)"
+        f"{reader.key(shard, row)}; {advice}label these samples (-1 excludes a sample)"
     )
 
 

@@ -162,7 +162,7 @@ def run(job: Job) -> dict[str, Any]:
         + _pooled(options)
         + (f"{', '.join(map(str, options.shots))} training samples per class, out of " if options.shots else "all ")
         + f"{train.samples:,} training samples: {probes} probe{'s' * (probes != 1)}"
-        + (f", trained in about {duration(whole.other_work)}" if whole.other_work > 1 else "")
+        + (f"; training takes about {duration(whole.other_work)}" if whole.other_work > 1 else "")
     )
     encoded = encode_kinds(job, kinds, (train, val, classes), whole)
     if options.shots:
@@ -206,7 +206,7 @@ def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpu
 
 
 def _pooled(options: Options) -> str:
-    """Return a description of the pooled features that the probes of --pools read; "" without --pools."""
+    """Return a description of the pooled features that --pools selects; "" without --pools."""
     linear = "linear probes of " if PROBES[options.task].tokens else ""
     return f"{linear}{' and '.join(options.pools)} features, " if options.pools else ""
 

@@ -43,8 +43,7 @@ def inspect(
 ) -> tuple[DatasetStatistics, list[str]]:
     """Return statistics of the samples, and notes for the user. Values that the overrides set replace those of the
     samples. If there are captions and the overrides do not set a tokenizer or exclude text, a tokenizer is trained and
-    written to the run folder. An overview of the samples is
-    printed.
+    written to the run folder. An overview of the samples is printed.
 
     Args:
         shards: the shards.

@@ -58,9 +58,9 @@ def stage(device: Device | None) -> Iterator[Session]:
 
 
 def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict[str, Any]] | None:
-    """Evaluate the run, which must have `train.probe`, with its baselines and, if it started from given weights, these
-    weights. Return the results by task and by model. Results of an earlier call for the same weights are reused. Return
-    None if a task was stopped. Raises UserError if a task fails."""
+    """Evaluate the run and its baselines, and return the results by task and by model; return None if a task was
+    stopped. If the run started from given weights, these are evaluated too. Results of an earlier call for the same
+    weights are reused. `train.probe` must be set. Raises UserError if a task fails."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)

@@ -1,7 +1,7 @@
 """Shards whose images are crops with precomputed VQGAN token ids.
 
-Each sample of OUT consists of a crop as JPEG, KEY.ids (its ids, int32, little-endian, row-major) and the other members
-of the original sample. Training uses these crops unchanged (`data.image_tokens` "shards"), because another crop would
+Each sample consists of a crop as JPEG, KEY.ids (its ids, int32, little-endian, row-major) and the other members of the
+original sample. Training uses these crops unchanged (`data.image_tokens` "shards"), because another crop would
 have different ids.
 
 Shapes: C channels, S x S pixels and L ids of a crop.
@@ -112,8 +112,8 @@ class Crops(Records):
         return ready
 
     def _find(self, number: int) -> tuple[int, int, int, np.void]:
-        """Return, for a record, the numbers of its shard, of its image in the shard and of the view, and the offsets of
-        the sample's members."""
+        """Return the location of a record: the number of its shard, the number of its image in this shard, the number
+        of its view of the image, and the offsets of the sample's members."""
         shard, index = self.place(_SPLIT, number)
         row, view = divmod(index, self.views or 1)
         if self._table[0] != shard:

@@ -122,9 +122,9 @@ class Throughput:
         self._waited += waited
 
     def rates(self) -> dict[str, float]:
-        """Return the rates since the last call: those of `Rates`, tokens per second, and the fractions of the peak
-        FLOP/s that the executed FLOPs are and, if all images are square and of one size, that the official code's would
-        be."""
+        """Return the rates since the last call: those of `Rates`, `tokens_per_s`, `utilisation` and, if all images are
+        square and of one size, `mfu`. `utilisation` is the executed FLOP/s divided by the peak FLOP/s; `mfu` is
+        computed with the FLOPs of the official code instead."""
         seconds, n = time.perf_counter() - self._since, self._counts
         paired = n.images + n.captions - n.samples
         reference = paired * self._paired + (n.samples - n.captions) * self._image + (n.samples - n.images) * self._text

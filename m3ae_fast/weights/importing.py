@@ -119,4 +119,4 @@ def _read_torch(path: Path) -> Any:
             if named
             else (str(error).splitlines() or ["?"])[0][:200]
         )
-        raise UserError(f"{path}: cannot be read as weights of torch ({reason})") from None
+        raise UserError(f"{path}: cannot be read as torch weights ({reason})") from None

@@ -91,7 +91,7 @@ def test_validation_labels_use_the_class_ids_of_training(opened):
         (
             {3: None},
             "1 of 6 samples have no label .*, for example .*0.tar/00003; the samples have neither .cls nor .json "
-            r"\(the files of a sample must be adjacent in the tar file\)",
+            r"\(the files of a sample must be adjacent in the tar file\): label these samples",
         ),
         (dict.fromkeys(range(6), -1), "no sample has a label .* other than -1"),
         (dict.fromkeys(range(6), 2), "all samples have the label 2 .*; at least two classes"),

@@ -65,7 +65,7 @@ def test_a_stopped_comparison_writes_the_table_of_the_finished_models(stopped, t
 def test_a_stopped_attentive_probe_writes_its_latest_accuracy(stopped, tmp_path):
     options = settings(f"attentive.steps={ENDLESS}", "attentive.batch=8", "attentive.peak_lr=0.001")
     output, result = stopped(r"attentive probe: [\d,]+ of 10,000,000, about .* left", "attentive", *options)
-    assert re.search(r"48 training samples: 1 probe, trained in about .*\d:\d\d:\d\d\n", output)
+    assert re.search(r"48 training samples: 1 probe; training takes about .*\d:\d\d:\d\d\n", output)
     assert result["partial"] and 0 <= result["top1"] <= 1
     (row,) = result["results"]
     assert re.fullmatch(r"attentive probe at step [\d,]+ of 10,000,000", row["unfinished"])

@@ -174,7 +174,7 @@ def _open_dataset(
     try:
         return HuggingFace(name, subset, split, columns)
     except NotLoaded as error:
-        raise UserError(f"{name}: no such folder{hint}; as the name of a dataset: {error}") from None
+        raise UserError(f"{name}: no such folder{hint}; it was also tried as the name of a dataset: {error}") from None
 
 
 # A function for each kind of source. Its keyword arguments are the options of `open_source` that apply to the kind.
