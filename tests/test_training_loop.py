@@ -816,6 +816,28 @@ def test_ignored_files_in_shards_are_reported_at_the_start(tmp_path, mixed):
         assert run_warnings(config, data, schedule) == [f"data.{name}: some files in the shards are ignored: 1 .mp4"]
 
 
+def test_images_whose_captions_are_not_adjacent_are_reported(tmp_path, mixed):
+    config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
+    images, captions = ([(f"{i}.{suffix}", data) for i, data in enumerate(files)] for suffix, files in (
+        ("jpg", [picture(i) for i in range(3)]), ("txt", [b"a", b"b"])
+    ))  # fmt: skip
+    tars = [
+        ("apart", [*images, *captions]),
+        ("sorted", sorted([*images, *captions])),
+        ("other", [*images[:2], ("x.txt", b"x")]),
+    ]
+    found = {}
+    for name, files in tars:
+        path = write_tar(tmp_path / f"{name}.tar", files)
+        corpus = open_corpus([SourceConfig(shards=path)], ShardStore(tmp_path))
+        found[name] = run_warnings(config, Data(corpus, None, None), Schedule(config.train, config.optim, 128))
+    assert found.pop("apart")[0].startswith(
+        f"data.train: 2 images and their captions are separate samples, because their files are not adjacent in the "
+        f"tar (for example, in {tmp_path / 'apart.tar'}); create the tar again"
+    )
+    assert not any("adjacent" in note for notes in found.values() for note in notes)
+
+
 def test_held_out_shards_that_are_also_used_for_training_are_reported(tmp_path, mixed):
     one, two = (write_tar(tmp_path / f"{i}.tar", [(f"{i}.jpg", picture(i))]) for i in range(2))
     calm = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})

@@ -95,6 +95,14 @@ class Corpus:
         are none."""
         return describe_ignored([shard for source in self.sources for shard in source.indexed])
 
+    @property
+    def separated(self) -> tuple[int, str]:
+        """Return the number of images whose captions are separate samples because the files are not adjacent in the
+        tar, and the first shard with such an image; 0 and an empty string if there are none. Shards of manifests are
+        not examined."""
+        found = [(shard.separated(), shard.shard) for source in self.sources for shard in source.indexed]
+        return sum(count for count, _ in found), next((shard for count, shard in found if count), "")
+
     def shared_with(self, other: Corpus) -> list[str]:
         """Return the shards that also occur in `other`, even if their paths are written differently. Shards of
         manifests are not compared."""

@@ -112,6 +112,18 @@ class IndexedShard:
                 reason = " ".join(str(error).split())[:200]
                 raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
 
+    def separated(self) -> int:
+        """Return the number of keys whose image and caption are different samples because their files are not adjacent
+        in the tar; 0 if the sidecar cannot be read."""
+        if self.summary.paired in (self.summary.images, self.summary.captions):
+            return 0
+        try:
+            table = self.table()
+        except OSError:  # the sidecar is created again when samples are read
+            return 0
+        has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
+        return len(np.intersect1d(table["key"][~has_caption], table["key"][~has_image]))
+
     def located(self) -> IndexedShard:
         """Return the shard with its sidecar. Raises UserError if the shard cannot be read."""
         return self

@@ -50,6 +50,12 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
     for name, corpus in (("train", data.train), ("val", data.val)):
         if corpus and corpus.ignored:
             notes.append(f"data.{name}: some files in the shards are ignored: {corpus.ignored}")
+        count, example = corpus.separated if corpus else (0, "")
+        if count:
+            notes.append(
+                f"data.{name}: {count:,} images and their captions are separate samples, because their files are not "
+                f"adjacent in the tar (for example, in {example}); create the tar again with its files sorted by name"
+            )
     if shared := data.val.shared_with(data.train) if data.val else []:
         which = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
         notes.append(
