@@ -38,17 +38,17 @@ def captions(store, folder):
     return [Reader(source, store).read(shard, row).caption for shard in range(SHARDS) for row in range(PER)]
 
 
-@pytest.mark.parametrize(("kind", "far"), [
+@pytest.mark.parametrize(("kind", "is_network"), [
     ("nfs4", True), ("nfs", True), ("lustre", True), ("gpfs", True), ("cifs", True), ("smb3", True), ("ceph", True),
     ("fuse.sshfs", True), ("fuse.gcsfuse", True), ("fuse.fuse-overlayfs", False), ("fuseblk", False), ("ext4", False),
     ("overlay", False), ("tmpfs", False), ("", False),
 ])  # fmt: skip
-def test_network_file_systems_are_recognised(tmp_path, monkeypatch, kind, network_folder):
+def test_network_file_systems_are_recognised(tmp_path, monkeypatch, kind, is_network):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "a/b")
     mounts = [SimpleNamespace(mountpoint=str(tmp_path / "a"), fstype=kind)]
     monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
-    assert network_file_system(tmp_path / "link/c") == kind * network_folder
+    assert network_file_system(tmp_path / "link/c") == kind * is_network
     assert network_file_system(tmp_path) == ""
 
 

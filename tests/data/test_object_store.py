@@ -20,7 +20,7 @@ from m3ae_fast.data import ShardStore, download, open_corpus
 from m3ae_fast.data.download import NotFound
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.data.shard_store import expand
-from tests.data.test_fetcher import disk, epoch
+from tests.data.test_fetcher import bytes_in_cache, epoch
 from tests.helpers.shards import members, write_tar
 
 pytestmark = pytest.mark.slow
@@ -179,4 +179,4 @@ def test_four_nodes_download_each_object_once_within_their_disk_limit(s3, load, 
     seen = list(chain.from_iterable(epoch(nodes)))
     assert len(seen) == len(set(seen)) == SHARDS * PER
     assert SHARDS <= sum(gets.values()) <= 1.05 * SHARDS
-    assert all(map(disk, nodes))
+    assert all(map(bytes_in_cache, nodes))

@@ -142,6 +142,7 @@ def test_baselines_have_the_results_of_their_separate_evaluations(
     opened, loader = [], encoding.encoding_loader
     monkeypatch.setattr(encoding, "encoding_loader", lambda *given: opened.append(given[1]) or loader(*given))
     shards = {"train": str(tmp_path / "train.tar"), "val": str(tmp_path / "val.tar")}
+    options = (*options, *settings("data.max_bad_fraction=0.2"))  # some images cannot be read
     result = transfer(task, *options, baselines=True, **shards)
     assert len(opened) == 2 and [*result["baselines"]] == [UNTRAINED, SCALED]
     output, verdicts = capsys.readouterr().out, []

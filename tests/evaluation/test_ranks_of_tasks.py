@@ -47,8 +47,8 @@ def single_rank(run, tmp_path_factory):
     return data, out
 
 
-def test_unreadable_samples_of_all_ranks_are_counted(alone):
-    results = {name: json.loads((alone[1] / name / "result.json").read_text()) for name in task_cases.CASES}
+def test_unreadable_samples_of_all_ranks_are_counted(single_rank):
+    results = {name: json.loads((single_rank[1] / name / "result.json").read_text()) for name in task_cases.CASES}
     skipped = {name: result["skipped"] for name, result in results.items() if "skipped" in result}
     assert {
         skipped.pop(name) for name in ("knn", "logistic", "multilabel", "multilabel-knn", "segment", "segment-knn")

@@ -299,7 +299,7 @@ def test_the_robustness_accuracies_equal_those_of_the_classifier(transfer, class
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"attack.png", "corruptions.png"}
     assert drawn["draw_attack"] == ([1e-6, 64], list(result["pgd"].values()), result["top1"])
     rows, titles = drawn["draw_sheet"]
-    assert titles == ("", *(f"severity {number}" for number in range(1, 6)))
+    assert titles == ("without corruption", *(f"severity {number}" for number in range(1, 6)))
     for (kind, found), (clean, *corrupted) in zip(result["corruptions"].items(), rows, strict=True):
         assert clean.text == kind
         for severity, (cell, top1) in enumerate(zip(corrupted, found, strict=True), 1):
