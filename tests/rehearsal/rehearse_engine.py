@@ -183,7 +183,7 @@ def test_a_stall_writes_the_last_nccl_collectives(tmp_path, monkeypatch):
     monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace", lambda: b"trace", raising=False)
     write_stacks(tmp_path / "stall", 3)
     assert (tmp_path / "stall/nccl_trace_rank_3").read_bytes() == b"trace"
-    assert "test_a_stall_leaves" in (tmp_path / "stall/rank-3.txt").read_text()
+    assert "test_a_stall_writes" in (tmp_path / "stall/rank-3.txt").read_text()
 
 
 @pytest.mark.parametrize(
