@@ -35,6 +35,8 @@ LEGEND = {  # other arms keep their names
     BASELINE: "baseline, tuned at 300 steps",
     FAST: "fast recipe: cross-attention, a third predicted, Muon",
 }
+# colours of the arms without a fixed colour; red and grey are left out
+COLOURS = [plt.get_cmap("tab20")(number) for number in range(20) if number not in (6, 14, 15)]
 AXES = {"flops": (1e12, "executed TFLOP"), "seconds": (1, "CPU seconds of training")}  # divisor and label
 Row = dict[str, Any]
 
@@ -193,8 +195,9 @@ def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], 
             cell = [arm, f"{steps:,}", f"{len(runs)}", f"{costs[0] / 1e12:.3g}", f"{costs[1]:.0f}"]
             cells.append([*cell, *(f"{mean:.1f}" for mean in means), *factors])
         text += ["", table([f"{DATA[data]}, {size}", *columns], cells)]
-        for length in sorted({row["trial"]["steps"] for row in own if row["trial"]["arm"] == USUAL}):
-            if length >= head["settings"]["target"]["baseline"]:
+        lengths = sorted({row["trial"]["steps"] for row in own if row["trial"]["arm"] == USUAL})
+        for length in lengths:
+            if length >= min(head["settings"]["target"]["baseline"], lengths[-1]):
                 text += _differences(own, length, f"{DATA[data]}, {size}", list(tests), weights)
         text += _shares(own, f"{DATA[data]}, {size}", list(tests), weights)
         of_size = [row for row in finetuned if (row["trial"]["data"], row["trial"]["size"]) == (data, size)]
@@ -326,7 +329,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                     axis.annotate(arm, (0.01, y.mean()), xycoords=("axes fraction", "data"), fontsize=8, color="0.3",
                                   xytext=(0, 2), textcoords="offset points")  # fmt: skip
                     continue
-                colour = {BASELINE: "0.65", USUAL: "black", FAST: "tab:red"}.get(arm, f"C{number % 10}")
+                colour = {BASELINE: "0.65", USUAL: "black", FAST: "tab:red"}.get(arm, COLOURS[number % len(COLOURS)])
                 steps = [row["trial"]["steps"] for row in of_arm]
                 groups = [[place for place, own in enumerate(steps) if own == each] for each in _unique(steps)]
                 means = ([values[group].mean() for group in groups] for values in (x, y))

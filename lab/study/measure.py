@@ -23,6 +23,7 @@ from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.evaluation.encoding import PassMonitor, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.job import RESULT_FILE
 from m3ae_fast.evaluation.ood import Scores, auroc_and_fpr, auroc_interval
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
 from m3ae_fast.evaluation.probe_grid import few_shot
@@ -245,7 +246,8 @@ def finetune(
         settings: values of settings by full name; the others have their defaults.
     """
     given = {"data.workers": 0, "finetune.log_every": 100} | settings
-    if not (out / PREDICTIONS).exists():
+    complete = out / RESULT_FILE  # a stopped training leaves predictions of an earlier step, but not this file
+    if not complete.exists():
         overrides = [f"{name}={json.dumps(value)}" for name, value in given.items()]
         shards = [str(path) for path in held_out]
         evaluate(
@@ -258,7 +260,7 @@ def finetune(
             baselines=False,  # they are models of the study
             overrides=overrides,
         )
-    if not (out / PREDICTIONS).exists():
+    if not complete.exists():
         return None
     table = pyarrow.parquet.read_table(out / PREDICTIONS).to_pydict()
     keys = [key.rpartition("/")[2] for key in table["key"]]

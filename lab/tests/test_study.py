@@ -17,6 +17,7 @@ from lab.study.run import SETTINGS, Study
 from lab.study.statistics import accuracy, difference
 from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.parquet import write_parquet
 from tests.helpers.labelled import described_tar, emoji, emoji_and_clothes
 from tests.helpers.shards import write_tar
 
@@ -284,3 +285,19 @@ def test_an_incomplete_study_has_tables(tmp_path):
     report.save(tmp_path, HEAD | {"settings": settings}, [], {})
     text = (tmp_path / report.PAGE).read_text()
     assert "| M3AE | - | - |" in text and "| captions kept |" not in text
+
+
+def test_predictions_of_a_stopped_fine_tuning_are_not_results(tmp_path, monkeypatch):
+    columns = {"key": ["a/1", "a/2"], "label": [0, 1], "prediction": [0, 0]}
+
+    def evaluate(task, model, *, out, **options):
+        out.mkdir(exist_ok=True)
+        write_parquet(out / "predictions.parquet", columns)
+        for name in written:
+            (out / name).write_text("{}")
+
+    monkeypatch.setattr(measure, "evaluate", evaluate)
+    written = ["result-so-far.json"]
+    assert measure.finetune("model", tmp_path / "train.tar", [], tmp_path / "out", {}) is None
+    written = ["result.json"]
+    assert measure.finetune("model", tmp_path / "train.tar", [], tmp_path / "out", {}) == {"1": 1, "2": 0}
