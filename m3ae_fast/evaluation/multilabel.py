@@ -41,12 +41,12 @@ def run(job: Job) -> dict[str, Any]:
     bank, queries = encoded[MODEL]
     truth_NC, truth_MC = (part.classes_LC[each.labels] for part, each in ((train, bank), (val, queries)))
     scores = {}
-    for name, (own, queries) in encoded.items():
+    for name, (own_bank, own_queries) in encoded.items():
         if config.head == "knn":
-            scores_RC = neighbour_scores(own, queries, truth_NC, knn.k, knn.temperature)
+            scores_RC = neighbour_scores(own_bank, own_queries, truth_NC, knn.k, knn.temperature)
         else:
-            scores_RC = logits(fit(own, truth_NC, len(train.classes), job.heartbeats), queries)
-        scores[name] = queries.complete(scores_RC).numpy()
+            scores_RC = logits(fit(own_bank, truth_NC, len(train.classes), job.heartbeats), own_queries)
+        scores[name] = own_queries.complete(scores_RC).numpy()
     job.keep(_columns(queries.keys, truth_MC, scores[MODEL], train.classes))
     result = measured(truth_MC.numpy(), scores, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)
     return result | {
