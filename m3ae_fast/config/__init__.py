@@ -25,4 +25,4 @@ from m3ae_fast.config.schema import (
     TransformerLoopConfig,
     ZeroConfig,
 )
-from m3ae_fast.config.value_range import Range, add_range_option, require_range
+from m3ae_fast.config.value_range import Range, add_range_option, check_range_argument

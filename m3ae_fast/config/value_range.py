@@ -15,25 +15,26 @@ from m3ae_fast.base.errors import UserError
 Range = Annotated[tuple[float, float], Strict(False)] | Literal["dtype"]
 
 
+_RULE = "must be dtype, or two values LOW,HIGH with LOW below HIGH"
+
+
 def check_range(name: str, image_range: Range | None) -> None:
-    """Raise ValueError if the value of black is not below the value of white. `name`: name of the setting, for the
+    """Raise ValueError if the values are not finite, or black is not below white. `name`: name of the setting, for the
     message."""
-    if isinstance(image_range, tuple) and not image_range[0] < image_range[1]:
-        raise ValueError(f"{name} {list(image_range)} must be the values of black and of white, with black below white")
-
-
-def require_range(image_range: Range | None) -> None:
-    """Raise UserError if the argument of `--range` is neither "dtype" nor two finite values with black below white;
-    None is valid too."""
     if image_range is None or image_range == "dtype":
         return
+    low, high = image_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"{name} {[low, high]} must be the values of black and of white, with black below white")
+
+
+def check_range_argument(image_range: Range | None) -> None:
+    """Raise UserError if the argument of a Python function that corresponds to `--range` is not a `Range` or None, or
+    is not valid."""
     try:
-        low, high = image_range
-        valid = math.isfinite(low) and math.isfinite(high) and low < high
+        check_range("--range", image_range)
     except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise UserError(f"--range {image_range}: must be dtype, or two values LOW,HIGH with LOW below HIGH")
+        raise UserError(f"--range {image_range}: {_RULE}") from None
 
 
 def add_range_option(parser: argparse._ActionsContainer) -> None:
@@ -47,9 +48,7 @@ def _parse(text: str) -> Range:
         return "dtype"
     try:
         low, high = map(float, text.split(","))
-        check_range("range", (low, high))
+        check_range("--range", (low, high))
     except ValueError:
-        low = high = math.nan
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise argparse.ArgumentTypeError(f"{text!r} must be dtype, or two values LOW,HIGH with LOW below HIGH")
+        raise argparse.ArgumentTypeError(f"{text!r} {_RULE}") from None
     return low, high

@@ -26,7 +26,7 @@ from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import chosen_device
 from m3ae_fast.base.randomness import seed32
-from m3ae_fast.config import Range, require_range
+from m3ae_fast.config import Range, check_range_argument
 from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, index_shards
 from m3ae_fast.data.reader import IDS_DTYPE
 from m3ae_fast.data.shard_store import ShardStore, expand
@@ -195,7 +195,7 @@ def image_tokens(
     low, high = crop_scale
     if not 0 < low <= high <= 1:
         raise UserError(f"--crop-scale {low:g} {high:g}: must be two fractions with 0 < LOW <= HIGH <= 1")
-    require_range(image_range)
+    check_range_argument(image_range)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     for name, number in (("image-size", image_size), ("views", views), ("workers", workers)):
         if number is not None and number < 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config import Range, require_range
+from m3ae_fast.config import Range, check_range_argument
 
 _LIMITS = {"short_side": (1, 1 << 16), "quality": (1, 100), "samples_per_shard": (1, 1 << 32)}
 
@@ -29,4 +29,4 @@ class Settings:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be from {low} to {high}")
         if not 0 <= self.held_out < 1:
             raise UserError(f"--held-out {self.held_out:g}: must be a fraction, 0 or more and below 1")
-        require_range(self.image_range)
+        check_range_argument(self.image_range)

@@ -23,7 +23,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
-from m3ae_fast.config import MAX_CHANNELS, Config, ModelConfig, Range, SourceConfig, parse, require_range
+from m3ae_fast.config import MAX_CHANNELS, Config, ModelConfig, Range, SourceConfig, check_range_argument, parse
 from m3ae_fast.config.load import read_config
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import LEFT_OUT, Label, read_labels, select_labelled
@@ -75,7 +75,7 @@ def stats(
         raise UserError(f"--channels {channels}: must be from 1 to {MAX_CHANNELS}")
     if dtype not in _DTYPES:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
-    require_range(image_range)
+    check_range_argument(image_range)
     loaded = None if tokenizer is None else load_tokenizer(os.fspath(tokenizer), _LONGEST, label="--tokenizer")
     names = [shards] if isinstance(shards, str) else list(shards)
     corpus = open_corpus([SourceConfig(shards=names)], ShardStore(cache_dir), progress=True)
