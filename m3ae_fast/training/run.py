@@ -293,8 +293,9 @@ def _open(config: Config, progress: bool) -> Data:
 
 
 def preparation_of(config: Config, model: M3AE, data: Data, schedule: Schedule) -> Preparation:
-    """Return what the loader needs to make batches from samples; the steps at which smaller images end are computed
-    from `schedule`."""
+    """Return the settings by which the loader converts samples to batches: the geometry of the images, the masking, the
+    tokenizers and the seed. If the images grow during the run, `schedule` determines at which steps their size changes.
+    """
     tokens, vqgan, total = config.data.image_tokens, data.image_tokenizer, schedule.total_steps
     return Preparation(
         model.geometry,
