@@ -11,6 +11,7 @@ from typing import Any
 BASELINE, FAST = "baseline", "cross, a third, Muon"
 USUAL = "baseline, usual settings"  # default settings, which may be better than the tuned ones at other lengths
 ONE_BLOCK = "1 block, usual settings"  # the rival that needs no new option
+FAST_ONE_BLOCK = "cross, a third, 1 block, Muon"
 Overrides = tuple[tuple[str, Any], ...]  # settings with their values, which must be representable in JSON
 
 _CROSS: Overrides = (("model.dec_attention", "cross"),)
@@ -27,7 +28,7 @@ ARMS: dict[str, Overrides] = {
     "cross, a third": (*_CROSS, *_THIRD),
     "1 block": _ONE,
     "1 block, Muon": (*_ONE, *_MUON),
-    "cross, a third, 1 block, Muon": (*_CROSS, *_THIRD, *_ONE, *_MUON),
+    FAST_ONE_BLOCK: (*_CROSS, *_THIRD, *_ONE, *_MUON),
     "cross": _CROSS,
     "cross, Muon": (*_CROSS, *_MUON),
     "half the width": (("model.dec_emb_dim", 0.5),),  # relative to the encoder
@@ -91,7 +92,7 @@ def race(
     for each seed, both baselines at the three shortest lengths, between which the cost is interpolated, and all arms at
     the shortest length. The second part checks the learning rates at the third length. The third part contains, for
     each seed, the baseline with its usual settings and the fast arm at all lengths up to that of the target, the
-    longest first, and the baseline with a decoder of one block at the baseline's length in the target. The last part
+    longest first, and both with a decoder of one block at the baseline's length in the target. The last part
     contains, for each seed, the baseline with its usual settings and the fast arm at the greater lengths.
 
     Args:
@@ -108,7 +109,7 @@ def race(
     factorial = [replace(trial, arm=arm) for arm in ARMS if arm != BASELINE]
     both = [replace(trial, arm=arm, steps=steps) for steps in reversed(lengths) for arm in (USUAL, FAST)]
     final = [each for each in both if each.steps <= target["baseline"]]
-    final.append(replace(trial, arm=ONE_BLOCK, steps=target["baseline"]))
+    final += [replace(trial, arm=arm, steps=target["baseline"]) for arm in (ONE_BLOCK, FAST_ONE_BLOCK)]
     longer = [each for each in both if each.steps > target["baseline"]]
     found: dict[Trial, None] = {}
     for seed in range(seeds):

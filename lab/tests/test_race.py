@@ -10,7 +10,20 @@ import pytest
 from benchmarks import table
 from lab.race import __main__ as program
 from lab.race import report
-from lab.race.plan import ARMS, BASELINE, FAST, ONE_BLOCK, PIXELS, RANDOM_WEIGHTS, USUAL, Trial, race, tune, tuned_as
+from lab.race.plan import (
+    ARMS,
+    BASELINE,
+    FAST,
+    FAST_ONE_BLOCK,
+    ONE_BLOCK,
+    PIXELS,
+    RANDOM_WEIGHTS,
+    USUAL,
+    Trial,
+    race,
+    tune,
+    tuned_as,
+)
 from lab.race.run import SETTINGS, Race, flops, trial_of
 from lab.study import shards
 from m3ae_fast import train
@@ -136,7 +149,7 @@ def test_runs_are_ordered_with_the_shortest_part_first_and_then_the_longest_runs
     tried = {"optim.peak_lr": [0.006, 0.003], "optim.betas": [[0.9, 0.95], [0.9, 0.999]]}
     trials = [*race("clothes", "S64", (10, 20, 40, 80, 160), {"baseline": 80, "fast": 40}, tried, 2, 3)]
     first, checks = 2 * (len(ARMS) + 4 + 2), 2 * 2
-    assert len({*trials}) == len(trials) == first + checks + 3 * (10 + 1) - 2 * 4
+    assert len({*trials}) == len(trials) == first + checks + 3 * (10 + 2) - 2 * 4
     assert [each.seed for each in trials[:first]] == sorted([0, 1] * (first // 2))
     checked = trials[first : first + checks]
     assert all(each.validation and each.steps == 40 for each in checked)
@@ -147,8 +160,9 @@ def test_runs_are_ordered_with_the_shortest_part_first_and_then_the_longest_runs
     ]
     final, longer = trials[first + checks : -6], trials[-6:]
     assert [(each.arm, each.steps) for each in final[:2]] == [(USUAL, 80), (FAST, 80)]
-    assert [(each.arm, each.steps, each.seed) for each in final if each.arm == ONE_BLOCK] == [
-        (ONE_BLOCK, 80, seed) for seed in range(3)
+    one_block = (ONE_BLOCK, FAST_ONE_BLOCK)
+    assert [(each.arm, each.steps, each.seed) for each in final if each.arm in one_block] == [
+        (arm, 80, seed) for seed in range(3) for arm in one_block
     ]
     assert all(each.steps < 160 for each in final)
     assert [(each.arm, each.steps, each.seed) for each in longer] == [
