@@ -262,9 +262,14 @@ def finetune(
         )
     if not complete.exists():
         return None
+    return {key.rpartition("/")[2]: right for key, right in correct_in(out).items()}
+
+
+def correct_in(out: Path) -> dict[str, int]:
+    """Return whether each held-out image of an evaluation in the folder `out` was classified correctly, 0 or 1 by
+    "shard/key"."""
     table = pyarrow.parquet.read_table(out / PREDICTIONS).to_pydict()
-    keys = [key.rpartition("/")[2] for key in table["key"]]
-    return {key: int(a == b) for key, a, b in zip(keys, table["label"], table["prediction"])}
+    return {key: int(a == b) for key, a, b in zip(table["key"], table["label"], table["prediction"])}
 
 
 def images_of(shard: Path) -> Iterator[tuple[str, bytes]]:
