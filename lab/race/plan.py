@@ -33,6 +33,8 @@ ARMS: dict[str, Overrides] = {
     "cross, Muon": (*_CROSS, *_MUON),
     "half the width": (("model.dec_emb_dim", 0.5),),  # relative to the encoder
     "2 blocks": (("model.dec_depth", 2),),
+    "4 blocks": (("model.dec_depth", 4),),
+    "8 blocks": (("model.dec_depth", 8),),
     "a third": _THIRD,
     "wsd": _WSD,
     "all": (*_CROSS, *_THIRD, *_MUON, *_WSD),
