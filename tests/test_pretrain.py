@@ -973,7 +973,7 @@ def test_the_pretrain_command_passes_on_its_arguments(monkeypatch, capsys, end, 
     assert main(line) == code
     given = {"hours": 3.0, "captions": Path("a.csv"), "val": ["b.tar", "c.tar"], "labels": "json.kind"}
     given |= {"start_from": "base", "overrides": ["train.global_batch=8"], "dry_run": dry_run, "tune": True}
-    given["device"] = None
+    given |= {"device": None, "recipe": None}
     assert calls == [(("photos", Path("run")), given)]
     out, err = capsys.readouterr()
     assert (out.strip(), err.strip()) == (

@@ -23,6 +23,7 @@ from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_settings, output, program, refuse, use_device
 from m3ae_fast.pretraining import RESUME_NOTE, SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import check_overrides
+from m3ae_fast.pretraining.recipes import NAMES, check_recipe
 from m3ae_fast.process.launchers import alone
 
 
@@ -45,6 +46,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="initial weights: a run, an export, official M3AE or MAE weights, timm weights, or a name on the Hub; "
         "training then uses a lower learning rate (default: random weights)",
     )
+    parser.add_argument(
+        "--recipe",
+        choices=NAMES,
+        help="fast: a decoder with cross-attention, a third of the masked tokens predicted, and Muon; official: the "
+        "method of the official M3AE (default: fast; with --from, the method is that of the weights)",
+    )
     add_settings(parser, "train.global_batch=64")
     parser.add_argument(
         "--tune",
@@ -64,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     if not alone():
         refuse(SEVERAL_RANKS)
     check_overrides(args.set, args.start_from)  # report mistakes before the imports, which take seconds
+    check_recipe(args.recipe, args.set, args.start_from)
     try:
         finished = _pretrain(args)
     except KeyboardInterrupt:
@@ -89,6 +97,7 @@ def _pretrain(args: argparse.Namespace) -> bool:
         val=args.val,
         labels=args.labels,
         start_from=args.start_from,
+        recipe=args.recipe,
         overrides=args.set,
         device=args.device,
         tune=args.tune,

@@ -147,8 +147,10 @@ def choose(
         lambda size: config_of(size, automatic_settings.SMALLEST_BATCH, 1),
     )
 
-    def measured(size: ModelSize) -> ThroughputEstimate:
-        config = config_of(size, automatic_settings.batch_of(statistics.samples), 1)
+    usual_batch = automatic_settings.batch_of(statistics.samples)
+
+    def measured(size: ModelSize, batch: int = usual_batch) -> ThroughputEstimate:
+        config = config_of(size, batch, 1)
         resolved = config.model_copy(update={"train": resolve_precision(config.train, session.ranks.device)})
         return measure(resolved, session, min(_TRIAL * budget.seconds, _LONGEST_TRIAL))
 
@@ -163,9 +165,11 @@ def choose(
     size, pace, why = _largest_fitting(allowed, lacking, measured, budget)
     if not why:
         why = "the size of the given weights" if continues else _why_not_larger(statistics)
-    seconds, (evaluations, _) = budget.steps_time(pace), budget.evaluations(pace)
-    fitted = automatic_settings.fitted_batch(seconds, pace.sample, statistics.samples)
+    fitted = automatic_settings.fitted_batch(budget.steps_time(pace), pace.sample, statistics.samples)
     batch = automatic_settings.given(overrides, "train.global_batch") or fitted
+    if batch < pace.batch:  # the time for an update, which can be long with Muon, does not depend on the batch size
+        pace = measured(size, batch)
+    seconds, (evaluations, _) = budget.steps_time(pace), budget.evaluations(pace)
     steps = automatic_settings.steps_in(seconds, pace.sample, batch, statistics.samples)
     time_limit = round(budget.training(pace) / 3600, 5)
     config = config_of(size, batch, steps, time_limit, evaluations)

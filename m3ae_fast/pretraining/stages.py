@@ -26,6 +26,7 @@ from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS, trial_steps
 from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
+from m3ae_fast.pretraining.recipes import ChosenRecipe, Recipe, check_recipe, choose_recipe
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.process.launchers import alone
@@ -56,6 +57,7 @@ def pretrain(
     val: Sequence[str] = (),
     labels: str = "cls",
     start_from: str | Path | None = None,
+    recipe: Recipe | None = None,
     overrides: Sequence[str] = (),
     device: Device | None = None,
     tune: bool = False,
@@ -78,6 +80,9 @@ def pretrain(
         start_from: model from whose weights the run starts: a run, an export, weights of the official M3AE or MAE or of
             a timm model, or a name on the Hugging Face Hub. The run then has the size of this model, a lower learning
             rate and a shorter warm-up. None: random weights.
+        recipe: "fast": a decoder with cross-attention, a third of the masked tokens predicted, and Muon; "official":
+            the method of the official M3AE. None: "fast", unless the run starts from given weights or an override
+            cannot be combined with it.
         overrides: overrides "section.key=value" of the chosen settings.
         device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
         tune: whether to choose the learning rate by short runs before training; they take 15 % of the training time.
@@ -91,11 +96,24 @@ def pretrain(
             start.
     """
     began, out, given = time.monotonic(), Path(out), None if start_from is None else str(start_from)
-    image_range = _check(hours, out, source, val, labels, given, overrides, device, tune)
+    image_range = _check(hours, out, source, val, labels, given, recipe, overrides, device, tune)
     table_of_captions = None if captions is None else Path(captions)
     here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the run folder may have been moved or copied
     config = _configured(
-        str(source), out, hours, began, table_of_captions, val, labels, given, here, image_range, device, tune, dry_run
+        str(source),
+        out,
+        hours,
+        began,
+        table_of_captions,
+        val,
+        labels,
+        given,
+        recipe,
+        here,
+        image_range,
+        device,
+        tune,
+        dry_run,
     )
     if config and config.train.probe and (missing := why_no_map()):
         print(f"note: no map of the features will be drawn: {missing}", flush=True)
@@ -123,6 +141,7 @@ def _check(
     val: Sequence[str],
     labels: str,
     start_from: str | None,
+    recipe: str | None,
     overrides: Sequence[str],
     device: Device | None,
     tune: bool,
@@ -135,6 +154,7 @@ def _check(
         raise UserError(SEVERAL_RANKS)
     uses_gpu(device)
     image_range = check_overrides(overrides, start_from).model.image_range
+    check_recipe(recipe, overrides, start_from)
     if tune and set_to(overrides, "optim.peak_lr", None) is not None:
         raise UserError("--tune chooses optim.peak_lr: use either --tune or --set optim.peak_lr")
     if tune and set_to(overrides, "train.epochs", None) is not None:
@@ -165,6 +185,7 @@ def _configured(
     val: Sequence[str],
     labels: str,
     start_from: str | None,
+    recipe: Recipe | None,
     overrides: Sequence[str],
     image_range: Range | None,
     device: Device | None,
@@ -177,11 +198,13 @@ def _configured(
     if path.exists() and not dry_run:
         load_config(path, list(overrides))  # raises an error for invalid settings before any work begins
         _follow(path)
-    weights = GivenWeights([], [])
+    weights, method = GivenWeights([], []), ChosenRecipe([], "")
     if start_from is not None and (dry_run or not path.exists()):
         weights = given_weights(start_from, out, overrides)
         overrides = [*weights.overrides, *overrides]
         image_range = assumed_config(overrides).model.image_range
+    elif start_from is None:
+        method = choose_recipe(recipe, overrides)
     shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
         print(
@@ -191,12 +214,14 @@ def _configured(
     plan: Plan | None = None
     with stage(device) as session:
         statistics, notes = inspect(shards, out, labels, image_range, overrides)
-        plan = choose(statistics, shards, out, hours, labels, overrides, session, began)
+        given = [*method.overrides, *overrides]
+        plan = choose(statistics, shards, out, hours, labels, given, session, began)
     if plan is None:
         return None
     notes = [*weights.notes, *shards.notes, *notes]
     printed = (note if note.startswith(" ") else f"note: {note}" for note in notes)  # indented lines are examples
-    print("\n".join([*plan.lines, *printed]), flush=True)
+    lines = [*plan.lines, *filter(None, [method.line]), *printed]
+    print("\n".join(lines), flush=True)
     if plan.warning:
         print(f"warning: {plan.warning}", flush=True)
     if tune:

@@ -1,0 +1,78 @@
+"""The recipes of `pretrain`: the method of the official M3AE, and a faster method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.pretraining.automatic_settings import assumed_config, continues
+
+Recipe = Literal["fast", "official"]
+NAMES: tuple[Recipe, ...] = get_args(Recipe)
+DEFAULT: Recipe = "fast"
+# A third of the masked tokens is predicted, and the optimiser is Muon; see docs/guide/faster.md.
+FAST_SETTINGS = (
+    "model.dec_attention=cross",
+    "masking.image_predicted=0.33",
+    "masking.text_predicted=0.33",
+    "optim.name=muon",
+)
+
+
+class ChosenRecipe(NamedTuple):
+    """The recipe of a run."""
+
+    overrides: list[str]  # overrides of the settings that belong to the recipe
+    line: str  # description for the user; "" for a run that starts from given weights
+
+
+def check_recipe(recipe: str | None, overrides: Sequence[str], start_from: str | None) -> None:
+    """Raise UserError if the recipe that the user asks for does not exist, or cannot be used with these overrides or
+    with given weights. None stands for no choice of the user."""
+    if recipe is None:
+        return
+    if recipe not in NAMES:
+        raise UserError(f"--recipe {recipe}: does not exist; choose one of {', '.join(NAMES)}")
+    if start_from is not None:
+        raise UserError(
+            f"--recipe {recipe}: cannot be combined with --from, because the weights determine the decoder; leave out "
+            "--recipe"
+        )
+    if recipe == "fast" and (reason := _obstacle(overrides)):
+        raise UserError(f"--recipe fast: {reason}")
+
+
+def choose_recipe(recipe: str | None, overrides: Sequence[str]) -> ChosenRecipe:
+    """Return the recipe for a run that starts from random weights.
+
+    Args:
+        recipe: the name of the recipe; None: the default recipe, or the official one if the default recipe cannot be
+            combined with the overrides.
+        overrides: the user's overrides "section.key=value".
+    """
+    reason = _obstacle(overrides) if (recipe or DEFAULT) == "fast" else ""
+    if (recipe or DEFAULT) == "official" or reason:
+        why = f", because the fast recipe cannot be used: {reason}" if reason else ""
+        return ChosenRecipe([], f"recipe: official, the decoder and the optimiser of the official M3AE{why}")
+    line = (
+        "recipe: fast, with a decoder with cross-attention, a third of the masked tokens predicted, and Muon; "
+        "--recipe official: the method of the official M3AE"
+    )
+    return ChosenRecipe([*FAST_SETTINGS], line)
+
+
+def _obstacle(overrides: Sequence[str]) -> str:
+    """Return the reason why the fast recipe cannot be used with these overrides, which are valid by themselves; "" if
+    it can."""
+    if continues(overrides):
+        return "the run starts from given weights"
+    names = [override.partition("=")[0] for override in FAST_SETTINGS]
+    own = [override for override in overrides if override.partition("=")[0] in names]
+    if own:
+        return f"--set {own[0]} sets one of its settings"
+    try:
+        assumed_config([*FAST_SETTINGS, *overrides])
+    except UserError as error:
+        return str(error).removeprefix("--set: ")
+    return ""

@@ -1,0 +1,75 @@
+"""`pretrain` uses the fast recipe unless the user's settings or weights prevent it, and says which recipe it uses."""
+
+import pytest
+
+from m3ae_fast import pretrain
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.pretrain import main
+from m3ae_fast.config import load_config
+from m3ae_fast.pretraining.recipes import DEFAULT, FAST_SETTINGS, NAMES, check_recipe, choose_recipe
+from tests.helpers.shards import members, write_tar
+
+SHORT = ["train.steps=2", "train.global_batch=4", "model.size=null", "model.emb_dim=16", "model.depth=1",
+         "model.num_heads=2", "model.dec_emb_dim=16", "model.dec_depth=1", "model.dec_num_heads=2"]  # fmt: skip
+
+
+def test_the_recipes_have_a_default():
+    assert DEFAULT in NAMES
+
+
+def test_the_official_recipe_changes_no_setting():
+    assert choose_recipe("official", []).overrides == []
+
+
+def test_the_fast_recipe_is_used_if_nothing_prevents_it():
+    for recipe in ("fast", None):
+        found = choose_recipe(recipe, ["train.steps=9", "optim.schedule=wsd"])
+        assert found.overrides == [*FAST_SETTINGS] and found.line.startswith("recipe: fast")
+
+
+@pytest.mark.parametrize(("override", "reason"), [
+    ("optim.name=adamw", "--set optim.name=adamw sets one of its settings"),
+    ("masking.image_predicted=0.5", "--set masking.image_predicted=0.5 sets one of its settings"),
+    ("loss.image_all_tokens=true", "model.dec_attention cross predicts only masked tokens"),
+    ('deepspeed={"zero_optimization": {"stage": 3}}', "optim.name muon needs whole matrices"),
+    ("model.init_from=runs/a", "the run starts from given weights"),
+])  # fmt: skip
+def test_the_official_recipe_is_used_if_a_setting_prevents_the_fast_one(override, reason):
+    found = choose_recipe(None, [override])
+    assert not found.overrides and found.line.startswith("recipe: official") and reason in found.line
+    with pytest.raises(UserError, match=f"--recipe fast: {reason}"):
+        check_recipe("fast", [override], None)
+    check_recipe("official", [override], None)
+
+
+def test_a_recipe_is_not_combined_with_given_weights():
+    check_recipe(None, [], "runs/a")
+    with pytest.raises(UserError, match="--recipe official: cannot be combined with --from"):
+        check_recipe("official", [], "runs/a")
+
+
+def test_an_unknown_recipe_is_refused_before_any_output_is_written(tmp_path):
+    with pytest.raises(UserError, match="--recipe slow: does not exist; choose one of fast, official"):
+        pretrain(tmp_path, tmp_path / "run", recipe="slow")
+    with pytest.raises(UserError, match="--recipe: invalid choice: 'slow' .choose from 'fast', 'official'."):
+        main([str(tmp_path), "--out", str(tmp_path / "run"), "--recipe", "slow"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [*NAMES, None])
+def test_a_run_uses_the_recipe_and_keeps_it_when_it_is_resumed(tmp_path, recipe, capsys):
+    shards = write_tar(tmp_path / "a.tar", members(range(40), "paired"))
+    overrides = SHORT
+    out = tmp_path / "run"
+    assert pretrain(shards, out, recipe=recipe, overrides=overrides).finished
+    used = recipe or DEFAULT
+    assert f"recipe: {used}" in capsys.readouterr().out
+    config = load_config(out / "config.json", [])
+    expected = ("cross", 0.33, 0.33, "muon") if used == "fast" else ("self", 1.0, 1.0, "adamw")
+    masking = config.masking
+    found = (config.model.dec_attention, masking.image_predicted, masking.text_predicted, config.optim.name)
+    assert found == expected
+    other = "official" if used == "fast" else "fast"
+    assert pretrain(shards, out, recipe=other, overrides=overrides).finished
+    assert load_config(out / "config.json", []) == config
