@@ -19,6 +19,9 @@ _THIRD: Overrides = (("masking.image_predicted", 0.33), ("masking.text_predicted
 _MUON: Overrides = (("optim.name", "muon"),)
 _WSD: Overrides = (("optim.schedule", "wsd"),)
 _ONE: Overrides = (("model.dec_depth", 1),)
+_GROWING: Overrides = (
+    ("train.image_sizes", ((0.75, 0.7),)),
+)  # sizes relative to the model's, rounded to whole patches
 ARMS: dict[str, Overrides] = {
     BASELINE: (),
     USUAL: (),
@@ -37,7 +40,9 @@ ARMS: dict[str, Overrides] = {
     "8 blocks": (("model.dec_depth", 8),),
     "a third": _THIRD,
     "wsd": _WSD,
+    "growing images": _GROWING,
     "all": (*_CROSS, *_THIRD, *_MUON, *_WSD),
+    "all, growing images": (*_CROSS, *_THIRD, *_MUON, *_WSD, *_GROWING),
 }
 PIXELS, RANDOM_WEIGHTS = "raw pixels", "random weights"  # references without training, which the baseline must exceed
 # numbers of seeds: for all arms at the shortest length, and for the baseline and the fast arm at all lengths

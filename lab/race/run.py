@@ -27,6 +27,7 @@ from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session, joined_program
+from m3ae_fast.training.dry_run import mean_flops
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.open_model import RANDOM, open_model
 
@@ -132,12 +133,20 @@ class Race:
         return run
 
     def _train(self, trial: Trial, run: Path) -> dict[str, float]:
-        """Train a run, and return its cost. CPU seconds are the CPU time of this process, without its loader
-        workers."""
-        config, started = parse(Config, self.config(trial), trial.name), time.process_time()
-        train.main(["--config", str(run.with_suffix(".json")), "--resume", "auto"])
-        seconds, steps = time.process_time() - started, config.train.steps
-        if not any(checkpoint.step_of(each) == steps for each in checkpoint.saved_steps(run)):
+        """Train a run, and return its cost. CPU seconds are the CPU time of this process, without its loader workers,
+        including that of earlier calls whose checkpoint the run resumes from."""
+        config, clock = parse(Config, self.config(trial), trial.name), self.out / f"{trial.name}.seconds"
+        steps, seconds = config.train.steps, float(clock.read_text()) if clock.exists() else 0.0
+
+        def complete() -> bool:
+            return any(checkpoint.step_of(each) == steps for each in checkpoint.saved_steps(run))
+
+        if not complete():
+            started = time.process_time()
+            train.main(["--config", str(run.with_suffix(".json")), "--resume", "auto"])
+            seconds += time.process_time() - started
+            write_text_atomically(clock, f"{seconds:.3f}\n")
+        if not complete():
             raise Stopped
         waited = fmean(line["data_wait"] for line in read_metrics(run) if "data_wait" in line)
         samples = steps * config.train.global_batch
@@ -159,6 +168,9 @@ class Race:
         for setting, value in trial.overrides if trial.trained else ():
             if setting == "model.dec_emb_dim":
                 value = round(value * config["model"]["dec_emb_dim"])
+            if setting == "train.image_sizes":
+                size, patch = (config["model"][name] for name in ("image_size", "patch_size"))
+                value = [[until, round(relative * size / patch) * patch] for until, relative in value]
             apply_override(config, f"{setting}={json.dumps(value)}")
         batch = config["train"]["global_batch"]
         config["train"]["steps"] = max(trial.steps * BATCH // batch, 1)
@@ -201,10 +213,11 @@ def trial_of(row: dict[str, Any]) -> Trial:
 
 
 def flops(config: Config) -> float:
-    """Return the FLOPs of a run, forward and backward, including Newton-Schulz iterations."""
+    """Return the FLOPs of a run, forward and backward, including Newton-Schulz iterations, for captions of typical
+    length."""
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     batch, steps = typical_batch(config, model), config.train.steps or 0
-    training = executed_flops(config.model, batch) / len(batch.keys) * config.train.global_batch
+    sample = mean_flops(config, executed_flops(config.model, batch) / len(batch.keys))
     matrices = orthogonalisation_flops(model.hidden_matrices()) if config.optim.name == "muon" else 0
-    return steps * (training + matrices)
+    return steps * (sample * config.train.global_batch + matrices)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from lab.race.plan import (
 )
 from lab.race.run import SETTINGS, Race, flops, trial_of
 from lab.study import shards
+from lab.study.run import Stopped
 from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, parse
@@ -128,7 +129,31 @@ def test_all_arms_are_configs_of_one_data_stream(tmp_path, monkeypatch):
             assert cost == usual if arm in (BASELINE, USUAL, "wsd") else cost <= usual
         assert usual < muon < 1.5 * usual and (size[0] == "L" or costs[data, size, FAST] < 0.7 * usual)
     other = Trial("clothes", "S64", BASELINE, 300, 1, (("train.global_batch", 64),))
-    assert running.config(other)["train"] == running.config(trial)["train"] | {"global_batch": 64, "steps": 600}
+    assert running.config(other)["train"] == {
+        **running.config(replace(other, tuned=()))["train"],
+        "global_batch": 64,
+        "steps": 600,
+    }
+    sizes = {data: running.config(Trial(data, "S64", "growing images", 300, 1))["train"] for data in settings["data"]}
+    assert {data: own["image_sizes"] for data, own in sizes.items()} == {"clothes": [[0.75, 20]], "emoji": [[0.75, 16]]}
+    growing, full = costs["clothes", "S64", "growing images"], costs["clothes", "S64", BASELINE]
+    assert (20 / 28) ** 2 - 0.1 < (growing - 0.25 * full) / (0.75 * full) < (20 / 28) ** 2 + 0.02
+
+
+def test_the_cost_of_an_interrupted_run_includes_its_first_part(tmp_path, monkeypatch):
+    running = Race(tmp_path, tmp_path, json.loads(SETTINGS.read_text()))
+    trial, clock, steps = Trial("clothes", "S64", BASELINE, 2, 0), iter([10.0, 13.0, 20.0, 25.0]), []
+    monkeypatch.setattr(Race, "_samples", lambda self, shards: 55_000)
+    monkeypatch.setattr("lab.race.run.time.process_time", lambda: next(clock))
+    monkeypatch.setattr("lab.race.run.checkpoint.saved_steps", lambda run: steps)
+    monkeypatch.setattr("lab.race.run.checkpoint.step_of", lambda step: step)
+    monkeypatch.setattr("lab.race.run.read_metrics", lambda run: [{"data_wait": 0.25}])
+    monkeypatch.setattr(train, "main", lambda arguments: steps.append(1 if not steps else 2))
+    with pytest.raises(Stopped):
+        running._train(trial, tmp_path / "run")
+    cost = running._train(trial, tmp_path / "run")
+    assert (cost["whole_seconds"], cost["seconds"]) == (3 + 5, 0.75 * (3 + 5))
+    assert running._train(trial, tmp_path / "run") == cost  # complete: it is not trained again
 
 
 def test_both_sides_are_tuned_with_the_same_number_of_runs():

@@ -67,10 +67,11 @@ def _obstacle(overrides: Sequence[str]) -> str:
     it can."""
     if continues(overrides):
         return "the run starts from given weights"
-    names = [override.partition("=")[0] for override in FAST_SETTINGS]
-    own = [override for override in overrides if override.partition("=")[0] in names]
-    if own:
-        return f"--set {own[0]} sets one of its settings"
+    fixed = [override.partition("=")[0] for override in FAST_SETTINGS]
+    for override in overrides:
+        name = override.partition("=")[0]
+        if any(setting == name or setting.startswith(f"{name}.") for setting in fixed):
+            return f"--set {override} sets one of its settings"
     try:
         assumed_config([*FAST_SETTINGS, *overrides])
     except UserError as error:

@@ -115,7 +115,7 @@ class _Needs:
         self.share = split_batch(config.train, self.world)
         samples = len(self.batch.keys)
         self.flops = executed_flops(config.model, self.batch) / samples  # per sample with an image of full size
-        self.mean_flops = _mean_flops(config, self.flops)  # per sample, over the run
+        self.mean_flops = mean_flops(config, self.flops)  # per sample, over the run
         peaks = data_sheet("H100")
         assert peaks is not None
         self.peaks = peaks
@@ -228,7 +228,7 @@ def network_bytes(
     return round((gradients + 2 * weights) * accumulation)
 
 
-def _mean_flops(config: Config, full: float) -> float:
+def mean_flops(config: Config, full: float) -> float:
     """Return the mean FLOPs of a sample over the run, taking the smaller images of train.image_sizes into account.
     `full`: FLOPs of a sample with an image of the model's size."""
     mean, before = full, 0.0
