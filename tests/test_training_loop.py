@@ -30,6 +30,7 @@ from m3ae_fast.data.loader import collate
 from m3ae_fast.engine import feed as feed_module
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.feed import StepInput
+from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.engine.validation_losses import evaluate
@@ -42,7 +43,7 @@ from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training import throughput
 from m3ae_fast.training.loss_watch import LAG, WINDOW, LossWatch, Spikes
 from m3ae_fast.training.run import pre_train, preparation_of
-from m3ae_fast.training.throughput import SampleCounts, StepCounts, Throughput
+from m3ae_fast.training.throughput import SampleCounts, StepCounts, Throughput, newton_schulz_flops
 from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.training.user_warnings import MemoryGrowth, run_warnings
 from tests.helpers.checkpoints import save
@@ -568,11 +569,40 @@ def test_throughput_is_measured_since_the_previous_log_line(monkeypatch):
     assert meter.rates()["samples_per_s"] == 10
 
 
-def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch, tmp_path, mixed):
-    """The rank is one of two. The other rank is not required."""
+@pytest.mark.parametrize(
+    ("model", "masking"),
+    [({"dec_attention": "cross"}, {}), ({}, {"image_predicted": 0.5}), ({}, {"text_predicted": 0.5})],
+)
+def test_mfu_is_not_logged_if_the_run_does_not_compute_what_the_official_code_computes(model, masking):
+    meter = Throughput(SMALL.model_copy(update=model), MaskingConfig(**masking), peak_flops=1e9)
+    assert "mfu" not in meter.rates()
+
+
+def test_utilisation_includes_newton_schulz_iterations(monkeypatch):
+    """With data parallelism, each rank orthogonalises all matrices; from ZeRO stage 1 on, its part of them."""
+    given = {"train": TINY["train"] | {"global_batch": 8}}
+    muon = given | {"optim": TINY["optim"] | {"name": "muon"}}
+    sections = (given, muon, muon | {"deepspeed": {"zero_optimization": {"stage": 1}}})
+    configs = [parse(Config, TINY | {"deepspeed": None} | section, "test") for section in sections]
+    model = M3AE(configs[0].model)
+    whole = orthogonalisation_flops(model.hidden_matrices())
+    assert [newton_schulz_flops(config, model, 4) for config in configs] == [0, whole, whole / 4]
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    meter = Throughput(SMALL, MaskingConfig(), peak_flops=1e9, update_flops=3e9)
+    for steps in (2, 1):  # between two log lines
+        for _ in range(steps):
+            meter.add(StepCounts(*[0] * 7, flops=1e9), waited=0)
+        clock[0] += 2
+        assert meter.rates()["utilisation"] == 2 * steps
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch, tmp_path, mixed, name):
+    """The rank is one of two, each of which orthogonalises all matrices. The other rank is not required."""
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
-    config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13})
+    config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13}, optim={"name": name})
     with joined_program() as session:
         meters = [
             run_module.set_up(
@@ -588,7 +618,8 @@ def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch
         meter.add(StepCounts(*[0] * 7, flops=8e9), waited=0)
         clock[0] += 2
         spent.append(meter.rates()["utilisation"])
-    assert spent == [4, 2]
+    updates = orthogonalisation_flops(M3AE(config.model).hidden_matrices()) if name == "muon" else 0
+    assert spent == pytest.approx([4 + updates / 2e9, 2 + updates / 2e9], rel=1e-6)
 
 
 class RankWithPartner(OneOfTwo):

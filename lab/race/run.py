@@ -23,12 +23,12 @@ from m3ae_fast.config import Config, parse
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.engine.memory_estimate import typical_batch
-from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.dry_run import mean_flops
 from m3ae_fast.training.metrics_log import read_metrics
+from m3ae_fast.training.throughput import newton_schulz_flops
 from m3ae_fast.weights.open_model import RANDOM, open_model
 
 SETTINGS = Path(__file__).with_name("settings.json")
@@ -219,5 +219,4 @@ def flops(config: Config) -> float:
         model = M3AE(config.model, config.loss)
     batch, steps = typical_batch(config, model), config.train.steps or 0
     sample = mean_flops(config, executed_flops(config.model, batch) / len(batch.keys))
-    matrices = orthogonalisation_flops(model.hidden_matrices()) if config.optim.name == "muon" else 0
-    return steps * (sample * config.train.global_batch + matrices)
+    return steps * (sample * config.train.global_batch + newton_schulz_flops(config, model, world=1))

@@ -28,12 +28,12 @@ from m3ae_fast.engine.memory_estimate import (
     typical_batch,
     zero_bytes,
 )
-from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
+from m3ae_fast.training.throughput import newton_schulz_flops
 from m3ae_fast.training.throughput_estimate import FIRST_BATCH, measure
 
 UTILISATION = 0.45  # assumed fraction of an H100's bf16 peak; good trainers reach it for models of this size
@@ -248,8 +248,7 @@ def _step(config: Config, model: M3AE, world: int, rate: float, peaks: Peaks) ->
     seconds = samples / rate
     if config.optim.name == "adamw":
         return f"{1e3 * seconds:.3g} ms for {samples:,.0f} samples per GPU"
-    stage = 0 if config.zero is None else config.zero.stage
-    flops = orthogonalisation_flops(model.hidden_matrices()) / (world if stage else 1)
+    flops = newton_schulz_flops(config, model, world)
     precision, peak = ("bf16", peaks.flops) if in_bf16(config) else ("float32", FP32)
     orthogonalising = flops / (UTILISATION * peak)
     return (

@@ -49,7 +49,7 @@ from m3ae_fast.training.loss_watch import Spikes
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.rollback import train_with_rollbacks
 from m3ae_fast.training.run_lock import RunFolder
-from m3ae_fast.training.throughput import Throughput
+from m3ae_fast.training.throughput import Throughput, newton_schulz_flops
 from m3ae_fast.training.time_limit import TimeLimit
 from m3ae_fast.training.trainer import Trainer, batch_of
 from m3ae_fast.training.user_warnings import run_warnings
@@ -130,6 +130,7 @@ def set_up(
         probe=probe,
     )
     peak = ranks.world * peak_flops(ranks.device, dtype_of(cfg.precision))
+    updates = ranks.world * newton_schulz_flops(config, model, ranks.world)
     return Trainer(
         task=task,
         session=session,
@@ -141,7 +142,7 @@ def set_up(
         schedule=stream.schedule,
         engine=engine,
         train_loader=loader,
-        throughput=Throughput(config.model, config.masking, peak, one_size=not cfg.image_sizes),
+        throughput=Throughput(config.model, config.masking, peak, not cfg.image_sizes, updates),
         bad=BadSamples(config.data.max_bad_fraction, stream.data.train.samples),
         stream=stream.fingerprint,
         start=found.step,

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from m3ae_fast.batch.packed import LossCounts, PackedBatch
-from m3ae_fast.config import MaskingConfig, ModelConfig
+from m3ae_fast.config import Config, MaskingConfig, ModelConfig
+from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.model.flops import executed_flops, reference_flops
+from m3ae_fast.model.m3ae import M3AE
 
 
 class Rates(Protocol):
@@ -99,32 +101,52 @@ def _tokens(batch: PackedBatch) -> int:
     return visible + int((batch.mask_ids >= 0).sum())
 
 
+def newton_schulz_flops(config: Config, model: M3AE, world: int) -> float:
+    """Return the FLOPs per rank of the Newton-Schulz iterations in a step; 0 if the optimiser is not Muon. From ZeRO
+    stage 1 on, each of the `world` ranks orthogonalises only its part of the matrices."""
+    if config.optim.name != "muon":
+        return 0.0
+    sharded = config.zero is not None and config.zero.stage > 0
+    return orthogonalisation_flops(model.hidden_matrices()) / (world if sharded else 1)
+
+
 class Throughput:
     """Measurement of throughput and utilisation between two log lines."""
 
-    def __init__(self, config: ModelConfig, masking: MaskingConfig, peak_flops: float, one_size: bool = True) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        masking: MaskingConfig,
+        peak_flops: float,
+        one_size: bool = True,
+        update_flops: float = 0.0,
+    ) -> None:
         """Start counting. `peak_flops`: FLOP/s of all ranks together; `one_size`: whether all images have the same size
-        throughout the run."""
-        self._peak = peak_flops
-        self._has_reference = config.resize == "square" and one_size
+        throughout the run; `update_flops`: FLOPs of the optimiser in a step, on all ranks together."""
+        self._peak, self._update_flops = peak_flops, update_flops
+        all_predicted = masking.image_predicted == masking.text_predicted == 1
+        # the FLOPs of the official code are meaningful only for runs that compute what it computes
+        self._is_official = config.resize == "square" and one_size and config.dec_attention == "self" and all_predicted
         self._paired = reference_flops(config, masking)
         self._image, self._text = (reference_flops(config, masking, **{n: False}) for n in ("text", "image"))
         self._start()
 
     def _start(self) -> None:
         self._since = time.perf_counter()
-        self._waited = 0.0
+        self._waited, self._steps = 0.0, 0
         self._counts = StepCounts(*[0] * len(StepCounts._fields))
 
     def add(self, counts: StepCounts, waited: float) -> None:
         """Add the counts of a step over all ranks, and the seconds that this rank waited for its data."""
         self._counts = StepCounts(*(a + b for a, b in zip(self._counts, counts)))
+        self._steps += 1
         self._waited += waited
 
     def rates(self) -> dict[str, float]:
-        """Return the rates since the last call: those of `Rates`, `tokens_per_s`, `utilisation` and, if all images are
-        square and of one size, `mfu`. `utilisation` is the executed FLOP/s divided by the peak FLOP/s; `mfu` is
-        computed with the FLOPs of the official code instead."""
+        """Return the rates since the last call: those of `Rates`, `tokens_per_s`, `utilisation` and, if the run
+        computes what the official code computes (square images of one size, a decoder with self-attention, all masked
+        tokens predicted), `mfu`. `utilisation` is the executed FLOP/s, including those of the optimiser, divided by the
+        peak FLOP/s; `mfu` is computed with the FLOPs of the official code instead."""
         seconds, n = time.perf_counter() - self._since, self._counts
         paired = n.images + n.captions - n.samples
         reference = paired * self._paired + (n.samples - n.captions) * self._image + (n.samples - n.images) * self._text
@@ -132,8 +154,9 @@ class Throughput:
             "samples_per_s": n.samples / seconds,
             "tokens_per_s": n.tokens / seconds,
             # computed with the FLOPs of the official code
-            **({"mfu": reference / seconds / self._peak} if self._has_reference else {}),
-            "utilisation": n.flops / seconds / self._peak,  # computed with the executed FLOPs
+            **({"mfu": reference / seconds / self._peak} if self._is_official else {}),
+            # computed with the executed FLOPs
+            "utilisation": (n.flops + self._steps * self._update_flops) / seconds / self._peak,
             "data_wait": self._waited / seconds,
         }
         self._start()
