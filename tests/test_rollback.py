@@ -40,7 +40,7 @@ def test_steps_use_the_batches_that_are_not_skipped():
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Return a function that trains a run in which the losses of the samples `bad` are `loss`, and returns the keys of
-    each step's samples."""
+    each step's samples. Its attribute `sides` contains the size of each step's images."""
     source = [{"shards": write_tar(tmp_path / "p.tar", members(range((STEPS + 3) * BATCH)))}]
     build = run_module.build_engine
 
@@ -50,7 +50,7 @@ def train(tmp_path, monkeypatch):
         data["data"] |= {"train": source, "val": [], "workers": 0, "cache_dir": str(tmp_path / "cache")}
         data["train"] |= {"global_batch": BATCH, "micro_batch": BATCH, "steps": STEPS, "save_every": 2, "keep": 9}
         data["train"] |= changes
-        taken = []
+        taken, perform.sides = [], []
 
         class Spoilt:
             def __init__(self, *args):
@@ -62,6 +62,7 @@ def train(tmp_path, monkeypatch):
             def step(self, batches, counts, lr):
                 keys = [key.rpartition("/")[2] for batch in batches for key in batch.keys]
                 taken.append(keys)
+                perform.sides.append(batches[0].images.shape[-1])
                 losses, norm = self.engine.step(batches, counts, lr)
                 if {*bad} & {*keys}:
                     losses[-1] = losses[-1]._replace(loss=torch.tensor(loss))
@@ -182,6 +183,20 @@ def test_a_run_rolls_back_after_loss_spikes_up_to_the_maximum_number_of_rollback
         shutil.rmtree(path)
     train("run", bad, "auto", loss=1e6, **settings)
     assert losses(tmp_path / "run") == found and checkpoint.read_info(late[-1]).left_out == [4]
+
+
+@pytest.mark.slow
+def test_the_image_size_changes_at_the_planned_step_after_a_rollback(train, tmp_path):
+    """The batch that is left out is before the change of the size. The run is also resumed between the two."""
+    bad, settings = whole_keys(train)[2][:1], {"rollbacks": 1, "image_sizes": [[0.5, 8]]}
+    train("run", bad, **settings)
+    found, planned = losses(tmp_path / "run"), [8] * 4 + [32] * 4
+    assert train.sides[-STEPS:] == planned
+    for path in checkpoint.saved_steps(tmp_path / "run"):
+        if checkpoint.step_of(path) > 2:
+            shutil.rmtree(path)
+    train("run", bad, "auto", **settings)
+    assert train.sides == planned[2:] and losses(tmp_path / "run") == found
 
 
 def main(argv):

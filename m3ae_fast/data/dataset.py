@@ -57,7 +57,8 @@ class Preparation:
     stored_codebook: int | None = None  # size of the codebook, if the shards contain the images' token ids
     # the loader counts the FLOPs of this model for each batch; None: they are not counted
     counted_for: ModelConfig | None = None
-    # pairs (step, size): before this step, images have this size, which is smaller than the size in `geometry`
+    # pairs (batch, size): before this batch of the training stream, images have this size, which is smaller than the
+    # size in `geometry`
     smaller: tuple[tuple[int, int], ...] = ()
 
 
@@ -196,11 +197,11 @@ class Samples(Dataset[Sample | Skipped]):
                 sample.image_ids = ids
 
     def _step(self, position: int) -> int:
-        """Return the number of the step that a position belongs to."""
+        """Return the number of the step that a position belongs to, if the run leaves out no batch."""
         return position // self.positions_per_mask
 
     def _geometry(self, position: int) -> Geometry:
-        """Return the geometry of the step that a position belongs to. The first steps may use smaller images."""
+        """Return the geometry of the batch that a position belongs to. The first batches may use smaller images."""
         if self.augment is not None:
             for end, geometry in self._smaller:
                 if position < end * self.positions_per_mask:

@@ -113,12 +113,12 @@ def set_up(
     stream = _open_stream(config, session, found)
     notes = stream.notes + found.notes(config, stream.fingerprint, resume, with_changes)
     model, fixed, started = _build_model(config, found, ranks)
-    preparation = preparation_of(config, model, stream.data, stream.schedule)
+    if left_out is None:
+        left_out = tuple(found.info.left_out) if found.info else ()
+    preparation = preparation_of(config, model, stream.data, stream.schedule, left_out)
     engine = build_engine(model, config, ranks)
     found.load(engine)
     add_targets = _targets_on_device(config, stream.data, ranks.device)
-    if left_out is None:
-        left_out = tuple(found.info.left_out) if found.info else ()
     held_out, loader = _loaders(config, stream, preparation, found.step, session, left_out)
     probe = make_probe(config, ranks)
     task = PretrainingTask(
@@ -293,10 +293,12 @@ def _open(config: Config, progress: bool) -> Data:
     return data if config.model.resize == "square" else replace(data, train=measured(data.train, progress=progress))
 
 
-def preparation_of(config: Config, model: M3AE, data: Data, schedule: Schedule) -> Preparation:
+def preparation_of(
+    config: Config, model: M3AE, data: Data, schedule: Schedule, left_out: tuple[int, ...] = ()
+) -> Preparation:
     """Return the settings by which the loader converts samples to batches: the geometry of the images, the masking, the
-    tokenizers and the seed. If the images grow during the run, `schedule` determines at which steps their size changes.
-    """
+    tokenizers and the seed. If the images grow during the run, `schedule` determines at which steps their size changes,
+    and `left_out`, the batches of the stream that the run leaves out, determines which batches these steps use."""
     tokens, vqgan, total = config.data.image_tokens, data.image_tokenizer, schedule.total_steps
     return Preparation(
         model.geometry,
@@ -306,5 +308,7 @@ def preparation_of(config: Config, model: M3AE, data: Data, schedule: Schedule) 
         image_tokenizer=vqgan if tokens == "workers" else None,
         stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
         counted_for=config.model,
-        smaller=tuple((round(fraction * total), size) for fraction, size in config.train.image_sizes),
+        smaller=tuple(
+            (batch_of(round(fraction * total), left_out), size) for fraction, size in config.train.image_sizes
+        ),
     )
