@@ -58,7 +58,7 @@ from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.train import main as start
 from m3ae_fast.training import throughput_estimate
 from m3ae_fast.training.run_state import status
-from m3ae_fast.training.throughput_estimate import ThroughputEstimate
+from m3ae_fast.training.throughput_estimate import StepTime, ThroughputEstimate
 from tests.helpers.checkpoints import save
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import environment
@@ -679,12 +679,12 @@ def test_images_are_not_enlarged_and_have_at_least_eight_patches_per_side_if_pos
 
 def test_steps_and_batch_size_fit_the_data_and_the_time():
     assert [batch_of(samples) for samples in (12, 54, 450, 1536, 50_000, 10**6)] == [2, 8, 64, 64, 1024, 1024]
-    assert steps_in(100, pace=0.01, batch=10, samples=10**6) == 1000
-    assert steps_in(10**9, pace=0.01, batch=10, samples=100) == automatic_settings.LONGEST * 10
-    assert automatic_settings.fitted_batch(100, pace=0.001, samples=50_000) == 64
-    assert automatic_settings.reaches(100, pace=0.001, samples=5000) and not automatic_settings.reaches(
-        99, pace=0.001, samples=5000
-    )
+    assert steps_in(100, step=0.1, batch=10, samples=10**6) == 1000
+    assert steps_in(10**9, step=0.1, batch=10, samples=100) == automatic_settings.LONGEST * 10
+    assert automatic_settings.fitted_batch(100, lambda batch: 0.001 * batch, samples=50_000) == 64
+    assert automatic_settings.fitted_batch(1000, lambda batch: 0.5 + 0.001 * batch, samples=50_000) == 256
+    assert automatic_settings.reaches(100_000, samples=5000) and not automatic_settings.reaches(99_999, samples=5000)
+    assert automatic_settings.reaches(20_000, samples=9) and not automatic_settings.reaches(19_999, samples=9)
 
 
 @given(samples=st.integers(1, 10**7), pace=st.floats(1e-5, 10), seconds=st.floats(1, 1e6))
@@ -701,11 +701,11 @@ def test_batch_size_and_steps_are_the_largest_within_their_bounds(samples, pace,
 
     batch = batch_of(samples)
     assert batch.bit_count() == 1 and fits(batch) and not fits(2 * batch)
-    fitted = automatic_settings.fitted_batch(seconds, pace, samples)
+    fitted = automatic_settings.fitted_batch(seconds, lambda batch: pace * batch, samples)
     halves = [batch >> i for i in range(11) if batch >> i >= min(64, batch)]
     enough = [each for each in halves if seconds / (pace * each) >= 1000]
     assert fitted == max(enough, default=halves[-1])
-    steps, most = steps_in(seconds, pace, fitted, samples), 800 * max(samples // fitted, 1)
+    steps, most = steps_in(seconds, pace * fitted, fitted, samples), 800 * max(samples // fitted, 1)
     assert 2 <= steps <= most
     assert steps == 2 or steps * fitted * pace <= seconds * (1 + 1e-9)
     assert steps == most or (steps + 1) * fitted * pace > seconds * (1 - 1e-9)
@@ -821,25 +821,58 @@ def test_throughput_is_measured_with_the_largest_batch_of_which_six_steps_fit_th
 
 
 def test_the_time_of_a_step_begins_at_the_end_of_the_previous_step(monkeypatch):
-    clock = iter((100.0, 101.5, 104.0))
+    clock = iter((100.0, 101.0, 101.4, 101.5, 103.0, 103.8, 104.0))
     monkeypatch.setattr(throughput_estimate, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    taken = []
-    trainer = SimpleNamespace(inputs=lambda: [("inputs", "counts")] * 2)
-    trainer.take_step = lambda *what: taken.append(what) or (None, torch.tensor(1.0))
+    taken, ranks = [], SimpleNamespace(device=torch.device("cpu"))
+    engine = SimpleNamespace(before_update=lambda: taken.append("update"))
+    trainer = SimpleNamespace(inputs=lambda: [("inputs", "counts")] * 2, engine=engine, ranks=ranks)
+
+    def take_step(*what):
+        taken.append(what)
+        engine.before_update()
+        return None, torch.tensor(1.0)
+
+    trainer.take_step = take_step
     times = throughput_estimate.step_times(trainer)
-    assert [next(times), next(times)] == [1.5, 2.5] and taken == [("inputs", "counts")] * 2
+    assert [*next(times), *next(times)] == pytest.approx([1.5, 0.4, 2.5, 0.8])
+    assert taken == [("inputs", "counts"), "update"] * 2
     with pytest.raises(Stopped):  # a rank is asked to stop
         next(times)
 
 
-def paced(monkeypatch, times, ahead=0, seconds=60.0):
+def test_the_updates_of_a_gpu_are_measured_with_events(monkeypatch):
+    """The update of a step is complete when the gradients of the next step have been computed."""
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.ms = 100.0 * len(recorded) ** 2
+            recorded.append(self)
+
+        def elapsed_time(self, other):
+            assert recorded.index(other) + 2 < len(recorded)  # otherwise, torch raises an error
+            return other.ms - self.ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    engine = SimpleNamespace(before_update=lambda: None)
+    ranks = SimpleNamespace(device=torch.device("cuda"))
+    trainer = SimpleNamespace(inputs=lambda: [("inputs", "counts")] * 3, engine=engine, ranks=ranks)
+    trainer.take_step = lambda *_: engine.before_update() or (None, torch.tensor(1.0))
+    times = throughput_estimate.step_times(trainer)
+    assert [next(times).update for _ in range(3)] == pytest.approx([0.0, 0.1, 0.5])
+
+
+def paced(monkeypatch, times, ahead=0, seconds=60.0, update=0.0):
     """Return the pace that is measured in a run with these step times and batches of 4 samples."""
     clock = [0.0]
 
     def steps(run):
         for each in times:
             clock[0] += each
-            yield each
+            yield StepTime(each, update)
 
     monkeypatch.setattr(throughput_estimate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(throughput_estimate, "set_up", lambda *_: None)
@@ -874,12 +907,86 @@ def test_throughput_is_measured_until_it_is_stable(monkeypatch):
     assert found.error > 0.1 and found.steps < 200
     too_few = paced(monkeypatch, [5.0] * 10, seconds=1.0)  # too few steps for a standard error
     assert too_few == ThroughputEstimate(5 / 4, 4, 1)
+    updated = paced(monkeypatch, [5.0] * 10, seconds=1.0, update=4.0)
+    assert updated == ThroughputEstimate(1 / 4, 4, 1, update=4.0) and updated.step(100) == 29.0
+
+
+def simulated(monkeypatch, update, sample):
+    """Replace the clock and the engine of throughput measurements. `update`: seconds per update; `sample`: function
+    that returns the seconds per sample for the width of a model. The batches measured are added to the list that is
+    returned."""
+    clock, measured = [0.0], []
+
+    def set_up(config, *_):
+        batch, per_sample = config.train.global_batch, sample(config.model.emb_dim)
+        measured.append(batch)
+        engine = SimpleNamespace(before_update=lambda: None)
+
+        def take_step(inputs, counts):
+            clock[0] += batch * per_sample
+            engine.before_update()
+            clock[0] += update
+            return None, torch.tensor(1.0)
+
+        ranks = SimpleNamespace(device=torch.device("cpu"))
+        steps = itertools.repeat(("inputs", "counts"))
+        return SimpleNamespace(engine=engine, ranks=ranks, inputs=lambda: steps, take_step=take_step)
+
+    now = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: 0.0)
+    monkeypatch.setattr(throughput_estimate, "time", now)
+    monkeypatch.setattr(size_and_length, "time", now)
+    monkeypatch.setattr(throughput_estimate, "set_up", set_up)
+    monkeypatch.setattr(throughput_estimate, "batches_ahead", lambda run: 0)
+    monkeypatch.setattr(throughput_estimate, "gc", SimpleNamespace(collect=lambda: None))
+    monkeypatch.setattr(size_and_length, "missing_memory", lambda *_: "")
+    return measured
+
+
+def one_rank():
+    """Return a session of one rank that runs on the CPU and prints nothing."""
+    ranks = SimpleNamespace(world=1, is_main=False, from_main=lambda value: value, device=torch.device("cpu"))
+    return SimpleNamespace(ranks=ranks)
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(5.0, [8]), (30.0, [8, 23])])
+def test_the_time_of_an_update_is_not_scaled_with_the_batch_size(monkeypatch, limit, batches):
+    """Muon takes 2.8 s per update of "small" on a core, and 0.094 s per sample for everything else."""
+    measured = simulated(monkeypatch, 2.8, lambda width: 0.094)
+    config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 4096, "steps": 9}}, "test")
+    pace = throughput_estimate.measure(config, one_rank(), limit)
+    assert measured == batches
+    assert (pace.sample, pace.update, pace.step(4096)) == pytest.approx((0.094, 2.8, 2.8 + 4096 * 0.094))
+    assert f"9 steps of {2.8 + 4096 * 0.094:.3g} s" in pace.sentence(
+        config, Schedule(config.train, config.optim, 10**6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("update", "samples", "size", "batch"),
+    [
+        (0.0, 20_000, 384, 512),
+        (2.8, 20_000, 384, 512),
+        (2.8, 100_000, 192, 1024),
+        (60.0, 20_000, 192, 512),
+        (100.0, 20_000, 128, 128),
+    ],
+)
+def test_size_batch_and_length_take_the_time_of_an_update_into_account(monkeypatch, update, samples, size, batch):
+    """All sizes but the smallest need 20 epochs in 30 hours. The batch is halved until there are 1,000 steps."""
+    simulated(monkeypatch, update, lambda width: 0.094 * width / 384)
+    statistics, shards = small(samples=samples), Shards(["a.tar"], ["b.tar"], [])
+    found = size_and_length.choose(statistics, shards, Path("r"), 30.0, "cls", [], one_rank(), 0.0)
+    train, step = found.config.train, update + batch * 0.094 * size / 384
+    assert (found.config.model.emb_dim, train.global_batch) == (size, batch)
+    assert 0.9 * 30 * 3600 < train.steps * step < 30 * 3600
+    assert f"at {batch / step:,.{0 if batch / step >= 10 else 2}f} samples/s" in found.lines[3]
 
 
 def test_throughput_is_printed_with_its_standard_error():
-    assert ThroughputEstimate(1 / 97, 8, 24, 0.06).rate() == "97 ± 6 samples/s, measured over 24 steps"
-    assert ThroughputEstimate(1 / 5.23, 8, 24, 0.02).rate() == "5.23 ± 0.10 samples/s, measured over 24 steps"
-    assert ThroughputEstimate(1 / 5.23, 8, 1).rate() == "5.23 samples/s, measured over 1 steps"
+    assert ThroughputEstimate(1 / 97, 8, 24, 0.06).rate(64) == "97 ± 6 samples/s, measured over 24 steps"
+    assert ThroughputEstimate(1 / 5.23, 8, 24, 0.02).rate(64) == "5.23 ± 0.10 samples/s, measured over 24 steps"
+    assert ThroughputEstimate(1 / 5.23, 8, 1).rate(64) == "5.23 samples/s, measured over 1 steps"
+    assert ThroughputEstimate(0.01, 8, 1, update=0.5).rate(50) == "50 samples/s, measured over 1 steps"
 
 
 @pytest.mark.parametrize(("every", "val", "evaluations"), [(25, True, 5), (None, True, 2), (25, False, 0)])
@@ -890,6 +997,8 @@ def test_the_estimated_time_of_a_run_includes_steps_and_evaluations(every, val, 
     config = parse(Config, TINY | {"data": data, "train": train}, "test")
     schedule = Schedule(config.train, config.optim, 50)
     assert ThroughputEstimate(0.5, 10, 4).seconds(config, schedule) == 0.5 * (1000 + evaluations * 6 * 2 / 3)
+    updated = ThroughputEstimate(0.5, 10, 4, update=3.0).seconds(config, schedule)
+    assert updated == 300 + 0.5 * (1000 + evaluations * 6 * 2 / 3)  # an evaluation has no updates
     assert "of 8 samples, scaled to the full batch" in ThroughputEstimate(0.5, 8, 4).sentence(config, schedule)
     assert "100 steps of 5 s, measured over 4 steps" in (
         text := ThroughputEstimate(0.5, 10, 4).sentence(config, schedule)

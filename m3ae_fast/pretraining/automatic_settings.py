@@ -186,25 +186,25 @@ def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
     return float(f"{rate * 256 / batch:.3g}")
 
 
-def steps_in(seconds: float, pace: float, batch: int, samples: int) -> int:
+def steps_in(seconds: float, step: float, batch: int, samples: int) -> int:
     """Return the number of steps that fit into `seconds`, but at most the steps of LONGEST epochs, and at least 2.
-    `pace`: seconds per sample; `batch`: samples per step; `samples`: training samples."""
+    `step`: seconds per step; `batch`: samples per step; `samples`: training samples."""
     longest = LONGEST * max(samples // batch, 1)
-    return max(min(int(seconds / (pace * batch)), longest), 2)
+    return max(min(int(seconds / step), longest), 2)
 
 
-def fitted_batch(seconds: float, pace: float, samples: int) -> int:
+def fitted_batch(seconds: float, step: Callable[[int], float], samples: int) -> int:
     """Return the number of samples per step: the result of `batch_of`, or a smaller number if there would be too few
-    steps. `pace`: seconds per sample."""
+    steps. `step`: function that returns the seconds of a step with a given number of samples."""
     batch = batch_of(samples)
-    while batch > SMALLEST_BATCH and seconds / (pace * batch) < FEWEST_STEPS:
+    while batch > SMALLEST_BATCH and seconds / step(batch) < FEWEST_STEPS:
         batch //= 2
     return batch
 
 
-def reaches(seconds: float, pace: float, samples: int) -> bool:
-    """Return whether a model can be trained on enough samples in `seconds`. `pace`: seconds per sample."""
-    return seconds / pace >= max(EPOCHS * samples, SEEN)
+def reaches(seen: float, samples: int) -> bool:
+    """Return whether `seen` samples, counted in every epoch, are enough for a model that is not the smallest."""
+    return seen >= max(EPOCHS * samples, SEEN)
 
 
 def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> Config:

@@ -101,7 +101,8 @@ class Budget:
 
     def _features(self, pace: ThroughputEstimate) -> float:
         """Return the estimated seconds to compute the features of all samples. A forward pass over all patches takes
-        about as long as a training step, in which only the visible patches are encoded."""
+        about as long as the forward and backward pass of a training step, in which only the visible patches are
+        encoded."""
         return _START + (self.statistics.samples + self.statistics.held_out) * pace.sample
 
 
@@ -147,10 +148,8 @@ def choose(
         lambda size: config_of(size, automatic_settings.SMALLEST_BATCH, 1),
     )
 
-    usual_batch = automatic_settings.batch_of(statistics.samples)
-
-    def measured(size: ModelSize, batch: int = usual_batch) -> ThroughputEstimate:
-        config = config_of(size, batch, 1)
+    def measured(size: ModelSize) -> ThroughputEstimate:
+        config = config_of(size, automatic_settings.batch_of(statistics.samples), 1)
         resolved = config.model_copy(update={"train": resolve_precision(config.train, session.ranks.device)})
         return measure(resolved, session, min(_TRIAL * budget.seconds, _LONGEST_TRIAL))
 
@@ -158,19 +157,19 @@ def choose(
     continues = automatic_settings.continues(overrides)
     budget = Budget(statistics, probed, hours, began, _CONTINUED_MODELS if continues else _MODELS)
 
+    def fitted_batch(pace: ThroughputEstimate) -> int:
+        fitted = automatic_settings.fitted_batch(budget.steps_time(pace), pace.step, statistics.samples)
+        return automatic_settings.given(overrides, "train.global_batch") or fitted
+
     def lacking(size: ModelSize) -> str:
         smallest = automatic_settings.SMALLEST_BATCH
         return missing_memory(memory_needed(config_of(size, smallest, 1), 1, smallest), session.ranks.device)
 
-    size, pace, why = _largest_fitting(allowed, lacking, measured, budget)
+    size, pace, why = _largest_fitting(allowed, lacking, measured, fitted_batch, budget)
     if not why:
         why = "the size of the given weights" if continues else _why_not_larger(statistics)
-    fitted = automatic_settings.fitted_batch(budget.steps_time(pace), pace.sample, statistics.samples)
-    batch = automatic_settings.given(overrides, "train.global_batch") or fitted
-    if batch < pace.batch:  # the time for an update, which can be long with Muon, does not depend on the batch size
-        pace = measured(size, batch)
-    seconds, (evaluations, _) = budget.steps_time(pace), budget.evaluations(pace)
-    steps = automatic_settings.steps_in(seconds, pace.sample, batch, statistics.samples)
+    batch, seconds, (evaluations, _) = fitted_batch(pace), budget.steps_time(pace), budget.evaluations(pace)
+    steps = automatic_settings.steps_in(seconds, pace.step(batch), batch, statistics.samples)
     time_limit = round(budget.training(pace) / 3600, 5)
     config = config_of(size, batch, steps, time_limit, evaluations)
     return Plan(config, _lines(config, budget, size, why, pace), _warning(config, budget, pace))
@@ -180,6 +179,7 @@ def _largest_fitting(
     allowed: Sequence[ModelSize],
     lacking: Callable[[ModelSize], str],
     measured: Callable[[ModelSize], ThroughputEstimate],
+    fitted_batch: Callable[[ThroughputEstimate], int],
     budget: Budget,
 ) -> tuple[ModelSize, ThroughputEstimate, str]:
     """Return the largest model size that fits into memory and can be trained long enough in the available time, its
@@ -189,6 +189,7 @@ def _largest_fitting(
         allowed: sizes to choose from, smallest first. The first is chosen if no other fits.
         lacking: function that returns a description of the memory that is missing for a size; "" if it fits.
         measured: function that measures the pace of a size.
+        fitted_batch: function that returns the number of samples per step for a pace.
         budget: the division of the available time.
     """
     statistics = budget.statistics
@@ -197,9 +198,10 @@ def _largest_fitting(
         if missing := lacking(larger):
             return size, pace, f'"{larger.name}" does not fit into memory: {missing}'
         other = measured(larger)
-        seconds = budget.steps_time(other)
-        if not automatic_settings.reaches(seconds, other.sample, statistics.samples):
-            return size, pace, _too_slow(larger, seconds, other, statistics)
+        batch = fitted_batch(other)
+        seen = budget.steps_time(other) / other.step(batch) * batch
+        if not automatic_settings.reaches(seen, statistics.samples):
+            return size, pace, _too_slow(larger, seen, statistics)
         size, pace = larger, other
     return size, pace, ""
 
@@ -212,9 +214,9 @@ def _why_not_larger(statistics: DatasetStatistics) -> str:
     return f'"{above[0].name}" requires {above[0].samples:,.0f} samples or more'
 
 
-def _too_slow(size: ModelSize, seconds: float, pace: ThroughputEstimate, statistics: DatasetStatistics) -> str:
-    """Return the reason, as text for the user, why a model size is too slow for the available time."""
-    seen = seconds / pace.sample
+def _too_slow(size: ModelSize, seen: float, statistics: DatasetStatistics) -> str:
+    """Return the reason, as text for the user, why a model size is too slow for the available time. `seen`: number of
+    samples, counted in every epoch, on which it would be trained."""
     epochs = seen / statistics.samples
     return (
         f'"{size.name}" is too slow: in the available time, it would see {seen:,.0f} images '
@@ -243,7 +245,7 @@ def _length(config: Config, budget: Budget, pace: ThroughputEstimate) -> list[st
     steps = schedule.total_steps
     epochs = steps / schedule.steps_per_epoch
     capped = epochs == LONGEST
-    training = steps * batch * pace.sample + budget.ends(pace) + _between(config, schedule, budget, pace)
+    training = steps * pace.step(batch) + budget.ends(pace) + _between(config, schedule, budget, pace)
     after = budget.after(pace)
     end = datetime.now() + timedelta(seconds=training + after)
     adjusted = config.train.hours is not None and not capped
@@ -253,8 +255,8 @@ def _length(config: Config, budget: Budget, pace: ThroughputEstimate) -> list[st
         f"length: {steps:,} steps of {batch} samples, {epochs:,.{0 if epochs >= 10 else 1}f} epochs"
         + (f"; the maximum is {LONGEST} epochs" if capped else "")
         + ("; the number of steps is adjusted to the available time during training" if adjusted else ""),
-        f"time: {duration(training)} for training at {pace.rate()}, {duration(after)} for later stages; done at about "
-        f"{end:%a %H:%M}" + (f", later than {limit} allows" if over else f" ({limit})"),
+        f"time: {duration(training)} for training at {pace.rate(batch)}, {duration(after)} for later stages; done at "
+        f"about {end:%a %H:%M}" + (f", later than {limit} allows" if over else f" ({limit})"),
     ]
 
 
@@ -273,7 +275,8 @@ def _warning(config: Config, budget: Budget, pace: ThroughputEstimate) -> str:
     steps, enough = schedule.total_steps, max(automatic_settings.LEARNING_STEPS, schedule.steps_per_epoch)
     if config.train.hours is None or steps >= enough:
         return ""
-    needed = budget.spent() + enough * batch * pace.sample / (1 - _EVALUATING) + budget.ends(pace) + budget.after(pace)
+    steps_time = enough * pace.step(batch) / (1 - _EVALUATING)
+    needed = budget.spent() + steps_time + budget.ends(pace) + budget.after(pace)
     start = "the initial weights" if config.model.init_from else "random weights"
     return (
         f"{steps:,} steps, {steps / schedule.steps_per_epoch:.2g} epochs: the features will hardly differ from those "

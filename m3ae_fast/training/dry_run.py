@@ -199,9 +199,10 @@ def report_time(config: Config, session: Session) -> None:
         schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
         lines = [("time", pace.sentence(config, schedule))]
         if ranks.device.type == "cpu":
-            cores = 1 / pace.sample / DECODED_PER_CORE
-            lines.append(("loader", f"{cores:,.2g} cores, for {pace.rate()}"))
-            lines += fetching_lines(config, found.train, ranks.world, 1 / pace.sample / ranks.world)
+            batch = config.train.global_batch
+            rate = batch / pace.step(batch)
+            lines.append(("loader", f"{rate / DECODED_PER_CORE:,.2g} cores, for {pace.rate(batch)}"))
+            lines += fetching_lines(config, found.train, ranks.world, rate / ranks.world)
         for name, text in lines:
             print(f"{name:21} {text}", flush=True)
 

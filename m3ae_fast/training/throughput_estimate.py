@@ -11,12 +11,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch.utils.data import DataLoader
 
 from m3ae_fast.base.progress import duration, working
 from m3ae_fast.config import Config
+from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stoppable_loop import Stopped
@@ -33,22 +35,29 @@ _PARTS, _OF_PART = 4, 4  # number of parts, and minimum number of steps per part
 _CHECK_EVERY = 8  # number of steps between checks for stability; it grows with the number of steps
 # fraction of the given time that is always used, even if the rate is stable, because the load of the machine varies
 _LEAST = 1 / 4
-# time to evaluate a sample, as a fraction of a step's time per sample: two forward passes and no backward pass
+# time to evaluate a sample, as a fraction of a step's time per sample without the update: two forward passes and no
+# backward pass
 _EVALUATED = 2 / 3
 
 
 @dataclass(frozen=True)
 class ThroughputEstimate:
-    """The time per sample, measured over a few steps, from which the duration of a run is estimated."""
+    """The time per sample and the time per update, measured over a few steps, from which the duration of a run is
+    estimated."""
 
-    sample: float  # seconds per sample
+    sample: float  # seconds per sample, without the update
     batch: int  # samples per measured step
     steps: int  # number of measured steps
     error: float = math.inf  # standard error of `sample`, as a fraction of it; infinite if there were too few steps
+    update: float = 0.0  # seconds per update of the weights, which do not depend on the number of samples
 
-    def rate(self) -> str:
-        """Return the throughput, with its standard error if that is known."""
-        rate = 1 / self.sample
+    def step(self, batch: int) -> float:
+        """Return the seconds of a step with `batch` samples."""
+        return self.update + batch * self.sample
+
+    def rate(self, batch: int) -> str:
+        """Return the throughput with `batch` samples per step, with its standard error if that is known."""
+        rate = batch / self.step(batch)
         digits = 0 if rate >= 10 else 2
         error = f" ± {rate * self.error:,.{digits}f}" if math.isfinite(self.error) else ""
         return f"{rate:,.{digits}f}{error} samples/s, measured over {self.steps} steps"
@@ -56,7 +65,7 @@ class ThroughputEstimate:
     def seconds(self, config: Config, schedule: Schedule) -> float:
         """Return the duration of the whole run in seconds: its steps and its evaluations on held-out samples."""
         evaluations = 1 + schedule.total_steps // (config.train.eval_every or schedule.total_steps)
-        steps = schedule.total_steps * config.train.global_batch * self.sample
+        steps = schedule.total_steps * self.step(config.train.global_batch)
         return steps + (evaluations * self.evaluation(config.train.eval_samples) if config.data.val else 0)
 
     def evaluation(self, samples: int) -> float:
@@ -65,7 +74,7 @@ class ThroughputEstimate:
 
     def sentence(self, config: Config, schedule: Schedule) -> str:
         """Return a sentence on the estimated duration of the run and on the measurement."""
-        step = self.sample * config.train.global_batch
+        step = self.step(config.train.global_batch)
         same = self.batch == config.train.global_batch
         scaled = "" if same else f" of {self.batch} samples, scaled to the full batch"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
@@ -85,7 +94,7 @@ def measure(config: Config, session: Session, seconds: float) -> ThroughputEstim
     """
     whole = config.train.global_batch
     pace = measure_batch(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)
-    fitting = min(whole, int(seconds / (_WARM + _FEWEST) / pace.sample))
+    fitting = min(whole, int((seconds / (_WARM + _FEWEST) - pace.update) / pace.sample))
     return pace if fitting < 2 * pace.batch else measure_batch(config, session, fitting, seconds)
 
 
@@ -108,16 +117,20 @@ def measure_batch(config: Config, session: Session, batch: int, seconds: float) 
         short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})
         trainer = set_up(short, "no", session, None)
         with closing(step_times(trainer)) as times:
-            taken, began, ahead = [], time.perf_counter(), batches_ahead(trainer)
-            for each in times:
+            taken, updates, began, ahead = [], [], time.perf_counter(), batches_ahead(trainer)
+            for each, update in times:
                 taken.append(each)
+                updates.append(update)
                 spent, enough = time.perf_counter() - began, _WARM + (_FEWEST if each < seconds else 1)
                 stable = spent > _LEAST * seconds and _stable(taken, ahead)
                 if session.ranks.from_main(stable or (spent > seconds and len(taken) >= enough)):
                     break
-        counted = _counted(taken)
-        mean, error = session.ranks.from_main((fmean(counted), _error(counted)))
-        pace = ThroughputEstimate(mean / batch, batch, len(counted), error)
+        counted, update = _counted(taken), fmean(_counted(updates))
+        # An update takes a constant time, so its share of a step, which is large with Muon, must not be scaled to other
+        # batches.
+        others = [whole - part for whole, part in zip(counted, _counted(updates))]
+        mean, error, update = session.ranks.from_main((fmean(others), _error(others), update))
+        pace = ThroughputEstimate(mean / batch, batch, len(counted), error, update)
     del trainer
     gc.collect()  # frees its weights and loaders
     return pace
@@ -156,14 +169,55 @@ def _error(times: Sequence[float]) -> float:
     return stdev(means) / math.sqrt(_PARTS) / fmean(means)
 
 
-def step_times(trainer: Trainer) -> Generator[float, None, None]:
-    """Take steps, and yield the seconds of each, including the wait for data. Raises Stopped if a rank is asked to
-    stop."""
+class StepTime(NamedTuple):
+    """The duration of a step in seconds."""
+
+    whole: float  # including the wait for data and an update
+    update: float  # on a GPU, the update of the previous step, which runs after the call of that step has returned
+
+
+def step_times(trainer: Trainer) -> Generator[StepTime, None, None]:
+    """Take steps, and yield their durations. Raises Stopped if a rank is asked to stop."""
+    updates = _UpdateTimer(trainer.engine, trainer.ranks.device)
     began = time.perf_counter()
     for inputs, counts in trainer.inputs():
         _, grad_norm = trainer.take_step(inputs, counts)
-        float(grad_norm)  # synchronises with the GPU
+        updates.end()
+        float(grad_norm)  # waits until the GPU has computed the gradients
         now = time.perf_counter()
-        yield now - began
+        yield StepTime(now - began, updates.last())
         began = now
     raise Stopped
+
+
+class _UpdateTimer:
+    """Measurement of the duration of an engine's updates: the time from `before_update` to the end of a step."""
+
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._before, engine.before_update = engine.before_update, self._begin
+        self._began: Any = None
+        self._updates: list[tuple[Any, Any]] = []
+
+    def _begin(self) -> None:
+        self._before()
+        self._began = self._now()
+
+    def end(self) -> None:
+        """Record the end of an update. It must be called after each step."""
+        self._updates = [*self._updates[-1:], (self._began, self._now())]
+
+    def last(self) -> float:
+        """Return the seconds of the last update that is complete after the gradients of a step have been computed. On a
+        GPU, this is the update of the previous step; before the second step, the result is 0."""
+        if not self._on_gpu:
+            began, ended = self._updates[-1]
+            return ended - began
+        return sum(began.elapsed_time(ended) for began, ended in self._updates[:-1]) / 1e3
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
