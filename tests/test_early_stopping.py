@@ -13,7 +13,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.status import status
 from m3ae_fast.config import Config, parse
 from m3ae_fast.training.early_stopping import ACCURACY, EarlyStopping
-from m3ae_fast.training.run import is_extended
+from m3ae_fast.training.extension import is_extended
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.trainer import TINY
 from tests.test_stable_schedule import schedule

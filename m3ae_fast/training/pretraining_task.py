@@ -134,15 +134,17 @@ class PretrainingTask:
         ]
         lines += filter(None, (open_options(config), engine.memory))
         if trainer.step >= schedule.total_steps:
-            lines.append(f"training is complete; {_how_to_continue(trainer, config)}")
+            lines.append(f"training is complete; {how_to_continue(trainer, config)}")
         return lines
 
 
-def _how_to_continue(trainer: Trainer, config: Config) -> str:
+def how_to_continue(trainer: Trainer, config: Config) -> str:
     """Return advice on how to extend a run that has taken all of its steps."""
     if trainer.early_stopping and trainer.early_stopping.step is not None:
         raised = "" if config.train.stop_at == PLATEAU else "raise train.stop_at or "
         return f"it was ended by train.stop_at={config.train.stop_at}: {raised}set it to null to continue"
+    if config.train.hours and config.optim.decay is not None:
+        return "raise train.hours to continue"
     fixed = "set train.hours=null and " if config.train.hours else ""
     return f"{fixed}raise train.epochs or train.steps to continue"
 

@@ -12,7 +12,6 @@ from m3ae_kernels.dispatch import choose_impl
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import BadSamples
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, missing_for_triton, peak_flops, pins_memory, resolve_precision
@@ -37,13 +36,14 @@ from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.optimizer import state_kinds
 from m3ae_fast.engine.parameter_groups import optimizer_groups
-from m3ae_fast.engine.schedule import Change, Schedule
+from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.early_stopping import EarlyStopping
+from m3ae_fast.training.extension import is_extended, resumed_schedule
 from m3ae_fast.training.initial_weights import constants, start_from
 from m3ae_fast.training.loss_watch import Spikes
 from m3ae_fast.training.pretraining_task import PretrainingTask
@@ -169,23 +169,6 @@ def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes 
     return Spikes(threshold, found.info.recent_losses if found.info else ())
 
 
-def is_extended(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether a run whose learning rate is constant before its decay is now configured to be longer (in steps,
-    epochs or hours, or because of train.stop_at) than when the checkpoint was written."""
-    was, now = info.config.get("train") or {}, config.train
-    lengths = ((getattr(now, key), was.get(key)) for key in ("steps", "epochs", "hours"))
-    longer = any(new and old and new > old for new, old in lengths)
-    return config.optim.decay is not None and (longer or _stops_later(config, info))
-
-
-def _stops_later(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether train.stop_at may end the run later than its value in the checkpoint would, or is no longer
-    set."""
-    was, now = (info.config.get("train") or {}).get("stop_at"), config.train.stop_at
-    lowered = isinstance(was, float) and isinstance(now, float) and now < was
-    return was is not None and now != was and not lowered
-
-
 def _early_stopping(config: Config, found: Resume, ranks: Ranks) -> EarlyStopping | None:
     """Return the early-stopping rule, with the accuracies up to the checkpoint; None if train.stop_at is not set."""
     if config.train.stop_at is None:
@@ -217,9 +200,7 @@ def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
     share = split_batch(cfg, ranks.world, ranks.rank)
     _count_shards(config, ranks, session.heartbeats)
     data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.heartbeats.waiting)
-    keeps = info is not None and (limit or (cfg.stop_at is not None and not is_extended(config, info)))
-    changes = tuple(Change(*each) for each in info.changes) if info and keeps else ()
-    schedule = Schedule(cfg, config.optim, data.train.samples * config.data.repeats, changes)
+    schedule = resumed_schedule(config, data.train.samples * config.data.repeats, info)
     layout = lay_out(config.data, data.train.sizes, cfg.global_batch)
     mine = fingerprint(data, layout)
     require_same(ranks, mine, data.val)

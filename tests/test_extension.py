@@ -1,0 +1,140 @@
+"""A run with a stable learning rate and a time limit that is extended has a stable phase again, and its decay takes the
+configured fraction of the new number of steps. All clocks are simulated."""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from m3ae_fast import checkpoint
+from m3ae_fast.config import Config, parse
+from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.training.early_stopping import EarlyStopping
+from m3ae_fast.training.extension import resumed_schedule
+from m3ae_fast.training.pretraining_task import how_to_continue
+from m3ae_fast.training.time_limit import TimeLimit
+from tests.helpers.trainer import TINY
+from tests.test_time_limit import HOUR, Machine
+
+SAMPLES = 16 * 10**6
+PROBE = {"train": [{"shards": "a.tar"}], "val": [{"shards": "b.tar"}], "every": 5}
+
+
+def configured(**train):
+    """Return the config of a run of an hour, whose decay takes a fifth of the steps."""
+    optim = TINY["optim"] | {"schedule": "wsd", "decay_fraction": 0.2}
+    train = TINY["train"] | {"steps": 500, "hours": 1.0, "probe": PROBE} | train
+    return parse(Config, TINY | {"optim": optim, "train": train}, "test")
+
+
+def saved(config, plan, step, spent):
+    """Return the content of a checkpoint after `step` steps."""
+    begin, sections = plan.decay_begin, config.model_dump(mode="json")
+    return checkpoint.Info(
+        step, 0, 42, sections, {}, changes=[*plan.changes], decays=begin is not None and step > begin, spent=spent
+    )
+
+
+def stopped_at(monkeypatch, config, step, until=math.inf):
+    """Train for `step` steps of 3.6 seconds, of which 1,000 fit into an hour, and return the checkpoint. `until`: step
+    at which train.stop_at begins the decay."""
+    machine, limit = Machine(monkeypatch), TimeLimit(HOUR)
+    plan, _ = machine.train(Schedule(config.train, config.optim, SAMPLES), lambda now: 3.6, limit=limit, until=step)
+    if step == until:
+        stopping = EarlyStopping(0.5)
+        stopping.add(step, 0.5)
+        plan = plan.changed(step, stopping.total_steps(step, plan, plan.total_steps))
+    return machine, saved(config, plan, step, limit.spent)
+
+
+def finish(machine, config, info, step_time):
+    """Train to the end, and return the schedule."""
+    limit = TimeLimit(3600 * config.train.hours, info.spent)
+    plan = resumed_schedule(config, SAMPLES, info)
+    plan, step = machine.train(plan, lambda now: step_time, limit=limit, start=info.step)
+    assert step == plan.total_steps
+    return plan
+
+
+def require_stable_phase(plan, start):
+    """Require that the learning rate is at its peak from step `start` until the last fifth of the steps, and that it
+    then reaches its final value."""
+    begin = plan.decay_begin
+    assert plan.total_steps - begin == pytest.approx(0.2 * plan.total_steps, abs=1)
+    assert {plan.lr(step) for step in range(start, begin + 1)} == {plan.lr(start)}
+    assert plan.lr(begin + 1) < plan.lr(begin) and plan.lr(plan.total_steps) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("hours", [1.3, 2.0, 10.0])
+@pytest.mark.parametrize(("step_time", "pace"), [(3.6, 1), (7.2, 0.5), (1.8, 2)])
+def test_a_run_with_a_longer_time_limit_has_a_stable_phase_again(monkeypatch, hours, step_time, pace):
+    """The decay of the first run began after 800 steps. The machine may be slower or faster when it resumes."""
+    machine, info = stopped_at(monkeypatch, configured(), 800)
+    assert info.changes[-1][1] == 1000
+    plan = finish(machine, configured(hours=hours), info, step_time)
+    assert plan.total_steps == pytest.approx(800 + pace * (1000 * hours - 800), rel=0.03)
+    require_stable_phase(plan, 800)
+
+
+@pytest.mark.parametrize("stop_at", [None, 0.9])
+def test_a_run_that_had_ended_early_has_a_stable_phase_again(monkeypatch, stop_at):
+    machine, info = stopped_at(monkeypatch, configured(stop_at=0.5), 400, until=400)
+    assert info.changes[-1] == (400, 500)
+    plan = finish(machine, configured(stop_at=stop_at), info, 3.6)
+    assert plan.total_steps == pytest.approx(1000, rel=0.03)
+    require_stable_phase(plan, 400)
+
+
+def test_a_time_limit_added_to_a_run_that_had_ended_early_begins_with_the_configured_steps():
+    """The duration of the steps before the checkpoint is unknown."""
+    first = configured(steps=1000, hours=None, stop_at=0.5)
+    info = saved(first, Schedule(first.train, first.optim, SAMPLES).changed(400, 500), 400, spent=0.0)
+    plan = resumed_schedule(configured(steps=1000), SAMPLES, info)
+    assert (plan.total_steps, plan.decay_begin) == (1000, 800)
+
+
+@pytest.mark.parametrize(("spent", "total"), [(1e-300, 800 * 10**6), (0.8 * HOUR, 2000), (9 * HOUR, 1000)])
+def test_an_extended_run_is_never_shorter_than_before_nor_longer_than_permitted(spent, total):
+    first = configured()
+    info = saved(first, Schedule(first.train, first.optim, SAMPLES).changed(100, 1000), 800, spent)
+    assert resumed_schedule(configured(hours=2.0), SAMPLES, info).total_steps == total
+
+
+def test_a_run_that_is_only_resumed_keeps_its_schedule(monkeypatch):
+    """The same holds for a shorter run, and for an extended run that has no checkpoint before its decay."""
+    _, info = stopped_at(monkeypatch, configured(), 800)
+    changes = (*map(tuple, info.changes),)
+    for step, hours in ((800, 1.0), (800, 0.9), (900, 1.0), (900, 2.0)):
+        later = replace(info, step=step, decays=step > 800)
+        assert resumed_schedule(configured(hours=hours), SAMPLES, later).changes == changes
+    assert resumed_schedule(configured(), SAMPLES, None).changes == ()
+    assert resumed_schedule(configured(hours=None), SAMPLES, info).changes == ()
+    early = replace(info, config=configured(hours=None, stop_at=0.5).model_dump(mode="json"))
+    for stop_at, kept in ((0.5, changes), (0.4, changes), (0.6, ()), (None, ())):
+        assert resumed_schedule(configured(hours=None, stop_at=stop_at), SAMPLES, early).changes == kept
+
+
+def test_a_cosine_schedule_keeps_its_changes_if_its_time_limit_is_extended(monkeypatch):
+    def cosine(**train):
+        config = configured(**train)
+        return config.model_copy(update={"optim": config.optim.model_copy(update={"schedule": "cosine"})})
+
+    machine, info = stopped_at(monkeypatch, cosine(), 800)
+    assert resumed_schedule(cosine(hours=2.0), SAMPLES, info).changes == (*map(tuple, info.changes),)
+    plan = finish(machine, cosine(hours=2.0), info, 3.6)
+    assert plan.total_steps == pytest.approx(2000, rel=0.03) and plan.lr(plan.total_steps) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "hours", "advice"),
+    [
+        ("wsd", 1.0, "raise train.hours to continue"),
+        ("cosine", 1.0, "set train.hours=null and raise train.epochs or train.steps to continue"),
+        ("wsd", None, "raise train.epochs or train.steps to continue"),
+    ],
+)
+def test_a_complete_run_tells_how_to_extend_it(schedule, hours, advice):
+    config = configured(hours=hours)
+    config = config.model_copy(update={"optim": config.optim.model_copy(update={"schedule": schedule})})
+    assert how_to_continue(SimpleNamespace(early_stopping=None), config) == advice
