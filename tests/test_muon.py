@@ -289,6 +289,9 @@ def test_a_muon_update_allocates_less_memory_than_the_activations():
 def test_settings_without_a_counterpart_in_the_official_code_are_reported_as_open():
     assert open_options(config(name="adamw")) == ""
     assert open_options(config()).startswith("Open: optim.name=muon; ")
+    left_out = "train.rollbacks (batches left out: 4, 11); "
+    assert open_options(config(name="adamw"), (11, 4)).startswith(f"Open: {left_out}")
+    assert open_options(config(), (11, 4)).startswith(f"Open: optim.name=muon, {left_out}")
 
 
 def test_fine_tuning_supports_only_adamw():

@@ -137,6 +137,9 @@ def test_a_run_that_skipped_batches_resumes_bitwise_identically(train, tmp_path,
     taken = train("run", bad, rollbacks=2)
     out = capsys.readouterr().out
     assert "the loss of step 5 is not finite" in out and "batch 4 is skipped" in out and "batch 6 is skipped" in out
+    assert [line.partition(";")[0] for line in out.splitlines() if line.startswith("Open: ")] == [
+        f"Open: train.rollbacks (batches left out: {batches})" for batches in ("4", "4", "4, 6")
+    ]
     first, second = taken.index(whole[4]), taken.index(whole[6])
     assert taken[:first] == whole[:4]
     assert taken[-3:-1] != whole[6:8] and whole[4] not in taken[second + 1 :] and whole[6] not in taken[second + 1 :]

@@ -54,6 +54,8 @@ from tests.test_model import TINY as SMALL
 
 pytestmark = pytest.mark.slow
 
+HALF_PREDICTED = {"image_predicted": 0.5, "text_predicted": 0.5}
+
 
 @dataclass
 class Recorder:
@@ -792,6 +794,27 @@ def test_only_unusual_settings_are_reported(tmp_path, mixed):
     (batch,) = notes(large)
     assert batch.startswith(
         "a batch of 100 contains each of the 52 samples 1.9 times on average; an epoch therefore counts"
+    )
+
+
+@pytest.mark.parametrize(
+    "model, masking, named",
+    [
+        ({}, {"image_predicted": 0.33}, "masking.image_predicted=0.33"),
+        ({}, HALF_PREDICTED, "masking.image_predicted=0.5 and masking.text_predicted=0.5"),
+        ({"vocab_size": 0}, {"text_predicted": 0.5}, None),
+        ({"dec_attention": "cross"}, HALF_PREDICTED, None),
+    ],
+)
+def test_partial_prediction_with_self_attention_is_reported(tmp_path, mixed, model, masking, named):
+    """Without captions, the fraction of the text tokens has no effect."""
+    config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
+    data = replace(open_data(config.data, config.model), val=None)
+    changes = {"model": config.model.model_copy(update=model), "masking": MaskingConfig(**masking)}
+    config = config.model_copy(update=changes)
+    found = run_warnings(config, data, Schedule(config.train, config.optim, data.train.samples))
+    assert [note.partition(", the features became worse")[0] for note in found] == (
+        [f"with model.dec_attention=self and {named}"] if named else []
     )
 
 

@@ -544,7 +544,8 @@ class TrainConfig(TransformerLoopConfig):
     and all evaluations, use `model.image_size`."""
     rollbacks: int = Field(0, ge=0, le=100)
     """Maximum number of rollbacks: if the loss or the gradient norm of a step is not finite, the run returns to its
-    last good checkpoint and skips the batch of that step. 0: the run ends with an error instead."""
+    last good checkpoint and skips the batch of that step. Until a batch is skipped, the run is identical to a run
+    without rollbacks. 0: the run ends with an error instead."""
     spike_threshold: float | None = Field(None, gt=0, le=1e6)
     """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean
     loss of the previous 128 steps by more than the threshold, the run returns to its last good checkpoint, as for a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from statistics import median
 
 from m3ae_fast.base.bad_samples import BadSample
@@ -26,6 +27,11 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
         notes.append(
             "the total loss is always 0: for each modality, either the loss weight is 0 or no token counts towards the "
             "loss; check the sections loss and masking"
+        )
+    if config.model.dec_attention == "self" and (partial := _partly_predicted(config)):
+        notes.append(
+            f"with model.dec_attention=self and {' and '.join(partial)}, the features became worse in experiments: set "
+            "model.dec_attention=cross, or predict all masked tokens"
         )
     batch, samples = config.train.global_batch, schedule.samples
     if batch > samples:
@@ -75,8 +81,9 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
     return notes
 
 
-def open_options(config: Config) -> str:
-    """Return a line on the options in which a run differs from the official M3AE; "" if there are none."""
+def open_options(config: Config, left_out: Sequence[int] = ()) -> str:
+    """Return a line on the options in which a run differs from the official M3AE; "" if there are none. `left_out`: the
+    batches that the run has left out so far; until there is one, `train.rollbacks` does not change the run."""
     values = {
         "model.dec_attention": (config.model.dec_attention, "self"),
         "masking.image_predicted": (config.masking.image_predicted, 1.0),
@@ -86,12 +93,20 @@ def open_options(config: Config) -> str:
         "optim.schedule": (config.optim.schedule, "cosine"),
         "train.image_sizes": ([[*pair] for pair in config.train.image_sizes], []),
     }
-    changed = ", ".join(f"{name}={value}" for name, (value, official) in values.items() if value != official)
-    return (
-        f"Open: {changed}; without these settings the run is Closed, that is, equal to the official M3AE"
-        if changed
-        else ""
-    )
+    changed = [f"{name}={value}" for name, (value, official) in values.items() if value != official]
+    if left_out:
+        changed.append(f"train.rollbacks (batches left out: {', '.join(map(str, sorted(left_out)))})")
+    if not changed:
+        return ""
+    return f"Open: {', '.join(changed)}; without these settings the run is Closed, that is, equal to the official M3AE"
+
+
+def _partly_predicted(config: Config) -> list[str]:
+    """Return the settings of modalities whose masked tokens are not all predicted in training."""
+    fractions = {"masking.image_predicted": config.masking.image_predicted}
+    if config.model.vocab_size:
+        fractions["masking.text_predicted"] = config.masking.text_predicted
+    return [f"{name}={fraction:g}" for name, fraction in fractions.items() if fraction < 1]
 
 
 def _trains(config: Config) -> bool:
