@@ -1,6 +1,7 @@
 """Training that begins with smaller images: their positions, crops and FLOPs, and runs that are resumed across a change
 of the size."""
 
+import re
 import shutil
 from dataclasses import replace
 from functools import partialmethod
@@ -15,7 +16,7 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Geometry, Sample, pack
-from m3ae_fast.config import Config, DataConfig, MaskingConfig, ModelConfig, SourceConfig, parse
+from m3ae_fast.config import Config, DataConfig, MaskingConfig, ModelConfig, SourceConfig, load_config, parse
 from m3ae_fast.data import Data, Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.model.flops import executed_flops
@@ -195,6 +196,20 @@ def test_a_dry_run_counts_the_flops_of_all_sizes(capsys):
     assert needs.rate * needs.mean_flops == pytest.approx(dry_run.UTILISATION * needs.peaks.flops)
     report(config, world=1, data=False)
     assert f"{np.mean(flops) / 1e9:,.1f} G on average, with train.image_sizes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes", [[[0.75, 96]], [[0.01, 96], [0.75, 160]]])
+def test_a_dry_run_plans_the_loader_for_the_phase_with_the_fastest_steps(capsys, sizes):
+    """A loader that is sufficient on average would be the bottleneck while the images are small."""
+    config = load_config("large")
+    train = config.train.model_copy(update={"image_sizes": sizes})
+    report(config.model_copy(update={"train": train}), world=8, data=False)
+    growing = capsys.readouterr().out
+    report(config.model_copy(update={"model": config.model.model_copy(update={"image_size": 96})}), world=8, data=False)
+    small = capsys.readouterr().out
+    (line,), (always,) = (re.findall("^loader +(.*)$", out, re.M) for out in (growing, small))
+    assert line == always.replace(" samples/s", " samples/s with images of 96 px")
+    assert "the loader is the bottleneck" in line and float(line.split()[0]) > dry_run.CORES_PER_GPU
 
 
 @pytest.mark.slow
