@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+import time
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -34,6 +36,7 @@ from m3ae_fast.training.dry_run import (
     network_bytes,
     report,
 )
+from m3ae_fast.training.throughput_estimate import ThroughputEstimate
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.ranks import free_port
 from tests.helpers.trainer import CLIPART, ROOT, TINY
@@ -476,6 +479,25 @@ def test_a_dry_run_without_a_gpu_prints_no_gpu_numbers(run, tmp_path):
     code, out = run("--dry-run", "--no-data", out=True)
     assert code == 0 and "GPUs of another machine" in out and not re.search("H100|ZeRO|sent per|cores", out)
     assert "TFLOP/s according to its data sheet" in run("--dry-run", "--no-data", "--world", "8", out=True)[1]
+
+
+@pytest.mark.parametrize(("waiting", "is_reported"), [(0.62, True), (0.2, False)])
+def test_a_dry_run_names_the_loader_as_the_bottleneck_if_steps_wait_for_data(monkeypatch, run, waiting, is_reported):
+    pace = ThroughputEstimate(0.01, 8, 20, data_wait=waiting)
+    monkeypatch.setattr("m3ae_fast.training.dry_run.measure", lambda *_: pace)
+    code, out = run("--dry-run", "--set", "data.repeats=2", out=True)
+    wanted = (
+        "62% of the measured time: the loader is the bottleneck on this machine; suggested fix: a higher data.workers, "
+    )
+    wanted += "smaller images (m3ae-fast shards make --short-side), or data.repeats=3"
+    assert code == 0 and re.findall("^data wait +(.*)$", out, re.M) == ([wanted] if is_reported else [])
+
+
+@pytest.mark.slow
+def test_a_dry_run_measures_the_wait_for_a_slow_loader(monkeypatch, run):
+    monkeypatch.setattr("m3ae_fast.engine.feed.islice", lambda *given: time.sleep(0.5) or islice(*given))
+    code, out = run("--dry-run", out=True)
+    assert code == 0 and re.search("^data wait .*: the loader is the bottleneck on this machine", out, re.M)
 
 
 @pytest.mark.slow

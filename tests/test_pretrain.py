@@ -825,7 +825,8 @@ def test_the_time_of_a_step_begins_at_the_end_of_the_previous_step(monkeypatch):
     monkeypatch.setattr(throughput_estimate, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     taken, ranks = [], SimpleNamespace(device=torch.device("cpu"))
     engine = SimpleNamespace(before_update=lambda: taken.append("update"))
-    trainer = SimpleNamespace(inputs=lambda: [("inputs", "counts")] * 2, engine=engine, ranks=ranks)
+    inputs = [(SimpleNamespace(waited=waited), "counts") for waited in (0.2, 0.3)]
+    trainer = SimpleNamespace(inputs=lambda: inputs, engine=engine, ranks=ranks)
 
     def take_step(*what):
         taken.append(what)
@@ -834,8 +835,8 @@ def test_the_time_of_a_step_begins_at_the_end_of_the_previous_step(monkeypatch):
 
     trainer.take_step = take_step
     times = throughput_estimate.step_times(trainer)
-    assert [*next(times), *next(times)] == pytest.approx([1.5, 0.4, 2.5, 0.8])
-    assert taken == [("inputs", "counts"), "update"] * 2
+    assert [*next(times), *next(times)] == pytest.approx([1.5, 0.4, 0.2, 2.5, 0.8, 0.3])
+    assert taken == [inputs[0], "update", inputs[1], "update"]
     with pytest.raises(Stopped):  # a rank is asked to stop
         next(times)
 
@@ -859,28 +860,31 @@ def test_the_updates_of_a_gpu_are_measured_with_events(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     engine = SimpleNamespace(before_update=lambda: None)
     ranks = SimpleNamespace(device=torch.device("cuda"))
-    trainer = SimpleNamespace(inputs=lambda: [("inputs", "counts")] * 3, engine=engine, ranks=ranks)
+    inputs = [(SimpleNamespace(waited=0.0), "counts")] * 3
+    trainer = SimpleNamespace(inputs=lambda: inputs, engine=engine, ranks=ranks)
     trainer.take_step = lambda *_: engine.before_update() or (None, torch.tensor(1.0))
     times = throughput_estimate.step_times(trainer)
     assert [next(times).update for _ in range(3)] == pytest.approx([0.0, 0.1, 0.5])
 
 
-def paced(monkeypatch, times, ahead=0, seconds=60.0, update=0.0):
-    """Return the pace that is measured in a run with these step times and batches of 4 samples."""
+def paced(monkeypatch, times, ahead=0, seconds=60.0, update=0.0, waiting=(0.0, 0.0)):
+    """Return the pace that is measured in a run with these step times and batches of 4 samples. `update`: seconds of
+    each update; `waiting`: fractions of the time that this rank and another one wait for data."""
     clock = [0.0]
 
     def steps(run):
         for each in times:
             clock[0] += each
-            yield StepTime(each, update)
+            yield StepTime(each, update, waiting[0] * each)
 
     monkeypatch.setattr(throughput_estimate, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     monkeypatch.setattr(throughput_estimate, "set_up", lambda *_: None)
     monkeypatch.setattr(throughput_estimate, "step_times", steps)
     monkeypatch.setattr(throughput_estimate, "batches_ahead", lambda run: ahead)
     monkeypatch.setattr(throughput_estimate, "gc", SimpleNamespace(collect=lambda: None))
-    session = SimpleNamespace(ranks=SimpleNamespace(world=1, is_main=False, from_main=lambda value: value))
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 4, "steps": 9}}, "test")
+    session = one_rank()
+    session.ranks.gather = lambda value: [value, waiting[1]]
     return throughput_estimate.measure_batch(config, session, 4, seconds)
 
 
@@ -929,7 +933,7 @@ def simulated(monkeypatch, update, sample):
             return None, torch.tensor(1.0)
 
         ranks = SimpleNamespace(device=torch.device("cpu"))
-        steps = itertools.repeat(("inputs", "counts"))
+        steps = itertools.repeat((SimpleNamespace(waited=0.0), "counts"))
         return SimpleNamespace(engine=engine, ranks=ranks, inputs=lambda: steps, take_step=take_step)
 
     now = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: 0.0)
@@ -945,6 +949,7 @@ def simulated(monkeypatch, update, sample):
 def one_rank():
     """Return a session of one rank that runs on the CPU and prints nothing."""
     ranks = SimpleNamespace(world=1, is_main=False, from_main=lambda value: value, device=torch.device("cpu"))
+    ranks.gather = lambda value: [value]
     return SimpleNamespace(ranks=ranks)
 
 
@@ -980,6 +985,11 @@ def test_size_batch_and_length_take_the_time_of_an_update_into_account(monkeypat
     assert (found.config.model.emb_dim, train.global_batch) == (size, batch)
     assert 0.9 * 30 * 3600 < train.steps * step < 30 * 3600
     assert f"at {batch / step:,.{0 if batch / step >= 10 else 2}f} samples/s" in found.lines[3]
+
+
+@pytest.mark.parametrize("waiting", [(0.4, 0.1), (0.1, 0.4)])
+def test_the_wait_for_data_is_that_of_the_rank_that_waits_longest(monkeypatch, waiting):
+    assert paced(monkeypatch, [9.0, 9.0, *[0.01] * 1000], waiting=waiting).data_wait == pytest.approx(0.4)
 
 
 def test_throughput_is_printed_with_its_standard_error():

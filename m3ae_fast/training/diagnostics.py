@@ -150,11 +150,12 @@ def _data(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
     if not waits or median(waits) < WAITING:
         return None
     repeats = (config.get("data") or {}).get("repeats", 1)
-    return Diagnostic(
-        "data bound",
-        f"training waits for data {median(waits):.0%} of the time",
-        f"a higher data.workers, smaller images (m3ae-fast shards make --short-side), or data.repeats={repeats + 1}",
-    )
+    return Diagnostic("data bound", f"training waits for data {median(waits):.0%} of the time", faster_loading(repeats))
+
+
+def faster_loading(repeats: int) -> str:
+    """Return suggestions for a run whose loader is the bottleneck. `repeats`: value of data.repeats."""
+    return f"a higher data.workers, smaller images (m3ae-fast shards make --short-side), or data.repeats={repeats + 1}"
 
 
 def verdict(metrics: Metrics) -> str:

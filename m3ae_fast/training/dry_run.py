@@ -34,6 +34,7 @@ from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
+from m3ae_fast.training.diagnostics import WAITING, faster_loading
 from m3ae_fast.training.throughput import newton_schulz_flops
 from m3ae_fast.training.throughput_estimate import FIRST_BATCH, measure
 
@@ -197,8 +198,9 @@ def _print_memory(console: Console, needs: _Needs) -> None:
 
 
 def report_time(config: Config, session: Session) -> None:
-    """Print the duration of the run on the present ranks, estimated from measured steps. On CPUs, also print the load
-    of the data loader. Every rank must call this function. Raises the same errors as `measure`."""
+    """Print the duration of the run on the present ranks, estimated from measured steps, and whether the data loader
+    is the bottleneck. On CPUs, also print the number of cores that it needs. Every rank must call this function. Raises
+    the same errors as `measure`."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         print(f"{'time':21} not measured on this machine: {lacking}")
@@ -214,6 +216,9 @@ def report_time(config: Config, session: Session) -> None:
             rate = batch / pace.step(batch)
             lines.append(("loader", f"{rate / DECODED_PER_CORE:,.2g} cores, for {pace.rate(batch)}"))
             lines += fetching_lines(config, found.train, ranks.world, rate / ranks.world)
+        if pace.data_wait > WAITING:
+            text = f"{pace.data_wait:.0%} of the measured time: the loader is the bottleneck on this machine; "
+            lines.append(("data wait", f"{text}suggested fix: {faster_loading(config.data.repeats)}"))
         for name, text in lines:
             print(f"{name:21} {text}", flush=True)
 

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -24,6 +24,8 @@ from m3ae_fast.process.session import Session
 from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.training.run import set_up
 from m3ae_fast.training.trainer import Trainer
+
+T = TypeVar("T")
 
 FIRST_BATCH = 8  # samples per step of the first trial; its pace determines the batch size of the second trial
 _WARM = 2  # number of first steps that are excluded, because they include allocations and compilation
@@ -50,6 +52,7 @@ class ThroughputEstimate:
     steps: int  # number of measured steps
     error: float = math.inf  # standard error of `sample`, as a fraction of it; infinite if there were too few steps
     update: float = 0.0  # seconds per update of the weights, which do not depend on the number of samples
+    data_wait: float = 0.0  # fraction of the time that the steps waited for data, on the rank that waits longest
 
     def step(self, batch: int) -> float:
         """Return the seconds of a step with `batch` samples."""
@@ -117,20 +120,23 @@ def measure_batch(config: Config, session: Session, batch: int, seconds: float) 
         short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})
         trainer = set_up(short, "no", session, None)
         with closing(step_times(trainer)) as times:
-            taken, updates, began, ahead = [], [], time.perf_counter(), batches_ahead(trainer)
-            for each, update in times:
-                taken.append(each)
-                updates.append(update)
-                spent, enough = time.perf_counter() - began, _WARM + (_FEWEST if each < seconds else 1)
+            steps, taken, began, ahead = [], [], time.perf_counter(), batches_ahead(trainer)
+            for each in times:
+                steps.append(each)
+                taken.append(each.whole)
+                spent, enough = time.perf_counter() - began, _WARM + (_FEWEST if each.whole < seconds else 1)
                 stable = spent > _LEAST * seconds and _stable(taken, ahead)
                 if session.ranks.from_main(stable or (spent > seconds and len(taken) >= enough)):
                     break
-        counted, update = _counted(taken), fmean(_counted(updates))
+        counted = _counted(steps)
         # An update takes a constant time, so its share of a step, which is large with Muon, must not be scaled to other
         # batches.
-        others = [whole - part for whole, part in zip(counted, _counted(updates))]
+        others = [step.whole - step.update for step in counted]
+        update = fmean(step.update for step in counted)
         mean, error, update = session.ranks.from_main((fmean(others), _error(others), update))
-        pace = ThroughputEstimate(mean / batch, batch, len(counted), error, update)
+        waited = sum(step.waited for step in counted) / sum(step.whole for step in counted)
+        data_wait = max(session.ranks.gather(waited))
+        pace = ThroughputEstimate(mean / batch, batch, len(counted), error, update, data_wait)
     del trainer
     gc.collect()  # frees its weights and loaders
     return pace
@@ -143,10 +149,10 @@ def batches_ahead(trainer: Trainer) -> int:
     return loader.num_workers * (loader.prefetch_factor or 0) // trainer.share.accumulation
 
 
-def _counted(times: Sequence[float]) -> Sequence[float]:
-    """Return the step times that count: the later half of the step times after the warm-up. By then, the batches loaded
-    in advance have been used up."""
-    return times[_WARM:][len(times[_WARM:]) // 2 :]
+def _counted(steps: Sequence[T]) -> Sequence[T]:
+    """Return the steps that count: the later half of the steps after the warm-up. By then, the batches loaded in
+    advance have been used up."""
+    return steps[_WARM:][len(steps[_WARM:]) // 2 :]
 
 
 def _stable(times: Sequence[float], ahead: int) -> bool:
@@ -174,6 +180,7 @@ class StepTime(NamedTuple):
 
     whole: float  # including the wait for data and an update
     update: float  # on a GPU, the update of the previous step, which runs after the call of that step has returned
+    waited: float  # for data
 
 
 def step_times(trainer: Trainer) -> Generator[StepTime, None, None]:
@@ -185,7 +192,7 @@ def step_times(trainer: Trainer) -> Generator[StepTime, None, None]:
         updates.end()
         float(grad_norm)  # waits until the GPU has computed the gradients
         now = time.perf_counter()
-        yield StepTime(now - began, updates.last())
+        yield StepTime(now - began, updates.last(), inputs.waited)
         began = now
     raise Stopped
 
