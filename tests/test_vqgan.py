@@ -187,7 +187,11 @@ def test_8_bit_and_float_images_have_the_same_ids(vqgan):
     assert vqgan.decode(ids_BL.view(-1, 4, 4)).shape == images.shape
 
 
-def test_the_image_token_loss_is_the_cross_entropy_on_masked_patches(vqgan, model):
+@pytest.mark.parametrize("attention", ["self", "cross"])
+def test_the_image_token_loss_is_the_cross_entropy_on_masked_patches(vqgan, attention):
+    """Its gradient reaches each weight of the decoder, and a step lowers the loss in an evaluation."""
+    torch.manual_seed(1)
+    model = M3AE(MODEL.model_copy(update={"dec_attention": attention}))
     images = torch.stack([sample.image for sample in samples(3)])
     ids_BL = vqgan.encode(images)
     batch = pack(samples(3, ids_BL), model.geometry)
@@ -199,13 +203,17 @@ def test_the_image_token_loss_is_the_cross_entropy_on_masked_patches(vqgan, mode
     expected = torch.stack([F.cross_entropy(logits, ids[mask].long()) for logits, ids, mask in parts]).mean()
     torch.testing.assert_close(losses.image_loss, expected)
     assert model.image_head.weight.shape == (16, 32) and model.image_head.weight.grad.any()
+    assert all(p.grad.any() for p in model.decoder.parameters())
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    with torch.no_grad():
+        assert 0 < model.eval()(batch).loss < losses.loss
     # the normalisation of images is undone before the tokenizer encodes them
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MODEL.image_mean, MODEL.image_std))
     for normalise in (lambda image: image, lambda image: (image / 255 - mean) / std):
         without = samples(3)
         for sample in without:
             sample.image = normalise(sample.image)
-        found = with_image_targets(pack(without, model.geometry), vqgan, MODEL)
+        found = with_image_targets(pack(without, model.geometry), vqgan, model.config)
         assert torch.equal(found.image_targets, batch.image_targets)
     with pytest.raises(ValueError, match="targets"):
         model(pack(samples(3), model.geometry))

@@ -19,6 +19,7 @@ from benchmarks.reference import ReferenceM3AE, ReferenceTrainer
 from benchmarks.workload import make_batch, make_config
 from m3ae_fast.config import MaskingConfig, ModelConfig
 from m3ae_fast.engine.build import build_engine
+from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
 from tests.helpers.trainer import TINY as TRAINER_TINY
@@ -62,6 +63,15 @@ def test_faster_steps_have_the_flops_stated_in_the_guide():
     rows = test_faster.muon_rows(0.5)
     assert [row["additional seconds per step compared with AdamW"] for row in rows] == [0.5, None, None]
     assert [round(row["fraction of the step's FLOPs"], 3) for row in rows] == [0.502, 0.112, 0.008]
+
+
+@pytest.mark.parametrize(("size", "most"), [("small", 0.38), ("base", 0.59), ("large", 0.81)])
+def test_a_cross_decoder_that_predicts_a_third_reduces_the_flops_of_the_workload(size, most):
+    flops = []
+    for model, masking in (({}, {}), ({"dec_attention": "cross"}, test_faster.THIRD)):
+        config = make_config(ModelConfig(size=size, **model), 8, masking=MaskingConfig(**masking))
+        flops.append(executed_flops(config.model, make_batch(config, 8)[0]))
+    assert 0.9 * most * flops[0] < flops[1] <= most * flops[0]
 
 
 def test_the_reference_takes_the_same_steps_as_the_engine():

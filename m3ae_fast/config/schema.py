@@ -256,7 +256,7 @@ class MaskingConfig(Section):
     """Fraction of the masked text tokens that enter the decoder and the loss in training; see `image_predicted`."""
     per: Literal["sample", "batch"] = "sample"
     """Sampling of the masks. `sample`: one mask for each sample; `batch`: one mask for the whole batch, as in the
-    official code."""
+    official code. In both cases, the masked tokens that are predicted are selected separately for each sample."""
 
 
 class LossConfig(Section):

@@ -323,6 +323,18 @@ def test_training_predicts_a_fraction_of_the_masked_tokens_and_evaluations_predi
             assert (mask_ids.count(0), mask_ids.count(1)) == (images, texts) and words > 1
 
 
+def test_samples_that_share_a_mask_select_the_predicted_tokens_separately(load, paired):
+    """The selection depends only on the sample: among the masked patches, it is the same as with a mask per sample."""
+    selected = {}
+    for per in ("sample", "batch"):
+        masking = MaskingConfig(image_predicted=0.25, per=per)
+        dataset = load(paired, micro_batch=9, masking=masking).dataset
+        samples = [dataset[position] for position in range(9)]
+        assert (len({tuple(sample.image_mask.tolist()) for sample in samples}) == 1) == (per == "batch")
+        selected[per] = [tuple(sample.image_predicted[sample.image_mask].tolist()) for sample in samples]
+    assert selected["batch"] == selected["sample"] and len({*selected["batch"]}) > 6
+
+
 NATIVE = Native(patch_size=8, least=1, most=16, longest=8, positions="absolute")
 
 
