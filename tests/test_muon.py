@@ -197,7 +197,7 @@ def test_resume_is_bitwise(trainer, stage):
 
 @pytest.mark.slow
 def test_resume_on_other_ranks_and_stages(trainer):
-    """DDP, ZeRO stages 0 to 2 and plain torch read the state that the one before has written."""
+    """DDP, ZeRO stages 2, 0 and 1, and plain torch take turns, each with the state that the previous one has saved."""
     options = [*MUON, "--set", "train.save_every=1"]
     trainer("run", *zero(None), *options, ranks=2)
     whole = np.array(trainer.losses("run"))
