@@ -1,5 +1,5 @@
 """A run with a stable learning rate and a time limit that is extended has a stable phase again, and its decay takes the
-configured fraction of the new number of steps. All clocks are simulated."""
+configured fraction of the new number of steps. All clocks of time limits are simulated."""
 
 import math
 from dataclasses import replace
@@ -7,23 +7,27 @@ from types import SimpleNamespace
 
 import pytest
 
-from m3ae_fast import checkpoint
+from m3ae_fast import checkpoint, pretrain
 from m3ae_fast.config import Config, parse
 from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.pretraining.stages import how_to_train_longer
 from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.extension import resumed_schedule
 from m3ae_fast.training.pretraining_task import how_to_continue
 from m3ae_fast.training.time_limit import TimeLimit
+from tests.helpers.shards import members, write_tar
+from tests.helpers.stable_schedule import decay
 from tests.helpers.trainer import TINY
+from tests.test_recipes import SHORT
 from tests.test_time_limit import HOUR, Machine
 
 SAMPLES = 16 * 10**6
 PROBE = {"train": [{"shards": "a.tar"}], "val": [{"shards": "b.tar"}], "every": 5}
 
 
-def configured(**train):
-    """Return the config of a run of an hour, whose decay takes a fifth of the steps."""
-    optim = TINY["optim"] | {"schedule": "wsd", "decay_fraction": 0.2}
+def configured(schedule="wsd", **train):
+    """Return the config of a run of an hour, whose decay takes a fifth of the steps if the schedule is wsd."""
+    optim = TINY["optim"] | {"schedule": schedule, "decay_fraction": 0.2}
     train = TINY["train"] | {"steps": 500, "hours": 1.0, "probe": PROBE} | train
     return parse(Config, TINY | {"optim": optim, "train": train}, "test")
 
@@ -116,13 +120,9 @@ def test_a_run_that_is_only_resumed_keeps_its_schedule(monkeypatch):
 
 
 def test_a_cosine_schedule_keeps_its_changes_if_its_time_limit_is_extended(monkeypatch):
-    def cosine(**train):
-        config = configured(**train)
-        return config.model_copy(update={"optim": config.optim.model_copy(update={"schedule": "cosine"})})
-
-    machine, info = stopped_at(monkeypatch, cosine(), 800)
-    assert resumed_schedule(cosine(hours=2.0), SAMPLES, info).changes == (*map(tuple, info.changes),)
-    plan = finish(machine, cosine(hours=2.0), info, 3.6)
+    machine, info = stopped_at(monkeypatch, configured("cosine"), 800)
+    assert resumed_schedule(configured("cosine", hours=2.0), SAMPLES, info).changes == (*map(tuple, info.changes),)
+    plan = finish(machine, configured("cosine", hours=2.0), info, 3.6)
     assert plan.total_steps == pytest.approx(2000, rel=0.03) and plan.lr(plan.total_steps) == pytest.approx(0)
 
 
@@ -135,6 +135,45 @@ def test_a_cosine_schedule_keeps_its_changes_if_its_time_limit_is_extended(monke
     ],
 )
 def test_a_complete_run_tells_how_to_extend_it(schedule, hours, advice):
-    config = configured(hours=hours)
-    config = config.model_copy(update={"optim": config.optim.model_copy(update={"schedule": schedule})})
-    assert how_to_continue(SimpleNamespace(early_stopping=None), config) == advice
+    assert how_to_continue(SimpleNamespace(early_stopping=None), configured(schedule, hours=hours)) == advice
+
+
+@pytest.mark.parametrize(
+    ("length", "advice"),
+    [
+        ({"hours": 0.31}, "add --set train.hours=N, where N is the total, now 0.31"),
+        ({"steps": 5000, "hours": None}, "add --set train.steps=N, where N is the total, now 5000"),
+        ({"steps": None, "epochs": 7.5, "hours": None}, "add --set train.epochs=N, where N is the total, now 7.5"),
+    ],
+)
+def test_a_repeated_pretrain_command_tells_how_to_train_longer(length, advice):
+    """When a run with a cosine schedule is finished, its learning rate has fallen."""
+    assert how_to_train_longer(configured(**length)) == f"to train longer, {advice}"
+    limited = how_to_train_longer(configured("cosine", **length))
+    assert limited.startswith(f"to train longer, {advice}, before the run is finished; ")
+    assert limited.endswith("only if it began with --set optim.schedule=wsd")
+
+
+@pytest.mark.slow
+def test_a_run_of_pretrain_ends_with_a_decay_and_can_be_extended_as_the_repeated_command_says(
+    tmp_path, monkeypatch, capsys
+):
+    """Each step takes ten seconds; 24 and then 36 steps fit into the time limit."""
+    machine, counted = Machine(monkeypatch), TimeLimit.step_taken
+
+    def step_taken(limit):
+        machine.now += 10
+        counted(limit)
+
+    monkeypatch.setattr(TimeLimit, "step_taken", step_taken)
+    shards, run = write_tar(tmp_path / "a.tar", members(range(40), "image")), tmp_path / "run"
+    overrides = [*SHORT, "train.steps=60", "train.hours=0.0666667", "train.log_every=1", "train.pictures=0"]
+    overrides += ["optim.schedule=wsd", "optim.warmup_epochs=0", "data.workers=0"]
+    assert pretrain(shards, run, overrides=overrides).finished
+    assert decay(run) == (19, 24)
+    capsys.readouterr()
+    outcome = pretrain(shards, run, hours=9.0, overrides=[*overrides, "train.hours=0.1"])
+    assert outcome.finished and decay(run) == (29, 36)
+    out = capsys.readouterr().out
+    assert "config.json already exists: its settings are kept" in out and "steps 19 to 36" in out
+    assert checkpoint.read_info(checkpoint.locate(run)).step == 36

@@ -168,7 +168,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"], device="cpu").finished
     probe = config.train.probe.model_copy(update={"k": 7})
     assert seen == [(config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})}), "cpu")]
-    assert "config.json already exists and is used unchanged" in capsys.readouterr().out
+    assert "config.json already exists: its settings are kept" in capsys.readouterr().out
 
 
 def test_a_copied_run_folder_resumes_in_its_new_location(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from m3ae_fast.cli.status import status
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.ranks import run_ranks
 from tests.helpers.slow_steps import STEP_S
+from tests.helpers.stable_schedule import decay
 
 pytestmark = pytest.mark.slow
 
@@ -81,12 +82,12 @@ def test_a_run_that_stops_early_decays_and_has_a_stable_phase_again_when_it_is_e
     options = ["optim.schedule=wsd", "optim.decay_fraction=0.5", f"train.probe={probe}", "train.save_every=3"]
     out = train(trainer, "run", *options, "train.stop_at=0.01")
     assert "the learning rate decays from step 4 on, and the run then ends" in out
-    assert decay(trainer, "run") == (4, 8) and trainer.lines("run", "total_steps") == [(4, 8)]
+    assert decay(trainer.folder / "run") == (4, 8) and trainer.lines("run", "total_steps") == [(4, 8)]
     first = trainer.losses("run")
     options.append(f"train.hours={1.5 * STEPS * STEP_S / 3600}")
     out = train(trainer, "run", *options)
     assert "steps 4 to 36, adjusted to" in out and "with a decay after 18 steps" in out
-    assert decay(trainer, "run") == (18, 36)
+    assert decay(trainer.folder / "run") == (18, 36)
     whole = trainer.losses("run")
     assert whole[:6] == first[:6] and whole[6] != first[6]  # step 6 is the first one with a lower learning rate
     for path in checkpoint.saved_steps(trainer.folder / "run"):
@@ -94,14 +95,3 @@ def test_a_run_that_stops_early_decays_and_has_a_stable_phase_again_when_it_is_e
             shutil.rmtree(path)
     train(trainer, "run", *options)
     assert trainer.losses("run") == whole
-
-
-def decay(trainer, run):
-    """Return the number of steps before the decay and in total, of a finished run whose learning rate is constant
-    before its decay."""
-    rates = [rate for _, rate in trainer.lines(run, "lr")]
-    begin = rates.count(max(rates)) - 1  # the first step of the decay still has the peak learning rate
-    assert rates[: begin + 1] == [max(rates)] * (begin + 1)
-    assert rates[begin + 1 :] == sorted(set(rates[begin + 1 :]), reverse=True) and rates[-1] < 0.2 * rates[0]
-    assert status(trainer.folder / run) == ("finished", f"finished at step {len(rates)} of {len(rates)}")
-    return begin, len(rates)

@@ -64,7 +64,7 @@ def pretrain(
     dry_run: bool = False,
 ) -> Outcome:
     """Train a model on images and, if there are any, on their captions; evaluate the model and export it. If `out`
-    contains an interrupted run, this run is resumed.
+    contains a run, it is resumed with its own settings, except those in `overrides`, and `hours` has no effect.
 
     Args:
         source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, an
@@ -207,10 +207,13 @@ def _configured(
         method = choose_recipe(recipe, overrides)
     shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
+        config = load_config(path, list(overrides))
         print(
-            f"{path} already exists and is used unchanged; for newly chosen settings, delete it or choose another --out"
+            f"{path} already exists: its settings are kept, except those given with --set, and --hours has no effect; "
+            "for newly chosen settings, delete it or choose another --out"
         )
-        return load_config(path, list(overrides))
+        print(how_to_train_longer(config))
+        return config
     plan: Plan | None = None
     with stage(device) as session:
         statistics, notes = inspect(shards, out, labels, image_range, overrides)
@@ -234,6 +237,19 @@ def _configured(
         write_text_atomically(path, json.dumps(stored_config(plan.config), indent=2) + "\n")  # includes the defaults
         print(f"{path} contains all settings; --set section.key=value overrides them", flush=True)
     return plan.config
+
+
+def how_to_train_longer(config: Config) -> str:
+    """Return advice on how to train a run of this config for longer than its current length."""
+    train = config.train
+    name = next(name for name in ("hours", "steps", "epochs") if getattr(train, name))
+    advice = f"to train longer, add --set train.{name}=N, where N is the total, now {getattr(train, name)}"
+    if config.optim.decay is not None:
+        return advice
+    return (
+        f"{advice}, before the run is finished; a finished run can be extended without a jump of the learning rate "
+        "only if it began with --set optim.schedule=wsd"
+    )
 
 
 def _ask_whether_to_start() -> None:
