@@ -30,21 +30,18 @@ from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config import load_config
 from m3ae_fast.evaluation.job import RESULT_FILE
 from m3ae_fast.evaluation.task_runner import evaluate
+from m3ae_fast.pretraining.recipes import Recipe
 from m3ae_fast.pretraining.stages import CONFIG, pretrain
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 HOURS, SEEDS = 0.15, 2
 OFFICIAL, FAST, MUON = "official", "fast", "Muon"
-RECIPES = {  # settings by name; the others are those that `pretrain` chooses
-    OFFICIAL: (),
-    FAST: (
-        "model.dec_attention=cross",
-        "masking.image_predicted=0.33",
-        "masking.text_predicted=0.33",
-        "optim.name=muon",
-    ),
-    MUON: ("optim.name=muon",),
+# the recipe of `pretrain`, and overrides; the other settings are those that `pretrain` chooses
+RECIPES: dict[str, tuple[Recipe, tuple[str, ...]]] = {
+    OFFICIAL: ("official", ()),
+    FAST: ("fast", ()),
+    MUON: ("official", ("optim.name=muon",)),
 }
 REFERENCES = {PIXELS: "raw pixels", RANDOM: "random weights"}  # by prefix of the model's name
 TASKS = {"knn": "k-NN", "logistic": "logistic"}
@@ -97,13 +94,14 @@ class Laboratory:
 
     def perform(self, trial: Trial) -> bool:
         """Train and test a model, and store the result. Return False if it was stopped."""
-        dataset = DATASETS[trial.data]
+        dataset, (recipe, overrides) = DATASETS[trial.data], RECIPES[trial.recipe]
         outcome = pretrain(
             str(self.data / dataset.train),
             self.run(trial),
             hours=self.hours,
             val=[str(self.data / dataset.held_out)],
-            overrides=[*RECIPES[trial.recipe], f"run.seed={trial.seed}", "train.probe=null"],
+            recipe=recipe,
+            overrides=[*overrides, f"run.seed={trial.seed}", "train.probe=null"],
         )
         if not outcome.finished or (correct := self._test(trial, "")) is None:
             return False
