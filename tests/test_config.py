@@ -405,6 +405,16 @@ def test_the_memory_table_shows_every_number_of_ranks_and_zero_stage():
         assert ("this config" in name) == (stage == config.zero.stage) and name.startswith(str(stage))
 
 
+def test_the_memory_table_includes_an_update_by_muon_if_it_needs_more_than_the_activations():
+    """At stage 0, an update needs 16 bytes per weight of a matrix; at the other stages, 4 (1 + 3 / 8) on 8 GPUs."""
+    config, matrices = load_config(ROOT / "configs/fast-large.json"), 4 * 10**8
+    for activations, larger in ((3e9, (6.4, 3, 3, 3)), (0.5e9, (6.4, 2.2, 2.2, 2.2)), (9e9, (9, 9, 9, 9))):
+        columns = [list(column.cells) for column in memory_table(config, 10**9, 8, activations, matrices).columns]
+        for stage, _, *cells in zip(range(4), *columns, strict=True):
+            state = [part / 1e9 for part in zero_bytes(10**9, stage, 8, True, matrices)]
+            assert cells == [f"{gb:.2f}" for gb in (*state, activations / 1e9, sum(state) + larger[stage])]
+
+
 def test_the_cost_of_native_micro_batches_varies_less_if_they_are_larger():
     """Two samples of 4 and 16 tokens deviate from their mean by 60 %."""
     batch = SimpleNamespace(grids=[(1, 3), (3, 5)], sequences=[SimpleNamespace(cu_seqlens=torch.tensor([0, 4, 20]))])
@@ -486,10 +496,8 @@ def test_a_dry_run_names_the_loader_as_the_bottleneck_if_steps_wait_for_data(mon
     pace = ThroughputEstimate(0.01, 8, 20, data_wait=waiting)
     monkeypatch.setattr("m3ae_fast.training.dry_run.measure", lambda *_: pace)
     code, out = run("--dry-run", "--set", "data.repeats=2", out=True)
-    wanted = (
-        "62% of the measured time: the loader is the bottleneck on this machine; suggested fix: a higher data.workers, "
-    )
-    wanted += "smaller images (m3ae-fast shards make --short-side), or data.repeats=3"
+    wanted = "62% of the measured time: the loader is the bottleneck on this machine; suggested fix: "
+    wanted += "a higher data.workers, smaller images (m3ae-fast shards make --short-side), or data.repeats=3"
     assert code == 0 and re.findall("^data wait +(.*)$", out, re.M) == ([wanted] if is_reported else [])
 
 
@@ -534,6 +542,26 @@ def test_a_dry_run_prints_network_traffic(run):
     assert one == 0 and many == pytest.approx(8000, rel=2e-3)  # an all-reduce sends everything twice
     assert network_bytes(1000, 2, 2, 4, True, True) == 4 * 2 * 2000 + 1000
     assert network_bytes(1000, 3, 2, 4, True, False) == 4 * (1000 + 2 * 1000)
+
+
+def test_a_dry_run_counts_the_exchange_and_the_memory_of_updates_by_muon(capsys):
+    """With ZeRO stages 1 and 2, the updates are gathered once per step, in float32, 4 bytes per weight of a matrix. At
+    stage 0, every rank computes all updates."""
+    for stage, all_sent in ((0, 0), (1, 4 * 800), (2, 4 * 800)):
+        usual = network_bytes(1000, stage, 4, 3, True, True)
+        assert network_bytes(1000, stage, 4, 3, True, True, matrices=800) == usual + all_sent * 3 / 4
+    with torch.device("meta"):
+        matrices = sum(p.numel() for p in M3AE(load_config("fast-small").model).hidden_matrices())
+    for stage, is_named in ((0, False), (1, True)):
+        options = ["--dry-run", "--no-data", "--world", "8", "--set", f"deepspeed.zero_optimization.stage={stage}"]
+        assert train.main(["--config", "fast-small", *options]) == 0
+        out = capsys.readouterr().out
+        named = re.search(r"GB sent per GPU in each step, of which ([\d.]+) GB are Muon's updates: ", out)
+        assert bool(named) == is_named
+        if named:
+            assert named[1] == f"{4 * matrices * 7 / 8 / 1e9:.2f}"
+        needed = [f"{4 * matrices * copies / 1e9:.2f} GB" for copies in (4, 1 + 3 / 8)]
+        assert "an update needs {} at stage 0 and {} at the other stages".format(*needed) in out
 
 
 def test_a_dry_run_reports_if_the_network_is_the_bottleneck(capsys):

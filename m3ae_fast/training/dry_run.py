@@ -25,6 +25,7 @@ from m3ae_fast.engine.memory_estimate import (
     in_bf16,
     matrix_elements,
     memory_needed,
+    muon_bytes,
     recomputes,
     typical_batch,
     zero_bytes,
@@ -91,7 +92,8 @@ def report(
     if not gpus:
         stage = config.zero.stage if config.zero else 0
         memory = sum(zero_bytes(needs.parameters, stage, needs.world, in_bf16(config), needs.matrices))
-        lines.append(("memory", f"{(memory + needs.activations) / 1e9:,.3g} GB per rank (estimated)"))
+        memory += max(needs.activations, muon_bytes(needs.matrices, stage, needs.world))
+        lines.append(("memory", f"{memory / 1e9:,.3g} GB per rank (estimated)"))
     if not (gpus or data):
         hint = "to plan a run on N GPUs of another machine, use --world N"
         lines.append(("time", f"not measured, because no data is read; {hint}"))
@@ -167,7 +169,7 @@ def _gpu_lines(needs: _Needs) -> list[tuple[str, str]]:
     sheet = f"{needs.peaks.flops / 1e12:,.0f} TFLOP/s according to its data sheet"
     return [
         ("GPU", f"an H100, {sheet}, at an assumed utilisation of {UTILISATION:.0%}"),
-        ("network", _network(config, needs.parameters, world, needs.share.accumulation, rate)),
+        ("network", _network(needs)),
         ("step", _step(config, needs.model, world, rate, needs.peaks)),
         ("loader", _loader(config, needs.fastest_rate, needs.fastest.image_size)),
     ]
@@ -188,6 +190,12 @@ def _print_memory(console: Console, needs: _Needs) -> None:
     """Print the memory per GPU for each ZeRO stage."""
     console.print(memory_table(needs.config, needs.parameters, needs.world, needs.activations, needs.matrices))
     console.print("activations: an estimate of the tensors that autograd saves for each block, in the run's precision")
+    if needs.matrices:
+        first, others = (muon_bytes(needs.matrices, stage, needs.world) / 1e9 for stage in (0, 1))
+        console.print(
+            f"Muon: after the activations have been freed, an update needs {first:.2f} GB at stage 0 and {others:.2f} "
+            "GB at the other stages; the sum includes the larger of the two"
+        )
     if recomputes(needs.config.train):
         mlp_ratio = needs.config.model.mlp_ratio
         fraction = (6 + mlp_ratio) / (8 + 2 * mlp_ratio)
@@ -224,16 +232,17 @@ def report_time(config: Config, session: Session) -> None:
 
 
 def network_bytes(
-    parameters: int, stage: int | None, world: int, accumulation: int, bf16: bool, fp32_sums: bool
+    parameters: int, stage: int | None, world: int, accumulation: int, bf16: bool, fp32_sums: bool, matrices: int = 0
 ) -> int:
     """Return the bytes that a GPU sends per optimiser step. `stage`: ZeRO stage, or None for DDP; `world`: number of
     GPUs; `accumulation`: micro-batches per step; `bf16`: whether matmuls run in bf16; `fp32_sums`: whether gradients
-    are reduced in float32.
+    are reduced in float32; `matrices`: number of weights that Muon updates.
 
     An all-reduce over n GPUs sends 2 (n - 1) / n of its data, and a reduce-scatter or an all-gather sends half of that.
     Gradients are sent once per step, or once per micro-batch in stages 2 and 3, in which each GPU keeps only its
     partition of them. In stages 1 and 2, DeepSpeed reduces gradients by all-reduce, and weights are gathered once after
-    the step. In stage 3, weights are gathered for every forward and backward pass.
+    the step, and so are Muon's updates in float32. In stage 3, weights are gathered for every forward and backward
+    pass.
     """
     half = parameters * (world - 1) / world
     weights = (2 if bf16 and stage else 4) * half
@@ -241,8 +250,14 @@ def network_bytes(
     if not stage:
         return round(2 * gradients)
     if stage < 3:
-        return round(2 * gradients * (accumulation if stage == 2 else 1) + weights)
+        return round(2 * gradients * (accumulation if stage == 2 else 1) + weights + exchanged_updates(matrices, world))
     return round((gradients + 2 * weights) * accumulation)
+
+
+def exchanged_updates(matrices: int, world: int) -> float:
+    """Return the bytes that a GPU sends per step to exchange the updates of a number of weights (`matrices`) that Muon
+    updates, with ZeRO stages 1 and 2 on `world` GPUs."""
+    return 4 * matrices * (world - 1) / world
 
 
 def mean_flops(config: Config, full: float) -> float:
@@ -295,13 +310,16 @@ def _loader(config: Config, rate: float, image_size: int) -> str:
     )
 
 
-def _network(config: Config, parameters: int, world: int, accumulation: int, rate: float) -> str:
+def _network(needs: _Needs) -> str:
+    config, world, rate, accumulation = needs.config, needs.world, needs.rate, needs.share.accumulation
     stage = None if config.zero is None else config.zero.stage
     fp32_sums = config.deepspeed is None or config.deepspeed.communication_data_type == "fp32"
-    sent = network_bytes(parameters, stage, world, accumulation, in_bf16(config), fp32_sums)
+    sent = network_bytes(needs.parameters, stage, world, accumulation, in_bf16(config), fp32_sums, needs.matrices)
     text = f"{sent / 1e9:,.2f} GB sent per GPU in each step"
     if not sent:
         return text
+    if stage in (1, 2) and needs.matrices:
+        text += f", of which {exchanged_updates(needs.matrices, world) / 1e9:,.2f} GB are Muon's updates"
     batch = config.train.global_batch
     seconds, work = sent / NETWORK, batch / world / rate
     text += f": {1e3 * seconds:.3g} ms at {NETWORK / 1e9:g} GB/s, compared with {1e3 * work:.3g} ms of computation"
@@ -337,14 +355,15 @@ def fetching_lines(config: Config, corpus: Corpus, world: int, rate: float) -> l
 
 def memory_table(config: Config, parameters: int, world: int, activations: float, matrices: int = 0) -> Table:
     """Return a table of the memory per GPU in GB for each ZeRO stage. `activations`: their bytes per GPU; `matrices`:
-    number of weights that Muon updates."""
-    adam = "Adam" if config.optim.name == "adamw" else "Muon and Adam"
+    number of weights that Muon updates. The memory for an update by Muon is needed after activations have been freed,
+    so the sum includes only the larger of the two."""
+    adam = "Muon and Adam" if matrices else "Adam"
     table = Table("ZeRO stage", "weights", "gradients", f"master + {adam}", "activations", "GB per GPU")
     for stage in range(4):
         state = zero_bytes(parameters, stage, world, in_bf16(config), matrices)
-        rows = [part / 1e9 for part in (*state, activations)]
+        whole = sum(state) + max(activations, muon_bytes(matrices, stage, world))
         mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
-        table.add_row(f"{stage}{mark}", *(f"{gb:.2f}" for gb in (*rows, sum(rows))))
+        table.add_row(f"{stage}{mark}", *(f"{part / 1e9:.2f}" for part in (*state, activations, whole)))
     return table
 
 
