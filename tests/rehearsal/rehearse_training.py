@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from m3ae_fast.base.environment import configure_libraries
 from m3ae_fast.train import main
+from m3ae_fast.training import throughput_estimate
 from tests.helpers.trainer import TINY
 from tests.rehearsal.fake_cuda import FakeCuda
 from tests.rehearsal.stand_ins import FusedAdam, install
@@ -44,6 +46,20 @@ def test_the_cuda_path_computes_the_same_values_as_the_cpu(tmp_path, monkeypatch
     np.testing.assert_allclose(first, expected, rtol=1e-4)
     assert "on 1 x cuda" in (out := capsys.readouterr().out) and "FusedAdam" in out
     assert cuda.events[0] == "set_device cuda:0" and "current waits for side" in cuda.events
+
+
+def test_a_dry_run_measures_steps_and_updates_on_the_gpu(tmp_path, monkeypatch, capsys, cuda):
+    """Successive events of the simulated GPU are one millisecond apart."""
+    install(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
+    monkeypatch.setattr("m3ae_fast.training.run.peak_flops", lambda device, dtype: 1e12)  # measuring it takes a minute
+    monkeypatch.setattr("m3ae_fast.training.dry_run.missing_memory", lambda *_: "")
+    monkeypatch.setattr("m3ae_fast.training.dry_run.MEASURED_S", 0.1)
+    measured, measure = [], throughput_estimate.measure
+    monkeypatch.setattr("m3ae_fast.training.dry_run.measure", lambda *_: measured.append(measure(*_)) or measured[-1])
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    assert main(["--config", str(tmp_path / "tiny.json"), "--dry-run", "--set", "deepspeed=null"]) == 0
+    assert measured[0].update == pytest.approx(0.001)
+    assert re.search(r"^GPU +an H100.*^time +\S+ on this machine", capsys.readouterr().out, re.M | re.S)
 
 
 def test_expandable_memory_segments_are_requested_unless_the_user_configures_the_allocator(monkeypatch):
