@@ -32,17 +32,25 @@ def test_the_fast_recipe_is_used_if_nothing_prevents_it():
 @pytest.mark.parametrize(("override", "reason"), [
     ("optim.name=adamw", "--set optim.name=adamw sets one of its settings"),
     ("masking.image_predicted=0.5", "--set masking.image_predicted=0.5 sets one of its settings"),
-    ('optim={"weight_decay": 0.1}', "--set optim={.weight_decay.: 0.1} sets one of its settings"),
+    ('optim={"weight_decay": 0.1}', "--set optim={.weight_decay.: 0.1} replaces the section of its setting optim.name"),
+    ('masking={"image_ratio": 0.6}', "--set masking=.* replaces the section of its setting masking.image_predicted"),
     ("loss.image_all_tokens=true", "model.dec_attention cross predicts only masked tokens"),
     ('deepspeed={"zero_optimization": {"stage": 3}}', "optim.name muon needs whole matrices"),
-    ("model.init_from=runs/a", "the run starts from given weights"),
 ])  # fmt: skip
 def test_the_official_recipe_is_used_if_a_setting_prevents_the_fast_one(override, reason):
     found = choose_recipe(None, [override])
     assert not found.overrides and found.line.startswith("recipe: official") and re.search(reason, found.line)
-    with pytest.raises(UserError, match=f"--recipe fast: {reason}"):
+    with pytest.raises(UserError, match=f"--recipe fast: {reason}.*; leave out this setting or --recipe fast$"):
         check_recipe("fast", [override], None)
     check_recipe("official", [override], None)
+
+
+@pytest.mark.parametrize("recipe", ["official", None])
+def test_the_line_of_the_official_recipe_does_not_deny_what_the_user_sets(recipe):
+    """With --set optim.name=muon, the optimiser is not that of the official M3AE."""
+    exception = "the official M3AE except for the settings given with --set"
+    assert exception in choose_recipe(recipe, ["train.steps=9", "optim.name=muon"]).line
+    assert exception not in choose_recipe(recipe, ["loss.image_all_tokens=true"]).line
 
 
 def test_a_recipe_is_not_combined_with_given_weights():
@@ -75,4 +83,5 @@ def test_a_run_uses_the_recipe_and_keeps_it_when_it_is_resumed(tmp_path, recipe,
     assert found == expected
     other = "official" if used == "fast" else "fast"
     assert pretrain(shards, out, recipe=other, overrides=overrides).finished
+    assert "--hours and --recipe have no effect" in capsys.readouterr().out
     assert load_config(out / "config.json", []) == config

@@ -37,6 +37,7 @@ _ARGUMENTS = {
     r"run(\.dir)?": "--out",
     r"data\.train(\.\d+(\.shards)?)?": "SOURCE",
     r"data\.val\.\d+(\.shards)?": "--val",
+    r"model\.init_from": "--from",
 }
 _ARGUMENTS |= {r"train\.probe\.labels": "--labels"}
 _RATE_OF_NARROW = 4  # learning-rate factor for models that are narrower than "small"; the quickstart uses it too

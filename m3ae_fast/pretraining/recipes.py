@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.pretraining.automatic_settings import assumed_config, continues
+from m3ae_fast.pretraining.automatic_settings import assumed_config
 
 Recipe = Literal["fast", "official"]
 NAMES: tuple[Recipe, ...] = get_args(Recipe)
@@ -40,7 +40,7 @@ def check_recipe(recipe: str | None, overrides: Sequence[str], start_from: str |
             "--recipe"
         )
     if recipe == "fast" and (reason := _obstacle(overrides)):
-        raise UserError(f"--recipe fast: {reason}")
+        raise UserError(f"--recipe fast: {reason}; leave out this setting or --recipe fast")
 
 
 def choose_recipe(recipe: str | None, overrides: Sequence[str]) -> ChosenRecipe:
@@ -54,7 +54,8 @@ def choose_recipe(recipe: str | None, overrides: Sequence[str]) -> ChosenRecipe:
     reason = _obstacle(overrides) if (recipe or DEFAULT) == "fast" else ""
     if (recipe or DEFAULT) == "official" or reason:
         why = f", because the fast recipe cannot be used: {reason}" if reason else ""
-        return ChosenRecipe([], f"recipe: official, the decoder and the optimiser of the official M3AE{why}")
+        but = " except for the settings given with --set" if _given_setting(overrides) else ""
+        return ChosenRecipe([], f"recipe: official, the decoder and the optimiser of the official M3AE{but}{why}")
     line = (
         "recipe: fast, with a decoder with cross-attention, a third of the masked tokens predicted, and Muon; "
         "--recipe official: the method of the official M3AE"
@@ -65,15 +66,23 @@ def choose_recipe(recipe: str | None, overrides: Sequence[str]) -> ChosenRecipe:
 def _obstacle(overrides: Sequence[str]) -> str:
     """Return the reason why the fast recipe cannot be used with these overrides, which are valid by themselves; "" if
     it can."""
-    if continues(overrides):
-        return "the run starts from given weights"
-    fixed = [override.partition("=")[0] for override in FAST_SETTINGS]
-    for override in overrides:
-        name = override.partition("=")[0]
-        if any(setting == name or setting.startswith(f"{name}.") for setting in fixed):
-            return f"--set {override} sets one of its settings"
+    if given := _given_setting(overrides):
+        return given
     try:
         assumed_config([*FAST_SETTINGS, *overrides])
     except UserError as error:
         return str(error).removeprefix("--set: ")
+    return ""
+
+
+def _given_setting(overrides: Sequence[str]) -> str:
+    """Return a description of the first override that sets a setting of the fast recipe, or replaces its section; "" if
+    there is none."""
+    fixed = [override.partition("=")[0] for override in FAST_SETTINGS]
+    for override in overrides:
+        name = override.partition("=")[0]
+        if name in fixed:
+            return f"--set {override} sets one of its settings"
+        if setting := next((setting for setting in fixed if setting.startswith(f"{name}.")), ""):
+            return f"--set {override} replaces the section of its setting {setting}"
     return ""

@@ -64,7 +64,8 @@ def pretrain(
     dry_run: bool = False,
 ) -> Outcome:
     """Train a model on images and, if there are any, on their captions; evaluate the model and export it. If `out`
-    contains a run, it is resumed with its own settings, except those in `overrides`, and `hours` has no effect.
+    contains a run, it is resumed with its own settings, except those in `overrides`; `hours` and `recipe` have no
+    effect.
 
     Args:
         source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, an
@@ -209,8 +210,8 @@ def _configured(
     if path.exists() and not dry_run:
         config = load_config(path, list(overrides))
         print(
-            f"{path} already exists: its settings are kept, except those given with --set, and --hours has no effect; "
-            "for newly chosen settings, delete it or choose another --out"
+            f"{path} already exists: its settings are kept, except those given with --set, and --hours and --recipe "
+            "have no effect; for newly chosen settings, delete it or choose another --out"
         )
         print(how_to_train_longer(config))
         return config
