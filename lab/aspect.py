@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import statistics
+import sys
 import tarfile
 from itertools import product
 from pathlib import Path
@@ -134,4 +135,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    sys.exit(exit_cleanly(main))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
@@ -360,4 +361,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    sys.exit(exit_cleanly(main))

@@ -1,8 +1,10 @@
 """The exit of a program: its last line and its exit code."""
 
 import errno
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -127,3 +129,13 @@ def test_a_panic_is_handled_as_an_error_and_a_stop_is_not():
         else:
             with pytest.raises(kind):
                 attempt(work)
+
+
+def test_every_program_ends_with_its_exit_code():
+    """`exit_cleanly` returns the exit code; a program that drops it would succeed after an error."""
+    root = Path(__file__).parents[1]
+    folders = ("m3ae_fast", "lab", "benchmarks", "examples")
+    programs = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    texts = {path: path.read_text(encoding="utf-8") for path in programs}
+    assert any("sys.exit(exit_cleanly(main))" in text for text in texts.values())
+    assert not [path for path, text in texts.items() if re.search(r"^ +exit_cleanly\(", text, re.M)]

@@ -194,7 +194,7 @@ def _print_memory(console: Console, needs: _Needs) -> None:
         first, others = (muon_bytes(needs.matrices, stage, needs.world) / 1e9 for stage in (0, 1))
         console.print(
             f"Muon: after the activations have been freed, an update needs {first:.2f} GB at stage 0 and {others:.2f} "
-            "GB at the other stages; the sum includes the larger of the two"
+            "GB at the other stages; the sum includes the activations or the update, whichever is larger"
         )
     if recomputes(needs.config.train):
         mlp_ratio = needs.config.model.mlp_ratio
@@ -356,7 +356,7 @@ def fetching_lines(config: Config, corpus: Corpus, world: int, rate: float) -> l
 def memory_table(config: Config, parameters: int, world: int, activations: float, matrices: int = 0) -> Table:
     """Return a table of the memory per GPU in GB for each ZeRO stage. `activations`: their bytes per GPU; `matrices`:
     number of weights that Muon updates. The memory for an update by Muon is needed after activations have been freed,
-    so the sum includes only the larger of the two."""
+    so the sum includes the larger of the two."""
     adam = "Muon and Adam" if matrices else "Adam"
     table = Table("ZeRO stage", "weights", "gradients", f"master + {adam}", "activations", "GB per GPU")
     for stage in range(4):
