@@ -194,7 +194,7 @@ def _print_memory(console: Console, needs: _Needs) -> None:
         first, others = (muon_bytes(needs.matrices, stage, needs.world) / 1e9 for stage in (0, 1))
         console.print(
             f"Muon: after the activations have been freed, an update needs {first:.2f} GB at stage 0 and {others:.2f} "
-            "GB at the other stages; the sum includes the activations or the update, whichever is larger"
+            "GB at the other stages; the sum includes either the activations or the update, the larger of them"
         )
     if recomputes(needs.config.train):
         mlp_ratio = needs.config.model.mlp_ratio
