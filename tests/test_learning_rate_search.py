@@ -106,8 +106,10 @@ def test_without_held_out_samples_the_last_training_losses_are_compared(tmp_path
 
 def test_a_learning_rate_search_without_a_usable_result_is_refused(tmp_path, monkeypatch, capsys):
     path = tmp_path / "config.json"
-    with pytest.raises(UserError, match=r"--tune: trial runs of 15 steps \(5% of 300\) are too short to compare"):
-        learning_rate_search.tune(tuned_config(tmp_path, steps=300), path)
+    for hours, longer in ((None, "train.steps"), (1.0, "--hours")):
+        message = rf"--tune: trial runs of 15 steps \(5% of 300\) are too short to compare; increase {longer}, or leave"
+        with pytest.raises(UserError, match=message):
+            learning_rate_search.tune(tuned_config(tmp_path, steps=300, hours=hours), path)
     trials(monkeypatch, dict.fromkeys((5e-4, 1e-3, 2e-3)))
     with pytest.raises(
         UserError, match=r"--tune: the loss was not finite with any of the learning rates 0\.0005, 0\.001, 0\.002;"

@@ -84,9 +84,10 @@ def trial_steps(config: Config) -> int:
         raise UserError(NEEDS_STEPS)
     steps = round(PART * config.train.steps)
     if steps < FEWEST:
+        longer = "--hours" if config.train.hours else "train.steps"
         raise UserError(
             f"--tune: trial runs of {steps:,} steps ({PART:.0%} of {config.train.steps:,}) are too short to compare; "
-            "increase --hours, or leave out --tune"
+            f"increase {longer}, or leave out --tune"
         )
     return steps
 

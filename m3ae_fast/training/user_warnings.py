@@ -87,7 +87,7 @@ def open_options(config: Config, left_out: Sequence[int] = ()) -> str:
     values = {
         "model.dec_attention": (config.model.dec_attention, "self"),
         "masking.image_predicted": (config.masking.image_predicted, 1.0),
-        "masking.text_predicted": (config.masking.text_predicted, 1.0),
+        "masking.text_predicted": (config.masking.text_predicted if config.model.vocab_size else 1.0, 1.0),
         "optim.name": (config.optim.name, "adamw"),
         "optim.layer_decay": (config.optim.layer_decay, 1.0),
         "optim.schedule": (config.optim.schedule, "cosine"),
