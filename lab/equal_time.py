@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -168,11 +167,17 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             lines.append([title, *["-"] * 4, *accuracies, *["-"] * len(TASKS)])
         for name, own in by_recipe.items():
             if own:
-                facts = [f"{fmean(row[key] for row in own):,.0f}" for key in ("width", "batch", "steps")]
+                facts = [_each(own, key) for key in ("width", "batch", "steps")]
                 apart = [_difference(own, official, task) for task in TASKS] if name != OFFICIAL else ["-", "-"]
                 lines.append([name, str(len(own)), *facts, *(_accuracy(own, task) for task in TASKS), *apart])
         parts.append(table(head, lines))
     return "\n\n".join(parts)
+
+
+def _each(rows: Sequence[dict[str, Any]], key: str) -> str:
+    """Return the values of all seeds; a single value if all are equal."""
+    values = [f"{row[key]:,}" for row in rows]
+    return values[0] if len({*values}) == 1 else "; ".join(values)
 
 
 def _seeds(rows: Sequence[dict[str, Any]], task: str) -> Seeds:

@@ -47,12 +47,22 @@ def test_runs_are_trained_tested_and_compared_once(tmp_path, monkeypatch, capsys
 
 
 def test_the_two_images_of_an_emoji_count_as_one_sample():
-    def row(recipe, right):
+    def row(recipe, right, seed=0):
         keys = [f"{vendor}/val.tar/{i}" for vendor in ("twitter", "google") for i in range(4)]
         correct = {key: int(number < right) for number, key in enumerate(keys)}
-        facts = {"data": "emoji", "recipe": recipe, "seed": 0, "width": 8, "batch": 4, "steps": 2, "references": {}}
+        facts = {
+            "data": "emoji",
+            "recipe": recipe,
+            "seed": seed,
+            "width": 8,
+            "batch": 4 + seed,
+            "steps": 2,
+            "references": {},
+        }
         return facts | {"correct": {"knn": correct, "logistic": correct}}
 
     text = equal_time.tables([row(OFFICIAL, 4), row(FAST, 8)])
     official, fast = text.splitlines()[2:]
     assert "| 50.0 ± 0.0 |" in official and fast.endswith("| 100.0 ± 0.0 | 100.0 ± 0.0 | +50.0 ± 0.0 | +50.0 ± 0.0 |")
+    (*_, last) = equal_time.tables([row(OFFICIAL, 4), row(FAST, 8), row(FAST, 8, seed=1)]).splitlines()
+    assert last.startswith("| fast | 2 | 8 | 4; 5 | 2 |")
