@@ -163,7 +163,7 @@ def test_a_search_needs_a_number_of_steps(tmp_path):
 
 def test_a_run_that_is_too_short_for_a_search_leaves_no_config(tmp_path, monkeypatch):
     """A repeated call with more hours would otherwise use the config of the short run."""
-    plan = SimpleNamespace(config=tuned_config(tmp_path, steps=100), lines=["the plan"], warning="")
+    plan = SimpleNamespace(config=tuned_config(tmp_path, steps=100, hours=0.5), lines=["the plan"], warning="")
     monkeypatch.setattr(stages, "find_shards", lambda *given: SimpleNamespace(notes=[]))
     monkeypatch.setattr(stages, "stage", lambda device: nullcontext())
     monkeypatch.setattr(stages, "inspect", lambda *given: (None, []))
