@@ -37,6 +37,7 @@ LEGEND = {  # other arms keep their names
 }
 # colours of the arms without a fixed colour; red and grey are left out
 COLOURS = [plt.get_cmap("tab20")(number) for number in range(20) if number not in (6, 14, 15)]
+COLOURS += [plt.get_cmap("tab20b")(number) for number in (0, 4, 8)]
 AXES = {"flops": (1e12, "executed TFLOP"), "seconds": (1, "CPU seconds of training")}  # divisor and label
 Row = dict[str, Any]
 

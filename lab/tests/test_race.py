@@ -156,6 +156,10 @@ def test_the_cost_of_an_interrupted_run_includes_its_first_part(tmp_path, monkey
     assert running._train(trial, tmp_path / "run") == cost  # complete: it is not trained again
 
 
+def test_each_arm_has_its_own_colour():
+    assert len({*report.COLOURS}) == len(report.COLOURS) >= len({*ARMS} - {BASELINE, USUAL, FAST})
+
+
 def test_both_sides_are_tuned_with_the_same_number_of_runs():
     tried = {"a": [1, 2, 3], "b": [1, 2], "c": [5, 6]}
     asked = []
