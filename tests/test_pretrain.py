@@ -56,7 +56,7 @@ from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.train import main as start
-from m3ae_fast.training import throughput_estimate
+from m3ae_fast.training import device_clock, throughput_estimate
 from m3ae_fast.training.run_state import status
 from m3ae_fast.training.throughput_estimate import StepTime, ThroughputEstimate
 from tests.helpers.checkpoints import save
@@ -822,7 +822,8 @@ def test_throughput_is_measured_with_the_largest_batch_of_which_six_steps_fit_th
 
 def test_the_time_of_a_step_begins_at_the_end_of_the_previous_step(monkeypatch):
     clock = iter((100.0, 101.0, 101.4, 101.5, 103.0, 103.8, 104.0))
-    monkeypatch.setattr(throughput_estimate, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for module in (throughput_estimate, device_clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     taken, ranks = [], SimpleNamespace(device=torch.device("cpu"))
     engine = SimpleNamespace(before_update=lambda: taken.append("update"))
     inputs = [(SimpleNamespace(waited=waited), "counts") for waited in (0.2, 0.3)]
@@ -937,8 +938,8 @@ def simulated(monkeypatch, update, sample):
         return SimpleNamespace(engine=engine, ranks=ranks, inputs=lambda: steps, take_step=take_step)
 
     now = SimpleNamespace(perf_counter=lambda: clock[0], monotonic=lambda: 0.0)
-    monkeypatch.setattr(throughput_estimate, "time", now)
-    monkeypatch.setattr(size_and_length, "time", now)
+    for module in (throughput_estimate, device_clock, size_and_length):
+        monkeypatch.setattr(module, "time", now)
     monkeypatch.setattr(throughput_estimate, "set_up", set_up)
     monkeypatch.setattr(throughput_estimate, "batches_ahead", lambda run: 0)
     monkeypatch.setattr(throughput_estimate, "gc", SimpleNamespace(collect=lambda: None))

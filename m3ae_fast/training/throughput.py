@@ -14,6 +14,7 @@ from m3ae_fast.config import Config, MaskingConfig, ModelConfig
 from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.training.device_clock import DeviceClock
 
 
 class Rates(Protocol):
@@ -169,7 +170,7 @@ class ForwardTime:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._passes: list[tuple[Any, Any]] = []
-        self._on_gpu = device.type == "cuda"
+        self._clock = DeviceClock(device)
         module.register_forward_pre_hook(self._begin)
         module.register_forward_hook(self._end)
 
@@ -178,21 +179,12 @@ class ForwardTime:
         completed these steps."""
         passes = [each for each in self._passes if each[1] is not None]
         self._passes = []
-        if self._on_gpu:
-            return sum(begun.elapsed_time(ended) for begun, ended in passes) / 1e3 / steps
-        return sum(ended - begun for begun, ended in passes) / steps
+        return sum(self._clock.seconds(begun, ended) for begun, ended in passes) / steps
 
     def _begin(self, module: nn.Module, *_: Any) -> None:
         if module.training:
-            self._passes.append((self._now(), None))
+            self._passes.append((self._clock.now(), None))
 
     def _end(self, module: nn.Module, *_: Any) -> None:
         if module.training:
-            self._passes[-1] = (self._passes[-1][0], self._now())
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+            self._passes[-1] = (self._passes[-1][0], self._clock.now())

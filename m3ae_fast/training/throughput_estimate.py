@@ -22,6 +22,7 @@ from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stoppable_loop import Stopped
+from m3ae_fast.training.device_clock import DeviceClock
 from m3ae_fast.training.run import set_up
 from m3ae_fast.training.trainer import Trainer
 
@@ -201,30 +202,21 @@ class _UpdateTimer:
     """Measurement of the duration of an engine's updates: the time from `before_update` to the end of a step."""
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._clock = DeviceClock(device)
         self._before, engine.before_update = engine.before_update, self._begin
         self._began: Any = None
         self._updates: list[tuple[Any, Any]] = []
 
     def _begin(self) -> None:
         self._before()
-        self._began = self._now()
+        self._began = self._clock.now()
 
     def end(self) -> None:
         """Record the end of an update. It must be called after each step."""
-        self._updates = [*self._updates[-1:], (self._began, self._now())]
+        self._updates = [*self._updates[-1:], (self._began, self._clock.now())]
 
     def last(self) -> float:
         """Return the seconds of the last update that is complete after the gradients of a step have been computed. On a
         GPU, this is the update of the previous step; before the second step, the result is 0."""
-        if not self._on_gpu:
-            began, ended = self._updates[-1]
-            return ended - began
-        return sum(began.elapsed_time(ended) for began, ended in self._updates[:-1]) / 1e3
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        complete = self._updates[:-1] if self._clock.on_gpu else self._updates[-1:]
+        return sum(self._clock.seconds(began, ended) for began, ended in complete)

@@ -23,7 +23,6 @@ LEFT = {
     ("kernels/m3ae_kernels/dispatch.py", "raise ValueError("): "Triton on a CPU; test_kernel_api.py asks for it",
     ("kernels/m3ae_kernels/triton_impl/common.py", "allow_tf32"): "of torch 2.8, which lacks fp32_precision",
     ("m3ae_fast/cli/command_line.py", ""): "--device, which no stage gives; test_command_line.py does",
-    ("m3ae_fast/training/throughput_estimate.py", "perf_counter"): "the clock on a CPU; test_pretrain.py uses it",
 }
 
 
