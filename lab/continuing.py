@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import results
 from lab import recipe
 from lab.markdown import table
 from lab.recipe import SIDE, TEST, TRAIN, drawn
@@ -36,6 +35,7 @@ from lab.study import measure
 from lab.study.measure import Encode
 from lab.study.shards import LABELS, scaled, write_labelled
 from lab.study.statistics import Seeds, accuracy, difference
+from lab.trials import machine, perform_all
 from m3ae_fast import checkpoint, train
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import exit_cleanly
@@ -292,9 +292,7 @@ def _apart(one: Result, other: Result | None, labels: measure.Labels) -> list[st
 
 def write(laboratory: Laboratory, seeds: int) -> str:
     """Write table.md and return its text."""
-    about = results.about()
-    head = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}. "
-    head += "Accuracy in %, mean ± standard error over test images and seeds; differences in points."
+    head = f"{machine()}. Accuracy in %, mean ± standard error over test images and seeds; differences in points."
     text = f"{head}\n\n{tables(collected(laboratory, seeds), laboratory.labels)}\n"
     write_text_atomically(laboratory.out / "table.md", text)
     return text
@@ -314,18 +312,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, metavar="N", help="start no run after N minutes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    started = time.monotonic()
     prepare(args.data, args.out / "shards", args.seeds)
     laboratory = Laboratory(args.out)
-    for trial in plan(args.seeds):
-        if laboratory.result(trial).exists():
-            continue
-        if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
-            break
-        print(f"{time.strftime('%H:%M:%S')}  {trial.name}", flush=True)
-        if not laboratory.perform(trial):
-            return 1
-        write(laboratory, args.seeds)
+    if not perform_all(plan(args.seeds), laboratory, args.minutes, lambda: write(laboratory, args.seeds)):
+        return 1
     print(write(laboratory, args.seeds))
     return 0
 

@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import results
 from lab.markdown import table
 from lab.study.measure import correct_in
 from lab.study.statistics import Seeds, accuracy, difference
+from lab.trials import machine, perform_all
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config import load_config
@@ -200,10 +199,10 @@ def _difference(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]
 
 def write(laboratory: Laboratory, seeds: int) -> str:
     """Write table.md and return its text."""
-    about = results.about()
-    head = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}. "
-    head += f"`pretrain --hours {laboratory.hours:g}`. Accuracy in %, mean ± standard error over test images and "
-    head += "seeds; differences in points."
+    head = (
+        f"{machine()}. `pretrain --hours {laboratory.hours:g}`. Accuracy in %, mean ± standard error over test images "
+    )
+    head += "and seeds; differences in points."
     text = f"{head}\n\n{tables(laboratory.complete(seeds))}\n"
     write_text_atomically(laboratory.out / "table.md", text)
     return text
@@ -224,16 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, metavar="N", help="start no run after N minutes")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    started, laboratory = time.monotonic(), Laboratory(args.data, args.out, args.hours)
-    for trial in plan(args.seeds):
-        if laboratory.result(trial).exists():
-            continue
-        if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
-            break
-        print(f"{time.strftime('%H:%M:%S')}  {trial.name}", flush=True)
-        if not laboratory.perform(trial):
-            return 1
-        write(laboratory, args.seeds)
+    laboratory = Laboratory(args.data, args.out, args.hours)
+    if not perform_all(plan(args.seeds), laboratory, args.minutes, lambda: write(laboratory, args.seeds)):
+        return 1
     print(write(laboratory, args.seeds))
     return 0
 

@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import results
 from lab.markdown import table
 from lab.study import measure, shards
 from lab.study.statistics import Seeds, accuracy, difference
+from lab.trials import machine, perform_all
 from m3ae_fast import train
 from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.errors import exit_cleanly
@@ -340,21 +340,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    started = time.monotonic()
     prepare(args.data, args.out / "shards")
     laboratory = Laboratory(args.out, args.steps)
-    for trial in plan(args.tasks):
-        if laboratory.result(trial).exists():
-            continue
-        if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
-            break
-        print(f"{time.strftime('%H:%M:%S')}  {trial.name}", flush=True)
-        if not laboratory.perform(trial):
-            return 1
-    about = results.about()
-    head = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}"
+    if not perform_all(plan(args.tasks), laboratory, args.minutes):
+        return 1
     parts = {part: laboratory.tables(args.tasks, part) for part in (TEST, VALIDATION)}
-    text = "\n\n".join([head, *(f"On {part} samples:\n\n{tables}" for part, tables in parts.items())])
+    text = "\n\n".join([machine(), *(f"On {part} samples:\n\n{tables}" for part, tables in parts.items())])
     write_text_atomically(args.out / "table.md", text + "\n")
     print(text)
     return 0

@@ -19,9 +19,8 @@ _THIRD: Overrides = (("masking.image_predicted", 0.33), ("masking.text_predicted
 _MUON: Overrides = (("optim.name", "muon"),)
 _WSD: Overrides = (("optim.schedule", "wsd"),)
 _ONE: Overrides = (("model.dec_depth", 1),)
-_GROWING: Overrides = (
-    ("train.image_sizes", ((0.75, 0.7),)),
-)  # sizes relative to the model's, rounded to whole patches
+# The size is relative to that of the model, and is rounded to whole patches.
+_GROWING: Overrides = (("train.image_sizes", ((0.75, 0.7),)),)
 ARMS: dict[str, Overrides] = {
     BASELINE: (),
     USUAL: (),
