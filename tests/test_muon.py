@@ -296,9 +296,10 @@ def test_settings_without_a_counterpart_in_the_official_code_are_reported_as_ope
     left_out = "train.rollbacks (batches left out: 4, 11); "
     assert open_options(config(name="adamw"), (11, 4)).startswith(f"Open: {left_out}")
     assert open_options(config(), (11, 4)).startswith(f"Open: optim.name=muon, {left_out}")
-    partly = parse(Config, TINY | {"masking": {"text_predicted": 0.5}}, "test")
-    without_text = partly.model_copy(update={"model": partly.model.model_copy(update={"vocab_size": 0})})
-    assert open_options(partly).startswith("Open: masking.text_predicted=0.5; ") and open_options(without_text) == ""
+    partly = TINY | {"masking": {"text_predicted": 0.5}}
+    without_text = partly | {"model": TINY["model"] | {"vocab_size": 0}}
+    assert open_options(parse(Config, partly, "test")).startswith("Open: masking.text_predicted=0.5; ")
+    assert open_options(parse(Config, without_text, "test")) == ""
 
 
 def test_fine_tuning_supports_only_adamw():

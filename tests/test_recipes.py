@@ -23,6 +23,16 @@ def test_the_official_recipe_changes_no_setting():
     assert choose_recipe("official", []).overrides == []
 
 
+def test_the_fast_configs_use_the_settings_of_the_fast_recipe():
+    """The configs also set a schedule, which is not part of the recipe."""
+    settings = [override.partition("=")[::2] for override in FAST_SETTINGS]
+    for size in ("small", "base", "large"):
+        dumped = load_config(f"fast-{size}").model_dump(mode="json")
+        for name, value in settings:
+            section, key = name.split(".")
+            assert str(dumped[section][key]) == value
+
+
 def test_the_fast_recipe_is_used_if_nothing_prevents_it():
     for recipe in ("fast", None):
         found = choose_recipe(recipe, ["train.steps=9", "optim.schedule=wsd"])

@@ -793,8 +793,8 @@ class Config(Section):
         return self.model_copy(update={"model": model})
 
     def _without_captions(self) -> Config:
-        """Return the config with `modality` set to `image` in all sources in which it is `auto`, if the model is
-        image-only; otherwise return it unchanged."""
+        """Return the config without the settings of captions if the model is image-only; otherwise return it unchanged.
+        In sources, `modality: auto` becomes `image`; `masking.text_predicted` becomes 1."""
         if self.model.vocab_size:
             return self
 
@@ -803,7 +803,8 @@ class Config(Section):
             return [s.model_copy(update=update) if s.modality == "auto" else s for s in sources]
 
         update = {"train": images(self.data.train), "val": images(self.data.val)}
-        return self.model_copy(update={"data": self.data.model_copy(update=update)})
+        masking = self.masking.model_copy(update={"text_predicted": 1.0})
+        return self.model_copy(update={"data": self.data.model_copy(update=update), "masking": masking})
 
     @property
     def zero(self) -> ZeroConfig | None:

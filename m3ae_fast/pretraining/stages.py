@@ -199,13 +199,11 @@ def _configured(
     if path.exists() and not dry_run:
         load_config(path, list(overrides))  # raises an error for invalid settings before any work begins
         _follow(path)
-    weights, method = GivenWeights([], []), ChosenRecipe([], "")
+    weights = GivenWeights([], [])
     if start_from is not None and (dry_run or not path.exists()):
         weights = given_weights(start_from, out, overrides)
         overrides = [*weights.overrides, *overrides]
         image_range = assumed_config(overrides).model.image_range
-    elif start_from is None:
-        method = choose_recipe(recipe, overrides)
     shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
         config = load_config(path, list(overrides))
@@ -216,6 +214,7 @@ def _configured(
         print(how_to_train_longer(config))
         return config
     plan: Plan | None = None
+    method = choose_recipe(recipe, overrides) if start_from is None else ChosenRecipe([], "")
     with stage(device) as session:
         statistics, notes = inspect(shards, out, labels, image_range, overrides)
         given = [*method.overrides, *overrides]

@@ -87,7 +87,7 @@ def open_options(config: Config, left_out: Sequence[int] = ()) -> str:
     values = {
         "model.dec_attention": (config.model.dec_attention, "self"),
         "masking.image_predicted": (config.masking.image_predicted, 1.0),
-        "masking.text_predicted": (config.masking.text_predicted if config.model.vocab_size else 1.0, 1.0),
+        "masking.text_predicted": (config.masking.text_predicted, 1.0),
         "optim.name": (config.optim.name, "adamw"),
         "optim.layer_decay": (config.optim.layer_decay, 1.0),
         "optim.schedule": (config.optim.schedule, "cosine"),
@@ -103,10 +103,8 @@ def open_options(config: Config, left_out: Sequence[int] = ()) -> str:
 
 def _partly_predicted(config: Config) -> list[str]:
     """Return the settings of modalities whose masked tokens are not all predicted in training."""
-    fractions = {"masking.image_predicted": config.masking.image_predicted}
-    if config.model.vocab_size:
-        fractions["masking.text_predicted"] = config.masking.text_predicted
-    return [f"{name}={fraction:g}" for name, fraction in fractions.items() if fraction < 1]
+    fractions = {name: getattr(config.masking, name) for name in ("image_predicted", "text_predicted")}
+    return [f"masking.{name}={fraction:g}" for name, fraction in fractions.items() if fraction < 1]
 
 
 def _trains(config: Config) -> bool:
