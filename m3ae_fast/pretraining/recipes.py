@@ -57,8 +57,8 @@ def choose_recipe(recipe: str | None, overrides: Sequence[str]) -> ChosenRecipe:
         but = " except for the settings given with --set" if _given_setting(overrides) else ""
         return ChosenRecipe([], f"recipe: official, the decoder and the optimiser of the official M3AE{but}{why}")
     line = (
-        "recipe: fast, with a decoder with cross-attention, a third of the masked tokens predicted, and Muon; "
-        "--recipe official: the method of the official M3AE"
+        "recipe: fast (cross-attention decoder, a third of the masked tokens predicted, Muon); use --recipe official "
+        "for the method of the official M3AE"
     )
     return ChosenRecipe([*FAST_SETTINGS], line)
 
