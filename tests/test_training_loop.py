@@ -103,7 +103,7 @@ def settings(tmp_path, mixed, **sections) -> Config:
     data["run"] = {"dir": str(tmp_path / "run")}
     data["data"] |= {"train": mixed, "val": mixed, "workers": 0, "cache_dir": str(tmp_path / "cache")}
     for name, values in sections.items():
-        data[name] |= values
+        data[name] = data.get(name, {}) | values
     return parse(Config, data, "test")
 
 
@@ -808,10 +808,9 @@ def test_only_unusual_settings_are_reported(tmp_path, mixed):
 )
 def test_partial_prediction_with_self_attention_is_reported(tmp_path, mixed, model, masking, named):
     """Without captions, the fraction of the text tokens has no effect."""
-    config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3})
-    data = replace(open_data(config.data, config.model), val=None)
-    changes = {"model": config.model.model_copy(update=model), "masking": MaskingConfig(**masking)}
-    config = config.model_copy(update=changes)
+    captioned = settings(tmp_path, mixed)
+    data = replace(open_data(captioned.data, captioned.model), val=None)
+    config = settings(tmp_path, mixed, model={"image_mean": [0.5] * 3} | model, masking=masking)
     found = run_warnings(config, data, Schedule(config.train, config.optim, data.train.samples))
     assert [note.partition(", the features became worse")[0] for note in found] == (
         [f"with model.dec_attention=self and {named}"] if named else []
