@@ -116,10 +116,12 @@ def _load(args: argparse.Namespace) -> Config:
 
 
 def perform(args: argparse.Namespace, session: Session) -> None:
-    """Run the command: a dry run or a training run. Raises UserError if the run is not possible."""
+    """Run the command: a dry run or a training run. Raises UserError if the run is not possible, or if the ranks have
+    different options."""
     from m3ae_fast.evaluation.knn_during_training import knn_probe
     from m3ae_fast.training.run import pre_train
 
+    session.ranks.require_same({name: value for name, value in vars(args).items() if name != "local_rank"})
     config = session.ranks.broadcast(lambda: _load(args))
     if args.dry_run:
         _dry_run(config, args, session)

@@ -1,19 +1,27 @@
 """A fault on one rank ends all ranks at once, and the error of this rank is the one that is shown."""
 
 import json
+import os
 import signal
 import time
+from importlib import import_module
 
 import pytest
 
 from m3ae_fast import checkpoint
 from m3ae_fast.training.run_state import RECORD_FILE
-from tests.helpers.ranks import fork_ranks
+from tests.helpers.ranks import fork_ranks, run_ranks
 from tests.helpers.trainer import Trainer, zero
 
 pytestmark = pytest.mark.slow
 
 SOON_S = 90  # far below the timeout of a stall, 300 s; an idle machine takes a few seconds
+
+
+def main(argv):
+    """Run the program `argv[0]`, a module. Each further argument contains the options of a rank."""
+    program, *options = argv
+    return import_module(program).main(options[int(os.environ["RANK"])].split())
 
 
 @pytest.fixture
@@ -115,3 +123,41 @@ def test_a_rank_that_is_killed_during_the_last_save_ends_the_other_at_once(fault
     who = "rank 0" if rank == 0 else "another rank"
     assert f"error: {who} exited; see its output for the reason, unless it was killed" in out
     assert out.count("error: ") == 1 and "Traceback" not in out
+
+
+TRAIN = "--config {config} --set run.dir=run"
+PROBE = "knn a --train a.tar --val b.tar --out a"
+EMBED = "a a.tar --out a.npz"
+
+
+@pytest.mark.parametrize(
+    ("program", "first", "other", "message"),
+    [
+        (
+            "train",
+            TRAIN,
+            f"{TRAIN} --set train.steps=9",
+            "set=['run.dir=run', 'train.steps=9'], but rank 0 with set=['run.dir=run']",
+        ),
+        (
+            "train",
+            f"{TRAIN} --local_rank 0",
+            f"{TRAIN} --local_rank 1 --resume auto",
+            "resume='auto', but rank 0 with resume='no'",
+        ),
+        ("cli.evaluate", PROBE, PROBE.replace("knn a", "knn b"), "models=('b',), but rank 0 with models=('a',)"),
+        ("cli.evaluate", PROBE, f"{PROBE} --set knn.k=3", "overrides=['knn.k=3'], but rank 0 with overrides=[]"),
+        ("cli.embed", EMBED, f"b{EMBED[1:]}", "model='b', but rank 0 with model='a'"),
+        ("cli.embed", EMBED, f"{EMBED} --pool cls", "pool='cls', but rank 0 with pool=None"),
+    ],
+)
+def test_options_that_differ_between_ranks_are_an_error(tmp_path, monkeypatch, program, first, other, message):
+    """Only --local_rank, which a launcher may pass to each rank, may differ."""
+    monkeypatch.chdir(tmp_path)
+    config = Trainer(tmp_path).config
+    options = [each.format(config=config) for each in (first, other)]
+    before = sorted(tmp_path.iterdir())
+    code, out = run_ranks("tests.test_faults", [f"m3ae_fast.{program}", *options], 2, tmp_path.with_suffix(".log"))
+    assert code == 2, out
+    assert out == f"error: rank 1 was started with {message}: start all ranks with the same options\n"
+    assert sorted(tmp_path.iterdir()) == before

@@ -31,14 +31,15 @@ class NeedsRange(BadSample):
 
 @dataclass(frozen=True)
 class Skipped:
-    """An invalid or unreadable sample, or (with the key "") an unreadable shard."""
+    """An invalid or unreadable sample (with the shard "": an image file outside of shards), or (with the key "") an
+    unreadable shard."""
 
     shard: str
     key: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.shard}{'/' if self.key else ''}{self.key}: {self.reason}"
+        return f"{'/'.join(filter(None, (self.shard, self.key)))}: {self.reason}"
 
 
 class BadSamples:

@@ -93,6 +93,20 @@ def embed(
     """
     with join_ranks(device) as ranks:
         try:
+            named = {"model": os.fspath(model)} if isinstance(model, str | os.PathLike) else {}
+            ranks.require_same(
+                {
+                    **named,
+                    "source": _listed(source),
+                    "out": out,
+                    "modality": modality,
+                    "pool": pool,
+                    "labels": labels,
+                    "patches": patches,
+                    "columns": list(columns),
+                    "overrides": list(overrides),
+                }
+            )
             images = ranks.broadcast(lambda: _image_files(source))
             config = ranks.broadcast(lambda: _settings(source, modality, pool, patches, columns, overrides, images))
             path = None if out is None else Path(out)

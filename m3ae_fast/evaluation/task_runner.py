@@ -186,6 +186,7 @@ def _perform(
     """Run the task, write its result and return it; return None if it was stopped. `is_last`: see `Job`. Raises
     UserError if the task cannot be run; `out` then contains no result."""
     ranks, task = session.ranks, options.task
+    ranks.require_same({**vars(options), "out": str(out), "overrides": list(overrides)})
     ranks.on_main(lambda: require_for(task, options.shards, options.shots))
     if options.is_pixels:
         _require_pixels(options)

@@ -9,7 +9,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -94,6 +94,24 @@ class Ranks:
     def gather(self, value: T) -> list[T]:
         """Return every rank's picklable `value` on every rank."""
         return _gather(value, self.world, self.control)
+
+    def require_same(self, options: Mapping[str, object]) -> None:
+        """Check that all ranks were started with the same options. Every rank must call this method.
+
+        Args:
+            options: options of the program by name. They are compared by their representation as text.
+
+        Raises:
+            UserError: an option of another rank differs from that of rank 0. The error is raised on every rank.
+        """
+        first, *others = self.gather({name: repr(value) for name, value in options.items()})
+        for rank, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    raise UserError(
+                        f"rank {rank} was started with {name}={other[name]}, but rank 0 with {name}={value}: start all "
+                        "ranks with the same options"
+                    )
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0 while the other ranks wait. Return its result on rank 0 and None elsewhere. An error is

@@ -646,6 +646,19 @@ def test_the_default_number_of_workers_follows_from_the_cores_per_rank(monkeypat
         assert default_workers() == workers
 
 
+@pytest.mark.parametrize(
+    "shard, key, place",
+    [
+        ("a.tar", "7", "a.tar/7"),
+        ("a.tar", "", "a.tar"),
+        ("", "folder/a.jpg", "folder/a.jpg"),
+        ("in", "a.jpg", "in/a.jpg"),
+    ],
+)
+def test_a_bad_sample_is_named_by_its_place(shard, key, place):
+    assert str(Skipped(shard, key, "broken")) == f"{place}: broken"
+
+
 def test_too_many_bad_samples_end_the_loader():
     counter = BadSamples(0.1, samples=10_000)
     counter.report([Skipped("a.tar", "7", "the image is broken")])
