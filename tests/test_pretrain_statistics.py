@@ -19,7 +19,15 @@ from m3ae_fast.config import load_config
 from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.images.bit_depth import Depth
 from m3ae_fast.images.image_kind import Kind
-from m3ae_fast.pretraining.automatic_settings import MODEL_SIZES, Shards, assumed, check_overrides, settings
+from m3ae_fast.pretraining.automatic_settings import (
+    MODEL_SIZES,
+    PROBED,
+    Shards,
+    assumed,
+    by_setting,
+    check_overrides,
+    settings,
+)
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.image_settings import range_of
 from m3ae_fast.pretraining.source_shards import find_shards
@@ -192,6 +200,7 @@ SETTINGS = {
     "optim.peak_lr=1e-3": "o.peak_lr == 1e-3",
     "optim.warmup_epochs=2": "o.warmup_epochs == 2",
     "optim.clip_grad=null": "o.clip_grad is None",
+    'optim={"clip_grad":2}': "o.clip_grad == 2 and o.peak_lr > 1e-3",  # the learning rate is still chosen
     "train.global_batch=32": "t.global_batch == 32 and o.warmup_epochs == 0.25",
     "train.steps=20": "t.steps == 20 and o.warmup_epochs == 0.1 and t.eval_every == t.save_every == 10",
     "train.epochs=2": "t.epochs == 2 and t.steps is None and o.warmup_epochs == 0.1 and t.save_every == 10",
@@ -201,6 +210,7 @@ SETTINGS = {
     "train.save_every=7": "t.save_every == 7",
     "train.probe=null": "t.probe is None",
     "train.probe.k=7": "t.probe.k == 7",
+    'train={"epochs":2}': "t.epochs == 2 and t.hours is t.probe is None and o.warmup_epochs == 0.1",
 }
 
 
@@ -212,7 +222,7 @@ def test_each_single_override_leads_to_a_consistent_config(tmp_path, override):
     check_overrides([override])
     c = _chosen(override, statistics=assumed([override], samples=640))
     assert eval(SETTINGS[override], {"c": c, "m": c.model, "t": c.train, "o": c.optim, "len": len})
-    assert load_config(_written(tmp_path, c)) == c
+    assert load_config(_written(tmp_path, c)) == load_config(_written(tmp_path, c), by_setting([override])) == c
 
 
 def _written(folder, config):
@@ -238,12 +248,38 @@ def test_every_automatic_setting_has_a_test_of_its_override():
         ("train.image_sizes=[[0.5,16]]", r"needs a fixed length of the run: add --set train\.steps=N"),
         ("train.steps=null", "set the length of the run: epochs or steps"),
         ("model.num_heads=7", r"emb_dim \d+ is not divisible by num_heads 7"),
+        ('data={"flip":false}', "--set data: use SOURCE, --val and --set data.KEY instead"),
+        ("train=5 train.epochs=3", "train.epochs=3: train is a value, not a section"),
+        ("model=null model.size=base", "model.size=base: model is null"),
+        ("model=null", r"model: input should be an object \(got null\)"),
+        ('train={"steps":5} train.probe.k=3', "train.probe.train is missing"),
+        ("train.steps=5 train.epochs=3", "set epochs or steps, not both"),
+        ("train.epochs=3 train.steps=5", "set epochs or steps, not both"),
+        ("train.epochs=1e308", "train.epochs: input should be less than or equal to 1000000"),
+        (f"train.epochs={10**400}", "train.epochs: input should be"),
+        (f"train.steps={10**400}", r"--set: train.steps: input should be [^()]*\(got 10+\.*\)$"),
+        ("model.channels=99999999999", "model.channels: input should be less than or equal to 256"),
+        ("data.show_channels=[0,1,99999999999]", "the model has channels 0 to 255"),
     ],
 )
 def test_contradicting_settings_are_refused_in_one_line_before_any_work(tmp_path, override, message):
     with pytest.raises(UserError, match=message) as caught:
-        pretrain(tmp_path / "nothing", tmp_path / "run", overrides=[override])
+        pretrain(tmp_path / "nothing", tmp_path / "run", overrides=override.split())
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_no_override_is_lost_in_any_order_of_the_overrides(order):
+    c = _chosen(*["train.hours=2", "train.steps=7", "model.emb_dim=96", "model.size=small"][::order])
+    assert (c.train.hours, c.train.steps, c.model.emb_dim, c.model.depth) == (2, 7, 96, 12)
+
+
+def test_stop_at_is_accepted_if_the_accuracy_is_measured_during_training():
+    overrides = ["train.stop_at=plateau", "optim.schedule=wsd"]
+    check_overrides(overrides)
+    assert _chosen(*overrides, statistics=assumed([], samples=PROBED)).train.probe.every
+    with pytest.raises(UserError, match=r"set train\.probe\.every"):
+        _chosen(*overrides, statistics=assumed([], samples=PROBED + 1))
 
 
 def test_image_tokens_are_compatible_with_the_chosen_settings(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import parse_json
-from m3ae_fast.config import LONGEST, Config, Range, parse, require_libraries_of
+from m3ae_fast.config import LONGEST, MAX_CHANNELS, Config, Range, parse, require_libraries_of
 from m3ae_fast.config.load import apply_override
 
 TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
@@ -27,6 +27,7 @@ _WARM_UP = 0.05  # fraction of the steps that belong to the warm-up
 # for a run that starts from given weights: factor of the usual learning rate, and warm-up as a fraction of the steps
 _CONTINUED_RATE, _CONTINUED_WARM_UP = 0.25, 0.02
 LENGTHS = ("train.steps", "train.epochs")  # settings that determine the length of the run
+_MOST_EPOCHS = 10**6  # maximum of train.epochs; longer runs are refused
 EVALUATED = 1024  # maximum number of held-out samples on which losses are evaluated
 PROBED = 5000  # with more training samples, the k-NN accuracy is measured only before and after training
 # MAE's learning rate and batch size (arXiv 2111.06377). For Adam, the learning rate is scaled with the square root of
@@ -37,6 +38,7 @@ _ARGUMENTS = {
     r"run(\.dir)?": "--out",
     r"data\.train(\.\d+(\.shards)?)?": "SOURCE",
     r"data\.val\.\d+(\.shards)?": "--val",
+    r"data": "SOURCE, --val and --set data.KEY",
     r"model\.init_from": "--from",
 }
 _ARGUMENTS |= {r"train\.probe\.labels": "--labels"}
@@ -139,15 +141,31 @@ def _images(statistics: DatasetStatistics, size: ModelSize, overrides: Sequence[
 
 
 def set_to(overrides: Sequence[str], name: str, default: Any) -> Any:
-    """Return the value of the setting `name` in the overrides, or `default`."""
+    """Return the value of the setting `name` in the overrides, or `default`. An override may also set the whole section
+    of the setting."""
     found = default
     for override in overrides:
         key, equals, text = override.partition("=")
-        if key == name and equals:
-            try:
-                found = parse_json(text)
-            except ValueError:
-                found = text
+        if not equals or not f"{name}.".startswith(f"{key}."):
+            continue
+        try:
+            value = parse_json(text)
+        except ValueError:
+            value = text
+        for part in filter(None, name.removeprefix(key).split(".")):
+            value = value.get(part, default) if isinstance(value, dict) else default
+        found = value
+    return found
+
+
+def by_setting(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides, with those that set the section `optim` divided into one override per setting. The config
+    of an existing run is changed by these overrides, so it keeps its learning rate unless the user sets another one."""
+    found = []
+    for override in overrides:
+        section = set_to([override], "optim", None)
+        is_whole = isinstance(section, dict)
+        found += [f"optim.{key}={json.dumps(value)}" for key, value in section.items()] if is_whole else [override]
     return found
 
 
@@ -244,11 +262,11 @@ def assumed_config(overrides: Sequence[str]) -> Config:
     return config
 
 
-def assumed(overrides: Sequence[str], samples: int = 10**6) -> DatasetStatistics:
+def assumed(overrides: Sequence[str], samples: int = PROBED) -> DatasetStatistics:
     """Return statistics of hypothetical samples that are compatible with the overrides."""
     shown = set_to(overrides, "data.show_channels", None)
     most = max([2, *(number for number in shown if isinstance(number, int))]) if isinstance(shown, list) else 2
-    channels = channels_set(overrides) or most + 1
+    channels = min(channels_set(overrides) or most + 1, MAX_CHANNELS)  # the config refuses more
     is_alone = set_to(overrides, "data.tokenizer", "") is None
     words = 0 if is_alone else set_to(overrides, "model.vocab_size", 512)
     return DatasetStatistics(samples, 1000, 1000, [0.5] * channels, [0.25] * channels, 2, words, text_length=64)
@@ -260,8 +278,8 @@ def _length(statistics: DatasetStatistics, batch: int, steps: int, overrides: Se
     per_epoch = max(statistics.samples // (given(overrides, "train.global_batch") or batch), 1)
     epochs = set_to(overrides, "train.epochs", None)
     if isinstance(epochs, int | float) and epochs > 0:
-        steps = max(round(epochs * per_epoch), 1)
-    return given(overrides, "train.steps") or steps, per_epoch
+        steps = max(round(min(epochs, _MOST_EPOCHS) * per_epoch), 1)
+    return min(given(overrides, "train.steps") or steps, _MOST_EPOCHS * per_epoch), per_epoch
 
 
 def settings(
@@ -306,12 +324,14 @@ def settings(
         "train": _train_section(statistics, shards, batch, steps, labels, evaluations) | {"hours": hours},
         "deepspeed": None,
     }
+    _drop_incompatible(config, overrides)
     for override in overrides:
-        _drop_incompatible(config, override)
+        if not statistics.classes:
+            _require_probe(config, override)
         apply_override(config, override)
-    if shards.val and not config["data"]["val"]:
-        config["train"]["probe"] = None
     found = parse(Config, config, "--set")
+    if shards.val and not found.data.val:
+        config["train"]["probe"] = None
     config["optim"].setdefault("peak_lr", peak_rate(found.train.global_batch, found.model.emb_dim, factor))
     return parse(Config, config, "--set")
 
@@ -360,18 +380,23 @@ def _train_section(
     }
 
 
-def _drop_incompatible(config: dict[str, Any], override: str) -> None:
-    """Remove from the config all automatic settings that are incompatible with an override. Raises UserError if the
-    override sets a value of the probe but there is no probe."""
-    name, _, value = override.partition("=")
-    if name == "train.epochs" and value != "null":
-        config["train"].pop("steps", None)
-    if name in LENGTHS and value != "null":
-        config["train"].pop("hours", None)
-    if name == "model.size" and value != "null":
+def _drop_incompatible(config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Remove from the config all automatic settings that are incompatible with the overrides, whatever the order of
+    the overrides."""
+    names = {name for name, _, value in (override.partition("=") for override in overrides) if value != "null"}
+    if "train.epochs" in names:
+        del config["train"]["steps"]
+    if not names.isdisjoint(LENGTHS):
+        del config["train"]["hours"]
+    if "model.size" in names:
         for key in ("emb_dim", "depth", "num_heads", "dec_emb_dim", "dec_depth", "dec_num_heads"):
             config["model"].pop(key, None)
-    if name.startswith("train.probe.") and config["train"]["probe"] is None:
+
+
+def _require_probe(config: dict[str, Any], override: str) -> None:
+    """Raise UserError if the override sets a value of the probe but there is no probe."""
+    name, train = override.partition("=")[0], config["train"]
+    if name.startswith("train.probe.") and isinstance(train, dict) and train.get("probe") is None:
         raise UserError(
             f"--set {name}: there is no probe, because the samples have no usable labels; choose a field with --labels"
         )

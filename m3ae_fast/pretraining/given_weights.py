@@ -11,6 +11,7 @@ import torch
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import TOKENIZER_FILE
+from m3ae_fast.config.schema import SIZES
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights, missing_decoder, start_for
 from m3ae_fast.pretraining.automatic_settings import assumed_config
@@ -90,6 +91,9 @@ def _fitting_all(model: str, found: Pretrained, overrides: Sequence[str]) -> Pre
     """Return the weights with which the run starts. Raises UserError if the settings are invalid, or if they do not fit
     the weights."""
     config = assumed_config(overrides)
+    m = config.model
+    if m.size and SIZES[m.size] != (m.emb_dim, m.depth, m.num_heads):  # these three are those of the weights
+        raise UserError(f"--set model.size={m.size}: does not fit the weights {model}; leave it out")
     start = start_for(config.model, found)
     check_start(config.model, start, model)
     with torch.device("meta"):

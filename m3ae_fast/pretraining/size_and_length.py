@@ -170,7 +170,7 @@ def choose(
         why = "the size of the given weights" if continues else _why_not_larger(statistics)
     batch, seconds, (evaluations, _) = fitted_batch(pace), budget.steps_time(pace), budget.evaluations(pace)
     steps = automatic_settings.steps_in(seconds, pace.step(batch), batch, statistics.samples)
-    time_limit = round(budget.training(pace) / 3600, 5)
+    time_limit = max(round(budget.training(pace) / 3600, 5), 1e-5)
     config = config_of(size, batch, steps, time_limit, evaluations)
     return Plan(config, _lines(config, budget, size, why, pace), _warning(config, budget, pace))
 

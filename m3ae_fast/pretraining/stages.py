@@ -20,7 +20,7 @@ from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report
 from m3ae_fast.pretraining import SEVERAL_RANKS
-from m3ae_fast.pretraining.automatic_settings import assumed_config, check_overrides, set_to
+from m3ae_fast.pretraining.automatic_settings import assumed_config, by_setting, check_overrides, set_to
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
@@ -121,10 +121,10 @@ def pretrain(
     outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome
-    if tune and choose_rate(load_config(out / CONFIG, here), out / CONFIG, device) is None:
+    if tune and choose_rate(load_config(out / CONFIG, by_setting(here)), out / CONFIG, device) is None:
         return outcome
     with stage(device) as session:
-        config = session.ranks.broadcast(lambda: load_config(out / CONFIG, here))
+        config = session.ranks.broadcast(lambda: load_config(out / CONFIG, by_setting(here)))
         pre_train(config, session, resume="auto", make_probe=knn_probe)
     if session.stop.requested or status(out)[0] != "finished":
         return outcome
@@ -197,7 +197,7 @@ def _configured(
     None if a stop is requested in the meantime."""
     path = out / CONFIG
     if path.exists() and not dry_run:
-        load_config(path, list(overrides))  # raises an error for invalid settings before any work begins
+        load_config(path, by_setting(overrides))  # raises an error for invalid settings before any work begins
         _follow(path)
     weights = GivenWeights([], [])
     if start_from is not None and (dry_run or not path.exists()):
@@ -206,7 +206,7 @@ def _configured(
         image_range = assumed_config(overrides).model.image_range
     shards = find_shards(source, out, captions, val, image_range)
     if path.exists() and not dry_run:
-        config = load_config(path, list(overrides))
+        config = load_config(path, by_setting(overrides))
         print(
             f"{path} already exists: its settings are kept, except those given with --set, and --hours and --recipe "
             "have no effect; for newly chosen settings, delete it or choose another --out"
