@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,43 @@ class Outcome(NamedTuple):
     export: Path  # folder for `M3AE.from_pretrained`
     report: Path
     results: dict[str, dict[str, Any]]  # results by task and by model; empty without classes
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a call of `pretrain`."""
+
+    source: str
+    out: Path
+    hours: float
+    captions: Path | None
+    val: Sequence[str]
+    labels: str
+    start_from: str | None
+    recipe: Recipe | None
+    overrides: Sequence[str]
+    device: Device | None
+    tune: bool
+    dry_run: bool
+    began: float  # value of `time.monotonic` at the beginning of the call
+
+    @property
+    def config_file(self) -> Path:
+        return self.out / CONFIG
+
+    @property
+    def all_overrides(self) -> list[str]:
+        """The overrides including that of the run folder, which may have been moved or copied."""
+        return [*self.overrides, f"run.dir={json.dumps(str(self.out))}"]
+
+    @property
+    def continues(self) -> bool:
+        """Whether an earlier call has written the config of the run."""
+        return self.config_file.exists() and not self.dry_run
+
+    def load_config(self) -> Config:
+        """Return the config that has been written, with the overrides. Raises UserError if it is invalid."""
+        return load_config(self.config_file, by_setting(self.all_overrides))
 
 
 def pretrain(
@@ -96,37 +134,34 @@ def pretrain(
         UserError: the source cannot be used, an override is invalid, `out` cannot be written, or the user declines to
             start.
     """
-    began, out, given = time.monotonic(), Path(out), None if start_from is None else str(start_from)
-    image_range = _check(hours, out, source, val, labels, given, recipe, overrides, device, tune)
-    table_of_captions = None if captions is None else Path(captions)
-    here = [*overrides, f"run.dir={json.dumps(str(out))}"]  # the run folder may have been moved or copied
-    config = _configured(
-        str(source),
-        out,
-        hours,
-        began,
-        table_of_captions,
-        val,
-        labels,
-        given,
-        recipe,
-        here,
-        image_range,
-        device,
-        tune,
-        dry_run,
+    call = _Call(
+        source=str(source),
+        out=Path(out),
+        hours=hours,
+        captions=None if captions is None else Path(captions),
+        val=val,
+        labels=labels,
+        start_from=None if start_from is None else str(start_from),
+        recipe=recipe,
+        overrides=overrides,
+        device=device,
+        tune=tune,
+        dry_run=dry_run,
+        began=time.monotonic(),
     )
+    image_range = _check(call)
+    config = _kept_config(call, image_range) if call.continues else _chosen_config(call, image_range)
     if config and config.train.probe and (missing := why_no_map()):
         print(f"note: no map of the features will be drawn: {missing}", flush=True)
-    outcome = Outcome(out, False, out / EXPORT, out / REPORT_FILE, {})
+    outcome = Outcome(call.out, False, call.out / EXPORT, call.out / REPORT_FILE, {})
     if dry_run or config is None:
         return outcome
-    if tune and choose_rate(load_config(out / CONFIG, by_setting(here)), out / CONFIG, device) is None:
+    if tune and choose_rate(call.load_config(), call.config_file, device) is None:
         return outcome
     with stage(device) as session:
-        config = session.ranks.broadcast(lambda: load_config(out / CONFIG, by_setting(here)))
+        config = session.ranks.broadcast(call.load_config)
         pre_train(config, session, resume="auto", make_probe=knn_probe)
-    if session.stop.requested or status(out)[0] != "finished":
+    if session.stop.requested or status(call.out)[0] != "finished":
         return outcome
     results = evaluate_run(config, device) if config.train.probe else {}
     if results is None:
@@ -135,35 +170,24 @@ def pretrain(
     return outcome._replace(finished=True, results=results)
 
 
-def _check(
-    hours: float,
-    out: Path,
-    source: str | Path,
-    val: Sequence[str],
-    labels: str,
-    start_from: str | None,
-    recipe: str | None,
-    overrides: Sequence[str],
-    device: Device | None,
-    tune: bool,
-) -> Range | None:
-    """Check the arguments of `pretrain` before any work, and return the value range of the images; None if no override
-    sets it. Raises UserError if an argument is invalid."""
-    if not 0 < hours < 10_000:
-        raise UserError(f"--hours {hours:g}: must be above 0 and below 10000")
+def _check(call: _Call) -> Range | None:
+    """Check the arguments before any work, and return the value range of the images; None if no override sets it.
+    Raises UserError if an argument is invalid."""
+    if not 0 < call.hours < 10_000:
+        raise UserError(f"--hours {call.hours:g}: must be above 0 and below 10000")
     if not alone():
         raise UserError(SEVERAL_RANKS)
-    uses_gpu(device)
-    image_range = check_overrides(overrides, start_from).model.image_range
-    check_recipe(recipe, overrides, start_from)
-    if tune and set_to(overrides, "optim.peak_lr", None) is not None:
+    uses_gpu(call.device)
+    image_range = check_overrides(call.overrides, call.start_from).model.image_range
+    check_recipe(call.recipe, call.overrides, call.start_from)
+    if call.tune and set_to(call.overrides, "optim.peak_lr", None) is not None:
         raise UserError("--tune chooses optim.peak_lr: use either --tune or --set optim.peak_lr")
-    if tune and set_to(overrides, "train.epochs", None) is not None:
+    if call.tune and set_to(call.overrides, "train.epochs", None) is not None:
         raise UserError(NEEDS_STEPS)
-    object_store.require(str(source), *val)
-    check_field(labels)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is not a folder; specify a new or an existing folder")
+    object_store.require(call.source, *call.val)
+    check_field(call.labels)
+    if call.out.exists() and not call.out.is_dir():
+        raise UserError(f"--out {call.out}: is not a folder; specify a new or an existing folder")
     return image_range
 
 
@@ -177,48 +201,37 @@ def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcom
     print(f"{outcome.report}: curves and figures; {outcome.export}: model for M3AE.from_pretrained")
 
 
-def _configured(
-    source: str,
-    out: Path,
-    hours: float,
-    began: float,
-    captions: Path | None,
-    val: Sequence[str],
-    labels: str,
-    start_from: str | None,
-    recipe: Recipe | None,
-    overrides: Sequence[str],
-    image_range: Range | None,
-    device: Device | None,
-    tune: bool,
-    dry_run: bool,
-) -> Config | None:
-    """Return the config of the run: the config that an earlier call has written, or a config that is chosen now. Return
-    None if a stop is requested in the meantime."""
-    path = out / CONFIG
-    if path.exists() and not dry_run:
-        load_config(path, by_setting(overrides))  # raises an error for invalid settings before any work begins
-        _follow(path)
-    weights = GivenWeights([], [])
-    if start_from is not None and (dry_run or not path.exists()):
-        weights = given_weights(start_from, out, overrides)
+def _kept_config(call: _Call, image_range: Range | None) -> Config:
+    """Return the config that an earlier call has written, after the shards that are missing have been written.
+    `image_range`: value range of the images. Raises UserError if an override is invalid."""
+    call.load_config()  # raises an error for invalid settings before any work begins
+    _follow(call.config_file)
+    find_shards(call.source, call.out, call.captions, call.val, image_range)
+    config = call.load_config()
+    print(
+        f"{call.config_file} already exists: its settings are kept, except those given with --set, and --hours and "
+        "--recipe have no effect; for newly chosen settings, delete it or choose another --out"
+    )
+    print(how_to_train_longer(config))
+    return config
+
+
+def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
+    """Choose the settings of a new run, print them, and write them to the run folder unless this is a dry run. Return
+    the config; None if a stop is requested in the meantime. `image_range`: value range of the images. Raises UserError
+    if the source or the weights cannot be used, or if the user declines to start."""
+    overrides, weights = call.all_overrides, GivenWeights([], [])
+    if call.start_from is not None:
+        weights = given_weights(call.start_from, call.out, overrides)
         overrides = [*weights.overrides, *overrides]
         image_range = assumed_config(overrides).model.image_range
-    shards = find_shards(source, out, captions, val, image_range)
-    if path.exists() and not dry_run:
-        config = load_config(path, by_setting(overrides))
-        print(
-            f"{path} already exists: its settings are kept, except those given with --set, and --hours and --recipe "
-            "have no effect; for newly chosen settings, delete it or choose another --out"
-        )
-        print(how_to_train_longer(config))
-        return config
+    shards = find_shards(call.source, call.out, call.captions, call.val, image_range)
+    method = choose_recipe(call.recipe, overrides) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None
-    method = choose_recipe(recipe, overrides) if start_from is None else ChosenRecipe([], "")
-    with stage(device) as session:
-        statistics, notes = inspect(shards, out, labels, image_range, overrides)
+    with stage(call.device) as session:
+        statistics, notes = inspect(shards, call.out, call.labels, image_range, overrides)
         given = [*method.overrides, *overrides]
-        plan = choose(statistics, shards, out, hours, labels, given, session, began)
+        plan = choose(statistics, shards, call.out, call.hours, call.labels, given, session, call.began)
     if plan is None:
         return None
     notes = [*weights.notes, *shards.notes, *notes]
@@ -227,16 +240,23 @@ def _configured(
     print("\n".join(lines), flush=True)
     if plan.warning:
         print(f"warning: {plan.warning}", flush=True)
-    if tune:
+    if call.tune:
         trial_steps(plan.config)  # raises an error before the config is written, so that --hours can still be changed
-    if not dry_run:
+    if not call.dry_run:
         if plan.warning:
             _ask_whether_to_start()
-        if is_held(out):  # another call may have started a run in the meantime
-            raise UserError(f"--out {out}: another run is using it; choose another folder")
-        write_text_atomically(path, json.dumps(stored_config(plan.config), indent=2) + "\n")  # includes the defaults
-        print(f"{path} contains all settings; --set section.key=value overrides them", flush=True)
+        _write(plan.config, call)
     return plan.config
+
+
+def _write(config: Config, call: _Call) -> None:
+    """Write the config of a new run. Raises UserError if another call has started a run in the folder in the
+    meantime."""
+    if is_held(call.out):
+        raise UserError(f"--out {call.out}: another run is using it; choose another folder")
+    text = json.dumps(stored_config(config), indent=2)  # includes the default values
+    write_text_atomically(call.config_file, f"{text}\n")
+    print(f"{call.config_file} contains all settings; --set section.key=value overrides them", flush=True)
 
 
 def how_to_train_longer(config: Config) -> str:
