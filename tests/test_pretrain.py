@@ -636,6 +636,7 @@ def test_user_errors_are_reported_before_any_output_is_written(tmp_path, monkeyp
         ((f"{tmp_path}/fotos", out), {}, r"is neither a folder.*; did you mean .*/photos\?"),
         ((table, out), {}, r"is neither a folder.*; to use a table, .* add --captions .*t\.jsonl$"),
         (("fotos", out), {}, r"fotos: no such folder; did you mean photos\?"),
+        (("", out), {}, "SOURCE is empty"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; specify a new or an existing folder"),
@@ -801,6 +802,20 @@ def test_classes_are_those_of_the_training_samples(tmp_path):
         statistics, notes = inspect(Shards([train], [labelled("b.tar", classes)], []), tmp_path / "run", "cls")
         assert statistics.classes == count and bool(notes) == (count == 0)
     assert "k-NN accuracy and logistic regression are not computed: " in notes[0]
+
+
+def test_labels_that_cannot_be_used_are_no_obstacle_to_training(tmp_path):
+    files = [(f"{i}.{suffix}", data) for i in range(4) for suffix, data in (("jpg", picture(i)), ("cls", b"cat"))]
+    shards = [write_tar(tmp_path / name, files) for name in ("a.tar", "b.tar")]
+    statistics, notes = inspect(Shards(shards[:1], shards[1:], []), tmp_path / "run", "cls")
+    assert statistics.classes == 0 and "its cls member must be an integer, but is 'cat'" in notes[0]
+
+
+def test_samples_without_images_are_refused_before_a_tokenizer_is_trained(tmp_path):
+    texts = write_tar(tmp_path / "a.tar", [(f"{i}.txt", b"some words") for i in range(9)])
+    with pytest.raises(UserError, match="none of the 9 training samples has an image"):
+        inspect(Shards([texts], [], []), tmp_path / "run", "cls")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

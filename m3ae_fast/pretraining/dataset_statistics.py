@@ -59,6 +59,8 @@ def inspect(
     """
     store = ShardStore()
     train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)
+    if not any(source.has_images for source in train.sources):
+        raise UserError(f"none of the {train.samples:,} training samples has an image, and pretrain needs images")
     val = open_corpus([SourceConfig(shards=shards.val)], store, progress=True) if shards.val else None
     classes, note = _classes(shards, store, labels)
     notes = [note] if note else []
@@ -73,7 +75,7 @@ def inspect(
     image_range = image_range or shards.image_range or range_of(seen.kinds)
     notes += _on_given_weights(train.has_captions, overrides)
     tokenizer = _tokenizer(shards, train, store, out, overrides)
-    found = collect(train, _INSPECTED, 0, channels, image_range, tokenizer, labels if classes.number else "cls", dtype)
+    found = collect(train, _INSPECTED, 0, channels, image_range, tokenizer, None, dtype)
     require_images(found)
     if found.bad:
         reason = found.bad.most_common(1)[0][0]

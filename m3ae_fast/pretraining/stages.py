@@ -173,6 +173,8 @@ def pretrain(
 def _check(call: _Call) -> Range | None:
     """Check the arguments before any work, and return the value range of the images; None if no override sets it.
     Raises UserError if an argument is invalid."""
+    if not call.source:
+        raise UserError("SOURCE is empty; specify images, shards or a dataset")
     if not 0 < call.hours < 10_000:
         raise UserError(f"--hours {call.hours:g}: must be above 0 and below 10000")
     if not alone():

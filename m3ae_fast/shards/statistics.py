@@ -249,15 +249,15 @@ def collect(
     channels: int,
     image_range: Range | None,
     tokenizer: CaptionTokenizer | None,
-    labels: str,
+    labels: str | None,
     dtype: str = "uint8",
 ) -> Statistics:
     """Return statistics of `samples` random samples of the dataset; `seed` determines the choice. Caption lengths are
-    counted in tokens of the tokenizer or, without a tokenizer, in words. `labels`: as `field` of `read_labels`. Raises
-    UserError if a shard or a label cannot be read."""
+    counted in tokens of the tokenizer or, without a tokenizer, in words. `labels`: as `field` of `read_labels`; None:
+    labels are not read. Raises UserError if a shard or a label cannot be read."""
     found = Statistics(corpus.samples, channels, dtype, image_range, "tokens" if tokenizer else "words")
     drawn = sample(corpus, samples, seed)
-    for of_source in read_labels(drawn, labels):
+    for of_source in read_labels(drawn, labels) if labels else ():
         found.labels.update(of_source)
     places = [(source, number) for source in drawn.sources for number in range(sum(source.sizes))]
     readers: dict[int, Reader] = {}
