@@ -55,6 +55,12 @@ def test_settings_that_deepspeed_refuses_are_reported_in_one_line(monkeypatch):
         engine_of(ranks, config_of(1, 1, 1, "fp32", {}))
 
 
+def test_deepspeed_works_in_each_stage_of_a_program():
+    for _ in range(2):
+        with join_ranks() as ranks:
+            engine_of(ranks, config_of(3, 1, 1, "fp32", {}))
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [

@@ -8,6 +8,7 @@ import itertools
 import os
 import resource
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -198,7 +199,10 @@ def join_ranks(device: Device | None = None) -> Iterator[Ranks]:
         yield _joined(device)
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            # DeepSpeed's function also releases the groups that DeepSpeed has created. Otherwise, a later stage of this
+            # program would use these groups, which no longer exist.
+            deepspeed = sys.modules.get("deepspeed.comm")
+            (deepspeed if deepspeed and deepspeed.is_initialized() else dist).destroy_process_group()
 
 
 def _joined(device: Device | None) -> Ranks:
