@@ -357,6 +357,27 @@ def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path):
         find_shards(str(photos), out, None, [])  # without a config, the origin of the shards is unknown
 
 
+def test_settings_are_chosen_again_if_the_images_change_before_a_run_starts(tmp_path, monkeypatch, capsys):
+    def plan(statistics, shards, out, hours, labels, overrides, *_):
+        config = settings(statistics, shards, out, MODEL_SIZES[0], 4, 9, labels, overrides)
+        return size_and_length.Plan(config, [f"{statistics.samples} training samples"])
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "choose", plan)
+    monkeypatch.setattr(stages, "pre_train", interrupted)
+    photos = make_pictures(tmp_path / "photos", each=4, captions=False)
+    for expected in ("11 training samples", "its settings are kept", "12 training samples"):
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(photos, tmp_path / "run")
+        printed = capsys.readouterr().out
+        assert expected in printed and (tmp_path / "run/config.json").exists()
+        if "kept" in expected:
+            Image.new("RGB", (40, 40)).save(photos / "red/black.png")
+    assert "has changed, so the settings are chosen again" in printed
+
+
 def test_a_folder_without_captions_leads_to_an_image_only_model(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=10, captions=False)
     out = tmp_path / "run"

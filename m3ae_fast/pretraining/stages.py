@@ -150,7 +150,8 @@ def pretrain(
         began=time.monotonic(),
     )
     image_range = _check(call)
-    config = _kept_config(call, image_range) if call.continues else _chosen_config(call, image_range)
+    config = _kept_config(call, image_range) if call.continues else None
+    config = config or _chosen_config(call, image_range)
     if config and config.train.probe and (missing := why_no_map()):
         print(f"note: no map of the features will be drawn: {missing}", flush=True)
     outcome = Outcome(call.out, False, call.out / EXPORT, call.out / REPORT_FILE, {})
@@ -203,12 +204,16 @@ def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcom
     print(f"{outcome.report}: curves and figures; {outcome.export}: model for M3AE.from_pretrained")
 
 
-def _kept_config(call: _Call, image_range: Range | None) -> Config:
-    """Return the config that an earlier call has written, after the shards that are missing have been written.
-    `image_range`: value range of the images. Raises UserError if an override is invalid."""
+def _kept_config(call: _Call, image_range: Range | None) -> Config | None:
+    """Return the config that an earlier call has written, after the shards that are missing have been written. Return
+    None if the source has changed before training has begun; the config is then removed. `image_range`: value range of
+    the images. Raises UserError if an override is invalid."""
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
     find_shards(call.source, call.out, call.captions, call.val, image_range)
+    if not call.continues:
+        print(f"note: {call.source} has changed, so the settings are chosen again", flush=True)
+        return None
     config = call.load_config()
     print(
         f"{call.config_file} already exists: its settings are kept, except those given with --set, and --hours and "
