@@ -211,6 +211,18 @@ def test_permitted_changes_of_a_resumed_run_are_applied(tmp_path):
         fits("run", stream=stream | {"data.image_tokenizer": "weights 1"})
 
 
+def test_the_masking_of_captions_may_change_if_the_model_is_image_only(tmp_path):
+    """Earlier versions stored the fraction of text tokens that the user had set."""
+    config = parse(Config, TINY | {"model": TINY["model"] | {"vocab_size": 0}}, "tiny")
+    saved = config.model_dump(mode="json")
+    saved["masking"] |= {"text_predicted": 0.33, "text_ratio": 0.5}
+    info = checkpoint.Info(1, 0, config.run.seed, saved, {}, {})
+    assert changes_of(tmp_path, info, config, {}) == []
+    saved["masking"]["image_predicted"] = 0.33
+    with pytest.raises(UserError, match=r"was made with masking\.image_predicted = 0\.33"):
+        changes_of(tmp_path, info, config, {})
+
+
 # The effect of another value in a resumed run. A new setting must be added to one of the groups.
 REFUSED, STREAM, NOTED, FREE = "was made with", "which changes the stream of samples", "from here on", ""
 SETTINGS = {

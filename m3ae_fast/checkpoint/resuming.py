@@ -202,11 +202,14 @@ def changes(
 
 def describe(sections: Sections, stream: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings and data of a run in one flat dict: {"model.depth": 12, "data.train": "4 shards with ...",
-    ...}. Settings that name files are replaced with the entries of the fingerprint."""
+    ...}. Settings that name files are replaced with the entries of the fingerprint. The masking of captions is left out
+    if the model is image-only, because it has no effect."""
     settings = {f"{name}.{key}": value for name, values in sections.items() for key, value in (values or {}).items()}
     nested = [name for name, value in settings.items() if isinstance(value, dict)]
     for name in nested:
         settings |= {f"{name}.{key}": value for key, value in settings.pop(name).items()}
+    if settings.get("model.vocab_size") == 0:
+        settings = {name: value for name, value in settings.items() if not name.startswith("masking.text_")}
     return settings | dict.fromkeys((*DATA, WRITTEN), "none") | dict(stream)
 
 
