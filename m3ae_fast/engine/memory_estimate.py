@@ -30,9 +30,9 @@ def memory_needed(config: Config, world: int, samples: int) -> float:
     stage = 0 if config.zero is None else config.zero.stage
     micro = min(samples, config.train.micro_batch or samples)
     matrices = matrix_elements(config, model)
-    weights = zero_bytes(parameters, stage, world, in_bf16(config), matrices)
+    state = zero_bytes(parameters, stage, world, in_bf16(config), matrices)
     activations = micro * activation_bytes(config, typical_batch(config, model))
-    return sum(weights) + max(activations, muon_bytes(matrices, stage, world))
+    return peak_bytes(sum(state), activations, matrices, stage, world)
 
 
 def lacking_for_activations(config: Config, ranks: Ranks, samples: int) -> str:
@@ -51,6 +51,13 @@ def recomputes(loop: TransformerLoopConfig) -> bool:
 def matrix_elements(config: Config, model: M3AE) -> int:
     """Return the number of weights that Muon updates."""
     return sum(p.numel() for p in model.hidden_matrices()) if config.optim.name == "muon" else 0
+
+
+def peak_bytes(state: float, activations: float, matrices: int, stage: int, world: int) -> float:
+    """Return the peak memory per GPU in bytes, given the bytes of the state and of the activations. Because activations
+    are freed before an update by Muon, the sum includes the larger of the two; see `muon_bytes` for the other
+    arguments."""
+    return state + max(activations, muon_bytes(matrices, stage, world))
 
 
 def muon_bytes(matrices: int, stage: int, world: int) -> float:

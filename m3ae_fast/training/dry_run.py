@@ -26,6 +26,7 @@ from m3ae_fast.engine.memory_estimate import (
     matrix_elements,
     memory_needed,
     muon_bytes,
+    peak_bytes,
     recomputes,
     typical_batch,
     zero_bytes,
@@ -91,8 +92,8 @@ def report(
         lines += _data_lines(needs, gpus)
     if not gpus:
         stage = config.zero.stage if config.zero else 0
-        memory = sum(zero_bytes(needs.parameters, stage, needs.world, in_bf16(config), needs.matrices))
-        memory += max(needs.activations, muon_bytes(needs.matrices, stage, needs.world))
+        state = zero_bytes(needs.parameters, stage, needs.world, in_bf16(config), needs.matrices)
+        memory = peak_bytes(sum(state), needs.activations, needs.matrices, stage, needs.world)
         lines.append(("memory", f"{memory / 1e9:,.3g} GB per rank (estimated)"))
     if not (gpus or data):
         hint = "to plan a run on N GPUs of another machine, use --world N"
@@ -194,7 +195,7 @@ def _print_memory(console: Console, needs: _Needs) -> None:
         first, others = (muon_bytes(needs.matrices, stage, needs.world) / 1e9 for stage in (0, 1))
         console.print(
             f"Muon: after the activations have been freed, an update needs {first:.2f} GB at stage 0 and {others:.2f} "
-            "GB at the other stages; the sum includes either the activations or the update, the larger of them"
+            "GB at stages 1 and 2; the sum includes either the activations or the update, the larger of them"
         )
     if recomputes(needs.config.train):
         mlp_ratio = needs.config.model.mlp_ratio
@@ -355,13 +356,12 @@ def fetching_lines(config: Config, corpus: Corpus, world: int, rate: float) -> l
 
 def memory_table(config: Config, parameters: int, world: int, activations: float, matrices: int = 0) -> Table:
     """Return a table of the memory per GPU in GB for each ZeRO stage. `activations`: their bytes per GPU; `matrices`:
-    number of weights that Muon updates. The memory for an update by Muon is needed after activations have been freed,
-    so the sum includes the larger of the two."""
+    number of weights that Muon updates; if there are any, stage 3 is left out, because Muon cannot be used with it."""
     adam = "Muon and Adam" if matrices else "Adam"
     table = Table("ZeRO stage", "weights", "gradients", f"master + {adam}", "activations", "GB per GPU")
-    for stage in range(4):
+    for stage in range(3 if matrices else 4):
         state = zero_bytes(parameters, stage, world, in_bf16(config), matrices)
-        whole = sum(state) + max(activations, muon_bytes(matrices, stage, world))
+        whole = peak_bytes(sum(state), activations, matrices, stage, world)
         mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
         table.add_row(f"{stage}{mark}", *(f"{part / 1e9:.2f}" for part in (*state, activations, whole)))
     return table
