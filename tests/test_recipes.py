@@ -10,9 +10,7 @@ from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import load_config
 from m3ae_fast.pretraining.recipes import DEFAULT, FAST_SETTINGS, NAMES, check_recipe, choose_recipe
 from tests.helpers.shards import members, write_tar
-
-SHORT = ["train.steps=2", "train.global_batch=4", "model.size=null", "model.emb_dim=16", "model.depth=1",
-         "model.num_heads=2", "model.dec_emb_dim=16", "model.dec_depth=1", "model.dec_num_heads=2"]  # fmt: skip
+from tests.helpers.trainer import SHORT
 
 
 def test_the_recipes_have_a_default():

@@ -9,9 +9,7 @@ from lab import equal_time
 from lab.equal_time import FAST, MUON, OFFICIAL, RECIPES, Trial, plan
 from m3ae_fast.config import load_config
 from tests.helpers.labelled import labelled_tar
-
-TOY = ("train.steps=2", "train.global_batch=4", "model.size=null", "model.emb_dim=16", "model.depth=1",
-       "model.num_heads=2", "model.dec_emb_dim=16", "model.dec_depth=1", "model.dec_num_heads=2")  # fmt: skip
+from tests.helpers.trainer import SHORT
 
 
 def test_the_main_comparison_comes_first():
@@ -26,7 +24,7 @@ def test_runs_are_trained_tested_and_compared_once(tmp_path, monkeypatch, capsys
         (tmp_path / "data" / folder).mkdir(parents=True)
         labelled_tar(tmp_path / "data" / folder / "train-00000.tar", range(24))
         labelled_tar(tmp_path / "data" / folder / "val-00000.tar", range(24, 36))
-    monkeypatch.setattr(equal_time, "RECIPES", {name: (own, (*more, *TOY)) for name, (own, more) in RECIPES.items()})
+    monkeypatch.setattr(equal_time, "RECIPES", {name: (own, (*more, *SHORT)) for name, (own, more) in RECIPES.items()})
     out = tmp_path / "out"
     arguments = [str(tmp_path / "data"), "--out", str(out), "--seeds", "1"]
     assert equal_time.main([*arguments, "--minutes", "0"]) == 0 and not (out / "runs").exists()

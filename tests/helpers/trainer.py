@@ -1,4 +1,4 @@
-"""A tiny config, and functions to run the trainer in separate processes."""
+"""A tiny config, overrides for a short run of `pretrain`, and functions to run the trainer in separate processes."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ TINY = {
     },
     "deepspeed": None,
 }
+# overrides with which `pretrain` trains a tiny model for two steps
+SHORT = ["train.steps=2", "train.global_batch=4", "model.size=null", "model.emb_dim=16", "model.depth=1",
+         "model.num_heads=2", "model.dec_emb_dim=16", "model.dec_depth=1", "model.dec_num_heads=2"]  # fmt: skip
 
 
 class Trainer:
