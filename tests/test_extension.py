@@ -17,11 +17,11 @@ from m3ae_fast.training.pretraining_task import how_to_continue
 from m3ae_fast.training.time_limit import TimeLimit
 from tests.helpers.shards import members, write_tar
 from tests.helpers.stable_schedule import decay
-from tests.helpers.trainer import TINY
-from tests.test_recipes import SHORT
+from tests.helpers.trainer import SHORT, TINY
 from tests.test_time_limit import HOUR, Machine
 
 SAMPLES = 16 * 10**6
+MOST = 800 * 10**6  # maximum number of steps of a run with a time limit: 800 epochs
 PROBE = {"train": [{"shards": "a.tar"}], "val": [{"shards": "b.tar"}], "every": 5}
 
 
@@ -98,7 +98,7 @@ def test_a_time_limit_added_to_a_run_that_had_ended_early_begins_with_the_config
     assert (plan.total_steps, plan.decay_begin) == (1000, 800)
 
 
-@pytest.mark.parametrize(("spent", "total"), [(1e-300, 800 * 10**6), (0.8 * HOUR, 2000), (9 * HOUR, 1000)])
+@pytest.mark.parametrize(("spent", "total"), [(1e-300, MOST), (0.8 * HOUR, 2000), (9 * HOUR, 1000)])
 def test_an_extended_run_is_never_shorter_than_before_nor_longer_than_permitted(spent, total):
     first = configured()
     info = saved(first, Schedule(first.train, first.optim, SAMPLES).changed(100, 1000), 800, spent)
@@ -127,15 +127,19 @@ def test_a_cosine_schedule_keeps_its_changes_if_its_time_limit_is_extended(monke
 
 
 @pytest.mark.parametrize(
-    ("schedule", "hours", "advice"),
+    ("schedule", "hours", "total", "advice"),
     [
-        ("wsd", 1.0, "raise train.hours to continue"),
-        ("cosine", 1.0, "set train.hours=null and raise train.epochs or train.steps to continue"),
-        ("wsd", None, "raise train.epochs or train.steps to continue"),
+        ("wsd", 1.0, 1000, "raise train.hours to continue"),
+        ("wsd", 1.0, MOST, "set train.hours=null and raise train.epochs or train.steps to continue"),
+        ("cosine", 1.0, 1000, "set train.hours=null and raise train.epochs or train.steps to continue"),
+        ("wsd", None, 1000, "raise train.epochs or train.steps to continue"),
     ],
 )
-def test_a_complete_run_tells_how_to_extend_it(schedule, hours, advice):
-    assert how_to_continue(SimpleNamespace(early_stopping=None), configured(schedule, hours=hours)) == advice
+def test_a_complete_run_tells_how_to_extend_it(schedule, hours, total, advice):
+    """More time does not extend a run that has taken the maximum number of steps."""
+    config = configured(schedule, hours=hours)
+    plan = Schedule(config.train, config.optim, SAMPLES).changed(100, total)
+    assert how_to_continue(SimpleNamespace(early_stopping=None, schedule=plan), config) == advice
 
 
 @pytest.mark.parametrize(

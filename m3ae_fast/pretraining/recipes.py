@@ -51,8 +51,9 @@ def choose_recipe(recipe: str | None, overrides: Sequence[str]) -> ChosenRecipe:
             combined with the overrides.
         overrides: the user's overrides "section.key=value".
     """
-    reason = _obstacle(overrides) if (recipe or DEFAULT) == "fast" else ""
-    if (recipe or DEFAULT) == "official" or reason:
+    wanted = recipe or DEFAULT
+    reason = _obstacle(overrides) if wanted == "fast" else ""
+    if wanted == "official" or reason:
         why = f", because the fast recipe cannot be used: {reason}" if reason else ""
         but = " except for the settings given with --set" if _given_setting(overrides) else ""
         return ChosenRecipe([], f"recipe: official, the decoder and the optimiser of the official M3AE{but}{why}")

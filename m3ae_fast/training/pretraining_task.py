@@ -143,7 +143,8 @@ def how_to_continue(trainer: Trainer, config: Config) -> str:
     if trainer.early_stopping and trainer.early_stopping.step is not None:
         raised = "" if config.train.stop_at == PLATEAU else "raise train.stop_at or "
         return f"it was ended by train.stop_at={config.train.stop_at}: {raised}set it to null to continue"
-    if config.train.hours and config.optim.decay is not None:
+    schedule = trainer.schedule
+    if config.train.hours and config.optim.decay is not None and schedule.total_steps < schedule.most_steps:
         return "raise train.hours to continue"
     fixed = "set train.hours=null and " if config.train.hours else ""
     return f"{fixed}raise train.epochs or train.steps to continue"

@@ -142,7 +142,7 @@ def set_up(
         schedule=stream.schedule,
         engine=engine,
         train_loader=loader,
-        throughput=Throughput(config.model, config.masking, peak, not cfg.image_sizes, updates),
+        throughput=Throughput(config.model, config.masking, peak, one_size=not cfg.image_sizes, update_flops=updates),
         bad=BadSamples(config.data.max_bad_fraction, stream.data.train.samples),
         stream=stream.fingerprint,
         start=found.step,
