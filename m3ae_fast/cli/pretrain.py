@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--recipe",
         choices=NAMES,
         help="fast: a decoder with cross-attention, a third of the masked tokens predicted, and Muon; official: the "
-        "method of the official M3AE (default: fast; with --from, the method is that of the weights)",
+        "method of the official M3AE (default: fast, unless --from or a setting prevents it)",
     )
     add_settings(parser, "train.global_batch=64")
     parser.add_argument(
