@@ -39,7 +39,7 @@ from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.baselines import SCALED, UNTRAINED
 from m3ae_fast.evaluation.run_report import write_report
-from m3ae_fast.pretraining import automatic_settings, final_evaluation, size_and_length, stages
+from m3ae_fast.pretraining import automatic_settings, final_evaluation, size_and_length, source_shards, stages
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
     MODEL_SIZES,
@@ -341,7 +341,7 @@ def test_images_with_more_than_8_bits_require_a_value_range(tmp_path, capsys):
     assert "data: 3 samples and 1 held out" in capsys.readouterr().out
 
 
-def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path):
+def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path, monkeypatch):
     photos = make_pictures(tmp_path / "photos", each=4)
     out = tmp_path / "run"
     find_shards(str(photos), out, None, [])
@@ -350,6 +350,12 @@ def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path):
     assert not find_shards(str(photos), out, None, []).notes
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns == first and (out / "config.json").exists()
     (photos / "red/0.txt").write_text("another caption")
+    (out / "tuning/peak_lr-1").mkdir(parents=True)
+    for held in (out, out / "tuning/peak_lr-1"):  # by a run that has not saved a checkpoint yet
+        monkeypatch.setattr(source_shards, "is_held", held.__eq__)
+        with pytest.raises(UserError, match=r"has changed, but a run in .* is using its shards"):
+            find_shards(str(photos), out, None, [])
+    monkeypatch.undo()
     assert "its shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")

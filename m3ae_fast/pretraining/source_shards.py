@@ -31,8 +31,10 @@ from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, s
 from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.sources.registry import kind_of_source, open_source
 from m3ae_fast.shards.writer import convert, manifest_of
+from m3ae_fast.training.run_lock import is_held
 
 SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder
+TRIALS = "tuning"  # sub-folder of the run folder for the runs of --tune
 # fraction and maximum number of samples that are held out if the source has no held-out split
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000
 
@@ -193,7 +195,7 @@ def _samples(shared: dict[str, set[int]]) -> str:
 
 def _made(source: Records, name: str, out: Path, notes: list[str], image_range: Range | None) -> Shards:
     """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
-    shards were created, all shards are replaced. Raises UserError if training has already begun with the old shards."""
+    shards were created, all shards are replaced. Raises UserError if a run has already begun with the old shards."""
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     image_range = image_range or range_of([kind for part in parts for kind in part.kinds])
@@ -209,6 +211,8 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
             )
         if not (out / "config.json").exists():
             raise UserError(f"{folder}: contains the shards of another source; remove it, or choose another --out")
+        if any(map(is_held, (out, *out.glob(f"{TRIALS}/*")))):
+            raise UserError(f"{name}: has changed, but a run in {out} is using its shards; choose another --out")
         shutil.rmtree(folder)
         (out / "config.json").unlink()
         notes = [*notes, f"{name} has changed, so its shards are created again"]
