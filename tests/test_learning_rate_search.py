@@ -161,13 +161,37 @@ def test_a_search_needs_a_number_of_steps(tmp_path):
         pretrain(tmp_path, tmp_path / "out", overrides=["train.epochs=9"], tune=True)
 
 
-def test_a_run_that_is_too_short_for_a_search_leaves_no_config(tmp_path, monkeypatch):
-    """A repeated call with more hours would otherwise use the config of the short run."""
-    plan = SimpleNamespace(config=tuned_config(tmp_path, steps=100, hours=0.5), lines=["the plan"], warning="")
+def planned(monkeypatch, config):
+    """Let `pretrain` choose this config, without samples."""
+    plan = SimpleNamespace(config=config, lines=["the plan"], warning="")
     monkeypatch.setattr(stages, "find_shards", lambda *given: SimpleNamespace(notes=[]))
     monkeypatch.setattr(stages, "stage", lambda device: nullcontext())
     monkeypatch.setattr(stages, "inspect", lambda *given: (None, []))
     monkeypatch.setattr(stages, "choose", lambda *given: plan)
+
+
+def test_a_search_for_an_earlier_config_is_not_used(tmp_path, monkeypatch):
+    """The config is chosen again if it has been removed, for example because the images have changed."""
+    planned(monkeypatch, tuned_config(tmp_path, hours=2.0))
+    losses = {5e-4: 0.9, 1e-3: 0.7}
+    for _ in range(2):
+        tried = trials(monkeypatch, losses | {2e-3: "stop"})
+        assert not pretrain(tmp_path / "images", tmp_path, tune=True).finished
+        assert [each.optim.peak_lr for each in tried] == [5e-4, 1e-3, 2e-3]
+        (tmp_path / "config.json").unlink()
+    marker = tmp_path / "tuning/peak_lr-0.002/earlier"
+    marker.touch()
+    trials(monkeypatch, losses | {2e-3: "stop"})
+    pretrain(tmp_path / "images", tmp_path, tune=True)
+    assert not marker.exists()
+    tried = trials(monkeypatch, {2e-3: "stop"})  # with the same config, only the stopped trial is resumed
+    pretrain(tmp_path / "images", tmp_path, tune=True)
+    assert [each.optim.peak_lr for each in tried] == [2e-3]
+
+
+def test_a_run_that_is_too_short_for_a_search_leaves_no_config(tmp_path, monkeypatch):
+    """A repeated call with more hours would otherwise use the config of the short run."""
+    planned(monkeypatch, tuned_config(tmp_path, steps=100, hours=0.5))
     with pytest.raises(UserError, match=r"trial runs of 5 steps .* increase --hours"):
         pretrain(tmp_path / "images", tmp_path, tune=True)
     assert not (tmp_path / "config.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from statistics import fmean
@@ -76,6 +77,17 @@ def tune(config: Config, path: Path, device: Device | None = None) -> Config | N
     note = ", the lowest or highest of these rates; the best rate may be outside their range" if is_end else ""
     print(f"chosen: optim.peak_lr {best}{note}", flush=True)
     return tuned
+
+
+def forget_search(run: Path) -> None:
+    """Remove the table and the trials of an earlier search, because the settings or the samples of the run are no
+    longer the same. Raises UserError if they cannot be removed."""
+    try:
+        (run / FILE).unlink(missing_ok=True)
+        if (run / TRIALS).exists():
+            shutil.rmtree(run / TRIALS)
+    except OSError as error:
+        raise UserError(f"{error.filename or run / TRIALS}: cannot be removed ({error.strerror or error})") from None
 
 
 def trial_steps(config: Config) -> int:

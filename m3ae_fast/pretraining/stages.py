@@ -25,7 +25,7 @@ from m3ae_fast.pretraining.automatic_settings import assumed_config, by_setting,
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
-from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS, trial_steps
+from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS, forget_search, trial_steps
 from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
 from m3ae_fast.pretraining.recipes import ChosenRecipe, Recipe, check_recipe, choose_recipe
 from m3ae_fast.pretraining.size_and_length import Plan, choose
@@ -257,10 +257,11 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
 
 
 def _write(config: Config, call: _Call) -> None:
-    """Write the config of a new run. Raises UserError if another call has started a run in the folder in the
-    meantime."""
+    """Write the config of a new run, and remove the search of the learning rate for an earlier config. Raises UserError
+    if another call has started a run in the folder in the meantime."""
     if is_held(call.out):
         raise UserError(f"--out {call.out}: another run is using it; choose another folder")
+    forget_search(call.out)
     text = json.dumps(stored_config(config), indent=2)  # includes the default values
     write_text_atomically(call.config_file, f"{text}\n")
     print(f"{call.config_file} contains all settings; --set section.key=value overrides them", flush=True)
