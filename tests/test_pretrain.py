@@ -236,7 +236,10 @@ def test_results_are_computed_from_the_last_checkpoint(tmp_path, monkeypatch):
 
     def evaluate(task, model, *, out, **options):
         measured.append(task)
-        final_evaluation.write_text_atomically(out / "result.json", json.dumps({"top1": len(measured)}))
+        final_evaluation.write_text_atomically(out / "result.json", json.dumps(result(len(measured))))
+
+    def result(number):
+        return {"top1": number, "top1_se": 0, "val_samples": 2}
 
     monkeypatch.setattr(final_evaluation, "evaluate", evaluate)
     shards = [{"shards": "a.tar"}]
@@ -249,8 +252,12 @@ def test_results_are_computed_from_the_last_checkpoint(tmp_path, monkeypatch):
     (run / "results/logistic/old").touch()
     info = checkpoint.read_info(checkpoint.locate(run))
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=2))
-    assert final_evaluation.evaluate_run(config)["logistic"][final_evaluation.RUN] == {"top1": 4}
+    assert final_evaluation.evaluate_run(config)["logistic"][final_evaluation.RUN] == result(4)
     assert not (run / "map.png").exists() and not (run / "results/logistic/old").exists()
+    for text in ("", "[]", "{}", '{"top1": "x"}'):
+        (run / "results/knn/result.json").write_text(text)
+        with pytest.raises(UserError, match=r"result.json: is damaged \(.*\); remove .*/knn to repeat the evaluation"):
+            final_evaluation.evaluate_run(config)
     (run / "results").rename(tmp_path / "elsewhere")
     (run / "results").symlink_to(tmp_path / "elsewhere")
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=3))
@@ -448,6 +455,24 @@ def test_existing_shards_are_used_unchanged(tmp_path):
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     statistics, notes = inspect(given, tmp_path, "cls")
     assert statistics.classes == 0 and "k-NN accuracy and logistic regression are not computed: " in notes[0]
+
+
+def test_a_source_that_is_not_that_of_the_run_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    photos, out = make_pictures(tmp_path / "photos", each=4), tmp_path / "run"
+    for name in ("a/0.tar", "a/1.tar", "b/0.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / name, [(f"{name[0]}{name[2]}.jpg", picture(ord(name[0]) + int(name[2])))])
+    kept = find_shards(f"{tmp_path}/a", out, None, []).train
+    for other in (f"{tmp_path}/b", str(photos)):
+        with pytest.raises(UserError, match=r"the run in .* has another SOURCE, with shards such as .*/a/0.tar"):
+            find_shards(other, out, None, [], kept=kept)
+    assert not out.exists()
+    monkeypatch.chdir(tmp_path)
+    assert find_shards("a/*.tar", out, None, [], kept=kept).train
+    made = find_shards(str(photos), out, None, []).train
+    assert find_shards(str(photos), out, None, [], kept=made).train == made
+    with pytest.raises(UserError, match="has another SOURCE"):
+        find_shards(f"{tmp_path}/b", out, None, [], kept=made)
 
 
 def test_duplicate_images_in_folders_and_tables_are_in_the_same_split(tmp_path):

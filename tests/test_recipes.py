@@ -91,5 +91,5 @@ def test_a_run_uses_the_recipe_and_keeps_it_when_it_is_resumed(tmp_path, recipe,
     assert found == expected
     other = "official" if used == "fast" else "fast"
     assert pretrain(shards, out, recipe=other, overrides=overrides).finished
-    assert "--hours and --recipe have no effect" in capsys.readouterr().out
+    assert "--hours, --recipe, --from and --labels have no effect" in capsys.readouterr().out
     assert load_config(out / "config.json", []) == config

@@ -74,8 +74,8 @@ def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict
                     evaluate(
                         task,
                         model,
-                        train=_shards(probe.train),
-                        val=_shards(probe.val),
+                        train=shard_names(probe.train),
+                        val=shard_names(probe.val),
                         labels=probe.labels,
                         out=out,
                         baselines=whose == RUN,
@@ -83,7 +83,17 @@ def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict
                     )
                 if session.stop.requested or not (out / RESULT_FILE).exists():
                     return None
-            found.setdefault(task, {})[whose] = read_json(out / RESULT_FILE)
+            found.setdefault(task, {})[whose] = _result(out / RESULT_FILE)
+    return found
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """Return the content of a result file. Raises UserError if it is damaged."""
+    try:
+        found = read_json(path)
+        with_error(found), found["val_samples"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}: is damaged ({error}); remove {path.parent} to repeat the evaluation") from None
     return found
 
 
@@ -120,13 +130,14 @@ def draw_map(config: Config, device: Device | None = None) -> None:
     if path.exists():
         return
     try:
-        feature_map(run, path, labels=probe.labels, samples=_ON_A_MAP, shards=_shards(probe.val), device=device)
+        feature_map(run, path, labels=probe.labels, samples=_ON_A_MAP, shards=shard_names(probe.val), device=device)
         show(run, config.run.loggers, checkpoint.step_of(checkpoint.locate(run)), "map", path)
     except UserError as error:
         print(f"note: no map of the features: {error}", flush=True)
 
 
-def _shards(sources: list[SourceConfig]) -> list[str]:
+def shard_names(sources: list[SourceConfig]) -> list[str]:
+    """Return the names of the sources' shards, as in the config."""
     return [
         name for source in sources for name in ([source.shards] if isinstance(source.shards, str) else source.shards)
     ]

@@ -40,7 +40,12 @@ _FRACTION, _MOST_HELD_OUT = 0.1, 5000
 
 
 def find_shards(
-    source: str, out: Path, captions: Path | None, val: Sequence[str], image_range: Range | None = None
+    source: str,
+    out: Path,
+    captions: Path | None,
+    val: Sequence[str],
+    image_range: Range | None = None,
+    kept: Sequence[str] = (),
 ) -> Shards:
     """Return the shards of a source. If the source does not consist of shards, they are created in the run folder.
 
@@ -52,16 +57,21 @@ def find_shards(
         val: if the source consists of shards, the held-out shards; empty: shards with names of a held-out split, or the
             last shards.
         image_range: values of black and white in images with more than 8 bits per channel; None: detected.
+        kept: the training shards of an existing run in `out`; empty: there is none.
 
     Raises:
-        UserError: the source does not exist, cannot be used, or has changed since a run in `out` began.
+        UserError: the source does not exist, cannot be used, or is not the source of the existing run.
     """
     folder = Path(source)
     tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
     if tars or _names_shards(source):
         if captions:
             raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
-        return _split(tars or [source], list(val), out)
+        given = tars or [source]
+        names = [*given, *(() if not kept or any(map(is_manifest, given)) else expand(given))]
+        _require_source(source, out, sorted({*map(_path, kept)} - {*map(_path, names)}))
+        return _split(given, list(val), out)
+    _require_source(source, out, [shard for shard in map(_path, kept) if shard.parent != (out / SHARDS).resolve()])
     if val:
         raise UserError(f"--val: can be used only if SOURCE consists of shards; {source} is not")
     if folder.is_dir() and folder.resolve() in (out.resolve(), *out.resolve().parents):
@@ -72,6 +82,20 @@ def find_shards(
     records, notes = _open(source, captions)
     made = _made(records, source, out, [*notes, *records.notes, *records.ignored.lines()], image_range)
     return replace(made, unlabelled=records.unlabelled)
+
+
+def _require_source(source: str, out: Path, others: Sequence[Path]) -> None:
+    """Raise UserError if the run in `out` has training shards that do not belong to the source. `others`: these
+    shards."""
+    if others:
+        raise UserError(
+            f"{source}: the run in {out} has another SOURCE, with shards such as {others[0]}; choose another --out"
+        )
+
+
+def _path(shard: str) -> Path:
+    """Return a shard's name in a form that can be compared: the resolved path of a local file."""
+    return Path(shard) if is_remote(shard) else Path(shard).expanduser().resolve()
 
 
 def _names_shards(source: str) -> bool:

@@ -23,7 +23,15 @@ from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report
 from m3ae_fast.pretraining import SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import assumed_config, by_setting, check_overrides, set_to
 from m3ae_fast.pretraining.dataset_statistics import inspect
-from m3ae_fast.pretraining.final_evaluation import draw_map, evaluate_run, stage, table, verdicts, why_no_map
+from m3ae_fast.pretraining.final_evaluation import (
+    draw_map,
+    evaluate_run,
+    shard_names,
+    stage,
+    table,
+    verdicts,
+    why_no_map,
+)
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS, forget_search, trial_steps
 from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
@@ -102,8 +110,8 @@ def pretrain(
     dry_run: bool = False,
 ) -> Outcome:
     """Train a model on images and, if there are any, on their captions; evaluate the model and export it. If `out`
-    contains a run, it is resumed with its own settings, except those in `overrides`; `hours` and `recipe` have no
-    effect.
+    contains a run, it is resumed with its own settings, except those in `overrides`; `hours`, `recipe`, `start_from`
+    and `labels` have no effect.
 
     Args:
         source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, an
@@ -210,14 +218,15 @@ def _kept_config(call: _Call, image_range: Range | None) -> Config | None:
     the images. Raises UserError if an override is invalid."""
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
-    find_shards(call.source, call.out, call.captions, call.val, image_range)
+    kept = shard_names(call.load_config().data.train)
+    find_shards(call.source, call.out, call.captions, call.val, image_range, kept)
     if not call.continues:
         print(f"note: {call.source} has changed, so the settings are chosen again", flush=True)
         return None
     config = call.load_config()
     print(
-        f"{call.config_file} already exists: its settings are kept, except those given with --set, and --hours and "
-        "--recipe have no effect; for newly chosen settings, delete it or choose another --out"
+        f"{call.config_file} already exists: its settings are kept, except those given with --set, and --hours, "
+        "--recipe, --from and --labels have no effect; for newly chosen settings, delete it or choose another --out"
     )
     print(how_to_train_longer(config))
     return config
