@@ -73,7 +73,10 @@ class TimeLimit:
         total, left = schedule.total_steps, self.seconds - self.spent
         measured = self._taken >= _WARM + _FEWEST or self._counted >= _SUFFICIENT_TIME * self.seconds
         early = self.spent - self._adjusted < _PAUSE * self.seconds
-        if not self._taken or (left > 0 and (early or not measured)):
+        # The first steps are used only if there may be no time to wait for a measured step.
+        missing = _WARM + 1 - self._taken
+        waits = missing > 0 and missing * self._duration < left
+        if not self._taken or (left > 0 and (early or waits or not measured)):
             return total
         per_step, last = self._duration / self._steps, 0.0
         for seconds, frequency in self._evaluations.values():
