@@ -494,12 +494,13 @@ def test_a_dry_run_without_a_gpu_prints_no_gpu_numbers(run, tmp_path):
 
 @pytest.mark.parametrize(("waiting", "is_reported"), [(0.62, True), (0.2, False)])
 def test_a_dry_run_names_the_loader_as_the_bottleneck_if_steps_wait_for_data(monkeypatch, run, waiting, is_reported):
-    pace = ThroughputEstimate(0.01, 8, 20, data_wait=waiting)
+    pace = ThroughputEstimate(0.01, 8, 20, update=0.16, data_wait=waiting)  # 0.32 s for a step of 16 samples
     monkeypatch.setattr("m3ae_fast.training.dry_run.measure", lambda *_: pace)
     code, out = run("--dry-run", "--set", "data.repeats=2", out=True)
     wanted = "62% of the measured time: the loader is the bottleneck on this machine; suggested fix: "
     wanted += "a higher data.workers, smaller images (m3ae-fast shards make --short-side), or data.repeats=3"
     assert code == 0 and re.findall("^data wait +(.*)$", out, re.M) == ([wanted] if is_reported else [])
+    assert re.search("^loader +0.083 cores, for 50 samples/s, measured over 20 steps$", out, re.M)
 
 
 @pytest.mark.slow

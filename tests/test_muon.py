@@ -260,18 +260,23 @@ def test_the_memory_estimate_has_one_moment_of_a_matrix(stage):
     assert muon_bytes(matrices, stage, 4) == 4 * matrices * (1.75 if stage else 4)
 
 
+@pytest.mark.parametrize(("stage", "parts"), [(0, 1), (2, 2)])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_memory_in_a_dry_run_includes_one_moment_of_a_matrix(name, capsys):
-    settings = config(name=name)
+def test_the_memory_in_a_dry_run_includes_one_moment_of_a_matrix(name, stage, parts, capsys):
+    """At stage 2, each of two ranks has half of the gradients and of the moments."""
+    sections = config(name=name).model_dump(mode="json") | {"deepspeed": {"zero_optimization": {"stage": stage}}}
+    settings = parse(Config, sections, "test")
     model = M3AE(settings.model)
     moments = 4 * sum(
         p.numel() * (1 if name == "muon" and stacked(n, model) else 2) for n, p in model.named_parameters()
     )
     activations = 3 * activation_bytes(settings, typical_batch(settings, model))  # of a micro-batch
-    update = 16 * matrix_elements(settings, model)  # bytes for an update by Muon, after activations have been freed
+    # bytes for an update by Muon, after activations have been freed
+    update = 4 * (1 + 3 / parts) * matrix_elements(settings, model)
     assert name == "adamw" or update > activations
-    expected = 8 * sum(p.numel() for p in model.parameters()) + moments + max(activations, update)
-    report(settings, world=1, gpus=False, data=False)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    expected = weights + (weights + moments) / parts + max(activations, update)
+    report(settings, world=2 if stage else 1, gpus=False, data=False)
     (found,) = re.findall(r"^memory +(\S+) GB per rank", capsys.readouterr().out, re.M)
     assert found == f"{expected / 1e9:,.3g}"
 

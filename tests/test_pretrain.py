@@ -25,6 +25,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from m3ae_fast import checkpoint, pretrain
 from m3ae_fast.base.errors import UserError, exit_cleanly
@@ -168,7 +169,9 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"], device="cpu").finished
     probe = config.train.probe.model_copy(update={"k": 7})
     assert seen == [(config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})}), "cpu")]
-    assert "config.json already exists: its settings are kept" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "config.json already exists: its settings are kept" in out
+    assert "\nto train longer, add --set train.steps=N, where N is the total, now 9, before the run is finished" in out
 
 
 def test_a_copied_run_folder_resumes_in_its_new_location(tmp_path, monkeypatch):
@@ -871,9 +874,18 @@ def test_samples_without_images_are_refused_before_a_tokenizer_is_trained(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("sample", "trials"), [(0.01, [(8, 2.5), (166, 10)]), (0.1, [(8, 2.5), (16, 10)]), (0.2, [(8, 2.5)])]
+    ("sample", "world", "trials"),
+    [
+        (0.01, 1, [(8, 2.5), (166, 10)]),
+        (0.1, 1, [(8, 2.5), (16, 10)]),
+        (0.2, 1, [(8, 2.5)]),
+        (0.05, 12, [(12, 2.5), (33, 10)]),
+    ],
 )
-def test_throughput_is_measured_with_the_largest_batch_of_which_six_steps_fit_the_time(monkeypatch, sample, trials):
+def test_throughput_is_measured_with_the_largest_batch_of_which_six_steps_fit_the_time(
+    monkeypatch, sample, world, trials
+):
+    """Every rank has at least one sample."""
     tried = []
     monkeypatch.setattr(
         throughput_estimate,
@@ -881,9 +893,8 @@ def test_throughput_is_measured_with_the_largest_batch_of_which_six_steps_fit_th
         lambda *given: tried.append(given[2:]) or ThroughputEstimate(sample, given[2], 4),
     )
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 1024, "steps": 9}}, "test")
-    assert (
-        throughput_estimate.measure(config, SimpleNamespace(ranks=SimpleNamespace(world=1)), 10).batch == trials[-1][0]
-    )
+    session = SimpleNamespace(ranks=SimpleNamespace(world=world))
+    assert throughput_estimate.measure(config, session, 10).batch == trials[-1][0]
     assert tried == trials
 
 
@@ -935,9 +946,10 @@ def test_the_updates_of_a_gpu_are_measured_with_events(monkeypatch):
     assert [next(times).update for _ in range(3)] == pytest.approx([0.0, 0.1, 0.5])
 
 
-def paced(monkeypatch, times, ahead=0, seconds=60.0, update=0.0, waiting=(0.0, 0.0)):
+def paced(monkeypatch, times, ahead=0, seconds=60.0, update=0.0, waiting=(0.0, 0.0), from_main=lambda value: value):
     """Return the pace that is measured in a run with these step times and batches of 4 samples. `update`: seconds of
-    each update; `waiting`: fractions of the time that this rank and another one wait for data."""
+    each update; `waiting`: fractions of the time that this rank and another one wait for data; `from_main`: function
+    that returns the main rank's value."""
     clock = [0.0]
 
     def steps(run):
@@ -952,7 +964,7 @@ def paced(monkeypatch, times, ahead=0, seconds=60.0, update=0.0, waiting=(0.0, 0
     monkeypatch.setattr(throughput_estimate, "gc", SimpleNamespace(collect=lambda: None))
     config = parse(Config, TINY | {"train": TINY["train"] | {"global_batch": 4, "steps": 9}}, "test")
     session = one_rank()
-    session.ranks.gather = lambda value: [value, waiting[1]]
+    session.ranks.gather, session.ranks.from_main = lambda value: [value, waiting[1]], from_main
     return throughput_estimate.measure_batch(config, session, 4, seconds)
 
 
@@ -981,6 +993,23 @@ def test_throughput_is_measured_until_it_is_stable(monkeypatch):
     assert too_few == ThroughputEstimate(5 / 4, 4, 1)
     updated = paced(monkeypatch, [5.0] * 10, seconds=1.0, update=4.0)
     assert updated == ThroughputEstimate(1 / 4, 4, 1, update=4.0) and updated.step(100) == 29.0
+
+
+def test_all_ranks_use_the_measurements_of_the_main_rank(monkeypatch):
+    """Otherwise, they would measure different numbers of steps, or choose different batches for the second trial."""
+    sent = []
+    first = paced(monkeypatch, [0.5] * 99, update=0.2, seconds=9.0, from_main=lambda value: sent.append(value) or value)
+    received = iter(sent)
+    other = paced(monkeypatch, [1.5] * 99, update=0.1, seconds=9.0, from_main=lambda _: next(received))
+    assert other == first and [*received] == []
+
+
+@pytest.mark.parametrize(("workers", "steps"), [(0, 0), (2, 3)])
+def test_batches_that_are_loaded_in_advance_are_counted_in_steps(workers, steps):
+    """Each worker loads three micro-batches in advance, and a step has two."""
+    loader = DataLoader([0], num_workers=workers, prefetch_factor=3 if workers else None)
+    trainer = SimpleNamespace(train_loader=loader, share=SimpleNamespace(accumulation=2))
+    assert throughput_estimate.batches_ahead(trainer) == steps
 
 
 def simulated(monkeypatch, update, sample):
@@ -1065,6 +1094,8 @@ def test_throughput_is_printed_with_its_standard_error():
     assert ThroughputEstimate(1 / 5.23, 8, 24, 0.02).rate(64) == "5.23 ± 0.10 samples/s, measured over 24 steps"
     assert ThroughputEstimate(1 / 5.23, 8, 1).rate(64) == "5.23 samples/s, measured over 1 steps"
     assert ThroughputEstimate(0.01, 8, 1, update=0.5).rate(50) == "50 samples/s, measured over 1 steps"
+    # the error is that of the other half of the step
+    assert ThroughputEstimate(0.01, 8, 24, 0.2, update=0.5).rate(50) == "50 ± 5 samples/s, measured over 24 steps"
 
 
 @pytest.mark.parametrize(("every", "val", "evaluations"), [(25, True, 5), (None, True, 2), (25, False, 0)])
@@ -1245,10 +1276,11 @@ def small(classes=0, samples=1000):
     return DatasetStatistics(samples, 100, 100, [0.5] * 3, [0.2] * 3, classes=classes, vocab_size=0, text_length=8)
 
 
-def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error=math.inf):
-    """Return the plan for samples that take `pace` seconds each, after `spent` seconds."""
+def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error=math.inf, update=0.0):
+    """Return the plan for samples that take `pace` seconds each and updates that take `update` seconds, after `spent`
+    seconds."""
     monkeypatch.setattr(size_and_length, "time", SimpleNamespace(monotonic=lambda: spent))
-    monkeypatch.setattr(size_and_length, "measure", lambda *_: ThroughputEstimate(pace, 8, 24, error))
+    monkeypatch.setattr(size_and_length, "measure", lambda *_: ThroughputEstimate(pace, 8, 24, error, update))
     monkeypatch.setattr(size_and_length, "missing_memory", lambda *_: "there is no memory")
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     return size_and_length.choose(
@@ -1271,6 +1303,9 @@ def test_the_hours_include_preparation_and_evaluation(monkeypatch):
     )
     assert not found.warning and found.lines[3].endswith(" (--hours 0.5)")
     assert planned(monkeypatch, small(classes=3), 0.01, 0.01).lines[3].endswith(", later than --hours 0.01 allows")
+    continued = planned(monkeypatch, small(classes=3), 0.5, 0.01, ["model.init_from=start"], spent=60.0)
+    less = 3600 * (t.hours - continued.config.train.hours)  # both probes also evaluate the initial weights
+    assert 2 * 1100 * 0.01 < less < 2 * 1100 * 0.01 + 10
 
 
 @pytest.mark.parametrize("pace", [1e-4, 1e-3, 1e-2])
@@ -1289,15 +1324,30 @@ def test_a_training_length_set_by_the_user_is_kept(monkeypatch):
     assert planned(monkeypatch, small(), 0.01, 0.1, ["train.hours=2"]).config.train.hours == 2
 
 
-def test_a_run_that_is_too_short_is_reported_with_a_sufficient_length(monkeypatch):
-    short = planned(monkeypatch, small(samples=9000), 0.01, 0.01)
+def test_the_printed_time_includes_updates(monkeypatch):
+    """A step takes 0.1 s for its samples and 0.9 s for the update. No samples are held out for evaluations."""
+    length = ["train.steps=100", "train.global_batch=10"]
+    found = planned(monkeypatch, replace(small(), held_out=0), 0.5, 0.01, length, update=0.9)
+    assert found.lines[3].startswith("time: 0:01:40 for training at 10 samples/s, measured over 24 steps")
+
+
+def test_the_batch_is_halved_if_evaluations_leave_too_little_time_for_1000_steps(monkeypatch):
+    """5,400 s are left for training, and 1,000 steps of 512 samples take 5,120 s, but the two probes at the beginning
+    and at the end take 400 s."""
+    train = planned(monkeypatch, small(classes=3, samples=20_000), 1.84, 0.01).config.train
+    assert 3600 * train.hours > 5120 and train.steps >= 1000 and train.global_batch == 256
+
+
+@pytest.mark.parametrize("update", [0.0, 2.0])
+def test_a_run_that_is_too_short_is_reported_with_a_sufficient_length(monkeypatch, update):
+    short = planned(monkeypatch, small(samples=9000), 0.01, 0.01, update=update)
     steps = short.config.train.steps
     epochs = f"{steps / (9000 // short.config.train.global_batch):.2g} epochs"
     expected = f"{steps} steps, {epochs}: the features will hardly differ"
     assert short.warning.startswith(expected) and steps < 100
     hours = float(short.warning.rpartition("at least ")[2])
-    assert not planned(monkeypatch, small(samples=9000), hours, 0.01).warning
-    assert planned(monkeypatch, small(samples=9000), 0.7 * hours, 0.01).warning
+    assert not planned(monkeypatch, small(samples=9000), hours, 0.01, update=update).warning
+    assert planned(monkeypatch, small(samples=9000), 0.7 * hours, 0.01, update=update).warning
     assert (
         size_and_length._rounded_up(0.1234) == 0.13
         and size_and_length._rounded_up(12) == 12

@@ -215,6 +215,7 @@ def test_a_run_starts_from_the_given_weights(base, tmp_path, capsys):
     assert (
         found.finished and "continuing from the weights in " in output and 'model: "as its weights", width 32' in output
     )
+    assert "recipe: " not in output  # neither recipe is used
     before, after = checkpoint.read_weights(checkpoint.locate(base)), M3AE.from_pretrained(found.export).state_dict()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-20)

@@ -1,6 +1,7 @@
 """`pretrain` uses the fast recipe unless the user's settings or weights prevent it, and says which recipe it uses."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,7 @@ from m3ae_fast import pretrain
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import load_config
+from m3ae_fast.pretraining import stages
 from m3ae_fast.pretraining.recipes import DEFAULT, FAST_SETTINGS, NAMES, check_recipe, choose_recipe
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import SHORT
@@ -73,6 +75,16 @@ def test_an_unknown_recipe_is_refused_before_any_output_is_written(tmp_path):
     with pytest.raises(UserError, match=r"--recipe: invalid choice: 'slow' \(choose from 'fast', 'official'\)"):
         main([str(tmp_path), "--out", str(tmp_path / "run"), "--recipe", "slow"])
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_passes_on_the_recipe(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(
+        stages, "pretrain", lambda *_, recipe, **__: given.append(recipe) or SimpleNamespace(finished=1)
+    )
+    for recipe in NAMES:
+        assert main([str(tmp_path), "--out", str(tmp_path / "run"), "--recipe", recipe]) == 0
+    assert given == [*NAMES]
 
 
 @pytest.mark.slow

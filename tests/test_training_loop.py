@@ -103,7 +103,7 @@ def settings(tmp_path, mixed, **sections) -> Config:
     data["run"] = {"dir": str(tmp_path / "run")}
     data["data"] |= {"train": mixed, "val": mixed, "workers": 0, "cache_dir": str(tmp_path / "cache")}
     for name, values in sections.items():
-        data[name] = data.get(name, {}) | values
+        data[name] = (data.get(name) or {}) | values
     return parse(Config, data, "test")
 
 
@@ -599,12 +599,15 @@ def test_utilisation_includes_newton_schulz_iterations(monkeypatch):
         assert meter.rates()["utilisation"] == 2 * steps
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch, tmp_path, mixed, name):
-    """The rank is one of two, each of which orthogonalises all matrices. The other rank is not required."""
+@pytest.mark.parametrize(("name", "zero"), [("adamw", {}), ("muon", {}), ("muon", {"stage": 1})])
+def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch, tmp_path, mixed, name, zero):
+    """The rank is one of two. Without ZeRO, each of them orthogonalises all matrices. The other rank is not
+    required."""
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
-    config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 13}, optim={"name": name})
+    sections = {"deepspeed": {"zero_optimization": zero}} if zero else {}
+    train = {"global_batch": 26, "micro_batch": 13}
+    config = settings(tmp_path, mixed, train=train, optim={"name": name}, **sections)
     with joined_program() as session:
         meters = [
             run_module.set_up(
@@ -621,7 +624,8 @@ def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch
         clock[0] += 2
         spent.append(meter.rates()["utilisation"])
     updates = orthogonalisation_flops(M3AE(config.model).hidden_matrices()) if name == "muon" else 0
-    assert spent == pytest.approx([4 + updates / 2e9, 2 + updates / 2e9], rel=1e-6)
+    of_two_ranks = updates / (4e9 if zero else 2e9)
+    assert spent == pytest.approx([4 + updates / 2e9, 2 + of_two_ranks], rel=1e-6)
 
 
 class RankWithPartner(OneOfTwo):

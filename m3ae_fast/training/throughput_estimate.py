@@ -63,7 +63,8 @@ class ThroughputEstimate:
         """Return the throughput with `batch` samples per step, with its standard error if that is known."""
         rate = batch / self.step(batch)
         digits = 0 if rate >= 10 else 2
-        error = f" ± {rate * self.error:,.{digits}f}" if math.isfinite(self.error) else ""
+        without_update = batch * self.sample / self.step(batch)  # fraction of the step to which `error` applies
+        error = f" ± {rate * without_update * self.error:,.{digits}f}" if math.isfinite(self.error) else ""
         return f"{rate:,.{digits}f}{error} samples/s, measured over {self.steps} steps"
 
     def seconds(self, config: Config, schedule: Schedule) -> float:
