@@ -35,6 +35,7 @@ from m3ae_fast.training.dry_run import (
     memory_table,
     network_bytes,
     report,
+    report_time,
 )
 from m3ae_fast.training.throughput_estimate import ThroughputEstimate
 from tests.helpers.labelled import labelled_tar
@@ -503,6 +504,15 @@ def test_a_dry_run_names_the_loader_as_the_bottleneck_if_steps_wait_for_data(mon
     assert re.search("^loader +0.083 cores, for 50 samples/s, measured over 20 steps$", out, re.M)
 
 
+def test_a_dry_run_without_enough_memory_measures_nothing_and_says_so_once(monkeypatch, capsys):
+    """The main rank decides for both ranks."""
+    monkeypatch.setattr("m3ae_fast.training.dry_run.missing_memory", lambda *_: "")
+    for is_main in (True, False):
+        ranks = SimpleNamespace(world=2, device=torch.device("cpu"), is_main=is_main, from_main=lambda _: "8 GB")
+        report_time(parse(Config, TINY, "test"), SimpleNamespace(ranks=ranks))
+    assert capsys.readouterr().out == f"{'time':21} not measured on this machine: 8 GB\n"
+
+
 @pytest.mark.slow
 def test_a_dry_run_measures_the_wait_for_a_slow_loader(monkeypatch, run):
     monkeypatch.setattr("m3ae_fast.engine.feed.islice", lambda *given: time.sleep(0.5) or islice(*given))
@@ -554,7 +564,7 @@ def test_a_dry_run_counts_the_exchange_and_the_memory_of_updates_by_muon(capsys)
         assert network_bytes(1000, stage, 4, 3, True, True, matrices=800) == usual + all_sent * 3 / 4
     with torch.device("meta"):
         matrices = sum(p.numel() for p in M3AE(load_config("fast-small").model).hidden_matrices())
-    for stage, is_named in ((0, False), (1, True)):
+    for stage, is_named in ((0, False), (1, True), (2, True)):
         options = ["--dry-run", "--no-data", "--world", "8", "--set", f"deepspeed.zero_optimization.stage={stage}"]
         assert train.main(["--config", "fast-small", *options]) == 0
         out = capsys.readouterr().out

@@ -989,6 +989,8 @@ def test_throughput_is_measured_until_it_is_stable(monkeypatch):
     rising = [9.0, 9.0, *(0.01 * 1.02**each for each in range(1000))]
     found = paced(monkeypatch, rising)
     assert found.error > 0.1 and found.steps < 200
+    updated = paced(monkeypatch, rising, update=0.05)  # the error is a fraction of the step without the update
+    assert updated.error * updated.sample == pytest.approx(found.error * found.sample, rel=0.01)
     too_few = paced(monkeypatch, [5.0] * 10, seconds=1.0)  # too few steps for a standard error
     assert too_few == ThroughputEstimate(5 / 4, 4, 1)
     updated = paced(monkeypatch, [5.0] * 10, seconds=1.0, update=4.0)
@@ -1324,11 +1326,13 @@ def test_a_training_length_set_by_the_user_is_kept(monkeypatch):
     assert planned(monkeypatch, small(), 0.01, 0.1, ["train.hours=2"]).config.train.hours == 2
 
 
-def test_the_printed_time_includes_updates(monkeypatch):
-    """A step takes 0.1 s for its samples and 0.9 s for the update. No samples are held out for evaluations."""
-    length = ["train.steps=100", "train.global_batch=10"]
-    found = planned(monkeypatch, replace(small(), held_out=0), 0.5, 0.01, length, update=0.9)
-    assert found.lines[3].startswith("time: 0:01:40 for training at 10 samples/s, measured over 24 steps")
+@pytest.mark.parametrize(("held_out", "training"), [(0, "0:01:40"), (100, "0:01:51"), (2000, "0:02:22")])
+def test_the_printed_time_includes_updates_and_evaluations(monkeypatch, held_out, training):
+    """Each of 100 steps takes 0.1 s for its samples and 0.9 s for the update. There is an evaluation before the first
+    step, and one after every 25 steps. It takes 1.5 s, and 2 s for 300 samples, of which it uses at most 1,024."""
+    length = ["train.steps=100", "train.global_batch=10", "train.eval_every=25"]
+    found = planned(monkeypatch, replace(small(), held_out=held_out), 0.5, 0.01, length, update=0.9)
+    assert found.lines[3].startswith(f"time: {training} for training at 10 samples/s, measured over 24 steps")
 
 
 def test_the_batch_is_halved_if_evaluations_leave_too_little_time_for_1000_steps(monkeypatch):
@@ -1336,18 +1340,21 @@ def test_the_batch_is_halved_if_evaluations_leave_too_little_time_for_1000_steps
     and at the end take 400 s."""
     train = planned(monkeypatch, small(classes=3, samples=20_000), 1.84, 0.01).config.train
     assert 3600 * train.hours > 5120 and train.steps >= 1000 and train.global_batch == 256
+    # between the first step and the last, only losses are evaluated, because a probe would take 200 s
+    assert train.probe.every is None and train.eval_every == train.steps // automatic_settings.EVALUATIONS
 
 
-@pytest.mark.parametrize("update", [0.0, 2.0])
-def test_a_run_that_is_too_short_is_reported_with_a_sufficient_length(monkeypatch, update):
-    short = planned(monkeypatch, small(samples=9000), 0.01, 0.01, update=update)
+@pytest.mark.parametrize(("samples", "update"), [(9000, 0.0), (9000, 2.0), (40_000, 0.0)])
+def test_a_run_that_is_too_short_is_reported_with_a_sufficient_length(monkeypatch, samples, update):
+    short = planned(monkeypatch, small(samples=samples), 0.01, 0.01, update=update)
     steps = short.config.train.steps
-    epochs = f"{steps / (9000 // short.config.train.global_batch):.2g} epochs"
+    epochs = f"{steps / (samples // short.config.train.global_batch):.2g} epochs"
     expected = f"{steps} steps, {epochs}: the features will hardly differ"
     assert short.warning.startswith(expected) and steps < 100
     hours = float(short.warning.rpartition("at least ")[2])
-    assert not planned(monkeypatch, small(samples=9000), hours, 0.01, update=update).warning
-    assert planned(monkeypatch, small(samples=9000), 0.7 * hours, 0.01, update=update).warning
+    assert 3600 * hours > 0.01 * samples  # at least one epoch
+    assert not planned(monkeypatch, small(samples=samples), hours, 0.01, update=update).warning
+    assert planned(monkeypatch, small(samples=samples), 0.7 * hours, 0.01, update=update).warning
     assert (
         size_and_length._rounded_up(0.1234) == 0.13
         and size_and_length._rounded_up(12) == 12

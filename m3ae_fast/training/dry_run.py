@@ -212,7 +212,8 @@ def report_time(config: Config, session: Session) -> None:
     the same errors as `measure`."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
-        print(f"{'time':21} not measured on this machine: {lacking}")
+        if ranks.is_main:
+            print(f"{'time':21} not measured on this machine: {lacking}")
         return
     resolved = config.model_copy(update={"train": resolve_precision(config.train, ranks.device)})
     pace = measure(resolved, session, MEASURED_S)
