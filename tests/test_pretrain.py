@@ -682,8 +682,10 @@ def test_a_folder_of_parquet_files_is_read_as_by_shards_make(tmp_path):
 def test_user_errors_are_reported_before_any_output_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = make_pictures(tmp_path / "photos", each=2)
-    out, table = tmp_path / "run", tmp_path / "t.jsonl"
+    out, table, kept = tmp_path / "run", tmp_path / "t.jsonl", tmp_path / "kept"
     table.touch()
+    kept.mkdir()
+    (kept / "config.json").touch()
     for arguments, options, message in (
         ((photos, photos / "run"), {}, "figures written to it would be read as input images"),
         ((photos, photos), {}, "figures written to it would be read as input images"),
@@ -692,6 +694,7 @@ def test_user_errors_are_reported_before_any_output_is_written(tmp_path, monkeyp
         ((table, out), {}, r"is neither a folder.*; to use a table, .* add --captions .*t\.jsonl$"),
         (("fotos", out), {}, r"fotos: no such folder; did you mean photos\?"),
         (("", out), {}, "SOURCE is empty"),
+        ((photos, kept), {"dry_run": True}, "--dry-run: .* contains a run, whose settings are kept"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; specify a new or an existing folder"),
@@ -701,7 +704,7 @@ def test_user_errors_are_reported_before_any_output_is_written(tmp_path, monkeyp
     ):
         with pytest.raises(UserError, match=message):
             pretrain(*arguments, **options)
-        assert not out.exists()
+        assert not out.exists() and [path.name for path in kept.iterdir()] == ["config.json"]
 
 
 @pytest.mark.slow

@@ -61,7 +61,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="create the shards, print the settings that would be chosen and the expected duration, and exit",
+        help="create the shards, print the settings that would be chosen and the expected duration, and exit; OUT must "
+        "not contain a run",
     )
     return parser.parse_args(argv)
 

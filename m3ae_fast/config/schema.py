@@ -482,7 +482,7 @@ class LoopConfig(Section):
     def _one_length(self) -> LoopConfig:
         given = (self.epochs is not None) + (self.steps is not None)
         if given == 2:
-            raise ValueError("set epochs or steps, not both")
+            raise ValueError("set epochs or steps, not both; set one of them to null")
         if given == 0 and not self.LENGTH_FOLLOWS:
             raise ValueError("set the length of the run: epochs or steps")
         return self

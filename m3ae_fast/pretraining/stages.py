@@ -199,6 +199,8 @@ def _check(call: _Call) -> Range | None:
     check_field(call.labels)
     if call.out.exists() and not call.out.is_dir():
         raise UserError(f"--out {call.out}: is not a folder; specify a new or an existing folder")
+    if call.dry_run and call.config_file.exists():  # its tokenizer and shards would be replaced
+        raise UserError(f"--dry-run: {call.out} contains a run, whose settings are kept; choose another --out")
     return image_range
 
 
