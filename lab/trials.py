@@ -1,9 +1,10 @@
-"""Execution of the trials of an experiment, one after the other, with results that are kept between calls."""
+"""Execution of the trials of an experiment, one after the other, with results that are kept between calls; progress
+messages, and the description of the machine in reports."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,14 +32,20 @@ def perform_all(
             continue
         if minutes is not None and time.monotonic() - started > 60 * minutes:
             break
-        print(f"{time.strftime('%H:%M:%S')}  {trial.name}", flush=True)
+        log(trial.name)
         if not laboratory.perform(trial):
             return False
         write()
     return True
 
 
-def machine() -> str:
-    """Return a description of the machine, of the versions and of the date, for the head of a report."""
-    about = results.about()
+def log(text: str) -> None:
+    """Print a message with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
+
+
+def machine(about: Mapping[str, Any] | None = None) -> str:
+    """Return a description of the machine, of the versions and of the date, for the head of a report. `about`: stored
+    result of `benchmarks.results.about`; None: the present one."""
+    about = about or results.about()
     return f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}"

@@ -29,6 +29,7 @@ from lab.race.plan import ARMS, FINAL_SEEDS, SEEDS, USUAL, Overrides, Trial, fin
 from lab.race.run import FINETUNED, SETTINGS, TESTS, Race
 from lab.study.run import Stopped
 from lab.study.shards import LABELS, prepare
+from lab.trials import log
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.config.load import apply_override
 
@@ -171,10 +172,6 @@ def _race(runner: Runner, args: argparse.Namespace, data: str, size: str) -> Non
         runner.perform(with_settings(trial))
     for trial in finetuned(data, size, lengths[0], target, args.finetune) if data == FINETUNED else ():
         runner.finetune(with_settings(trial))
-
-
-def log(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 if __name__ == "__main__":

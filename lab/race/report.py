@@ -21,6 +21,7 @@ from lab.markdown import table
 from lab.race.plan import ARMS, BASELINE, FAST, PIXELS, RANDOM_WEIGHTS, USUAL
 from lab.race.run import TESTS
 from lab.study.measure import Labels
+from lab.trials import machine
 from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.errors import UserError
 
@@ -167,10 +168,10 @@ def read_answers(folder: Path, settings: dict[str, Any]) -> tuple[list[Row], lis
 def tables(rows: Sequence[Row], finetuned: Sequence[Row], head: dict[str, Any], labels: Labels) -> str:
     """Return Markdown with the tables of all tests, of fine-tuning and of the settings that were tried, and with the
     plot."""
-    about, weights = head["about"], Weights(labels)
+    weights = Weights(labels)
     minutes = sum(row["cost"]["whole_seconds"] for row in rows) / 60
     text = [
-        f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
+        f"{machine(head['about'])}; "
         f"{len(rows)} runs, {minutes:.0f} CPU minutes of training. Accuracies are means over seeds, in %. A factor is "
         "the cost at which the baseline reaches the accuracy of a run, divided by the cost of that run. Factors have "
         "95 % intervals, which cover seeds and samples. A value with > or < is only a bound, because the accuracy is "

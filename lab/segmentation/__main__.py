@@ -24,6 +24,7 @@ from benchmarks import results
 from lab.segmentation import collage, report
 from lab.segmentation.run import SEEDS, SETTINGS, Study, plan
 from lab.study.run import Stopped
+from lab.trials import log
 from m3ae_fast.base.errors import exit_cleanly
 
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
             print(f"{args.minutes:g} minutes are over; run the same command again to continue")
             break
-        print(f"{time.strftime('%H:%M:%S')}  {study.folder(trial).name}", flush=True)
+        log(study.folder(trial).name)
         try:
             study.perform(trial)
         except Stopped:

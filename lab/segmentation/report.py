@@ -20,7 +20,8 @@ from lab.markdown import table
 from lab.segmentation.collage import CATEGORIES
 from lab.segmentation.run import LONGER, TESTS, Arm, Study, Test, Trial, plan
 from lab.study import shards
-from lab.study.statistics import Estimate, standard_error
+from lab.study.statistics import Estimate, cell, standard_error
+from lab.trials import machine
 from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS
@@ -126,8 +127,7 @@ def save(folder: Path, head: dict[str, Any], study: Study, seeds: int, classes: 
     write_text_atomically(folder / JSON, json.dumps({**head, "miou": rows}, indent=1) + "\n")
     page = folder / PAGE
     text = page.read_text(encoding="utf-8") if page.exists() else f"# Segmentation\n\n{START}\n{END}\n"
-    about = head["about"]
-    made = f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}. "
+    made = f"{machine(head['about'])}. "
     made += "mIoU in %, mean ± standard error over emoji and seeds (number of seeds); differences in points.\n\n"
     made += "\n\n".join(table(header, rows) for header, *rows in tables(results, ["background", *classes]))
     write_text_atomically(page, rewrite(text, f"\n{made}\n\n"))
@@ -137,10 +137,10 @@ def save(folder: Path, head: dict[str, Any], study: Study, seeds: int, classes: 
 def tables(results: Results, classes: Sequence[str]) -> list[list[list[str]]]:
     """Return tables of the mIoU, of differences, and of the IoU by class, each with its header as the first line."""
     scores = [["features", *TITLES.values()]]
-    scores += [[NAMES[arm], *(_percent(results.miou(arm, test)) for test in TESTS)] for arm in NAMES]
+    scores += [[NAMES[arm], *(cell(results.miou(arm, test)) for test in TESTS)] for arm in NAMES]
     apart = [["difference", *TITLES.values()]]
     for one, other in PAIRS:
-        cells = [_percent(results.difference(one, other, test), "+") for test in TESTS]
+        cells = [cell(results.difference(one, other, test), "+") for test in TESTS]
         apart.append([f"{NAMES[one]} minus {NAMES[other]}", *cells])
     test = Test(CATEGORIES, "linear")
     arms = [arm for arm in NAMES if arm != LARGEST and results.seeds(arm, test)]
@@ -148,12 +148,6 @@ def tables(results: Results, classes: Sequence[str]) -> list[list[list[str]]]:
     iou = {arm: results.iou(arm, test) for arm in arms}
     by_class += [[name, *(f"{100 * iou[arm][row]:.1f}" for arm in arms)] for row, name in enumerate(classes)]
     return [scores, apart, by_class]
-
-
-def _percent(estimate: Estimate | None, sign: str = "") -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate.percent(sign)} ({estimate.seeds})"
 
 
 def draw(results: Results, path: Path) -> None:

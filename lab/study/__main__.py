@@ -29,6 +29,7 @@ from lab.study import report
 from lab.study.plan import ARMS, plan
 from lab.study.run import SETTINGS, Stopped, Study
 from lab.study.shards import FOLDS, LABELS, prepare
+from lab.trials import log
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.config.load import apply_override
 
@@ -103,10 +104,6 @@ def main(argv: list[str] | None = None) -> int:
     write()
     log(f"see {folder / report.PAGE}")
     return 0
-
-
-def log(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 if __name__ == "__main__":

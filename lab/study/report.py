@@ -18,7 +18,8 @@ from benchmarks.table import END, START, rewrite
 from lab.markdown import table
 from lab.study.measure import LOSSES, RETRIEVED, SCORES, Labels
 from lab.study.plan import CAPTION_FRACTIONS, CLOTHES_LENGTH, TEXT_RATIOS, USUAL_RATIO, Encoder
-from lab.study.statistics import Estimate, accuracy, difference
+from lab.study.statistics import Estimate, accuracy, cell, difference
+from lab.trials import machine
 from m3ae_fast.base.atomic_file import atomic_write, write_text_atomically
 from m3ae_fast.base.errors import UserError
 
@@ -119,10 +120,9 @@ def read_answers(folder: Path, settings: dict[str, Any], validation: bool) -> li
 
 def tables(rows: Rows, head: dict[str, Any]) -> str:
     """Return all tables as Markdown."""
-    about = head["about"]
     seconds = sum(row["train_cpu_s"] + row["measure_cpu_s"] for row in rows.found)
     lines = [
-        f"{about['device']}, 1 thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}; "
+        f"{machine(head['about'])}; "
         f"{seconds / 60:.0f} minutes on one core; measured on {'validation' if head['validation'] else 'test'} "
         "samples. Accuracy in %: mean ± standard error (number of seeds). The standard error covers samples and seeds; "
         "it is a conservative estimate."
@@ -137,11 +137,10 @@ def tables(rows: Rows, head: dict[str, Any]) -> str:
         usual: list[Line] = [(name, objective, COMMON) for objective, name in NAMES.items()]
         pairs: list[tuple[Line, str]] = [(usual[2], "pixels"), (usual[2], "random"), (usual[3], "mae"), *against]
         cells = [
-            [name, *(_cell(rows.accuracy(test, what, **own)) for test in columns)]
-            for name, what, own in [*usual, *more]
+            [name, *(cell(rows.accuracy(test, what, **own)) for test in columns)] for name, what, own in [*usual, *more]
         ]
         cells += [
-            [f"{name} minus {NAMES[other]}", *(_cell(rows.difference(test, what, other, own), "+") for test in columns)]
+            [f"{name} minus {NAMES[other]}", *(cell(rows.difference(test, what, other, own), "+") for test in columns)]
             for (name, what, own), other in pairs
         ]
         lines += ["", table([title, *columns.values()], cells)]
@@ -167,10 +166,10 @@ class Point(NamedTuple):
 
 
 def _swept(rows: Rows, point: Point) -> list[str]:
-    cells = [_cell(rows.accuracy(test, point.objective, **point.wanted)) for test in SWEPT]
+    cells = [cell(rows.accuracy(test, point.objective, **point.wanted)) for test in SWEPT]
     apart = rows.difference("linear", "m3ae", "mae", point.wanted, point.mae) if point.objective == "m3ae" else None
     pixels = rows.difference("linear", point.objective, "pixels", point.wanted)
-    return [point.name, *cells, _cell(pixels, "+"), _cell(apart, "+")]
+    return [point.name, *cells, cell(pixels, "+"), cell(apart, "+")]
 
 
 def _ratios(rows: Rows) -> Iterable[Point]:
@@ -208,15 +207,9 @@ AXES = {  # title and label of the x axis of each plot
 }
 
 
-def _cell(estimate: Estimate | None, sign: str = "") -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate.percent(sign)} ({estimate.seeds})"
-
-
 def _retrieval(rows: Rows) -> Iterable[list[str]]:
     chance = rows.number("retrieval_chance", "m3ae")
-    cells = [_cell(rows.accuracy(test, "m3ae")) for test in RETRIEVAL]
+    cells = [cell(rows.accuracy(test, "m3ae")) for test in RETRIEVAL]
     yield [NAMES["m3ae"], *cells, f"{100 * mean(chance):.1f}" if chance else "-"]
 
 

@@ -32,6 +32,12 @@ class Estimate(NamedTuple):
         return f"{100 * self.mean:{sign}.1f} ± {100 * self.error:.1f}"
 
 
+def cell(estimate: Estimate | None, sign: str = "") -> str:
+    """Return the cell of a table: an estimate in percent and its number of seeds, or "-" if there is no estimate.
+    `sign`: as for `Estimate.percent`."""
+    return "-" if estimate is None else f"{estimate.percent(sign)} ({estimate.seeds})"
+
+
 def accuracy(seeds: Seeds, labels: Labels) -> Estimate:
     """Return the accuracy of an encoder."""
     return _estimate(seeds, labels)
