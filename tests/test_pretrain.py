@@ -172,6 +172,9 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "config.json already exists: its settings are kept" in out
     assert "\nto train longer, add --set train.steps=N, where N is the total, now 9, before the run is finished" in out
+    other = write_tar(tmp_path / "b.tar", members(range(3), "image"))
+    with pytest.raises(UserError, match=r"b\.tar: the run in .* has another SOURCE"):
+        pretrain(other, run, val=[shards], device="cpu")
 
 
 def test_a_copied_run_folder_resumes_in_its_new_location(tmp_path, monkeypatch):
@@ -1307,6 +1310,7 @@ def test_the_hours_include_preparation_and_evaluation(monkeypatch):
         "the number of steps is adjusted to the available time" in found.lines[2] and "done at about" in found.lines[3]
     )
     assert not found.warning and found.lines[3].endswith(" (--hours 0.5)")
+    assert planned(monkeypatch, small(), 1e-7, 0.01).config.train.hours == 1e-5  # a limit of 0 would be invalid
     assert planned(monkeypatch, small(classes=3), 0.01, 0.01).lines[3].endswith(", later than --hours 0.01 allows")
     continued = planned(monkeypatch, small(classes=3), 0.5, 0.01, ["model.init_from=start"], spent=60.0)
     less = 3600 * (t.hours - continued.config.train.hours)  # both probes also evaluate the initial weights

@@ -63,10 +63,15 @@ def test_the_line_of_the_official_recipe_does_not_deny_what_the_user_sets(recipe
     assert exception not in choose_recipe(recipe, ["loss.image_all_tokens=true"]).line
 
 
-def test_a_recipe_is_not_combined_with_given_weights():
+def test_a_recipe_is_not_combined_with_given_weights(tmp_path):
     check_recipe(None, [], "runs/a")
-    with pytest.raises(UserError, match="--recipe official: cannot be combined with --from"):
-        check_recipe("official", [], "runs/a")
+    for recipe in NAMES:
+        for refuse in (
+            lambda recipe=recipe: check_recipe(recipe, [], "runs/a"),
+            lambda recipe=recipe: pretrain(tmp_path, tmp_path / "run", start_from="runs/a", recipe=recipe),
+        ):
+            with pytest.raises(UserError, match=f"--recipe {recipe}: cannot be combined with --from"):
+                refuse()
 
 
 def test_an_unknown_recipe_is_refused_before_any_output_is_written(tmp_path):

@@ -93,6 +93,29 @@ def test_the_probe_encodes_in_the_precision_of_the_run_and_with_its_own_pooling(
     assert encoded == [("cls", "bf16"), ("cls", "fp32")] and cut == [True, True]
 
 
+def test_the_largest_class_is_that_of_the_held_out_samples(monkeypatch):
+    """Samples are encoded only after it is known that the weights are finite."""
+    labels = {"train": [0, 0, 0, 1], "val": [0, 1, 1]}
+    done, trainer = [], MagicMock(step=7, engine=SimpleNamespace(model=object.__new__(M3AE)))
+    trainer.stop_if_diverged = lambda: done.append("checked")
+
+    def encode(model, corpus, *_, **__):
+        done.append(corpus)
+        return SimpleNamespace(labels=torch.tensor(labels[corpus]))
+
+    def predictions(bank, queries, classes, config):
+        assert (len(bank.labels), len(queries.labels), classes) == (4, 3, 2)
+        return SimpleNamespace(accuracies=lambda: {"top1": 0.5})
+
+    monkeypatch.setattr(knn_during_training, "encode_corpus", encode)
+    monkeypatch.setattr(knn_during_training, "knn_predictions", predictions)
+    config = SimpleNamespace(data=None, train=SimpleNamespace(precision="fp32"))
+    knn_during_training._log(config, SimpleNamespace(every=1, pool="cls"), "train", "val", [0, 1], trainer)
+    assert done == ["checked", "train", "val"]
+    trainer.log.log.assert_called_once_with(7, {"val_knn_top1": 0.5, "val_knn_largest_class": 2 / 3})
+    trainer.add_accuracy.assert_called_once_with(0.5)
+
+
 def test_invalid_labels_end_the_run_before_training(pretrain, shards, tmp_path):
     with pytest.raises(UserError, match=r"48 of 48 samples have no label .json.other."):
         pretrain("wrong", *probe(shards, labels="json.other"))
