@@ -40,7 +40,7 @@ from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.baselines import SCALED, UNTRAINED
 from m3ae_fast.evaluation.run_report import write_report
-from m3ae_fast.pretraining import automatic_settings, final_evaluation, size_and_length, source_shards, stages
+from m3ae_fast.pretraining import automatic_settings, final_evaluation, learning_rate_search, size_and_length, stages
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
     MODEL_SIZES,
@@ -365,10 +365,9 @@ def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path, mo
     (photos / "red/0.txt").write_text("another caption")
     (out / "tuning/peak_lr-1").mkdir(parents=True)
     for held in (out, out / "tuning/peak_lr-1"):  # by a run that has not saved a checkpoint yet
-        monkeypatch.setattr(source_shards, "is_held", held.__eq__)
-        with pytest.raises(UserError, match=r"has changed, but a run in .* is using its shards"):
-            find_shards(str(photos), out, None, [])
-    monkeypatch.undo()
+        monkeypatch.setattr(learning_rate_search, "is_held", held.__eq__)
+        with pytest.raises(UserError, match="another run is using it"):
+            pretrain(photos, out)
     assert "its shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")
@@ -685,8 +684,11 @@ def test_a_folder_of_parquet_files_is_read_as_by_shards_make(tmp_path):
 def test_user_errors_are_reported_before_any_output_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos = make_pictures(tmp_path / "photos", each=2)
-    out, table, kept = tmp_path / "run", tmp_path / "t.jsonl", tmp_path / "kept"
+    out, table, kept, bare = (tmp_path / name for name in ("run", "t.jsonl", "kept", "bare"))
     table.touch()
+    (bare / "checkpoints/step-00000002").mkdir(parents=True)
+    for name in ("state.json", "state.safetensors"):
+        (bare / "checkpoints/step-00000002" / name).touch()
     kept.mkdir()
     (kept / "config.json").touch()
     for arguments, options, message in (
@@ -698,6 +700,7 @@ def test_user_errors_are_reported_before_any_output_is_written(tmp_path, monkeyp
         (("fotos", out), {}, r"fotos: no such folder; did you mean photos\?"),
         (("", out), {}, "SOURCE is empty"),
         ((photos, kept), {"dry_run": True}, "--dry-run: .* contains a run, whose settings are kept"),
+        ((photos, bare), {}, "contains checkpoints, but not the config.json of their run; choose another --out"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
         ((photos, out), {"hours": 0}, "--hours 0: must be above 0"),
         ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; specify a new or an existing folder"),

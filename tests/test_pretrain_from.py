@@ -118,7 +118,8 @@ def test_the_value_range_is_that_of_the_given_weights(tmp_path):
 )
 def test_a_setting_that_contradicts_the_given_weights_is_refused_at_once(base, tmp_path, overrides, message):
     with pytest.raises(UserError, match=message):
-        given_weights(str(base), tmp_path, overrides)
+        given_weights(str(base), tmp_path / "run", overrides)
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_image_size_is_possible_if_position_embeddings_are_computed(base, tmp_path):

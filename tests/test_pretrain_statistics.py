@@ -291,8 +291,9 @@ def test_image_tokens_are_compatible_with_the_chosen_settings(tmp_path):
 
 
 def test_a_missing_setting_of_a_probe_is_reported():
-    with pytest.raises(UserError, match=r"--set train.probe.k: there is no probe, because .* with --labels"):
-        _chosen("train.probe.k=7", statistics=replace(assumed([]), classes=0))
+    for override in ("train.probe.k=7", "train.stop_at=0.5"):
+        with pytest.raises(UserError, match=r"--set train\.\w+(\.k)?: there is no probe, because .* with --labels"):
+            _chosen(override, statistics=replace(assumed([]), classes=0))
 
 
 def _captioned(path, count):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -62,7 +64,13 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     if found.config.image_range is not None:
         implied["data.range"] = found.config.image_range
     given = [f"{name}={json.dumps(value)}" for name, value in implied.items()]
-    missing = missing_decoder(found, _fitting(model, found, given, overrides))
+    try:
+        missing = missing_decoder(found, _fitting(model, found, given, overrides))
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the run folder is not empty
+            out.rmdir()
+        raise
     decoder = [f"{missing}, so the decoder is randomly initialised"] if missing else []
     return GivenWeights(given, [f"continuing from the weights in {folder} ({found.kind})", *decoder, *found.notes])
 

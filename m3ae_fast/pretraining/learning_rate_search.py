@@ -17,12 +17,12 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.config import Config, stored_config
 from m3ae_fast.pretraining.final_evaluation import stage
-from m3ae_fast.pretraining.source_shards import TRIALS
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
+from m3ae_fast.training.run_lock import is_held
 from m3ae_fast.training.run_state import status
 
-FILE = "tuning.json"  # name in the run folder
+FOLDER, FILE = "tuning", "tuning.json"  # names in the run folder
 FACTORS = (0.5, 1.0, 2.0)  # the learning rates that are tried, as multiples of the default
 PART = 0.05  # length of each trial as a fraction of the run's steps
 FEWEST = 20  # minimum number of steps of a trial
@@ -84,10 +84,15 @@ def forget_search(run: Path) -> None:
     longer the same. Raises UserError if they cannot be removed."""
     try:
         (run / FILE).unlink(missing_ok=True)
-        if (run / TRIALS).exists():
-            shutil.rmtree(run / TRIALS)
+        if (run / FOLDER).exists():
+            shutil.rmtree(run / FOLDER)
     except OSError as error:
-        raise UserError(f"{error.filename or run / TRIALS}: cannot be removed ({error.strerror or error})") from None
+        raise UserError(f"{error.filename or run / FOLDER}: cannot be removed ({error.strerror or error})") from None
+
+
+def is_in_use(run: Path) -> bool:
+    """Return whether another process is training in the run folder: the run itself, or a trial of the search."""
+    return any(map(is_held, (run, *run.glob(f"{FOLDER}/*"))))
 
 
 def trial_steps(config: Config) -> int:
@@ -144,7 +149,7 @@ def _with_rate(config: Config, rate: float, seconds: float) -> Config:
 def _try(config: Config, rate: float, steps: int, device: Device | None) -> float | None:
     """Train a short run and return its final loss, on held-out samples if there are any. The result is infinite if the
     loss of a step was not finite. Return None if the run is stopped."""
-    folder = config.run.dir / TRIALS / f"peak_lr-{rate:g}"
+    folder = config.run.dir / FOLDER / f"peak_lr-{rate:g}"
     short = {
         "steps": steps, "epochs": None, "hours": None, "stop_at": None, "eval_every": None, "probe": None,
         "pictures": 0, "save_every": steps, "log_every": max(steps // 20, 1), "keep": 1,

@@ -31,10 +31,8 @@ from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, s
 from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.sources.registry import kind_of_source, open_source
 from m3ae_fast.shards.writer import convert, manifest_of
-from m3ae_fast.training.run_lock import is_held
 
 SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder
-TRIALS = "tuning"  # sub-folder of the run folder for the runs of --tune
 # fraction and maximum number of samples that are held out if the source has no held-out split
 _FRACTION, _MOST_HELD_OUT = 0.1, 5000
 
@@ -74,7 +72,7 @@ def find_shards(
     _require_source(source, out, [shard for shard in map(_path, kept) if shard.parent != (out / SHARDS).resolve()])
     if val:
         raise UserError(f"--val: can be used only if SOURCE consists of shards; {source} is not")
-    if folder.is_dir() and folder.resolve() in (out.resolve(), *out.resolve().parents):
+    if source and folder.is_dir() and folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(
             f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
             "choose a folder outside SOURCE"
@@ -235,8 +233,6 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
             )
         if not (out / "config.json").exists():
             raise UserError(f"{folder}: contains the shards of another source; remove it, or choose another --out")
-        if any(map(is_held, (out, *out.glob(f"{TRIALS}/*")))):
-            raise UserError(f"{name}: has changed, but a run in {out} is using its shards; choose another --out")
         shutil.rmtree(folder)
         (out / "config.json").unlink()
         notes = [*notes, f"{name} has changed, so its shards are created again"]

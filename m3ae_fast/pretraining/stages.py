@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3ae_fast import checkpoint
 from m3ae_fast.base import object_store
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.environment import Device
@@ -33,14 +34,13 @@ from m3ae_fast.pretraining.final_evaluation import (
     why_no_map,
 )
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
-from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS, forget_search, trial_steps
+from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS, forget_search, is_in_use, trial_steps
 from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
 from m3ae_fast.pretraining.recipes import ChosenRecipe, Recipe, check_recipe, choose_recipe
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.process.launchers import alone
 from m3ae_fast.training.run import pre_train
-from m3ae_fast.training.run_lock import is_held
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.exporting import write_export
 
@@ -182,8 +182,6 @@ def pretrain(
 def _check(call: _Call) -> Range | None:
     """Check the arguments before any work, and return the value range of the images; None if no override sets it.
     Raises UserError if an argument is invalid."""
-    if not call.source:
-        raise UserError("SOURCE is empty; specify images, shards or a dataset")
     if not 0 < call.hours < 10_000:
         raise UserError(f"--hours {call.hours:g}: must be above 0 and below 10000")
     if not alone():
@@ -199,6 +197,10 @@ def _check(call: _Call) -> Range | None:
     check_field(call.labels)
     if call.out.exists() and not call.out.is_dir():
         raise UserError(f"--out {call.out}: is not a folder; specify a new or an existing folder")
+    if not call.config_file.exists() and checkpoint.saved_steps(call.out):
+        raise UserError(
+            f"--out {call.out}: contains checkpoints, but not the {CONFIG} of their run; choose another --out"
+        )
     if call.dry_run and call.config_file.exists():  # its tokenizer and shards would be replaced
         raise UserError(f"--dry-run: {call.out} contains a run, whose settings are kept; choose another --out")
     return image_range
@@ -218,6 +220,7 @@ def _kept_config(call: _Call, image_range: Range | None) -> Config | None:
     """Return the config that an earlier call has written, after the shards that are missing have been written. Return
     None if the source has changed before training has begun; the config is then removed. `image_range`: value range of
     the images. Raises UserError if an override is invalid."""
+    _require_unused(call.out)
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
     kept = shard_names(call.load_config().data.train)
@@ -228,7 +231,7 @@ def _kept_config(call: _Call, image_range: Range | None) -> Config | None:
     config = call.load_config()
     print(
         f"{call.config_file} already exists: its settings are kept, except those given with --set, and --hours, "
-        "--recipe, --from and --labels have no effect; for newly chosen settings, delete it or choose another --out"
+        "--recipe, --from and --labels have no effect; for newly chosen settings, choose another --out"
     )
     print(how_to_train_longer(config))
     return config
@@ -267,11 +270,16 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
     return plan.config
 
 
+def _require_unused(out: Path) -> None:
+    """Raise UserError if another process is training in the run folder."""
+    if is_in_use(out):
+        raise UserError(f"--out {out}: another run is using it; choose another folder")
+
+
 def _write(config: Config, call: _Call) -> None:
     """Write the config of a new run, and remove the search of the learning rate for an earlier config. Raises UserError
     if another call has started a run in the folder in the meantime."""
-    if is_held(call.out):
-        raise UserError(f"--out {call.out}: another run is using it; choose another folder")
+    _require_unused(call.out)
     forget_search(call.out)
     text = json.dumps(stored_config(config), indent=2)  # includes the default values
     write_text_atomically(call.config_file, f"{text}\n")

@@ -550,3 +550,5 @@ def test_the_type_of_a_source_is_recognised(tmp_path, pictures):
     for name in ("images/", "./images", str(tmp_path / "none"), str(tmp_path / "notes")):
         with pytest.raises(UserError, match="is neither a folder, nor an HDF5 file"):
             kind_of_source(name)
+    with pytest.raises(UserError, match="SOURCE is empty"):
+        kind_of_source("")

@@ -29,6 +29,8 @@ _DATA_FILES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 def kind_of_source(source: str) -> SourceKind:
     """Return the kind of a source. A name that does not exist as a path is a dataset on the Hub, unless it has the form
     of a path, such as ./photos. Raises UserError if the source does not exist, or is a file of another kind."""
+    if not source:
+        raise UserError("SOURCE is empty; specify images, shards or a dataset")
     path = Path(source)
     if path.is_dir():
         return _kind_of_folder(path)
