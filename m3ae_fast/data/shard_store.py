@@ -54,14 +54,15 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)")
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
     """Return the names of the shards in `patterns`, after expanding brace patterns (`{0000..0041}`), `::` lists and,
-    for local paths, globs. Raises UserError if a pattern is malformed or matches nothing, a shard does not exist, or a
-    library that is needed to read it is not installed."""
+    for local paths, globs. The name of an existing file or folder is not a pattern, even if it contains such
+    characters. Raises UserError if a pattern is malformed or matches nothing, a shard does not exist, or a library that
+    is needed to read it is not installed."""
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if math.prod(abs(int(b) - int(a)) + 1 for a, b in _RANGE.findall(pattern)) > MAX_SHARDS:
             raise UserError(f"shards {pattern!r}: expands to more than {MAX_SHARDS:,} names")
         try:
-            names = expand_urls(pattern)
+            names = [pattern] if _is_literal(pattern) else expand_urls(pattern)
         except (ValueError, AssertionError) as error:  # raised for unbalanced braces or a missing WDS_ variable
             raise UserError(f"shards {pattern!r}: not a valid pattern ({error})") from None
         for name in names:
@@ -70,6 +71,20 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
     if not shards:
         raise UserError(f"shards {patterns!r}: matches no shards")
     return shards
+
+
+def _is_literal(pattern: str) -> bool:
+    """Return whether braces and colons in a pattern are part of the name of an existing file, or of a folder. For
+    speed, the disk is not accessed if the pattern contains neither."""
+    if is_remote(pattern) or not ("{" in pattern or "::" in pattern):
+        return False
+    path = _local_path(pattern)
+    folder, name = os.path.split(path)
+    return os.path.exists(path) or (os.path.isdir(folder) and not ("{" in name or "::" in name))
+
+
+def _local_path(name: str) -> str:
+    return os.path.expanduser(name.removeprefix("file://").removeprefix("file:"))
 
 
 def is_remote(shard: str) -> bool:
@@ -85,10 +100,12 @@ def _advice_on(folder: str) -> str:
 
 
 def _local(name: str) -> list[str]:
-    name = os.path.expanduser(name.removeprefix("file://").removeprefix("file:"))
+    name = _local_path(name)
     found = [name]
     if glob.has_magic(name) and not os.path.exists(name):
-        found = sorted(path for path in glob.glob(name) if not path.endswith(INDEX_SUFFIX))
+        folder, last = os.path.split(name)
+        pattern = os.path.join(glob.escape(folder), last) if os.path.isdir(folder) else name
+        found = sorted(path for path in glob.glob(pattern) if not path.endswith(INDEX_SUFFIX))
     if not found:
         raise UserError(f"shards {name!r}: matches no files")
     for path in found:

@@ -105,6 +105,16 @@ def test_brace_and_glob_patterns_are_expanded(tmp_path):
     assert expand(str(odd)) == [str(odd)]
 
 
+@pytest.mark.parametrize("name", ["run[1]", "run{0..2}", "run::1", "r*n?1"])
+def test_the_name_of_an_existing_folder_is_not_a_pattern(tmp_path, name):
+    for folder in ("run1", "run0", "run", name):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.tar").write_bytes(b"")
+    own = [str(tmp_path / name / "a.tar")]
+    assert expand(own) == expand(own[0]) == expand(str(tmp_path / name / "*.tar")) == own
+    assert expand(f"file://{own[0]}") == own
+
+
 @pytest.mark.parametrize(
     "pattern, message",
     [
