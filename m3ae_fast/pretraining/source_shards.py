@@ -62,7 +62,7 @@ def find_shards(
     """
     folder = Path(source)
     tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
-    if tars or _names_shards(source):
+    if tars or (_names_shards(source) and not folder.is_dir()):
         if captions:
             raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
         given = tars or [source]
