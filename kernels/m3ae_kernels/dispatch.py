@@ -125,6 +125,12 @@ def is_integer(value: object) -> bool:
     return isinstance(value, int) or hasattr(value, "__index__")  # torch.compile supports only the first test
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a number; numbers of numpy are included."""
+    if not isinstance(value, int | float) and not hasattr(value, "__float__"):
+        raise TypeError(f"{name} is {value!r}, but must be a number")
+
+
 def check_tensor(name: str, tensor: object) -> None:
     """Raise TypeError unless `tensor` is a dense tensor."""
     if not isinstance(tensor, Tensor):
@@ -160,7 +166,8 @@ def _check_shape(name: str, tensor: Tensor, shape: Shape) -> None:
     inner = shape[1:] if shape[:1] == (...,) else shape
     lead = tensor.dim() - len(inner)
     fits = lead >= 0 if len(inner) < len(shape) else lead == 0
-    if not fits or any(want not in (None, have) for have, want in zip(tensor.shape[lead:], inner)):
+    # `want not in (None, have)` would be true for a symbolic size of torch.compile, whatever its value
+    if not fits or any(want is not None and want != have for have, want in zip(tensor.shape[lead:], inner)):
         names: dict[object, str] = {None: "?", ...: "..."}
         want = ", ".join(names.get(size, str(size)) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected [{want}]")

@@ -3,12 +3,12 @@
 Shapes: T packed rows, M chosen rows, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .dispatch import accumulator, as_rows, check_float, check_index, choose_impl, with_lead
+from .dispatch import accumulator, as_rows, check_float, check_index, check_number, choose_impl, with_lead
 from .ids import check_distinct, check_range, checks_enabled
 from .registry import Op, traced
 from .wide import put_rows
@@ -56,11 +56,12 @@ def gather_tokens(
         if impl == "torch" and not traced(x, rows):
             # This path is as fast as the op at any size, and its overhead per call is half that of the op.
             _check(x, rows)
-            return with_lead(torch.embedding(x, rows), lead)
+            return with_lead(_taken(torch.embedding, x, rows), lead)
         return with_lead(gather_rows(x, rows, impl), lead)
     check_float("norm_weight", norm_weight, (x.shape[1],), x)
     if norm_bias is not None:
         check_float("norm_bias", norm_bias, (x.shape[1],), x)
+    check_number("eps", eps)
     return with_lead(gather_norm(x, rows, norm_weight, norm_bias, eps, impl)[0], lead)
 
 
@@ -71,12 +72,25 @@ def _check(x: Tensor, rows: Tensor) -> None:
         check_distinct("gather_tokens", "rows", rows)
 
 
+def _taken(take: Callable[[Tensor, Tensor], Tensor], x: Tensor, rows: Tensor) -> Tensor:
+    """Return `take(x, rows)`, computed by torch. For a row that is out of range, the IndexError names the row."""
+    try:
+        return take(x, rows)
+    except IndexError:
+        check_range("gather_tokens", "rows", rows, len(x))
+        raise
+
+
 def _rows_forward(x: Tensor, rows: Tensor, impl: str) -> Tensor:
     _check(x, rows)
     if impl == "triton":
         from .triton_impl.rows import take_rows
 
         return take_rows(x, rows)
+    return _taken(_select, x, rows)
+
+
+def _select(x: Tensor, rows: Tensor) -> Tensor:
     return x.index_select(0, rows)
 
 
@@ -124,7 +138,7 @@ def _norm_forward(
         return gather_norm(x, rows, weight, bias, eps)
     wide = accumulator(x.dtype)
     shift = None if bias is None else bias.to(wide)
-    y_MD, mean, rstd = torch.native_layer_norm(x.index_select(0, rows), [x.shape[1]], weight.to(wide), shift, eps)
+    y_MD, mean, rstd = torch.native_layer_norm(_taken(_select, x, rows), [x.shape[1]], weight.to(wide), shift, eps)
     return y_MD, mean.flatten(), rstd.flatten()
 
 

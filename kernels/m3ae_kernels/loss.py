@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .dispatch import accumulator
+from .registry import unwrapped
 
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -106,7 +107,7 @@ def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor |
     row_loss, unit, *grads = ctx.saved_tensors
     needs = ctx.needs_input_grad
     scale = upstream * unit
-    scaled = [(g * scale).to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, needs)]
+    scaled = [_scaled(g, scale).to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, needs)]
     return *scaled, upstream * row_loss if needs[3] else None, *[None] * (inputs - 4)
 
 
@@ -127,11 +128,18 @@ def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ..
     computes this summed loss."""
     if upstream is None:
         return (None,) * len(ctx.others)
-    inputs = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others)]
+    inputs = [other if tensor is None else unwrapped(tensor) for tensor, other in zip(ctx.saved_tensors, ctx.others)]
     needs = ctx.needs_input_grad[:3]
     _, _, unit, *grads = loss(inputs, upstream, needs)
-    scaled = [(g * unit).to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, needs)]
+    scaled = [_scaled(g, unit).to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, needs)]
     return *scaled, *[None] * (len(inputs) - 3)
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """Return the product of a gradient and a 0-d scale. On devices other than the CPU, torch first rounds a 0-d factor
+    to the dtype of the other factor; in float16, a usual loss scale of 65,536 would become infinite. A factor with a
+    dimension is not rounded. On a CPU, a 0-d factor is not rounded either, and is faster."""
+    return grad * (scale if grad.device.type == "cpu" else scale[None])
 
 
 def _dtypes(inputs) -> list[torch.dtype]:

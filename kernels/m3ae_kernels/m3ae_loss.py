@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .dispatch import as_rows, with_lead
+from .dispatch import as_rows, check_float, check_index, with_lead
 from .gather import GatherNorm
 from .pixel_loss import MaskedPixelLoss
 from .token_loss import MaskedTokenLoss
@@ -44,7 +44,14 @@ def head_inputs(
 
     Returns:
         The rows of the image head [..., D], and the rows of the text head, or None without text_rows.
+
+    Raises:
+        TypeError, ValueError: the dtype or device of the named argument is wrong.
     """
+    check_float("x", x, (..., None), x)
+    check_index("image_rows", image_rows, (...,), x)
+    if text_rows is not None:
+        check_index("text_rows", text_rows, (...,), x)
     own_rows = as_rows(image_rows, 0)
     rows = own_rows if text_rows is None else torch.cat((own_rows, as_rows(text_rows, 0)))
     image, text = norm(x, rows).tensor_split([own_rows.shape[0]])
@@ -93,6 +100,8 @@ def m3ae_loss(
     if text_head is None:
         return M3AELoss(image, torch.zeros_like(image), torch.zeros_like(image))
     text, correct = text_head(text_hidden, targets, text_row_weight, return_correct=True)
+    if correct_weight is not None:
+        check_float("correct_weight", correct_weight, tuple(correct.shape), text)
     counted = text_row_weight if correct_weight is None else correct_weight
     correct = correct.to(text.dtype) if counted is None else correct * counted.detach()
     return M3AELoss(image, text, correct.sum())

@@ -19,7 +19,7 @@ from .dispatch import (
     with_lead,
 )
 from .ids import check_range, checked
-from .pixels import check_pixels, count_patches, put_patches, take_patches, to_cut
+from .pixels import check_patch_size, check_pixels, count_patches, if_integer, put_patches, take_patches, to_cut
 from .registry import Op
 from .segment_sum import segment_sum
 
@@ -202,6 +202,7 @@ class PatchEmbed(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
+        check_patch_size(patch_size)
         self.patch_size, self.mean, self.std, self.impl = patch_size, mean, std, impl
         self.weight = nn.Parameter(torch.empty(dim, patch_size**2 * channels))
         self.bias = nn.Parameter(torch.empty(dim)) if bias else None
@@ -269,14 +270,15 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, patch_ids: Tensor) -> Tensor:
         """Return the embeddings [..., dim] of the patches patch_ids [...] int of images [B, C, H, W]. Images are uint8,
         uint16, or floating-point and already normalised."""
+        mean, std = if_integer(images, self.mean, self.std)
         return patch_embed(
             images,
             patch_ids,
             self.weight,
             self.bias,
             patch_size=self.patch_size,
-            mean=None if images.is_floating_point() else self.mean,
-            std=None if images.is_floating_point() else self.std,
+            mean=mean,
+            std=std,
             impl=self.impl,
         )
 

@@ -31,7 +31,16 @@ from .loss import (
     scale_gradients,
     unit_weights,
 )
-from .pixels import check_pixels, count_patches, from_cut, standardise, take_patches, to_cut
+from .pixels import (
+    check_patch_size,
+    check_pixels,
+    count_patches,
+    from_cut,
+    if_integer,
+    standardise,
+    take_patches,
+    to_cut,
+)
 from .registry import Op
 
 CHUNK_ROWS = 1024  # rows per chunk of the torch implementation
@@ -92,7 +101,7 @@ def masked_pixel_loss(
     if norm_pix and patch_size**2 * images.shape[1] == 1:
         raise ValueError("norm_pix needs patches with at least two values, because a single value has no variance")
     lead = patch_ids.shape
-    check_float("hidden", hidden, (*lead, None), hidden)
+    check_float("hidden", hidden, (*lead, None), images)
     check_float("weight", weight, (patch_size**2 * images.shape[1], hidden.shape[-1]), hidden)
     if bias is not None:
         check_float("bias", bias, (weight.shape[0],), hidden)
@@ -266,6 +275,7 @@ class MaskedPixelLoss(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
+        check_patch_size(patch_size)
         self.patch_size, self.mean, self.std, self.norm_pix = patch_size, mean, std, norm_pix
         self.reduction, self.impl = chosen_reduction("MaskedPixelLoss", reduction), impl
         self.weight = nn.Parameter(torch.empty(patch_size**2 * channels, dim))
@@ -281,6 +291,7 @@ class MaskedPixelLoss(nn.Module):
             TypeError, ValueError: the module is not a `torch.nn.Linear`, or does not predict whole patches.
         """
         check_linear(linear)
+        check_patch_size(patch_size)
         channels, rest = divmod(linear.out_features, patch_size**2)
         if rest:
             raise ValueError(
@@ -303,6 +314,7 @@ class MaskedPixelLoss(nn.Module):
         """Return the loss, a scalar or (with reduction "none") [...], of the predictions from hidden [..., dim]. The
         targets are the patches patch_ids [...] int of images [B, C, H, W]; row_weight is [...] floating-point, or None
         for ones. Images are uint8, uint16, or floating-point and already normalised."""
+        mean, std = if_integer(images, self.mean, self.std)
         return masked_pixel_loss(
             hidden,
             self.weight,
@@ -311,8 +323,8 @@ class MaskedPixelLoss(nn.Module):
             bias=self.bias,
             row_weight=row_weight,
             patch_size=self.patch_size,
-            mean=None if images.is_floating_point() else self.mean,
-            std=None if images.is_floating_point() else self.std,
+            mean=mean,
+            std=std,
             norm_pix=self.norm_pix,
             reduction=self.reduction,
             impl=self.impl,

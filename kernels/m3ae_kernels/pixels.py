@@ -7,6 +7,7 @@ the weight is permuted, which needs only a small copy.
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -38,9 +39,8 @@ def check_pixels(
     channels, height, width = images.shape[1:]
     if not channels:
         raise ValueError("images has 0 channels, expected 1 or more")
-    if not is_integer(patch_size):
-        raise TypeError(f"patch_size is {patch_size!r}, but must be an integer: patches are square")
-    if patch_size < 1 or height % patch_size or width % patch_size:
+    check_patch_size(patch_size)
+    if height % patch_size or width % patch_size:
         raise ValueError(
             f"images of {height} x {width} pixels cannot be divided into patches of {patch_size} x {patch_size}"
         )
@@ -56,10 +56,32 @@ def check_pixels(
         raise ValueError(
             f"{kind} images need mean and std with one number for each of their {channels} channels{neither}"
         )
-    if min(stds) <= 0:
-        raise ValueError(f"std must be positive, got {tuple(stds)}")
+    if not all(abs(value) < math.inf for value in means):  # false for NaN too
+        raise ValueError(f"mean must be finite, got {tuple(means)}")
+    if not all(0 < value < math.inf for value in stds):
+        raise ValueError(f"std must be positive and finite, got {tuple(stds)}")
     largest = LARGEST.get(images.dtype, 1)
     return [1 / (largest * s) for s in stds], [-m / s for m, s in zip(means, stds)]
+
+
+def check_patch_size(patch_size: int) -> None:
+    """Raise TypeError or ValueError unless `patch_size` is a positive integer."""
+    if not is_integer(patch_size):
+        raise TypeError(f"patch_size is {patch_size!r}, but must be an integer: patches are square")
+    if patch_size < 1:
+        raise ValueError(f"patch_size is {patch_size}, but must be at least 1")
+
+
+def if_integer(
+    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """Return mean and std for integer images, and (None, None) for floating-point images, which are already normalised.
+
+    Raises:
+        TypeError: images is not a dense tensor.
+    """
+    check_tensor("images", images)
+    return (None, None) if images.is_floating_point() else (mean, std)
 
 
 def _per_channel(values: Any, channels: int) -> list[float] | None:
@@ -69,7 +91,10 @@ def _per_channel(values: Any, channels: int) -> list[float] | None:
         values = values.flatten().tolist()
     if not isinstance(values, Sequence) or len(values) != channels:
         return None
-    return [float(value) for value in values]
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError):
+        return None
 
 
 def count_patches(images: Tensor, patch_size: int) -> int:
@@ -101,7 +126,7 @@ def from_cut(weight: Tensor, images: Tensor, patch_size: int, dim: int) -> Tenso
 def _per_element(
     values: tuple[float, ...], size: int, planar: bool, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    by_channel = torch.tensor(values, dtype=dtype)
+    by_channel = torch.tensor(values, dtype=dtype, device="cpu")
     return (by_channel.repeat_interleave(size) if planar else by_channel.repeat(size)).to(device)
 
 

@@ -35,8 +35,8 @@ class Op:
     ) -> None:
         self.registered = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
         self.registered.register_fake(fake)
-        self.eager = forward
         if setup_context is None or backward is None:
+            self.eager = lambda *args: forward(*map(unwrapped, args))
             self.transformed = _function(name, forward, _nothing, _refusal(name, "second derivatives")).apply
             return
         self.registered.register_autograd(backward, setup_context=setup_context)
@@ -65,6 +65,12 @@ def once(name: str, backward: Callable) -> Callable:
             return backward(ctx, *grads)
 
     return formula
+
+
+def unwrapped(value: object) -> object:
+    """Return the tensor inside the wrapper of a finished transform, and any other value unchanged. The function that
+    torch.func.vjp returns saves tensors in such wrappers, whose memory kernels cannot read."""
+    return torch._C._functorch.unwrap_if_dead(value) if isinstance(value, Tensor) else value
 
 
 def _function(name: str, forward: Callable, setup_context: Callable, backward: Callable) -> type[Function]:

@@ -75,7 +75,15 @@ def scatter_orders(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return (fill_order, table_order) for `scatter_tokens`: each is [T] int32, or None if its ids are None. These are
     the orders in which the backward pass sums the rows of fill and table. Data loaders can call this function in
-    advance, with the same ids, [...] int32 or int64."""
+    advance, with the same ids, [...] int32 or int64.
+
+    Raises:
+        TypeError, ValueError: the dtype, shape or device of the named argument is wrong.
+    """
+    check_index("src", src, (...,), src)
+    for name, ids in (("fill_ids", fill_ids), ("table_ids", table_ids)):
+        if ids is not None:
+            check_index(name, ids, src.shape, src)
     return (
         None if fill_ids is None else segment_order(as_rows(_filled(src, fill_ids), 0)),
         None if table_ids is None else segment_order(as_rows(table_ids, 0)),

@@ -15,6 +15,7 @@ from .dispatch import (
     as_rows,
     check_float,
     check_index,
+    check_number,
     choose_impl,
     compute_dtype,
     is_integer,
@@ -104,6 +105,8 @@ def masked_token_loss(
     hidden, targets = as_rows(hidden, 1), as_rows(targets, 0)
     if not weight.shape[0]:
         raise ValueError("weight has no rows, but the vocabulary must not be empty")
+    check_number("label_smoothing", label_smoothing)
+    check_number("z_loss", z_loss)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, but must be from 0 to 1")
     reduction = chosen_reduction("masked_token_loss", reduction)
@@ -111,8 +114,11 @@ def masked_token_loss(
         raise TypeError(f"ignore_index is {ignore_index}, but must be an integer")
     if targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
         raise ValueError(f"ignore_index is {ignore_index}, which int32 targets cannot contain")
-    if workspace is not None and workspace < 1:
-        raise ValueError(f"workspace is {workspace} bytes, but must be positive")
+    if workspace is not None:
+        if not is_integer(workspace):
+            raise TypeError(f"workspace is {workspace!r}, but must be an integer number of bytes")
+        if workspace < 1:
+            raise ValueError(f"workspace is {workspace} bytes, but must be positive")
     dtype = compute_dtype(hidden, weight)
     impl = choose_impl(impl, hidden.device, dtype)
     options = Options(ignore_index, label_smoothing, z_loss, dtype, return_correct, workspace, impl)

@@ -19,8 +19,10 @@ from m3ae_kernels import reference
 from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.attention.padded import PADDED
 from m3ae_kernels.loss import _warn_of_sum
+from m3ae_kernels.pixels import _per_element
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.kernel_cases import SMALL, Inputs, call, make, run
 from tests.kernels.test_kernel_ops import double, error
@@ -447,6 +449,22 @@ def test_unsupported_function_transforms_are_refused_in_one_line(case):
         torch.func.grad(lambda tensor: once(tensor).sum())(learned)
 
 
+@pytest.mark.parametrize("case", SMALL)
+def test_torch_func_vjp_is_supported_without_a_graph_of_the_gradients(case):
+    inputs = make(case, torch.float32)
+    name = inputs.learned[0]
+    upstream = torch.ones_like(call(reference, case, inputs))
+    expected = run(m3ae_kernels, case, inputs, upstream)[name]
+
+    def function(tensor: Tensor) -> Tensor:
+        return call(m3ae_kernels, case, Inputs(inputs.tensors | {name: tensor}, inputs.options))
+
+    _, pull = torch.func.vjp(function, inputs.tensors[name].detach())
+    with torch.no_grad():
+        (got,) = pull(upstream)
+    assert error(got, expected.double()) < 1e-6
+
+
 @pytest.mark.parametrize("case", [case for case in SMALL if case != "gather-some"])
 def test_second_derivatives_are_refused_in_one_line(case):
     """The graph of a sum, whose upstream gradient is a constant, is rejected too: torch would treat the gradients as
@@ -602,6 +620,76 @@ def test_devices_other_than_gpus_and_the_cpu_use_plain_torch():
     """The C kernels would mistake their addresses for addresses in host memory."""
     for impl in ("auto", "torch"):
         assert kernel_for(impl, torch.device("mps"), torch.float32, 2, 16, 37) is PADDED
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_the_default_device_of_torch_has_no_effect(case):
+    """A program may set a GPU as the default device and call the ops on CPU tensors."""
+    inputs = make(case, torch.float32)
+    if case == "attend-queries":  # two samples of the same length are computed together
+        inputs.tensors |= {"cu_seqlens": torch.tensor([0, 4, 8, 24]), "cu_queries": torch.tensor([0, 4, 8, 13])}
+    upstream = torch.ones_like(call(m3ae_kernels, case, inputs))
+    expected = run(m3ae_kernels, case, inputs, upstream)
+    _per_element.cache_clear()
+    with torch.device("meta"):
+        got = run(m3ae_kernels, case, inputs, upstream)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("case", ["pixel-p16", "pixel-rows", "token-z", "token-rows"])
+def test_gradients_of_16_bits_are_never_multiplied_by_a_0d_factor_on_a_gpu(case):
+    """On a GPU, torch rounds a 0-d factor to the dtype of the other factor, so a loss scale of 65,536 would be infinite
+    in float16. Meta tensors follow the same path as tensors on a GPU."""
+    products = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mul.Tensor:
+                products.append({(x.dtype, x.dim()) for x in args if isinstance(x, Tensor)})
+            return func(*args, **(kwargs or {}))
+
+    inputs = make(case, torch.float16)
+    tensors = {name: None if t is None else t.detach().to("meta") for name, t in inputs.tensors.items()}
+    for name in inputs.learned:
+        tensors[name].requires_grad_()
+    each = Inputs(tensors, inputs.options)
+    upstream = torch.empty_like(call(m3ae_kernels, case, each))
+    with Record():
+        run(m3ae_kernels, case, each, upstream)
+    assert {(torch.float16, 2), (torch.float32, 1)} in products
+    assert not any({(torch.float16, dims), (torch.float32, 0)} <= each for each in products for dims in (1, 2))
+
+
+@pytest.mark.parametrize("module", [m3ae_kernels.PatchEmbed, m3ae_kernels.MaskedPixelLoss])
+def test_images_and_patch_sizes_of_modules_are_checked(module):
+    options = {} if module is m3ae_kernels.PatchEmbed else {"reduction": "sum"}
+    built, hidden = module(8, patch_size=2, **options), [torch.zeros(3, 8)] if options else []
+    with pytest.raises(TypeError, match=r"^images must be a tensor, not NoneType$"):
+        built(*hidden, None, torch.arange(3))
+    with pytest.raises(TypeError, match=r"^patch_size is \(2, 2\), but must be an integer: patches are square$"):
+        module(8, patch_size=(2, 2), **options)
+    with pytest.raises(ValueError, match=r"^patch_size is 0, but must be at least 1$"):
+        module(8, patch_size=0, **options)
+
+
+def test_ids_of_orders_and_of_heads_are_checked():
+    src, x = torch.tensor([0, -1, -1]), torch.zeros(3, 8)
+    with pytest.raises(TypeError, match=r"^src must be a tensor, not list$"):
+        m3ae_kernels.scatter_orders([0, -1])
+    with pytest.raises(ValueError, match=r"^fill_ids has shape \(1,\), expected \[3\]$"):
+        m3ae_kernels.scatter_orders(src, src[:1])
+    with pytest.raises(TypeError, match=r"^table_ids must be int32 or int64, not torch.float32$"):
+        m3ae_kernels.scatter_orders(src, None, src.float())
+    norm, head = m3ae_kernels.GatherNorm(8), m3ae_kernels.MaskedTokenLoss(8, 5, reduction="sum")
+    with pytest.raises(TypeError, match=r"^image_rows must be a tensor, not list$"):
+        m3ae_kernels.head_inputs(x, norm=norm, image_rows=[0])
+    with pytest.raises(TypeError, match=r"^text_rows must be int32 or int64, not torch.bool$"):
+        m3ae_kernels.head_inputs(x, norm=norm, image_rows=src[:1], text_rows=src > 0)
+    with pytest.raises(ValueError, match=r"^correct_weight has shape \(2,\), expected \[3\]$"):
+        targets = torch.zeros(3, dtype=torch.int64)
+        m3ae_kernels.m3ae_loss(
+            x, x, image_head=head, image_targets=targets, text_head=head, targets=targets, correct_weight=torch.ones(2)
+        )
 
 
 def test_heads_from_linear_share_its_parameters():

@@ -100,7 +100,9 @@ def test_checking_valid_ids_does_not_change_results(case, monkeypatch):
 def test_torch_on_a_cpu_always_checks_ids(case, name, value, valid):
     inputs = wrong(case, name, 2, value)
     inputs.options["impl"] = "torch"
-    with pytest.raises(IndexError):
+    with pytest.raises(
+        IndexError, match=f"^{CASES[case][0].__name__}: {name} is out of range at row 2: it is {value}, "
+    ):
         call(m3ae_kernels, case, inputs)
 
 

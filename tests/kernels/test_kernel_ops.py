@@ -322,6 +322,14 @@ def test_changing_row_counts_compile_once():
     assert counter.frame_count == 1
 
 
+def test_the_number_of_parts_of_qkv_may_be_symbolic():
+    """With dynamic=True, the size 3 of queries, keys and values is symbolic."""
+    torch._dynamo.reset()
+    qkv, ends = torch.randn(5, 3, 1, 16), torch.tensor([0, 2, 5])
+    compiled = torch.compile(m3ae_kernels.packed_attention, fullgraph=True, dynamic=True, backend="eager")
+    assert torch.equal(compiled(qkv, ends, 3), m3ae_kernels.packed_attention(qkv, ends, 3))
+
+
 def ops(case: str, inputs: Inputs):
     """Return the registered ops that a case calls, and their arguments."""
     calls = []
@@ -645,6 +653,23 @@ def test_m3ae_heads_equal_the_combination_of_their_parts(vocab):
         ("attend-some", {"max_seqlen": 37.5}, TypeError, "max_seqlen is 37.5, but must be an integer"),
         ("attend-some", {"dropout_p": 1.0}, ValueError, "dropout_p is 1.0, but must be at least 0 and below 1"),
         ("attend-some", {"dropout_p": 0.1, "max_seqlen": 5}, IndexError, "packed_attention: cu_seqlens must increase"),
+        ("attend-some", {"dropout_p": None}, TypeError, "dropout_p is None, but must be a number"),
+        (
+            "attend-some",
+            {"max_seqlen": torch.ones(2).int()},
+            TypeError,
+            r"max_seqlen is a tensor of .* shape \(2,\), but",
+        ),
+        ("norm-some", {"eps": "1e-6"}, TypeError, "eps is '1e-6', but must be a number"),
+        ("pixel-float", {"images": torch.zeros(2, 3, 16, 24, device="meta")}, ValueError, "patch_ids is on cpu, but"),
+        ("pixel-p16", {"hidden": torch.zeros(37, 123, device="meta")}, ValueError, "hidden is on meta, but the other"),
+        ("embed-p16", {"patch_size": 0}, ValueError, "patch_size is 0, but must be at least 1"),
+        ("embed-p16", {"mean": ("a", "b", "c")}, ValueError, "mean and std with one number"),
+        ("embed-p16", {"mean": (float("nan"),) * 3}, ValueError, "mean must be finite"),
+        ("embed-p16", {"std": (float("nan"),) * 3}, ValueError, "std must be positive and finite"),
+        ("token-some", {"label_smoothing": None}, TypeError, "label_smoothing is None, but must be a number"),
+        ("token-some", {"z_loss": "0.1"}, TypeError, "z_loss is '0.1', but must be a number"),
+        ("token-some", {"workspace": "1GB"}, TypeError, "workspace is '1GB', but must be an integer number of bytes"),
     ],
 )
 def test_invalid_arguments_are_named(case, changes, error_type, message, monkeypatch):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import ids
-from ..dispatch import is_integer
+from ..dispatch import check_number, is_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +34,11 @@ def check_segments(op: str, **segments: Segments) -> None:
 
 
 def check_sizes(name: str, heads: int, dim: int, dropout_p: float) -> None:
-    """Raise ValueError if the number of heads or the head dimension is 0, or if `dropout_p` is negative or at least
-    1."""
+    """Raise ValueError if the number of heads or the head dimension is 0, or if `dropout_p` is negative or at least 1.
+    Raise TypeError if `dropout_p` is not a number."""
     if not heads or not dim:
         raise ValueError(f"{name} has {heads} heads of dimension {dim}, but both must be at least 1")
+    check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, but must be at least 0 and below 1")
 
@@ -49,9 +50,12 @@ def as_length(name: str, length: int | Tensor) -> int:
     Raises:
         TypeError: the length is not an integer.
     """
-    if isinstance(length, Tensor) and not length.is_floating_point():
+    if isinstance(length, Tensor):
+        if length.is_floating_point() or length.numel() != 1:
+            shape = tuple(length.shape)
+            raise TypeError(f"{name} is a tensor of {length.dtype} with shape {shape}, but must be an integer")
         return int(length)
-    if isinstance(length, Tensor) or not is_integer(length):
+    if not is_integer(length):
         raise TypeError(f"{name} is {length}, but must be an integer")
     return length
 

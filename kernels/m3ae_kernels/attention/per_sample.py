@@ -55,15 +55,15 @@ def _ends(segments: Segments) -> Iterator[tuple[int, int]]:
     return pairwise(segments.cu_seqlens.tolist())
 
 
-def _rows(starts: list[int], length: int) -> Tensor:
-    return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
+def _rows(starts: list[int], length: int, device: torch.device) -> Tensor:
+    return (torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)).flatten()
 
 
 def _take(x_THD: Tensor, starts: list[int], length: int) -> Tensor:
     """Return [samples * H, length, D], contiguous."""
     if len(starts) == 1:
         return x_THD[starts[0] : starts[0] + length].transpose(0, 1).contiguous()
-    rows = x_THD.index_select(0, _rows(starts, length))
+    rows = x_THD.index_select(0, _rows(starts, length, x_THD.device))
     return rows.unflatten(0, (len(starts), length)).transpose(1, 2).flatten(0, 1)
 
 
@@ -73,7 +73,7 @@ def _put(x_BnD: Tensor, out_THD: Tensor, starts: list[int], length: int) -> None
     if len(starts) == 1:
         out_THD[starts[0] : starts[0] + length] = rows
     else:
-        out_THD.index_copy_(0, _rows(starts, length), rows)
+        out_THD.index_copy_(0, _rows(starts, length, out_THD.device), rows)
 
 
 def _powers(scores_Bqk: Tensor, scale: float, shift_Bq1: Tensor) -> Tensor:

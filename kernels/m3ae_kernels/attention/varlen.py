@@ -6,7 +6,16 @@ Shapes: S samples, Q query rows, K key rows, H heads, G heads of keys and values
 import torch
 from torch import Tensor
 
-from ..dispatch import accumulator, check_float, check_index, compute_dtype, is_integer, no_autocast, requested_impl
+from ..dispatch import (
+    accumulator,
+    check_float,
+    check_index,
+    check_number,
+    compute_dtype,
+    is_integer,
+    no_autocast,
+    requested_impl,
+)
 from ..registry import Op, traced
 from .choice import kernel_for, own_kernel
 from .kernel import Kernel, Scores, Segments, as_length, check_segments, check_sizes
@@ -85,8 +94,10 @@ def flash_attn_varlen_func(
     check_sizes("q", heads, q.shape[2], dropout_p)
     if not groups or heads % groups:
         raise ValueError(f"q has {heads} heads, which is not a multiple of the {groups} heads of k and v")
-    if softmax_scale is not None and not softmax_scale > 0:
-        raise ValueError(f"softmax_scale is {softmax_scale}, but must be positive")
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale)
+        if not softmax_scale > 0:
+            raise ValueError(f"softmax_scale is {softmax_scale}, but must be positive")
     dtype = compute_dtype(q, q)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     if groups < heads:
