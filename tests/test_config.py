@@ -584,6 +584,10 @@ def test_a_dry_run_reports_if_the_network_is_the_bottleneck(capsys):
         outputs[world] = capsys.readouterr().out
     assert " ms at 50 GB/s, compared with " in outputs[8] and " ms at " not in outputs[1]
     assert "the network is the bottleneck" in outputs[512] and "the network is the bottleneck" not in outputs[8]
+    most = int(re.search(r"with more than (\d+) GPUs, the network is the bottleneck", outputs[512])[1])
+    for world, is_bottleneck in ((most * 9 // 10, False), (most * 11 // 10, True)):
+        assert train.main([*arguments, str(world)]) == 0
+        assert ("the network is the bottleneck" in capsys.readouterr().out) == is_bottleneck
 
 
 def test_a_dry_run_prints_how_much_a_node_downloads(tmp_path):
@@ -602,7 +606,7 @@ def test_repeated_views_increase_the_length_of_an_epoch(run):
     for repeats, steps in ((1, 32), (3, 96)):
         options = ("train.steps=null", "train.epochs=1", f"data.repeats={repeats}")
         _, out = run("--dry-run", *(word for option in options for word in ("--set", option)), out=True)
-        assert f"; {steps} steps" in out
+        assert f"; {steps} steps" in out and f" on this machine: {steps} steps of " in out
 
 
 @pytest.mark.parametrize(("page", "file"), [("train", "config.md"), ("evaluation", "evaluation-config.md")])

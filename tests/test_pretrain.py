@@ -1346,6 +1346,13 @@ def test_the_printed_time_includes_updates_and_evaluations(monkeypatch, held_out
     assert found.lines[3].startswith(f"time: {training} for training at 10 samples/s, measured over 24 steps")
 
 
+def test_an_epoch_contains_each_view_of_a_sample(monkeypatch):
+    found = planned(monkeypatch, small(), 0.5, 0.01, ["data.repeats=2", "train.epochs=3", "train.global_batch=10"])
+    assert found.lines[2].startswith("length: 600 steps of 10 samples, 3.0 epochs")
+    longest = planned(monkeypatch, small(), 9.0, 1e-6, ["data.repeats=2", "train.global_batch=10"])
+    assert longest.config.train.steps == 800 * 200 and "800 epochs; the maximum is 800 epochs" in longest.lines[2]
+
+
 def test_the_batch_is_halved_if_evaluations_leave_too_little_time_for_1000_steps(monkeypatch):
     """5,400 s are left for training, and 1,000 steps of 512 samples take 5,120 s, but the two probes at the beginning
     and at the end take 400 s."""

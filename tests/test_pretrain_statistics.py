@@ -193,6 +193,7 @@ SETTINGS = {
     "loss.norm_pix=false": "not c.loss.norm_pix",
     "data.crop_scale=[0.1,1]": "c.data.crop_scale == (0.1, 1)",
     "deepspeed={}": "c.deepspeed is not None",
+    "data.repeats=2": "c.data.repeats == 2 and o.warmup_epochs == 0.25",  # an epoch has twice as many steps
     "data.range=[0,4095]": "c.data.range == m.image_range == (0, 4095)",
     "model.image_range=[0,4095]": "m.image_range == (0, 4095)",
     "data.val=[]": "not c.data.val and t.probe is None",
@@ -257,6 +258,7 @@ def test_every_automatic_setting_has_a_test_of_its_override():
         ("train.epochs=3 train.steps=5", "set epochs or steps, not both"),
         ("train.epochs=1e308", "train.epochs: input should be less than or equal to 1000000"),
         (f"train.epochs={10**400}", "train.epochs: input should be"),
+        (f"train.epochs=0.5 data.repeats={10**400}", "data.repeats: input should be"),
         (f"train.steps={10**400}", r"--set: train.steps: input should be [^()]*\(got 10+\.*\)$"),
         ("model.channels=99999999999", "model.channels: input should be less than or equal to 256"),
         ("data.show_channels=[0,1,99999999999]", "the model has channels 0 to 255"),

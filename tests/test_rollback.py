@@ -83,9 +83,10 @@ def losses(folder):
 
 def test_time_before_a_rollback_counts_towards_the_time_limit(tmp_path, monkeypatch):
     """The time of the repeated steps counts, although the checkpoint does not store it."""
-    limits = []
+    limits, resumed = [], []
 
     def set_up(*given):
+        resumed.append(given[1])
         trainer = SimpleNamespace(limit=TimeLimit(3600), left_out=given[6] or (), log=SilentLog())
 
         def train(folder):
@@ -100,7 +101,8 @@ def test_time_before_a_rollback_counts_towards_the_time_limit(tmp_path, monkeypa
     monkeypatch.setattr(run_module, "set_up", set_up)
     data = TINY | {"run": {"dir": str(tmp_path / "run")}, "train": TINY["train"] | {"rollbacks": 2, "hours": 1.0}}
     with joined_program() as session:
-        pre_train(parse(Config, data, "test"), session)
+        pre_train(parse(Config, data, "test"), session, resume="other")
+    assert resumed == ["other"] * 3  # there is no checkpoint of this run
     assert [limit.seconds for limit in limits] == [3600] * 3 and 1200 <= limits[-1].spent < 1800
 
 

@@ -27,7 +27,7 @@ _WARM_UP = 0.05  # fraction of the steps that belong to the warm-up
 # for a run that starts from given weights: factor of the usual learning rate, and warm-up as a fraction of the steps
 _CONTINUED_RATE, _CONTINUED_WARM_UP = 0.25, 0.02
 LENGTHS = ("train.steps", "train.epochs")  # settings that determine the length of the run
-_MOST_EPOCHS = 10**6  # maximum of train.epochs; longer runs are refused
+_MOST_EPOCHS, _MOST_REPEATS = 10**6, 1 << 16  # maxima of train.epochs and data.repeats; the config refuses more
 EVALUATED = 1024  # maximum number of held-out samples on which losses are evaluated
 PROBED = 5000  # with more training samples, the k-NN accuracy is measured only before and after training
 # MAE's learning rate and batch size (arXiv 2111.06377). For Adam, the learning rate is scaled with the square root of
@@ -207,7 +207,7 @@ def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
 
 def steps_in(seconds: float, step: float, batch: int, samples: int) -> int:
     """Return the number of steps that fit into `seconds`, but at most the steps of LONGEST epochs, and at least 2.
-    `step`: seconds per step; `batch`: samples per step; `samples`: training samples."""
+    `step`: seconds per step; `batch`: samples per step; `samples`: samples per epoch."""
     longest = LONGEST * max(samples // batch, 1)
     return max(min(int(seconds / step), longest), 2)
 
@@ -272,10 +272,16 @@ def assumed(overrides: Sequence[str], samples: int = PROBED) -> DatasetStatistic
     return DatasetStatistics(samples, 1000, 1000, [0.5] * channels, [0.25] * channels, 2, words, text_length=64)
 
 
+def samples_per_epoch(statistics: DatasetStatistics, overrides: Sequence[str]) -> int:
+    """Return the number of samples in an epoch, which contains `data.repeats` views of each training sample."""
+    return statistics.samples * min(given(overrides, "data.repeats") or 1, _MOST_REPEATS)
+
+
 def _length(statistics: DatasetStatistics, batch: int, steps: int, overrides: Sequence[str]) -> tuple[int, int]:
     """Return the number of steps of the run (`steps`, unless the overrides set a length) and the number of steps per
     epoch."""
-    per_epoch = max(statistics.samples // (given(overrides, "train.global_batch") or batch), 1)
+    batch = given(overrides, "train.global_batch") or batch
+    per_epoch = max(samples_per_epoch(statistics, overrides) // batch, 1)
     epochs = set_to(overrides, "train.epochs", None)
     if isinstance(epochs, int | float) and epochs > 0:
         steps = max(round(min(epochs, _MOST_EPOCHS) * per_epoch), 1)

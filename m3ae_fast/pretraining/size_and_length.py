@@ -169,7 +169,8 @@ def choose(
     if not why:
         why = "the size of the given weights" if continues else _why_not_larger(statistics)
     batch, seconds, (evaluations, _) = fitted_batch(pace), budget.steps_time(pace), budget.evaluations(pace)
-    steps = automatic_settings.steps_in(seconds, pace.step(batch), batch, statistics.samples)
+    samples = automatic_settings.samples_per_epoch(statistics, overrides)
+    steps = automatic_settings.steps_in(seconds, pace.step(batch), batch, samples)
     time_limit = max(round(budget.training(pace) / 3600, 5), 1e-5)
     config = config_of(size, batch, steps, time_limit, evaluations)
     return Plan(config, _lines(config, budget, size, why, pace), _warning(config, budget, pace))
@@ -239,9 +240,14 @@ def _lines(config: Config, budget: Budget, size: ModelSize, why: str, pace: Thro
     ]
 
 
+def _schedule(config: Config, statistics: DatasetStatistics) -> Schedule:
+    """Return the schedule with which the run will start."""
+    return Schedule(config.train, config.optim, statistics.samples * config.data.repeats)
+
+
 def _length(config: Config, budget: Budget, pace: ThroughputEstimate) -> list[str]:
     """Return lines about the length of the run and the expected end."""
-    schedule, batch = Schedule(config.train, config.optim, budget.statistics.samples), config.train.global_batch
+    schedule, batch = _schedule(config, budget.statistics), config.train.global_batch
     steps = schedule.total_steps
     epochs = steps / schedule.steps_per_epoch
     capped = epochs == LONGEST
@@ -271,7 +277,7 @@ def _between(config: Config, schedule: Schedule, budget: Budget, pace: Throughpu
 def _warning(config: Config, budget: Budget, pace: ThroughputEstimate) -> str:
     """Return a warning if the run is too short to learn much, including the number of hours that would be enough.
     Return "" otherwise, or if the user has set the length."""
-    schedule, batch = Schedule(config.train, config.optim, budget.statistics.samples), config.train.global_batch
+    schedule, batch = _schedule(config, budget.statistics), config.train.global_batch
     steps, enough = schedule.total_steps, max(automatic_settings.LEARNING_STEPS, schedule.steps_per_epoch)
     if config.train.hours is None or steps >= enough:
         return ""
