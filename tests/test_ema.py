@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from m3ae_fast.cli.draw import main as draw
 from m3ae_fast.cli.export import main as export
 from m3ae_fast.engine.optimizer import EMA, track_ema
 from m3ae_fast.evaluation import run_figures
+from m3ae_fast.training import pretraining_task
+from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.weights.open_model import open_model
+from tests.helpers.checkpoints import save
 from tests.helpers.trainer import zero
 
 OPTIONS = ["--set", "train.ema=0.7", "--set", "train.save_every=2", "--set", "train.keep=9"]
@@ -28,6 +32,19 @@ def test_the_average_of_the_weights_follows_the_formula():
         optimizer.step()
         expected = p.detach().clone() if expected is None else 0.9 * expected + 0.1 * p.detach()
     torch.testing.assert_close(optimizer.state[p][EMA], expected)
+
+
+@pytest.mark.parametrize("pictures", [0, 3])
+def test_figures_during_training_show_the_weights_and_not_their_average(tmp_path, monkeypatch, pictures):
+    weights, logged = [], []
+    path = save(tmp_path, {"model/a": torch.ones(1), "ema/a": torch.zeros(1)}, checkpoint.Info(7, 0, 42, {}, {}))
+    monkeypatch.setattr(pretraining_task, "draw_training", lambda _, own, *__: weights.append(own) or {"name": path})
+    config = SimpleNamespace(train=SimpleNamespace(pictures=pictures))
+    data = SimpleNamespace(shown=None, tokenizer=None)
+    task = PretrainingTask(config=config, engine=None, data=data, eval_loader=None, notes=[], probe=None)
+    task.draw(SimpleNamespace(figure=lambda *given: logged.append(given)), 7, path)
+    assert weights == ([{"a": torch.ones(1)}] if pictures else [])
+    assert logged == ([(7, "name", path)] if pictures else [])
 
 
 def _average(trainer, run: str, step: int) -> dict[str, torch.Tensor]:

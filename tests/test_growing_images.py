@@ -177,6 +177,8 @@ def test_throughput_is_measured_with_images_of_full_size(monkeypatch):
     (measured,) = configs
     assert (measured.train.image_sizes, measured.train.global_batch, measured.run.loggers) == ([], 4, [])
     assert measured.train.steps > 10**9 and measured.run.dir != config.run.dir
+    pace, schedule = throughput_estimate.ThroughputEstimate(0.5, 4, 9), Schedule(config.train, config.optim, 50)
+    assert pace.sentence(config, schedule).endswith("; steps with smaller images take less time")
 
 
 def test_a_dry_run_counts_the_flops_of_all_sizes(capsys):

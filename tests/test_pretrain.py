@@ -166,9 +166,11 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     monkeypatch.setattr(stages, "pre_train", lambda *_, **__: None)
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
     monkeypatch.setattr(stages, "evaluate_run", lambda *args: seen.append(args))  # returns that it was stopped
-    assert not pretrain(shards, run, val=[shards], overrides=["train.probe.k=7"], device="cpu").finished
-    probe = config.train.probe.model_copy(update={"k": 7})
-    assert seen == [(config.model_copy(update={"train": config.train.model_copy(update={"probe": probe})}), "cpu")]
+    overrides = ["train.probe.k=7", 'optim={"clip_grad": 2}']  # the other settings of the section are kept
+    assert not pretrain(shards, run, val=[shards], overrides=overrides, device="cpu").finished
+    train = config.train.model_copy(update={"probe": config.train.probe.model_copy(update={"k": 7})})
+    changed = {"train": train, "optim": config.optim.model_copy(update={"clip_grad": 2.0})}
+    assert seen == [(config.model_copy(update=changed), "cpu")]
     out = capsys.readouterr().out
     assert "config.json already exists: its settings are kept" in out
     assert "\nto train longer, add --set train.steps=N, where N is the total, now 9, before the run is finished" in out
@@ -1124,7 +1126,10 @@ def test_the_estimated_time_of_a_run_includes_steps_and_evaluations(every, val, 
     assert "100 steps of 5 s, measured over 4 steps" in (
         text := ThroughputEstimate(0.5, 10, 4).sentence(config, schedule)
     )
-    assert "scaled" not in text
+    assert "scaled" not in text and "adjusts" not in text
+    limited = config.model_copy(update={"train": config.train.model_copy(update={"hours": 1.0})})
+    adjusted = ThroughputEstimate(0.5, 10, 4).sentence(limited, schedule)
+    assert adjusted == f"{text}; train.hours adjusts the number of steps"
 
 
 def test_a_model_size_that_exceeds_the_memory_is_not_tried(tmp_path, monkeypatch):

@@ -202,10 +202,12 @@ def test_a_run_stops_if_the_fraction_of_bad_samples_is_too_high(monkeypatch, tmp
 
 @pytest.mark.parametrize("loss", [math.inf, -math.inf, math.nan])
 def test_a_non_finite_loss_ends_training(monkeypatch, tmp_path, mixed, loss):
-    config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 26, "steps": 8})
+    train = {"global_batch": 26, "micro_batch": 26, "steps": 8, "eval_every": 2}
+    config = settings(tmp_path, mixed, train=train)
     with pytest.raises(UserError, match="the loss of step 2 is not finite; samples: "):
         run(monkeypatch, config, bad={2: loss})
     assert [line["step"] for line in lines(config) if "loss" in line] == [1, 2]
+    assert [line["step"] for line in lines(config) if "val_image_loss" in line] == [0]
 
 
 @pytest.mark.parametrize("loss", [None, math.inf, math.nan])
@@ -214,6 +216,17 @@ def test_only_a_finite_evaluation_makes_a_checkpoint_good(monkeypatch, tmp_path,
     run(monkeypatch, config, held_out=loss)
     (saved,) = checkpoint.saved_steps(config.run.dir)
     assert checkpoint.is_good(saved) == (loss is None)
+
+
+def test_a_resumed_run_keeps_the_attention_kernels_of_its_checkpoint(monkeypatch, tmp_path, mixed):
+    train = {"global_batch": 4, "micro_batch": 4, "steps": 1}
+    config = settings(tmp_path, mixed[:1], data={"val": []}, train=train)
+    run(monkeypatch, config)
+    (saved,) = checkpoint.saved_steps(config.run.dir)
+    info = json.loads((saved / checkpoint.INFO_FILE).read_text())
+    (saved / checkpoint.INFO_FILE).write_text(json.dumps(info | {"attention": {"encoder": "flash"}}))
+    with joined_program() as session:
+        assert run_module.set_up(config, "auto", session, None).attention == {"encoder": "flash"}
 
 
 def test_an_evaluation_that_computes_no_loss_makes_no_checkpoint_good(monkeypatch, tmp_path, mixed):
