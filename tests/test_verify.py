@@ -13,6 +13,7 @@ from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.batch import pack
 from m3ae_fast.cli.verify import main
 from m3ae_fast.config import LossConfig
+from m3ae_fast.engine.parameter_groups import parameter_groups
 from m3ae_fast.model import M3AE
 from m3ae_fast.verify.golden import Golden, flax_name, relative_error
 from m3ae_fast.verify.replay import quantities
@@ -179,8 +180,6 @@ def test_every_parameter_has_its_flax_name():
 
 
 def test_weight_decay_groups_equal_the_official_ones():
-    from m3ae_fast.engine.parameter_groups import parameter_groups
-
     golden = Golden.load(FILES[-1])
     model = golden.build_model()
     decayed = {id(p) for p in parameter_groups(model, 0.05)[0]["params"]}
@@ -188,6 +187,15 @@ def test_weight_decay_groups_equal_the_official_ones():
     names = {flax_name(name, depth) for name, p in model.named_parameters() if id(p) in decayed}
     assert sorted(names) == sorted(golden.meta["decayed"])
     assert json.dumps(golden.meta["no_decay"])  # the list with which the official code compares the parts of paths
+
+
+def test_weight_decay_groups_of_an_image_only_model_equal_those_of_the_official_mae():
+    """The official MAE exempts the encoder's type embedding from weight decay, but not the decoder's."""
+    config = Golden.load(FILES[-1]).build_model().config
+    model = M3AE(config.model_copy(update={"vocab_size": 0}))
+    decayed = {id(p) for p in parameter_groups(model, 0.05)[0]["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) in decayed}
+    assert {name for name in names if not name.endswith(".weight")} == {"decoder_input.unshuffle.image_type"}
 
 
 @pytest.mark.parametrize("everywhere", ["image", "text"])

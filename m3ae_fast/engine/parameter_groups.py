@@ -16,6 +16,9 @@ from torch import nn
 from m3ae_fast.config import PretrainingOptimConfig
 from m3ae_fast.model.m3ae import M3AE
 
+# the decoder's type embeddings
+_IMAGE_TYPE, _TEXT_TYPE = (f"decoder_input.unshuffle.{kind}_type" for kind in ("image", "text"))
+
 
 def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
     """Return the parameter groups of the optimiser for pre-training: the groups of AdamW, preceded by the group of
@@ -41,8 +44,15 @@ def parameter_groups(
     model: nn.Module, weight_decay: float, scale_of: Callable[[str], float] = lambda name: 1.0
 ) -> list[dict]:
     """Return the parameter groups of AdamW (see `scaled_groups`). Weight decay applies to matmul weights and, as in the
-    official code, to LayerNorm scales, but not to biases and embeddings."""
-    return scaled_groups(model, weight_decay, lambda name, p: name.endswith(".weight"), scale_of)
+    official code, to LayerNorm scales, but not to biases and embeddings. The only exception is the decoder's type
+    embedding of an image-only model, which the official MAE decays."""
+    names = {name for name, _ in model.named_parameters()}
+    decayed_embeddings = set() if _TEXT_TYPE in names else {_IMAGE_TYPE}
+
+    def is_decayed(name: str, p: nn.Parameter) -> bool:
+        return name.endswith(".weight") or name in decayed_embeddings
+
+    return scaled_groups(model, weight_decay, is_decayed, scale_of)
 
 
 def layer_of(name: str, depth: int) -> int:
