@@ -252,6 +252,7 @@ def test_every_automatic_setting_has_a_test_of_its_override():
         ('data={"flip":false}', "--set data: use SOURCE, --val and --set data.KEY instead"),
         ("train=5 train.epochs=3", "train.epochs=3: train is a value, not a section"),
         ("model=null model.size=base", "model.size=base: model is null"),
+        ('model={"init_from":"a"}', "--set model.init_from: use --from instead"),
         ("model=null", r"model: input should be an object \(got null\)"),
         ('train={"steps":5} train.probe.k=3', "train.probe.train is missing"),
         ("train.steps=5 train.epochs=3", "set epochs or steps, not both"),

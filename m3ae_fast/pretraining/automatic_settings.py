@@ -234,6 +234,8 @@ def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> 
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
             raise UserError(f"--set {name}: use {meant} instead")
+    if set_to(overrides, "model.init_from", None) is not None:  # in an override of the whole section
+        raise UserError("--set model.init_from: use --from instead")
     if set_to(overrides, "data.val", None):
         raise UserError(
             "--set data.val: can be set only to [] (no held-out samples); specify held-out samples with SOURCE or --val"

@@ -92,7 +92,7 @@ ODD = {
     "odd.png: Too many levels of symbolic links": lambda path: path.symlink_to(path.name),
     "odd.txt is not a regular file": _captioned_by_a_pipe,
     "odd.txt: No such file or directory": _captioned_by_nothing,
-    "odd.txt: cannot be read": _captioned_in_latin,
+    "odd.txt: is not UTF-8; save it in UTF-8": _captioned_in_latin,
 }
 
 

@@ -158,8 +158,8 @@ class Folder(Records):
             return None
         try:
             return read_file(caption_file).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise BadSample(f"{caption_file}: cannot be read ({error})") from None
+        except UnicodeDecodeError:
+            raise BadSample(f"{caption_file}: is not UTF-8; save it in UTF-8") from None
 
     def _fingerprints(self) -> dict[str, str]:
         """Return fingerprints of the images, captions, classes and masks, to detect changes by the user."""
