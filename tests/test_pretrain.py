@@ -273,6 +273,29 @@ def test_results_are_computed_from_the_last_checkpoint(tmp_path, monkeypatch):
         final_evaluation.evaluate_run(config)
 
 
+def test_the_run_and_its_initial_weights_are_evaluated_on_the_samples_of_the_probe(tmp_path, monkeypatch):
+    run, start, given = tiny_run(tmp_path / "run"), tmp_path / "start", []
+    start.mkdir()
+
+    def evaluate(task, model, *, out, session, **options):
+        given.append((task, model, options))
+        result = {"top1": 0.5, "top1_se": 0, "val_samples": 2}
+        final_evaluation.write_text_atomically(out / "result.json", json.dumps(result))
+
+    monkeypatch.setattr(final_evaluation, "evaluate", evaluate)
+    probe = {"train": [{"shards": ["a.tar", "b.tar"]}], "val": [{"shards": "c.tar"}], "labels": "json.kind"}
+    sections = {"run": {"dir": str(run)}, "model": {"init_from": str(start)}, "data": {"train": probe["train"]}}
+    final_evaluation.evaluate_run(
+        Config.model_validate(sections | {"train": {"steps": 9, "probe": probe}}, strict=False)
+    )
+    options = {"train": ["a.tar", "b.tar"], "val": ["c.tar"], "labels": "json.kind"}
+    assert given == [
+        (task, str(model), options | {"baselines": model == run})
+        for task in ("knn", "logistic")
+        for model in (run, start)
+    ]
+
+
 def test_the_table_of_accuracies_is_aligned_by_task_and_model():
     def results(*tops, chance):
         run, untrained, pixels, start = ({"top1": top1, "top1_se": 0.015} for top1 in tops)

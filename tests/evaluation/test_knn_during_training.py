@@ -93,6 +93,19 @@ def test_the_probe_encodes_in_the_precision_of_the_run_and_with_its_own_pooling(
     assert encoded == [("cls", "bf16"), ("cls", "fp32")] and cut == [True, True]
 
 
+@pytest.mark.parametrize("captioned", ["train", "val"])
+def test_a_probe_on_samples_with_captions_is_refused(monkeypatch, captioned):
+    probe = SimpleNamespace(train="train", val="val", labels="cls")
+    config = SimpleNamespace(data=MagicMock(), train=SimpleNamespace(probe=probe))
+    monkeypatch.setattr(knn_during_training, "ShardStore", MagicMock())
+    monkeypatch.setattr(
+        knn_during_training, "open_corpus", lambda name, *_, **__: SimpleNamespace(has_captions=name == captioned)
+    )
+    monkeypatch.setattr(knn_during_training, "label_corpus", lambda corpus, *_, **__: (corpus, None))
+    with pytest.raises(UserError, match=r"train\.probe: supports only images"):
+        knn_during_training.open_probe(config)
+
+
 def test_the_largest_class_is_that_of_the_held_out_samples(monkeypatch):
     """Samples are encoded only after it is known that the weights are finite."""
     labels = {"train": [0, 0, 0, 1], "val": [0, 1, 1]}
