@@ -163,7 +163,8 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     run.mkdir()
     config = settings(statistics, Shards([shards], [shards], []), run, MODEL_SIZES[0], 1, 9, "cls", [])
     (run / "config.json").write_text(config.model_dump_json())
-    monkeypatch.setattr(stages, "pre_train", lambda *_, **__: None)
+    trained = []
+    monkeypatch.setattr(stages, "pre_train", lambda *_, **options: trained.append(options))
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
     monkeypatch.setattr(stages, "evaluate_run", lambda *args: seen.append(args))  # returns that it was stopped
     overrides = ["train.probe.k=7", 'optim={"clip_grad": 2}']  # the other settings of the section are kept
@@ -171,6 +172,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     train = config.train.model_copy(update={"probe": config.train.probe.model_copy(update={"k": 7})})
     changed = {"train": train, "optim": config.optim.model_copy(update={"clip_grad": 2.0})}
     assert seen == [(config.model_copy(update=changed), "cpu")]
+    assert trained == [{"resume": "auto", "make_probe": stages.knn_probe}]
     out = capsys.readouterr().out
     assert "config.json already exists: its settings are kept" in out
     assert "\nto train longer, add --set train.steps=N, where N is the total, now 9, before the run is finished" in out
