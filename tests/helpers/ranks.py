@@ -79,7 +79,9 @@ def fork_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> list
 
 def fork_each(module: str, arguments: list[str], each: list[dict[str, str]], log: Path) -> list[Process]:
     """Start processes as `fork_ranks` does, one for each set of environment variables in `each`."""
-    with _environment(environment()):
+    # Programs of the package set this variable in `configure_libraries`, before torch is imported. Otherwise, torch may
+    # print a warning if rank 0 ends first.
+    with _environment(environment() | {"TORCH_CPP_LOG_LEVEL": "ERROR"}):
         ensure_running()
     processes = []
     for variables in each:
