@@ -19,7 +19,7 @@ from .dispatch import (
     with_lead,
 )
 from .ids import check_range, checked
-from .pixels import check_patch_size, check_pixels, count_patches, if_integer, put_patches, take_patches, to_cut
+from .pixels import check_patch_size, check_pixels, count_patches, normalisation_for, put_patches, take_patches, to_cut
 from .registry import Op
 from .segment_sum import segment_sum
 
@@ -270,7 +270,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, patch_ids: Tensor) -> Tensor:
         """Return the embeddings [..., dim] of the patches patch_ids [...] int of images [B, C, H, W]. Images are uint8,
         uint16, or floating-point and already normalised."""
-        mean, std = if_integer(images, self.mean, self.std)
+        mean, std = normalisation_for(images, self.mean, self.std)
         return patch_embed(
             images,
             patch_ids,

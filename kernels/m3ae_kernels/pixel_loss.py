@@ -36,7 +36,7 @@ from .pixels import (
     check_pixels,
     count_patches,
     from_cut,
-    if_integer,
+    normalisation_for,
     standardise,
     take_patches,
     to_cut,
@@ -314,7 +314,7 @@ class MaskedPixelLoss(nn.Module):
         """Return the loss, a scalar or (with reduction "none") [...], of the predictions from hidden [..., dim]. The
         targets are the patches patch_ids [...] int of images [B, C, H, W]; row_weight is [...] floating-point, or None
         for ones. Images are uint8, uint16, or floating-point and already normalised."""
-        mean, std = if_integer(images, self.mean, self.std)
+        mean, std = normalisation_for(images, self.mean, self.std)
         return masked_pixel_loss(
             hidden,
             self.weight,

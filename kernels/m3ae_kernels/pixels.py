@@ -72,7 +72,7 @@ def check_patch_size(patch_size: int) -> None:
         raise ValueError(f"patch_size is {patch_size}, but must be at least 1")
 
 
-def if_integer(
+def normalisation_for(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[Sequence[float] | None, Sequence[float] | None]:
     """Return mean and std for integer images, and (None, None) for floating-point images, which are already normalised.

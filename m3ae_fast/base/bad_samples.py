@@ -31,8 +31,8 @@ class NeedsRange(BadSample):
 
 @dataclass(frozen=True)
 class Skipped:
-    """An invalid or unreadable sample (with the shard "": an image file outside of shards), or (with the key "") an
-    unreadable shard."""
+    """An invalid or unreadable sample, or an unreadable shard. For a shard, the key is "". For an image file that does
+    not belong to a shard, the shard is "", or the folder that is encoded."""
 
     shard: str
     key: str

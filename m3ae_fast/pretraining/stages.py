@@ -81,12 +81,12 @@ class _Call:
 
     @property
     def all_overrides(self) -> list[str]:
-        """The overrides including that of the run folder, which may have been moved or copied."""
+        """Return the overrides and one that sets `run.dir`, because the run folder may have been moved or copied."""
         return [*self.overrides, f"run.dir={json.dumps(str(self.out))}"]
 
     @property
     def continues(self) -> bool:
-        """Whether an earlier call has written the config of the run."""
+        """Return whether this call uses the config that an earlier call has written. A dry run does not."""
         return self.config_file.exists() and not self.dry_run
 
     def load_config(self) -> Config:
@@ -217,9 +217,9 @@ def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcom
 
 
 def _kept_config(call: _Call, image_range: Range | None) -> Config | None:
-    """Return the config that an earlier call has written, after the shards that are missing have been written. Return
-    None if the source has changed before training has begun; the config is then removed. `image_range`: value range of
-    the images. Raises UserError if an override is invalid."""
+    """Write the shards that are missing, and return the config that an earlier call has written. If the source has
+    changed before training has begun, the config is removed, and None is returned. `image_range`: value range of the
+    images. Raises UserError if an override is invalid."""
     _require_unused(call.out)
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
