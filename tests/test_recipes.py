@@ -77,7 +77,7 @@ def test_a_recipe_is_not_combined_with_given_weights(tmp_path):
 def test_an_unknown_recipe_is_refused_before_any_output_is_written(tmp_path):
     with pytest.raises(UserError, match="--recipe slow: does not exist; choose one of fast, official"):
         pretrain(tmp_path, tmp_path / "run", recipe="slow")
-    with pytest.raises(UserError, match=r"--recipe: invalid choice: 'slow' \(choose from 'fast', 'official'\)"):
+    with pytest.raises(UserError, match=r"--recipe: .*slow.*fast.*official"):
         main([str(tmp_path), "--out", str(tmp_path / "run"), "--recipe", "slow"])
     assert not (tmp_path / "run").exists()
 

@@ -41,6 +41,7 @@ from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.helper_process import Node
 from m3ae_fast.process.workers import Loader, default_workers
 from m3ae_fast.shards.sources.folder import ImagesMissing
+from tests.helpers import threads
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 
 
@@ -751,8 +752,6 @@ def test_other_threads_are_paused_before_workers_are_forked(monkeypatch):
 
     monkeypatch.setattr("m3ae_fast.process.workers._BEFORE_FORK_S", 1.0)
     monkeypatch.setattr(os, "fork", forked)
-    thread = threading.Thread(target=leave)
-    thread.start()
+    threads.start(leave)
     begun.set()
     assert [*Loader(range(2), num_workers=1, batch_size=None)] == [0, 1] and seen == [True]
-    thread.join()

@@ -22,6 +22,7 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shard_store import expand
 from m3ae_fast.process.ranks import Ranks
 from tests.helpers.shards import members, write_tar
+from tests.helpers.threads import map_threads
 
 
 @pytest.fixture
@@ -193,7 +194,6 @@ def together(world, nodes, work):
     """Run `work(ranks, node)` in `world` threads, and return the result or exception of each. The threads of
     a node share a store."""
     barrier, box = threading.Barrier(world, timeout=60), [None] * world
-    results = [None] * world
 
     def run(rank):
         def gather(value):
@@ -207,16 +207,11 @@ def together(world, nodes, work):
         ranks = SimpleNamespace(rank=rank, world=world, local_rank=rank % each, is_main=rank == 0, gather=gather)
         ranks.together = partial(Ranks.together, ranks)
         try:
-            results[rank] = work(ranks, rank // each)
+            return work(ranks, rank // each)
         except UserError as error:
-            results[rank] = str(error)
+            return str(error)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    return map_threads(run, range(world))
 
 
 def test_nodes_count_samples_together_and_each_stores_the_manifest(tmp_path, remote):

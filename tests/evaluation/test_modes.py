@@ -41,7 +41,7 @@ def encoder_modes(monkeypatch):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_requires_an_output_folder(task):
-    with pytest.raises(UserError, match=r"required: .*--out"):
+    with pytest.raises(UserError, match="--out"):
         main([task, "model", "--train", "a.tar", "--val", "b.tar"])
 
 

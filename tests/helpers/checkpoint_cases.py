@@ -36,6 +36,7 @@ from m3ae_fast.engine.parameter_groups import parameter_groups
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.ranks import Ranks, join_ranks
+from tests.helpers import threads
 
 STAGES = (None, 0, 1, 2, 3)
 STEPS = 2
@@ -95,19 +96,17 @@ def agreement(ranks: Ranks) -> Agreement:
 
 def copy_made_during_a_step(engine: ModelEngine) -> Fragments:
     """Return the copy of the state that is made late during a step."""
-    staging, found = Staging(), []
+    staging = Staging()
 
-    def copy() -> None:
+    def copy() -> Fragments:
         time.sleep(0.05)
-        found.append(staging.copy(engine.fragments))
+        return staging.copy(engine.fragments)
 
     engine.before_update = staging.wait
     staging.begin(torch.device("cpu"))
-    thread = threading.Thread(target=copy)
-    thread.start()
+    copied = threads.start(copy)
     engine.step([torch.randn(4, 37)], None, 1e-2)
-    thread.join()
-    return found[0]
+    return copied.result(threads.LIMIT_S)
 
 
 def save(ranks: Ranks, folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from m3ae_fast.checkpoint import resuming
 from m3ae_fast.config import Config
 from m3ae_fast.engine.fragments import Fragments, cut, whole
 from m3ae_fast.process.agreement import Agreement
+from tests.helpers.threads import map_threads
 
 
 def save(run_dir: Path, tensors: dict[str, Tensor], info: checkpoint.Info, keep: int = 9) -> Path:
@@ -48,8 +48,7 @@ def save_parts(
         except UserError as error:
             return str(error)
 
-    with ThreadPoolExecutor(len(parts)) as threads:
-        return list(threads.map(one, parts, agreements(len(parts))))
+    return map_threads(one, parts, agreements(len(parts)))
 
 
 def save_cut(
