@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -64,7 +65,7 @@ from tests.helpers.checkpoints import save
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import environment
 from tests.helpers.shards import members, picture, write_tar
-from tests.helpers.trainer import TINY
+from tests.helpers.trainer import SHORT, TINY
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}
 
@@ -353,6 +354,39 @@ def test_the_same_command_resumes_a_run_stopped_in_any_stage(tmp_path):
         "logistic: top1",
     ):
         assert sum(once in output for output in outputs) == 1, once
+
+
+KILLED = """
+import os, signal, sys
+from m3ae_fast.cli.pretrain import main
+from m3ae_fast.training.pretraining_task import PretrainingTask
+
+PretrainingTask.draw = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_after_its_last_checkpoint_is_finished_by_the_next_call(tmp_path, capsys):
+    photos, run = make_pictures(tmp_path / "photos", each=6), tmp_path / "run"
+    overrides = [*SHORT, "data.workers=0", "train.eval_every=null", "train.probe.every=null"]
+    line = [photos, "--out", run, "--hours", "0.001", *(option for each in overrides for option in ("--set", each))]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, line)], env=environment(), capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert checkpoint.locate(run).name == "step-00000002" and status(run)[0] == "failed"
+    trained = shutil.copytree(run, tmp_path / "trained")
+    assert start(["--config", str(trained / "config.json"), "--set", f"run.dir={trained}", "--resume", "auto"]) == 0
+    assert status(trained) == ("finished", "finished at step 2 of 2")
+    capsys.readouterr()
+    outcome = pretrain(photos, run, overrides=["data.workers=0"])
+    assert "training is complete" in capsys.readouterr().out
+    assert outcome.finished and outcome.report.is_file() and outcome.export.is_dir() and outcome.results
+    assert status(run) == ("finished", "finished at step 2 of 2") and (run / "reconstructions.png").is_file()
+    drawn = (run / "reconstructions.png").stat().st_mtime_ns
+    assert pretrain(photos, run, overrides=["data.workers=0"]).finished
+    assert (run / "reconstructions.png").stat().st_mtime_ns == drawn
 
 
 def test_a_run_refuses_a_source_whose_images_have_changed(tmp_path):

@@ -50,6 +50,12 @@ class Recorder:
             with contextlib.suppress(UserError):
                 self._write(RUNNING, step)
 
+    def is_finished(self) -> bool:
+        """Return whether the record states that the run is finished."""
+        with contextlib.suppress(UserError):
+            return status(self._path.parent)[0] == FINISHED
+        return False
+
     @contextmanager
     def ending(
         self, step: Callable[[], int], reason: Callable[[], str], explain: Callable[[BaseException], UserError | None]

@@ -345,6 +345,8 @@ class Trainer:
             self.log.print(f"note: {self.bad.bad:,} of {self.bad.seen:,} samples could not be used")
         self.bad.finish()
         if self.step >= self.schedule.total_steps:
+            if self.step == self.start:
+                self.ranks.on_main(self._complete)
             return
         if self.step > self.start and not self._saves():
             self._save()
@@ -352,6 +354,15 @@ class Trainer:
         reason = self.stop.reason or BY_ANOTHER
         saved = "" if self.step > self.start else "; nothing to save"
         self.log.print(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
+
+    def _complete(self) -> None:
+        """Draw the figures and start the record of a run that had taken its last step before this call, unless the
+        record states that the run is finished. Otherwise, the earlier call was killed after its last checkpoint."""
+        if self.record.is_finished():
+            return
+        if self.after_save:
+            self.after_save(self.log, self.step, checkpoint.locate(self.run.dir))
+        self.record.begin(self.step)
 
 
 def batch_of(step: int, left_out: Iterable[int]) -> int:
