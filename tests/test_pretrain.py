@@ -29,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from m3ae_fast import checkpoint, pretrain
+from m3ae_fast import shards as shard_commands
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.base.hardware import fast_precision
 from m3ae_fast.batch.tokenizer import load_tokenizer
@@ -432,8 +433,11 @@ def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path, mo
     assert "its shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")
-    with pytest.raises(UserError, match="contains the shards of another source; remove it, or choose another --out"):
-        find_shards(str(photos), out, None, [])  # without a config, the origin of the shards is unknown
+    assert "its shards are created again" in find_shards(str(photos), out, None, []).notes[-1]  # after a dry run
+    shutil.rmtree(out / "shards")
+    shard_commands.make(photos, out / "shards")
+    with pytest.raises(UserError, match="contains shards that pretrain has not made; choose another --out"):
+        find_shards(str(photos), out, None, [])
 
 
 def test_settings_are_chosen_again_if_the_images_change_before_a_run_starts(tmp_path, monkeypatch, capsys):
@@ -1262,12 +1266,13 @@ def test_the_pretrain_command_passes_on_its_arguments(monkeypatch, capsys, end, 
 
     monkeypatch.setattr(stages, "pretrain", pretrain)
     line = ["photos", "--out", "run", "--hours", "3", "--captions", "a.csv", "--val", "b.tar", "c.tar"]
+    line += ["--image-column", "file"]
     line += ["--from", "base", "--labels", "json.kind", "--set", "train.global_batch=8"]
     line += [*["--dry-run"] * dry_run, "--tune"]
     assert main(line) == code
     given = {"hours": 3.0, "captions": Path("a.csv"), "val": ["b.tar", "c.tar"], "labels": "json.kind"}
     given |= {"start_from": "base", "overrides": ["train.global_batch=8"], "dry_run": dry_run, "tune": True}
-    given |= {"device": None, "recipe": None}
+    given |= {"device": None, "recipe": None, "image_column": "file", "caption_column": None}
     assert calls == [(("photos", Path("run")), given)]
     out, err = capsys.readouterr()
     assert (out.strip(), err.strip()) == (

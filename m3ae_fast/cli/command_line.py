@@ -126,6 +126,14 @@ def use_device(name: Device | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for DeepSpeed, which would use any visible GPU
 
 
+def add_columns(parser: Any) -> None:
+    """Add the options that name the columns of a table or of a dataset to a parser or to a group of its options."""
+    text = "column of paths or images in a table or a dataset (default: detected)"
+    parser.add_argument("--image-column", metavar="NAME", help=text)
+    text = "column of captions (default: detected); '' reads only the other columns, as fields"
+    parser.add_argument("--caption-column", metavar="NAME", help=text)
+
+
 def add_labels(parser: argparse.ArgumentParser, lists: bool = False) -> None:
     """Add `--labels`, which names the member of a sample that contains its label. `lists`: whether the labels are
     lists, which can be only in the sample's json."""

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import add_labels, add_settings, output, program, refuse, use_device
+from m3ae_fast.cli.command_line import add_columns, add_labels, add_settings, output, program, refuse, use_device
 from m3ae_fast.pretraining import RESUME_NOTE, SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import check_overrides
 from m3ae_fast.pretraining.recipes import NAMES, check_recipe
@@ -36,6 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hours", type=float, default=0.5, help=text)
     text = "table of captions, .csv, .tsv, .jsonl or .parquet (default: the table in the folder)"
     parser.add_argument("--captions", type=Path, metavar="TABLE", help=text)
+    add_columns(parser)
     text = "held-out shards, if SOURCE consists of shards (default: those named val or test, or the last tenth)"
     parser.add_argument("--val", nargs="+", default=[], metavar="SHARDS", help=text)
     add_labels(parser)
@@ -95,6 +96,8 @@ def _pretrain(args: argparse.Namespace) -> bool:
         args.out,
         hours=args.hours,
         captions=args.captions,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
         val=args.val,
         labels=args.labels,
         start_from=args.start_from,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.base.errors import UserError, exit_cleanly
-from m3ae_fast.cli.command_line import add_device, add_labels, command, output, program, seed
+from m3ae_fast.cli.command_line import add_columns, add_device, add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources import SOURCE_KINDS
@@ -107,8 +107,7 @@ def _add_make(commands: Any) -> None:
     dataset.add_argument("--subset", metavar="NAME", help="configuration of the dataset, if it has several")
     dataset.add_argument("--split", metavar="NAME", help="split to convert (default: all)")
     columns = parser.add_argument_group("columns of a table or a dataset")
-    columns.add_argument("--image-column", metavar="NAME", help="column of paths or images (default: detected)")
-    columns.add_argument("--caption-column", metavar="NAME", help="column of captions (default: detected)")
+    add_columns(columns)
     text = "column of labels in a dataset (default: detected)"
     columns.add_argument("--label-column", metavar="NAME", help=text)
     _add_shard_settings(parser)

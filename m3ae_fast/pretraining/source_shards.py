@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -25,7 +25,7 @@ from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.shards.output_claim import MANIFEST
 from m3ae_fast.shards.overview import parts_of, show
 from m3ae_fast.shards.settings import Settings
-from m3ae_fast.shards.sources.caption_table import READERS, NoColumns, read_captions
+from m3ae_fast.shards.sources.caption_table import CAPTION_OPTION, NO_CAPTIONS, READERS, NoColumns
 from m3ae_fast.shards.sources.folder import ImagesMissing
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
 from m3ae_fast.shards.sources.interface import Records
@@ -44,6 +44,7 @@ def find_shards(
     val: Sequence[str],
     image_range: Range | None = None,
     kept: Sequence[str] = (),
+    columns: tuple[str | None, str | None] = (None, None),
 ) -> Shards:
     """Return the shards of a source. If the source does not consist of shards, they are created in the run folder.
 
@@ -56,6 +57,7 @@ def find_shards(
             last shards.
         image_range: values of black and white in images with more than 8 bits per channel; None: detected.
         kept: the training shards of an existing run in `out`; empty: there is none.
+        columns: names of the columns of images and of captions, as in `open_source`; None: detected.
 
     Raises:
         UserError: the source does not exist, cannot be used, or is not the source of the existing run.
@@ -65,6 +67,8 @@ def find_shards(
     if tars or (_names_shards(source) and not folder.is_dir()):
         if captions:
             raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
+        if columns != (None, None):
+            raise UserError(f"--image-column and --caption-column cannot be used: {source} consists of shards")
         given = tars or [source]
         names = [*given, *(() if not kept or any(map(is_manifest, given)) else expand(given))]
         _require_source(source, out, sorted({*map(_path, kept)} - {*map(_path, names)}))
@@ -77,7 +81,7 @@ def find_shards(
             f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
             "choose a folder outside SOURCE"
         )
-    records, notes = _open(source, captions)
+    records, notes = _open(source, captions, columns)
     made = _made(records, source, out, [*notes, *records.notes, *records.ignored.lines()], image_range)
     return replace(made, unlabelled=records.unlabelled)
 
@@ -100,30 +104,51 @@ def _names_shards(source: str) -> bool:
     return source.endswith(".tar") or ".tar" in source.rpartition("/")[2] or is_remote(source) or is_manifest(source)
 
 
-def _open(source: str, captions: Path | None) -> tuple[Records, list[str]]:
+def _open(source: str, captions: Path | None, columns: tuple[str | None, str | None]) -> tuple[Records, list[str]]:
     """Return the records of a source that does not consist of shards, and notes about them. If no caption table is
-    given and a folder of images contains one, the captions and fields are read from this table."""
+    given and a folder of images contains one, the captions and fields are read from this table; without a column of
+    captions, only the fields. `columns`: as in `find_shards`."""
     kind = kind_of_source(source)
     if captions and kind != "folder":
         raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
-    records = partial(open_source, source, kind=kind)
+    image, caption = columns
+    records = partial(open_source, source, kind=kind, image_column=image)
     if captions or kind != "folder":
-        return records(captions=captions), []
+        return records(captions=captions, caption_column=caption), []
     tables = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in READERS)
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
         raise UserError(f"{source}: has several tables ({names}); choose one with --captions")
     if not tables:
-        return records(), []
+        return records(caption_column=caption), []
+    (table,) = tables
     try:
-        return records(captions=tables[0]), [f"captions and fields are read from {tables[0]}"]
+        return _with_table(records, table, caption)
     except NoColumns as error:
-        note = f"{tables[0]} is not used: none of its columns ({error.columns}) has a usual name such as file_name"
-    except ImagesMissing as error:
-        if any(row.captions is not None for row in read_captions(tables[0])[:1]):
+        if columns != (None, None):
             raise
-        note = f"{tables[0]} is not used: {str(error).partition(': ')[2]}"
+        note = f"{table} is not used: none of its columns ({error.columns}) has a usual name such as file_name"
+    except ImagesMissing as error:
+        if error.has_captions or columns != (None, None):
+            raise
+        note = f"{table} is not used: {str(error).partition(': ')[2]}"
     return records(), [note]
+
+
+def _with_table(records: Callable[..., Records], table: Path, caption: str | None) -> tuple[Records, list[str]]:
+    """Return the records of a folder with the table that it contains, and a note about the table. `records`: function
+    that opens the folder; `caption`: column of the captions. Raises NoColumns if the table has no column of images."""
+    try:
+        read = "fields" if caption == NO_CAPTIONS else "captions and fields"
+        return records(captions=table, caption_column=caption), [f"{read} are read from {table}"]
+    except NoColumns as error:
+        if error.option != CAPTION_OPTION:
+            raise
+        note = (
+            f"fields, but no captions, are read from {table}: none of its columns ({error.columns}) has a usual name "
+            f"such as caption; if one of them contains captions, specify it with {CAPTION_OPTION}"
+        )
+    return records(captions=table, caption_column=NO_CAPTIONS), [note]
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
@@ -217,7 +242,8 @@ def _samples(shared: dict[str, set[int]]) -> str:
 
 def _made(source: Records, name: str, out: Path, notes: list[str], image_range: Range | None) -> Shards:
     """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
-    shards were created, all shards are replaced. Raises UserError if a run has already begun with the old shards."""
+    shards were created, all shards are replaced. Raises UserError if a run has already begun with the old shards, or if
+    `pretrain` has not made them."""
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     image_range = image_range or range_of([kind for part in parts for kind in part.kinds])
@@ -231,10 +257,10 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
                 f"{name}: has changed since the run in {out} began; choose another --out, or continue with the old "
                 f"shards: m3ae-fast train --config {out / 'config.json'} --resume auto"
             )
-        if not (out / "config.json").exists():
-            raise UserError(f"{folder}: contains the shards of another source; remove it, or choose another --out")
+        if not _is_of_run(before):
+            raise UserError(f"{folder}: contains shards that pretrain has not made; choose another --out")
         shutil.rmtree(folder)
-        (out / "config.json").unlink()
+        (out / "config.json").unlink(missing_ok=True)  # there is none after a dry run
         notes = [*notes, f"{name} has changed, so its shards are created again"]
         show(name, parts)
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
@@ -247,6 +273,12 @@ def _made(source: Records, name: str, out: Path, notes: list[str], image_range: 
         lines.append("no samples are held out: all reported losses and accuracies will be on training data")
     kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))
     return Shards(kept, val, lines, shown=True, image_range=image_range)
+
+
+def _is_of_run(manifest: Any) -> bool:
+    """Return whether `pretrain` has made the shards with this manifest."""
+    settings = manifest.get("settings") if isinstance(manifest, dict) else None
+    return isinstance(settings, dict) and settings.get("of_run") is True
 
 
 def _uses(source: Records) -> dict[str, str]:
@@ -273,7 +305,8 @@ def _settings(source: Records, image_range: Range | None) -> Settings:
         raise UserError(f"SOURCE has the splits {found}, but no split to train on; pass one of the splits as SOURCE")
     samples = sum(source.splits.values())
     alone = len(source.splits) == 1 and samples > 1
-    return Settings(held_out=min(_FRACTION, _MOST_HELD_OUT / samples) if alone else 0.0, image_range=image_range)
+    held_out = min(_FRACTION, _MOST_HELD_OUT / samples) if alone else 0.0
+    return Settings(held_out=held_out, image_range=image_range, of_run=True)
 
 
 def _manifest(folder: Path) -> Any:

@@ -65,6 +65,7 @@ class _Call:
     out: Path
     hours: float
     captions: Path | None
+    columns: tuple[str | None, str | None]  # of images and of captions
     val: Sequence[str]
     labels: str
     start_from: str | None
@@ -100,6 +101,8 @@ def pretrain(
     *,
     hours: float = 0.5,
     captions: str | Path | None = None,
+    image_column: str | None = None,
+    caption_column: str | None = None,
     val: Sequence[str] = (),
     labels: str = "cls",
     start_from: str | Path | None = None,
@@ -122,6 +125,8 @@ def pretrain(
             start.
         captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files next
             to the images.
+        image_column, caption_column: names of the columns of a table or of a dataset; None: detected. With "" in place
+            of `caption_column`, only the other columns are read, as fields.
         val: if `source` consists of shards, the held-out shards.
         labels: source of the classes: "cls", or "json." and the name of a field.
         start_from: model from whose weights the run starts: a run, an export, weights of the official M3AE or MAE or of
@@ -147,6 +152,7 @@ def pretrain(
         out=Path(out),
         hours=hours,
         captions=None if captions is None else Path(captions),
+        columns=(image_column, caption_column),
         val=val,
         labels=labels,
         start_from=None if start_from is None else str(start_from),
@@ -224,7 +230,7 @@ def _kept_config(call: _Call, image_range: Range | None) -> Config | None:
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
     kept = shard_names(call.load_config().data.train)
-    find_shards(call.source, call.out, call.captions, call.val, image_range, kept)
+    find_shards(call.source, call.out, call.captions, call.val, image_range, kept, call.columns)
     if not call.continues:
         print(f"note: {call.source} has changed, so the settings are chosen again", flush=True)
         return None
@@ -246,7 +252,7 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
         weights = given_weights(call.start_from, call.out, overrides)
         overrides = [*weights.overrides, *overrides]
         image_range = assumed_config(overrides).model.image_range
-    shards = find_shards(call.source, call.out, call.captions, call.val, image_range)
+    shards = find_shards(call.source, call.out, call.captions, call.val, image_range, columns=call.columns)
     method = choose_recipe(call.recipe, overrides) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None
     with stage(call.device) as session:

@@ -21,6 +21,7 @@ class Settings:
     held_out: float = 0.0
     image_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
     keep_order: bool = False  # whether to keep the order; otherwise samples are shuffled deterministically
+    of_run: bool = False  # whether the shards are made by a run of `pretrain`, which may replace them
 
     def __post_init__(self) -> None:
         """Raise UserError if a value is invalid."""

@@ -126,6 +126,9 @@ def test_any_bytes_are_read_as_rows_or_refused_in_one_line(tmp_path, suffix, dat
 
 WRONG = {
     "": "has no columns",
+    "sku,image,product_title\n7,0.jpg,a dog\n": "has the columns sku, image, product_title; specify one of them with "
+    "--caption-column, or add --caption-column '' to read only fields",
+    "image\n0.jpg\n": "has the columns image; specify one of them with --caption-column$",
     "a,b\n": "has the columns a, b; specify one of them with --image-column",
     "image,caption\n": "has no rows",
     "image,caption\n0.jpg,a dog, running\n": r"row 1 .*3 fields but the table has 2 columns: image, caption",
@@ -253,7 +256,7 @@ def test_metadata_fields_keep_their_types(tmp_path):
     kinds = {"day": datetime.date(2020, 2, 3), "share": Decimal("1.50"), "count": 3, "sure": True, "parts": [1, None]}
     rows = {"path": ["0.jpg"], "nan": [float("nan")]} | {name: [value] for name, value in kinds.items()}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
-    (row,) = read_captions(tmp_path / "t.parquet")
+    (row,) = read_captions(tmp_path / "t.parquet", caption="")
     assert row.captions is None
     assert json.loads(row.fields) == kinds | {"day": "2020-02-03", "share": "1.50"}
 
@@ -263,3 +266,15 @@ def test_unused_caption_columns_are_not_metadata_fields(tmp_path):
     (tmp_path / "t.csv").write_text("path,title,caption,site\n0.jpg,,long,here\n")
     (row,) = read_captions(tmp_path / "t.csv", caption="title")
     assert row.captions == [""] and json.loads(row.fields) == {"site": "here"}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_the_separator_of_a_csv_is_detected(tmp_path, separator):
+    """Spreadsheets write semicolons in countries where the comma is the decimal separator."""
+    rows = [("image", 'the "best" title', "price; net"), ("0.jpg", "one, two; three\tfour", "3,50")]
+    with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    (row,) = read_captions(tmp_path / "t.csv", caption='the "best" title')
+    assert (row.image, row.captions) == ("0.jpg", ["one, two; three\tfour"])
+    assert json.loads(row.fields) == {"price; net": "3,50"}
+    assert "has the columns image, the" in error(tmp_path / "t.csv")

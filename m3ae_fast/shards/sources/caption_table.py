@@ -5,7 +5,8 @@ are read strictly: a row with more or fewer fields than the table has columns is
 images and captions become fields of the sample's json. A table without captions must have at least one column besides
 that of the images.
 
-A .csv is quoted according to RFC 4180. A .tsv has one row per line. Quotes in a .tsv are text, except in two cases
+A .csv is quoted according to RFC 4180. Its separator is the comma, semicolon or tab that divides its first row into the
+most columns. A .tsv has one row per line. Quotes in a .tsv are text, except in two cases
 that indicate a program that quotes fields. If all column names are quoted, the table is read as a .csv with tabs as
 separators. The quotes around a field are removed if the field is empty, if it contains doubled quotes (and no others),
 or if it contains a tab and the row would otherwise have too many fields.
@@ -30,21 +31,26 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import open_regular, parse_json
 from m3ae_fast.shards.sources.interface import captions_of
 
+NO_CAPTIONS = ""  # in place of the name of a column of captions: the table has no captions, only fields
 IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepath", "file", "picture")
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")
+IMAGE_OPTION, CAPTION_OPTION = "--image-column", "--caption-column"  # options that name a column
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+_SEPARATORS = ",;\t"  # of a .csv; spreadsheets use semicolons if the comma is the decimal separator
 _ABSENT = object()  # value of a column that is missing in a row of jsonl
 # The iterator yields the list of column names, which later rows may extend, and then the values of each row.
 _Rows = Generator[list[Any], None, None]
 
 
 class NoColumns(UserError):
-    """Raised if a table has no column with a usual name. `columns`: the names of its columns, as text."""
+    """Raised if a table has no column with a usual name. `columns`: the names of its columns, as text; `option`: the
+    option that names the column."""
 
     def __init__(self, columns: Sequence[str], where: str, option: str) -> None:
-        self.columns = ", ".join(columns) or "none"
+        self.columns, self.option = ", ".join(columns) or "none", option
         found = f"has the columns {self.columns}; specify one of them with {option}" if columns else "has no columns"
-        super().__init__(f"{where}: {found}")
+        otherwise = f", or add {option} '' to read only fields" if option == CAPTION_OPTION and len(columns) > 1 else ""
+        super().__init__(f"{where}: {found}{otherwise}")
 
 
 class Row(NamedTuple):
@@ -58,8 +64,12 @@ class Row(NamedTuple):
 
 def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[Row]:
     """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet file. `image` and `caption`: names of columns;
-    None: the first column with a usual name. If no caption column is found but there are other columns, the rows have
-    no captions. Raises UserError if the file cannot be read, a column is missing, or a row does not fit the columns."""
+    None: the first column with a usual name. With NO_CAPTIONS in place of `caption`, the rows have no captions.
+
+    Raises:
+        NoColumns: no column has a usual name.
+        UserError: the file cannot be read, a named column is missing, or a row does not fit the columns.
+    """
     reader = READERS.get(table.suffix.lower())
     if reader is None:
         raise UserError(f"--captions {table}: must be a .csv, .tsv, .jsonl or .parquet file")
@@ -67,11 +77,11 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
     try:
         with closing(reader(table)) as rows:
             columns = next(rows, [])
-            images = choose_column(columns, image, IMAGE_COLUMNS, "--image-column", str(table))
-            has_captions = caption is not None or any(column.lower() in CAPTION_COLUMNS for column in columns)
+            images = choose_column(columns, image, IMAGE_COLUMNS, IMAGE_OPTION, str(table))
             place = None
-            if has_captions or len(columns) < 2:
-                place = columns.index(choose_column(columns, caption, CAPTION_COLUMNS, "--caption-column", str(table)))
+            if caption != NO_CAPTIONS or len(columns) < 2:
+                captions = choose_column(columns, caption or None, CAPTION_COLUMNS, CAPTION_OPTION, str(table))
+                place = columns.index(captions)
             for row in rows:
                 found.append(_row(len(found) + 1, columns, row, columns.index(images), place))
     except OSError as error:
@@ -156,9 +166,19 @@ def _lines(table: Path) -> Generator[str, None, None]:
             yield from parts
 
 
-def _csv(table: Path, delimiter: str = ",") -> _Rows:
+def _csv(table: Path) -> _Rows:
+    separator = max(_SEPARATORS, key=lambda each: _count_columns(table, each))  # the first of several with a tie
     with closing(_lines(table)) as lines:
-        yield from _quoted(lines, delimiter)
+        yield from _quoted(lines, separator)
+
+
+def _count_columns(table: Path, separator: str) -> int:
+    """Return the number of columns of a .csv with this separator; 0 if its first row cannot be read with it."""
+    with closing(_lines(table)) as lines:
+        try:
+            return len(next(_quoted(lines, separator), []))
+        except ValueError:
+            return 0
 
 
 def _quoted(lines: Iterable[str], delimiter: str) -> _Rows:

@@ -22,16 +22,22 @@ from m3ae_fast.images.decoding import own_bands
 from m3ae_fast.images.label_mask import read_mask
 from m3ae_fast.shards.duplicate_images import join, middle, number_same
 from m3ae_fast.shards.problem_counts import IGNORED, OUTSIDE, Tally
-from m3ae_fast.shards.sources.caption_table import Row, read_captions
+from m3ae_fast.shards.sources.caption_table import CAPTION_OPTION, Row, read_captions
 from m3ae_fast.shards.sources.folder_layout import TRAIN, Layout, listed, printable, split_of_folder, understand
 from m3ae_fast.shards.sources.interface import Record, Records, read_file
 
+_SHOWN = 3  # missing images that are named
 _INSPECTED = 1000  # rows of a table that are inspected for the names of fields
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 class ImagesMissing(UserError):
-    """Raised if a table names images that are not in the folder."""
+    """Raised if at least half of the rows of a table name images that are not in the folder. `has_captions`: whether
+    the table has captions."""
+
+    def __init__(self, message: str, has_captions: bool = True) -> None:
+        super().__init__(message)
+        self.has_captions = has_captions
 
 
 class _Sample(NamedTuple):
@@ -48,7 +54,8 @@ class Folder(Records):
         folder: the folder, which is searched recursively.
         captions: a table in which each row contains an image, its caption and other fields for the sample's json. With
             None, or for a table without captions, captions come from .txt files next to the images.
-        columns: names of the table's columns of images and captions; None: columns with usual names.
+        columns: names of the table's columns of images and captions; None: columns with usual names. With NO_CAPTIONS,
+            the table has no captions.
         classes: names of the classes in the order of their labels; None: the sorted names of the sub-folders.
         flat: whether to ignore the meaning of sub-folders as splits and classes.
         masks: folder with label masks, NAME.png for NAME.jpg in the same sub-folders, which become KEY.mask.png; None:
@@ -58,8 +65,9 @@ class Folder(Records):
 
     Raises:
         UserError: a folder cannot be listed, there is no image, no image has a mask although `masks` is given, the
-            table cannot be read or names images that do not exist, split folders and other folders are mixed at one
-            level, the folders do not fit `classes`, or a library that is needed to read the images is missing.
+            table cannot be read, has no captions or mostly names images that do not exist, split folders and other
+            folders are mixed at one level, the folders do not fit `classes`, or a library that is needed to read the
+            images is missing.
     """
 
     def __init__(
@@ -108,9 +116,16 @@ class Folder(Records):
         """Set the samples of each image according to a caption table, and return notes about the table."""
         rows = read_captions(table, *columns)
         self._has_captions = rows[0].captions is not None
-        self._samples = _join(Path(self.folder), self._paths, table, rows)
+        if self._has_captions and not any(text.strip() for row in rows for text in row.captions or ()):
+            raise UserError(
+                f"--captions {table}: all captions are empty; specify the column of captions with {CAPTION_OPTION}, or "
+                f"add {CAPTION_OPTION} '' to read only fields"
+            )
+        self._samples, notes = _join(Path(self.folder), self._paths, table, rows)
         fields = {name: None for row in rows[:_INSPECTED] if row.fields for name in json.loads(row.fields)}
-        return [f"fields of {table} for --labels: {', '.join(f'json.{name}' for name in fields)}"] if fields else []
+        if fields:
+            notes.append(f"fields of {table} for --labels: {', '.join(f'json.{name}' for name in fields)}")
+        return notes
 
     def name(self, split: str, number: int) -> str:
         return printable(self._paths[self._rows[split][self.place(split, number)[0]]])
@@ -345,9 +360,9 @@ def _refuse(error: OSError) -> None:
     raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
 
 
-def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> list[list[_Sample]]:
-    """Return the samples of each image: one per caption of each row of the table. Raises ImagesMissing if the table
-    names images that do not exist."""
+def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> tuple[list[list[_Sample]], list[str]]:
+    """Return the samples of each image, one per caption of each row of the table, and a note about the rows whose image
+    does not exist, if there are any. Raises ImagesMissing if these are at least half of the rows."""
     samples: dict[str, list[_Sample]] = {path: [] for path in paths}
     missing = []
     for row in rows:
@@ -356,9 +371,14 @@ def _join(folder: Path, paths: Sequence[str], table: Path, rows: list[Row]) -> l
             samples[path] += [_Sample(caption, row.fields) for caption in row.captions or [""]]
         else:
             missing.append(row)
-    if missing:
+    found = [samples[path] or [_Sample()] for path in paths]
+    if not missing:
+        return found, []
+    more = ", such as" if len(missing) > _SHOWN else ":"
+    examples = ", ".join(f"{row.image!r} (row {row.number})" for row in missing[:_SHOWN])
+    about = f"{len(missing):,} of {len(rows):,} rows refer to images that are not in {folder}{more} {examples}"
+    if 2 * len(missing) >= len(rows):
         raise ImagesMissing(
-            f"--captions {table}: {len(missing):,} of {len(rows):,} rows refer to images that are not in {folder}, "
-            f"such as {missing[0].image!r} (row {missing[0].number}); paths are relative to that folder"
+            f"--captions {table}: {about}; paths are relative to that folder", rows[0].captions is not None
         )
-    return [samples[path] or [_Sample()] for path in paths]
+    return found, [f"{table}: left out, because {about}"]

@@ -18,7 +18,7 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.images.bands import write_npy
 from m3ae_fast.shards.duplicate_images import middle, number_same
 from m3ae_fast.shards.problem_counts import UNREAD
-from m3ae_fast.shards.sources.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, choose_column
+from m3ae_fast.shards.sources.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, NO_CAPTIONS, choose_column
 from m3ae_fast.shards.sources.interface import Record, Records, caption_of_row, count_samples, read_file, to_int
 
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
@@ -37,7 +37,8 @@ class HuggingFace(Records):
         name: the folder or the name on the Hub.
         subset: name of the subset if there are several.
         split: the split to read; None: all splits.
-        columns: names of the columns of the image, caption and label; None: detected.
+        columns: names of the columns of the image, caption and label; None: detected. With NO_CAPTIONS, captions are
+            not read.
 
     Raises:
         UserError: `datasets` is not installed, the dataset has neither images nor captions, the split or a named column
@@ -170,6 +171,9 @@ def _columns(features: Any, named: tuple[str | None, str | None, str | None], wh
     found: list[str | None] = []
     usual = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
     for (what, names), name in zip(usual.items(), named):
+        if what == "caption" and name == NO_CAPTIONS:
+            found.append(None)
+            continue
         fitting = [column for column, feature in features.items() if kind(feature) == what]
         if name is not None and name in features and name not in fitting:
             raise UserError(f"--{what}-column {name}: has the type {features[name]}, which does not contain {what}s")

@@ -15,7 +15,7 @@ from pathlib import Path
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import open_regular, read_json
 from m3ae_fast.shards.sources import SOURCE_KINDS, SourceKind
-from m3ae_fast.shards.sources.caption_table import READERS
+from m3ae_fast.shards.sources.caption_table import CAPTION_OPTION, IMAGE_OPTION, READERS
 from m3ae_fast.shards.sources.folder import SUFFIXES, Folder, find_files
 from m3ae_fast.shards.sources.hdf5 import Hdf5
 from m3ae_fast.shards.sources.huggingface import HuggingFace, NotLoaded
@@ -101,7 +101,8 @@ def open_source(
         kind: kind of the source; None: detected.
         captions: for a folder of images, the file of a table with a row for each sample; None: .txt files next to the
             images.
-        image_column, caption_column: column names of the table or the dataset; None: detected.
+        image_column, caption_column: column names of the table or the dataset; None: detected. With "" in place of
+            `caption_column`, captions are not read from it.
         label_column: column name of the dataset; None: detected.
         classes: for a folder of images, the classes in the order of their labels, or the classes.json of other shards.
         flat: for a folder of images, whether to ignore the meaning of sub-folders as splits and classes.
@@ -151,6 +152,9 @@ def _open_folder(
     table = None if captions is None else Path(captions)
     names = _read_classes(classes) if isinstance(classes, str | os.PathLike) else classes
     columns = (image_column, caption_column)
+    if table is None and columns != (None, None):
+        option = IMAGE_OPTION if image_column is not None else CAPTION_OPTION
+        raise UserError(f"{option}: names a column of a table, but {name} has no table; specify one with --captions")
     return Folder(Path(name), table, columns, names, flat, None if masks is None else Path(masks))
 
 

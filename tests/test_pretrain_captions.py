@@ -1,0 +1,102 @@
+"""`pretrain` reads the captions of a table, or says why it cannot. It never trains without captions that were named."""
+
+import csv
+
+import pytest
+from PIL import Image
+
+from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.cli.pretrain import main
+from m3ae_fast.pretraining.dataset_statistics import inspect
+from m3ae_fast.pretraining.source_shards import find_shards
+from m3ae_fast.shards.sources.caption_table import NO_CAPTIONS
+from tests.helpers.shards import members, write_tar
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(8):
+        Image.new("RGB", (40, 40), (30 * number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+def write_table(path, *columns, images=8, separator=","):
+    """Write a csv with a row for each image. The first of the columns contains the images, and the others texts."""
+    rows = [[f"{number}.png", *(f"{name} of {number}" for name in columns[1:])] for number in range(images)]
+    with open(path, "w", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows([columns, *rows])
+    return path
+
+
+def captions_in(shards, run):
+    """Return whether there are captions in shards."""
+    return bool(inspect(shards, run, "cls")[0].vocab_size)
+
+
+def test_a_named_table_without_captions_is_an_error_that_names_the_columns(tmp_path, photos, capsys):
+    table, run = write_table(tmp_path / "t.csv", "image", "sku", "product_title"), tmp_path / "run"
+    line = [str(photos), "--out", str(run), "--captions", str(table), "--dry-run"]
+    assert exit_cleanly(lambda: main(line)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {table}: has the columns image, sku, product_title; specify one of them with ")
+    assert "--caption-column" in message and not run.exists()
+    (tmp_path / "empty.csv").write_text("image,caption,sku\n0.png,,7\n1.png,,8\n")
+    with pytest.raises(UserError, match="all captions are empty; specify the column of captions"):
+        find_shards(str(photos), run, tmp_path / "empty.csv", [])
+
+
+def test_the_columns_of_a_table_can_be_named(tmp_path, photos):
+    table, run = write_table(tmp_path / "t.csv", "photo", "sku", "product_title", separator=";"), tmp_path / "run"
+    with pytest.raises(UserError, match=r"has the columns photo, sku, product_title; specify one .*--image-column$"):
+        find_shards(str(photos), run, table, [])
+    shards = find_shards(str(photos), run, table, [], columns=("photo", "product_title"))
+    assert f"fields of {table} for --labels: json.sku" in shards.notes and captions_in(shards, run)
+    shards = find_shards(str(photos), tmp_path / "fields", table, [], columns=("photo", NO_CAPTIONS))
+    assert not captions_in(shards, run)
+    table.rename(photos / "t.csv")
+    shards = find_shards(str(photos), tmp_path / "found", None, [], columns=("photo", "product_title"))
+    assert captions_in(shards, run)
+    mistakes = {("photo", "tittle"): "--caption-column tittle: .* no such", ("foto", "sku"): "--image-column foto: "}
+    for wrong, message in mistakes.items():
+        with pytest.raises(UserError, match=message):
+            find_shards(str(photos), tmp_path / "wrong", None, [], columns=wrong)
+
+
+def test_a_note_says_that_a_table_in_the_folder_has_no_captions(tmp_path, photos):
+    table = write_table(photos / "t.csv", "image", "sku", "product_title")
+    shards = find_shards(str(photos), tmp_path / "run", None, [])
+    assert shards.notes[0] == (
+        f"fields, but no captions, are read from {table}: none of its columns (image, sku, product_title) has a usual "
+        "name such as caption; if one of them contains captions, specify it with --caption-column"
+    )
+    shards = find_shards(str(photos), tmp_path / "fields", None, [], columns=(None, NO_CAPTIONS))
+    assert shards.notes[0] == f"fields are read from {table}"
+
+
+def test_columns_are_refused_where_there_is_no_table(tmp_path, photos):
+    with pytest.raises(UserError, match=r"--caption-column: names a column of a table, but .* has no table; specify"):
+        find_shards(str(photos), tmp_path / "run", None, [], columns=(None, "title"))
+    tar = write_tar(tmp_path / "a.tar", members(range(4)))
+    with pytest.raises(UserError, match=r"--image-column and --caption-column cannot be used: .* consists of shards"):
+        find_shards(str(tar), tmp_path / "run", None, [], columns=("image", None))
+
+
+def test_a_corrected_table_replaces_the_shards_of_a_dry_run(tmp_path, photos):
+    table, run = write_table(tmp_path / "t.csv", "image", "sku", "product_title"), tmp_path / "run"
+    assert not captions_in(find_shards(str(photos), run, table, [], columns=(None, NO_CAPTIONS)), run)
+    assert captions_in(find_shards(str(photos), run, table, [], columns=(None, "product_title")), run)
+
+
+def test_rows_whose_image_is_missing_are_left_out_and_named_unless_they_are_half_of_the_rows(tmp_path, photos):
+    table = write_table(tmp_path / "t.csv", "image", "caption", images=15)
+    shards = find_shards(str(photos), tmp_path / "run", table, [])
+    assert shards.notes[0] == (
+        f"{table}: left out, because 7 of 15 rows refer to images that are not in {photos}, such as '8.png' (row 9), "
+        "'9.png' (row 10), '10.png' (row 11)"
+    )
+    assert captions_in(shards, tmp_path / "run")
+    write_table(table, "image", "caption", images=16)
+    with pytest.raises(UserError, match=r"8 of 16 rows refer to .* such as '8.png' \(row 9\), '9.png' .*relative to"):
+        find_shards(str(photos), tmp_path / "other", table, [])
