@@ -973,6 +973,22 @@ def test_throughput_is_measured_with_the_largest_batch_of_which_six_steps_fit_th
     assert tried == trials
 
 
+def test_a_measurement_neither_ends_by_itself_nor_writes_to_the_run_folder(monkeypatch):
+    configs = []
+
+    def set_up(config, *_):
+        configs.append(config)
+        raise Stopped
+
+    monkeypatch.setattr(throughput_estimate, "set_up", set_up)
+    config = parse(Config, TINY | {"train": TINY["train"] | {"hours": 1.0}}, "test")
+    with pytest.raises(Stopped):
+        throughput_estimate.measure_batch(config, SimpleNamespace(ranks=SimpleNamespace(is_main=False)), 4, 1.0)
+    (measured,) = configs
+    assert (measured.train.global_batch, measured.train.hours, measured.run.loggers) == (4, None, [])
+    assert measured.train.steps > 10**9 and measured.run.dir != config.run.dir
+
+
 def test_the_time_of_a_step_begins_at_the_end_of_the_previous_step(monkeypatch):
     clock = iter((100.0, 101.0, 101.4, 101.5, 103.0, 103.8, 104.0))
     for module in (throughput_estimate, device_clock):

@@ -246,7 +246,6 @@ def test_every_automatic_setting_has_a_test_of_its_override():
         ("train.probe.labels=json.x", "--set train.probe.labels: use --labels instead"),
         ("model.init_from=runs/a", "--set model.init_from: use --from instead"),
         ("model.image_targets=vqgan", "data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN"),
-        ("train.image_sizes=[[0.5,16]]", r"needs a fixed length of the run: add --set train\.steps=N"),
         ("train.steps=null", "set the length of the run: epochs or steps"),
         ("model.num_heads=7", r"emb_dim \d+ is not divisible by num_heads 7"),
         ('data={"flip":false}', "--set data: use SOURCE, --val and --set data.KEY instead"),

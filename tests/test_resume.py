@@ -245,7 +245,7 @@ SETTINGS = {
         ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED
     )
     | dict.fromkeys(("layer_decay", "muon_momentum", "muon_lr_ratio", "schedule", "decay_fraction"), NOTED),
-    "train": {"global_batch": REFUSED, "image_sizes": STREAM}
+    "train": {"global_batch": REFUSED}
     | dict.fromkeys(("epochs", "steps", "hours", "stop_at", "precision"), NOTED)
     | dict.fromkeys(
         (

@@ -447,8 +447,7 @@ def test_the_loader_workers_of_a_run_count_flops():
         {"model": SMALL.model_dump(), "data": {"train": [{"shards": "none.tar"}]}, "train": {"steps": 1}},
         "case",
     )
-    schedule = argparse.Namespace(total_steps=1)
-    assert preparation_of(config, M3AE(SMALL), data, schedule).counted_for == config.model
+    assert preparation_of(config, M3AE(SMALL), data).counted_for == config.model
 
 
 def test_modules_are_set_to_training_mode_only_after_an_evaluation(monkeypatch):

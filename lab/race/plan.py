@@ -19,8 +19,6 @@ _THIRD: Overrides = (("masking.image_predicted", 0.33), ("masking.text_predicted
 _MUON: Overrides = (("optim.name", "muon"),)
 _WSD: Overrides = (("optim.schedule", "wsd"),)
 _ONE: Overrides = (("model.dec_depth", 1),)
-# The size is relative to that of the model, and is rounded to whole patches.
-_GROWING: Overrides = (("train.image_sizes", ((0.75, 0.7),)),)
 ARMS: dict[str, Overrides] = {
     BASELINE: (),
     USUAL: (),
@@ -39,9 +37,7 @@ ARMS: dict[str, Overrides] = {
     "8 blocks": (("model.dec_depth", 8),),
     "a third": _THIRD,
     "wsd": _WSD,
-    "growing images": _GROWING,
     "all": (*_CROSS, *_THIRD, *_MUON, *_WSD),
-    "all, growing images": (*_CROSS, *_THIRD, *_MUON, *_WSD, *_GROWING),
 }
 PIXELS, RANDOM_WEIGHTS = "raw pixels", "random weights"  # references without training, which the baseline must exceed
 # numbers of seeds: for all arms at the shortest length, and for the baseline and the fast arm at all lengths

@@ -26,7 +26,6 @@ from m3ae_fast.engine.memory_estimate import typical_batch
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session, joined_program
-from m3ae_fast.training.dry_run import mean_flops
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.throughput import newton_schulz_flops
 from m3ae_fast.weights.open_model import RANDOM, open_model
@@ -168,9 +167,6 @@ class Race:
         for setting, value in trial.overrides if trial.trained else ():
             if setting == "model.dec_emb_dim":
                 value = round(value * config["model"]["dec_emb_dim"])
-            if setting == "train.image_sizes":
-                size, patch = (config["model"][name] for name in ("image_size", "patch_size"))
-                value = [[until, round(relative * size / patch) * patch] for until, relative in value]
             apply_override(config, f"{setting}={json.dumps(value)}")
         batch = config["train"]["global_batch"]
         config["train"]["steps"] = max(trial.steps * BATCH // batch, 1)
@@ -218,5 +214,5 @@ def flops(config: Config) -> float:
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     batch, steps = typical_batch(config, model), config.train.steps or 0
-    sample = mean_flops(config, executed_flops(config.model, batch) / len(batch.keys))
+    sample = executed_flops(config.model, batch) / len(batch.keys)
     return steps * (sample * config.train.global_batch + newton_schulz_flops(config, model, world=1))

@@ -53,7 +53,7 @@ class Rules:
 
 PRETRAINING = Rules(
     same=("model.*", "run.seed", "train.global_batch", "optim.name"),
-    samples=(*DATA, *SAMPLING, "masking.*", "train.image_sizes"),
+    samples=(*DATA, *SAMPLING, "masking.*"),
     noted=(
         WRITTEN,
         "loss.*",

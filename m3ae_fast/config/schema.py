@@ -538,10 +538,6 @@ class TrainConfig(TransformerLoopConfig):
     """Condition for ending the run early: an accuracy of `train.probe`, such as 0.6, or `plateau`, which means three
     evaluations in a row without a new best accuracy. When the condition is met, the final decay of the learning rate
     begins; this requires `optim.schedule: wsd`. null: the run is not ended early."""
-    image_sizes: list[Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], Size], Strict(False)]] = []
-    """Image sizes for the first part of the run, as pairs of a fraction of the steps and a size in pixels, such as
-    [[0.5, 96], [0.75, 160]]. Each size is used until its fraction of the steps has been completed. The remaining steps,
-    and all evaluations, use `model.image_size`."""
     rollbacks: int = Field(0, ge=0, le=100)
     """Maximum number of rollbacks: if the loss or the gradient norm of a step is not finite, the run returns to its
     last good checkpoint and skips the batch of that step. Until a batch is skipped, the run is identical to a run
@@ -731,9 +727,7 @@ class Config(Section):
         shown = self.data.show_channels or (0,)
         if not 0 <= min(shown) <= max(shown) < self.model.channels:
             raise ValueError(f"data.show_channels {list(shown)}: the model has channels 0 to {self.model.channels - 1}")
-        config = self._with_images()._without_captions()
-        config._check_image_sizes()  # depends on model.resize, which may be set by data.resize
-        return config
+        return self._with_images()._without_captions()
 
     def _check_layer_decay(self) -> None:
         """Raise ValueError if optim.layer_decay is set and cannot be combined with other settings."""
@@ -750,31 +744,6 @@ class Config(Section):
                 f"optim.layer_decay {decay:g} cannot be combined with Muon, whose learning rate is the same in all "
                 "layers: set optim.name to adamw, or optim.layer_decay to 1"
             )
-
-    def _check_image_sizes(self) -> None:
-        """Raise ValueError if train.image_sizes is invalid or cannot be combined with other settings."""
-        pairs, model = self.train.image_sizes, self.model
-        if not pairs:
-            return
-        for name, value in (("resize", "native"), ("image_targets", "vqgan")):
-            if getattr(model, name) == value:
-                raise ValueError(f"train.image_sizes needs square images with pixel targets, not model.{name} {value}")
-        if self.train.hours is not None or self.train.stop_at is not None:
-            raise ValueError(
-                "train.image_sizes needs a known number of steps: set train.hours and train.stop_at to "
-                "null, and set train.steps or train.epochs"
-            )
-        if self.train.spike_threshold is not None:
-            raise ValueError("train.spike_threshold needs images of one size: set train.image_sizes to []")
-        fractions = [fraction for fraction, _ in pairs]
-        if fractions != sorted({*fractions}):
-            raise ValueError(f"train.image_sizes: the fractions {fractions} must increase")
-        for _, size in pairs:
-            if size % model.patch_size or size >= model.image_size:
-                raise ValueError(
-                    f"train.image_sizes: {size} must be a multiple of model.patch_size {model.patch_size} and below "
-                    f"model.image_size {model.image_size}"
-                )
 
     def _with_images(self) -> Config:
         """Return the config with the image settings copied from `data` to `model`, because code that later decodes

@@ -9,7 +9,7 @@ Shapes: C channels, H x W pixels, L patches of an image, n tokens of a caption.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -57,9 +57,6 @@ class Preparation:
     stored_codebook: int | None = None  # size of the codebook, if the shards contain the images' token ids
     # the loader counts the FLOPs of this model for each batch; None: they are not counted
     counted_for: ModelConfig | None = None
-    # pairs (batch, size): before this batch of the training stream, images have this size, which is smaller than the
-    # size in `geometry`
-    smaller: tuple[tuple[int, int], ...] = ()
 
 
 class _Draft(NamedTuple):
@@ -91,9 +88,8 @@ class Samples(Dataset[Sample | Skipped]):
 
     def __post_init__(self) -> None:
         self._readers = [Reader(source, self.corpus.store) for source in self.corpus.sources]
-        geometry, seed = self.preparation.geometry, self.preparation.seed
+        seed = self.preparation.seed
         self._streams, self._masks = RandomStreams(seed), MaskSampler(self.preparation.masking, seed)
-        self._smaller = [(end, replace(geometry, image_size=size)) for end, size in self.preparation.smaller]
 
     def __getitem__(self, position: int) -> Sample | Skipped:
         """Return the sample at `position`, or the reason why it is skipped."""
@@ -126,12 +122,14 @@ class Samples(Dataset[Sample | Skipped]):
             tokens = None if caption is None else self._tokens(caption)
         except (BadSample, OSError) as error:
             return [Skipped(name, key, str(error))] * len(positions)
-        source, views = reader.source, [position % self.repeats for position in positions]
+        source, geometry = reader.source, self.preparation.geometry
+        views = [position % self.repeats for position in positions]
         samples = []
         for position, view in zip(positions, views):
             key_of_view = _key(place, view)
-            patches, text_length = self._geometry(position).patches_per_image, self.preparation.geometry.text_length
-            image_mask, text_mask = self._masks.image_and_text(patches, text_length, key_of_view, self._step(position))
+            image_mask, text_mask = self._masks.image_and_text(
+                geometry.patches_per_image, geometry.text_length, key_of_view, self._step(position)
+            )
             sample = Sample(
                 f"{name}/{key}",
                 tokens=tokens,
@@ -164,7 +162,7 @@ class Samples(Dataset[Sample | Skipped]):
         for sample, view in zip(draft.samples, draft.views):
             key = _key(draft.place, view)
             assert sample.position is not None
-            image_CSS = self._transform(self._crop(image, key, self._geometry(sample.position)), key)
+            image_CSS = self._transform(self._crop(image, key), key)
             sample.image = model_input(image_CSS, geometry.image_mean, geometry.image_std)
             if geometry.native is not None:
                 rows, columns = geometry.grid(sample.image)
@@ -200,16 +198,8 @@ class Samples(Dataset[Sample | Skipped]):
         """Return the number of the step that a position belongs to, if the run leaves out no batch."""
         return position // self.positions_per_mask
 
-    def _geometry(self, position: int) -> Geometry:
-        """Return the geometry of the batch that a position belongs to. The first batches may use smaller images."""
-        if self.augment is not None:
-            for end, geometry in self._smaller:
-                if position < end * self.positions_per_mask:
-                    return geometry
-        return self.preparation.geometry
-
-    def _crop(self, image: Tensor, key: tuple[int, ...], geometry: Geometry) -> Tensor:
-        frame = geometry.frame
+    def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
+        frame = self.preparation.geometry.frame
         if self.preparation.stored_codebook:
             return image  # the stored ids were computed from this crop
         if self.augment is None:

@@ -169,15 +169,14 @@ def samples_of(corpus: Corpus, preparation: Preparation, keys: Sequence[str]) ->
 def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, pin_memory: bool) -> Loader[PackedBatch]:
     check_tokenizer(samples.preparation.tokenizer, samples.corpus.has_captions)
     preparation = samples.preparation
-    geometry, grows = preparation.geometry, samples.augment is not None and bool(preparation.smaller)
-    size = batch_bytes(geometry, micro_batches.share.micro_batch)
+    size = batch_bytes(preparation.geometry, micro_batches.share.micro_batch)
     workers = min(default_workers(), most_workers(size)) if config.workers is None else config.workers
     allow_open_files()
     return Loader(
         cast("Dataset[PackedBatch]", samples),  # `collate` converts its samples to a PackedBatch
         batch_sampler=micro_batches,
         num_workers=workers,
-        collate_fn=partial(collate, geometry=geometry, model=preparation.counted_for, grows=grows),
+        collate_fn=partial(collate, geometry=preparation.geometry, model=preparation.counted_for),
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
         prefetch_factor=fitting_prefetch(config.prefetch, workers, size) if workers else None,
@@ -186,15 +185,10 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
     )
 
 
-def collate(
-    samples: Sequence[Sample | Skipped], geometry: Geometry, model: ModelConfig | None = None, grows: bool = False
-) -> PackedBatch:
+def collate(samples: Sequence[Sample | Skipped], geometry: Geometry, model: ModelConfig | None = None) -> PackedBatch:
     """Return the valid samples of a micro-batch as one packed batch, which lists the bad samples in `skipped`. `model`:
-    model whose FLOPs are counted for the batch; None: FLOPs are not counted. `grows`: whether the images of the batch,
-    which all have the same size, may be smaller than the model's image size."""
+    model whose FLOPs are counted for the batch; None: FLOPs are not counted."""
     usable = [sample for sample in samples if isinstance(sample, Sample)]
-    if grows and (images := [sample.image for sample in usable if sample.image is not None]):
-        geometry = replace(geometry, image_size=images[0].shape[-1])
     batch = pack(usable, geometry, repeat_shapes=True)
     skipped = tuple(sample for sample in samples if isinstance(sample, Skipped))
     return replace(batch, skipped=skipped, flops=None if model is None else executed_flops(model, batch))

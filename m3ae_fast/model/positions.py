@@ -28,15 +28,6 @@ def sincos_2d(dim: int, side: int, first: int = 0) -> Tensor:
     return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)
 
 
-def sincos_of_smaller(dim: int, side: int, whole: int) -> Tensor:
-    """Return float32 [side * side, dim], row-major: the embeddings of an image that has been reduced from `whole` x
-    `whole` patches to `side` x `side`. They are computed for the centres of the patches, in the coordinates of the
-    original image."""
-    places = (torch.arange(side, device="cpu") + 0.5) * (whole / side) - 0.5
-    rows, columns = torch.meshgrid(places, places, indexing="ij")
-    return torch.cat((sincos_1d(dim // 2, columns.flatten()), sincos_1d(dim // 2, rows.flatten())), dim=1)
-
-
 def resampled(image_LD: Tensor, grid: Grid) -> Tensor:
     """Return the position embeddings of a square image's patches [L, dim], resampled (bicubic, antialiased) to another
     grid (rows, columns), as in timm's `resample_abs_pos_embed`: [rows * columns, dim], in the same dtype."""
@@ -72,8 +63,6 @@ class Positions(nn.Module):
         a checkpoint are kept."""
         stored, side = config.positions == "stored", config.position_side
         self.resamples = stored and config.resize == "native"
-        self.stored, self.side = stored, side if config.resize == "square" else None
-        self._smaller: dict[tuple[Grid, torch.device, torch.dtype], Tensor] = {}
         if self.image.numel() and stored:
             return
         centred = config.resize == "native" and config.native_positions == "centred" and not stored
@@ -85,24 +74,12 @@ class Positions(nn.Module):
         self, image_type: Tensor | None, text_type: Tensor | None, grids: Iterable[Grid]
     ) -> tuple[Tensor, Tensor]:
         """Return the position tables [positions, dim] and [text_length, dim], with the modality's embedding [1, dim]
-        added if there is one. The first table is for patches. If images are square, it has the positions of one image
-        of the batch's size, which may be smaller than the model's. With native aspect ratio, it has the positions of
-        the batch's `grids` in the layout of `Native.position_indices`."""
+        added if there is one. The first table is for patches. If images are square, it has the positions of one image.
+        With native aspect ratio, it has those of the batch's `grids` in the layout of `Native.position_indices`."""
         image = self.image
-        if self.side is not None and (grid := next(iter(grids), None)) not in (None, (self.side, self.side)):
-            image = self._of_smaller(grid)
         if self.resamples:
             image = torch.cat([image[:0], *(resampled(image, grid) for grid in distinct(grids))])
         return (
             image if image_type is None else image + image_type,
             self.text if text_type is None else self.text + text_type,
         )
-
-    def _of_smaller(self, grid: Grid) -> Tensor:
-        """Return the table for a smaller square image, which represents a whole image of the model's size."""
-        key = (grid, self.image.device, self.image.dtype)
-        if key not in self._smaller:
-            assert self.side is not None
-            found = resampled(self.image, grid) if self.stored else sincos_of_smaller(self.dim, grid[0], self.side)
-            self._smaller[key] = found.to(self.image)
-        return self._smaller[key]

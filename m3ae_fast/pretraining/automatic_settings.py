@@ -240,11 +240,6 @@ def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> 
         raise UserError(
             "--set data.val: can be set only to [] (no held-out samples); specify held-out samples with SOURCE or --val"
         )
-    lengths = (set_to(overrides, f"train.{name}", None) for name in ("steps", "epochs"))
-    if set_to(overrides, "train.image_sizes", []) and not any(lengths):
-        raise UserError(
-            "--set train.image_sizes: needs a fixed length of the run: add --set train.steps=N or --set train.epochs=N"
-        )
     start = [] if start_from is None else [f"model.init_from={json.dumps(start_from)}"]
     return assumed_config([*start, *overrides])
 

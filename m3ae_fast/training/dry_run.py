@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -105,14 +104,6 @@ def report(
         _print_memory(console, needs)
 
 
-class _Phase(NamedTuple):
-    """A part of a run in which all images have the same size."""
-
-    fraction: float  # of the steps of the run
-    image_size: int
-    flops: float  # per sample
-
-
 class _Needs:
     """The FLOPs, the throughput of an H100 and the memory that follow from a config."""
 
@@ -127,14 +118,11 @@ class _Needs:
         self.world = world or max(one_step, 1)
         self.share = split_batch(config.train, self.world)
         samples = len(self.batch.keys)
-        self.flops = executed_flops(config.model, self.batch) / samples  # per sample with an image of full size
-        self.mean_flops = mean_flops(config, self.flops)  # per sample, over the run
+        self.flops = executed_flops(config.model, self.batch) / samples  # per sample
         peaks = data_sheet("H100")
         assert peaks is not None
         self.peaks = peaks
-        self.rate = UTILISATION * peaks.flops / self.mean_flops  # samples per second of an H100, over the run
-        self.fastest = min(_phases(config, self.flops), key=lambda phase: phase.flops)
-        self.fastest_rate = UTILISATION * peaks.flops / self.fastest.flops
+        self.rate = UTILISATION * peaks.flops / self.flops  # samples per second of an H100
         self.activations = self.share.micro_batch * activation_bytes(config, self.batch) / samples  # bytes per rank
         self.matrices = matrix_elements(config, self.model)
 
@@ -143,14 +131,11 @@ def _flops_lines(needs: _Needs) -> list[tuple[str, str]]:
     config = needs.config
     official = reference_flops(config.model, config.masking)
     square = ", for a square image" if config.model.resize == "native" else ""
-    lines = [
+    return [
         ("parameters", f"{needs.parameters:,}"),
         ("FLOPs per sample", f"{official / 1e9:,.1f} G forward and backward in the official code{square}"),
         ("", f"{needs.flops / 1e9:,.1f} G in this engine, for a caption of {caption_tokens(config)} tokens"),
     ]
-    if config.train.image_sizes:
-        lines.append(("", f"{needs.mean_flops / 1e9:,.1f} G on average, with train.image_sizes"))
-    return lines
 
 
 def _batch_line(needs: _Needs, gpus: bool) -> tuple[str, str]:
@@ -172,7 +157,7 @@ def _gpu_lines(needs: _Needs) -> list[tuple[str, str]]:
         ("GPU", f"an H100, {sheet}, at an assumed utilisation of {UTILISATION:.0%}"),
         ("network", _network(needs)),
         ("step", _step(config, needs.model, world, rate, needs.peaks)),
-        ("loader", _loader(config, needs.fastest_rate, needs.fastest.image_size)),
+        ("loader", _loader(rate)),
     ]
 
 
@@ -262,26 +247,6 @@ def exchanged_updates(matrices: int, world: int) -> float:
     return 4 * matrices * (world - 1) / world
 
 
-def mean_flops(config: Config, full: float) -> float:
-    """Return the mean FLOPs of a sample over the run, taking the smaller images of train.image_sizes into account.
-    `full`: FLOPs of a sample with an image of the model's size."""
-    return sum(phase.fraction * phase.flops for phase in _phases(config, full))
-
-
-def _phases(config: Config, full: float) -> list[_Phase]:
-    """Return the phases of the run: one for each size of train.image_sizes, and one for the size of the model. `full`:
-    as for `mean_flops`."""
-    phases, before = [], 0.0
-    for end, size in config.train.image_sizes:
-        smaller = config.model_copy(update={"model": config.model.model_copy(update={"image_size": size})})
-        with torch.device("meta"):
-            model = M3AE(smaller.model, smaller.loss)
-        batch = typical_batch(smaller, model)
-        phases.append(_Phase(end - before, size, executed_flops(smaller.model, batch) / len(batch.keys)))
-        before = end
-    return [*phases, _Phase(1 - before, config.model.image_size, full)]
-
-
 def _step(config: Config, model: M3AE, world: int, rate: float, peaks: Peaks) -> str:
     """Return a description of the duration of a step, including Muon but excluding waits for network and data."""
     samples = config.train.global_batch / world
@@ -297,13 +262,11 @@ def _step(config: Config, model: M3AE, world: int, rate: float, peaks: Peaks) ->
     )
 
 
-def _loader(config: Config, rate: float, image_size: int) -> str:
+def _loader(rate: float) -> str:
     """Return a description of the number of cores that are needed to load the samples for a GPU, with advice if this
-    number is higher than usual. `rate`: maximum number of samples per second, with images of `image_size`."""
+    number is higher than usual. `rate`: number of samples per second."""
     cores = rate / DECODED_PER_CORE
     text = f"{cores:,.1f} cores per GPU, for {rate:,.0f} samples/s"
-    if config.train.image_sizes:
-        text += f" with images of {image_size} px"
     if cores <= CORES_PER_GPU:
         return text
     return (

@@ -115,7 +115,7 @@ def set_up(
     model, fixed, started = _build_model(config, found, ranks)
     if left_out is None:
         left_out = tuple(found.info.left_out) if found.info else ()
-    preparation = preparation_of(config, model, stream.data, stream.schedule, left_out)
+    preparation = preparation_of(config, model, stream.data)
     engine = build_engine(model, config, ranks)
     found.load(engine)
     add_targets = _targets_on_device(config, stream.data, ranks.device)
@@ -142,7 +142,7 @@ def set_up(
         schedule=stream.schedule,
         engine=engine,
         train_loader=loader,
-        throughput=Throughput(config.model, config.masking, peak, one_size=not cfg.image_sizes, update_flops=updates),
+        throughput=Throughput(config.model, config.masking, peak, update_flops=updates),
         bad=BadSamples(config.data.max_bad_fraction, stream.data.train.samples),
         stream=stream.fingerprint,
         start=found.step,
@@ -274,13 +274,10 @@ def _open(config: Config, progress: bool) -> Data:
     return data if config.model.resize == "square" else replace(data, train=measured(data.train, progress=progress))
 
 
-def preparation_of(
-    config: Config, model: M3AE, data: Data, schedule: Schedule, left_out: tuple[int, ...] = ()
-) -> Preparation:
+def preparation_of(config: Config, model: M3AE, data: Data) -> Preparation:
     """Return the settings by which the loader converts samples to batches: the geometry of the images, the masking, the
-    tokenizers and the seed. If the images grow during the run, `schedule` determines at which steps their size changes,
-    and `left_out`, the batches of the stream that the run leaves out, determines which batches these steps use."""
-    tokens, vqgan, total = config.data.image_tokens, data.image_tokenizer, schedule.total_steps
+    tokenizers and the seed."""
+    tokens, vqgan = config.data.image_tokens, data.image_tokenizer
     return Preparation(
         model.geometry,
         config.masking,
@@ -289,7 +286,4 @@ def preparation_of(
         image_tokenizer=vqgan if tokens == "workers" else None,
         stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
         counted_for=config.model,
-        smaller=tuple(
-            (batch_of(round(fraction * total), left_out), size) for fraction, size in config.train.image_sizes
-        ),
     )

@@ -119,15 +119,14 @@ class Throughput:
         config: ModelConfig,
         masking: MaskingConfig,
         peak_flops: float,
-        one_size: bool = True,
         update_flops: float = 0.0,
     ) -> None:
-        """Start counting. `peak_flops`: FLOP/s of all ranks together; `one_size`: whether all images have the same size
-        throughout the run; `update_flops`: FLOPs of the optimiser in a step, on all ranks together."""
+        """Start counting. `peak_flops`: FLOP/s of all ranks together; `update_flops`: FLOPs of the optimiser in a step,
+        on all ranks together."""
         self._peak, self._update_flops = peak_flops, update_flops
         all_predicted = masking.image_predicted == masking.text_predicted == 1
         # the FLOPs of the official code are meaningful only for runs that compute what it computes
-        self._is_official = config.resize == "square" and one_size and config.dec_attention == "self" and all_predicted
+        self._is_official = config.resize == "square" and config.dec_attention == "self" and all_predicted
         self._paired = reference_flops(config, masking)
         self._image, self._text = (reference_flops(config, masking, **{n: False}) for n in ("text", "image"))
         self._start()
@@ -145,7 +144,7 @@ class Throughput:
 
     def rates(self) -> dict[str, float]:
         """Return the rates since the last call: those of `Rates`, `tokens_per_s`, `utilisation` and, if the run
-        computes what the official code computes (square images of one size, a decoder with self-attention, all masked
+        computes what the official code computes (square images, a decoder with self-attention, all masked
         tokens predicted), `mfu`. `utilisation` is the executed FLOP/s, including those of the optimiser, divided by the
         peak FLOP/s; `mfu` is computed with the FLOPs of the official code instead."""
         seconds, n = time.perf_counter() - self._since, self._counts

@@ -84,7 +84,6 @@ class ThroughputEstimate:
         scaled = "" if same else f" of {self.batch} samples, scaled to the full batch"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
         adjusted = "; train.hours adjusts the number of steps" if config.train.hours else ""
-        adjusted += "; steps with smaller images take less time" if config.train.image_sizes else ""
         measured = f"measured over {self.steps} steps{scaled}"
         return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, {measured}{adjusted}"
 
@@ -117,7 +116,6 @@ def measure_batch(config: Config, session: Session, batch: int, seconds: float) 
             "epochs": None,
             "hours": None,
             "stop_at": None,
-            "image_sizes": [],
         }
         short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})
         trainer = set_up(short, "no", session, None)

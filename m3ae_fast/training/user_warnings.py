@@ -91,7 +91,6 @@ def open_options(config: Config, left_out: Sequence[int] = ()) -> str:
         "optim.name": (config.optim.name, "adamw"),
         "optim.layer_decay": (config.optim.layer_decay, 1.0),
         "optim.schedule": (config.optim.schedule, "cosine"),
-        "train.image_sizes": ([[*pair] for pair in config.train.image_sizes], []),
     }
     changed = [f"{name}={value}" for name, (value, official) in values.items() if value != official]
     if left_out:
