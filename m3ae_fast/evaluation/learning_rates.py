@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.significance import standard_error
 
 FACTORS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # candidate learning rates, as multiples of the recipe's learning rate
 
@@ -44,19 +45,23 @@ def best(tried: Sequence[RateTrial]) -> RateTrial:
     return max(tried, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
 
 
-def choose(tried: Sequence[RateTrial], usual: float, held_out: int) -> RateTrial:
-    """Return the learning rate nearest to the `usual` one among those whose accuracy is within one standard error of
-    the highest (the one-standard-error rule of Breiman et al. 1984). With few samples, the highest accuracy is largely
-    due to chance.
+def within_error(tried: Sequence[RateTrial], held_out: int) -> list[RateTrial]:
+    """Return the values whose accuracy is within one standard error of the highest (the one-standard-error rule of
+    Breiman et al. 1984): with few samples, the highest accuracy is largely due to chance. Values with which the
+    training diverged are left out, unless it diverged with all of them.
 
     Args:
-        tried: results of the learning rates; not empty.
-        usual: the recipe's learning rate.
+        tried: results of the values; not empty.
         held_out: number of held-out samples.
     """
     top = best(tried).top1
-    good = [each for each in tried if each.top1 >= top - math.sqrt(top * (1 - top) / held_out)]
-    return min(good, key=lambda each: (each.loss is None, abs(math.log(each.peak_lr / usual))))
+    tried = [each for each in tried if each.loss is not None] or tried
+    return [each for each in tried if each.top1 >= top - standard_error(top, held_out)]
+
+
+def choose(tried: Sequence[RateTrial], usual: float, held_out: int) -> RateTrial:
+    """Return the learning rate nearest to the `usual` one, which is the recipe's, among those of `within_error`."""
+    return min(within_error(tried, held_out), key=lambda each: abs(math.log(each.peak_lr / usual)))
 
 
 def edge(tried: Sequence[RateTrial], peak_lr: float | None) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import judge, logits
 from m3ae_fast.evaluation.heads import BATCH_NORM_EPS, LinearHeads
-from m3ae_fast.evaluation.learning_rates import RateTrial, choose, split
+from m3ae_fast.evaluation.learning_rates import RateTrial, best, split, within_error
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.heartbeats import Heartbeats
@@ -36,12 +36,16 @@ _SUFFICIENT = 1e-4  # minimum decrease of the loss as a fraction of the decrease
 _ROUNDING = 1e-7  # relative rounding error of a loss
 _SHORTEST = 1e-6  # minimum step length
 _AT_A_TIME = 1 << 22  # maximum number of logits that are computed at a time
+# A feature is constant if its standard deviation is below this fraction of its mean (a few roundings of float32), or
+# below the second value, whose inverse float32 can still represent.
+_CONSTANT, _TINY = 1e-6, 1e-30
 
 
 def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> tuple[LinearHeads, float]:
-    """Fit one classifier to labels. The inverse strength is chosen by the accuracy on a held-out tenth of the samples,
-    in the same way as the learning rate of a linear probe; see `choose`. It is USUAL if there are fewer than ten
-    samples. Every rank must call it.
+    """Fit one classifier to labels. The strongest penalty is used whose accuracy on a held-out tenth of the samples is
+    within one standard error of the highest; see `within_error`. The inverse strength is USUAL if there are fewer than
+    ten samples, or if no held-out sample is classified correctly, for example because each class has one sample. Every
+    rank must call it.
 
     Returns:
         The classifier, as a single head, and its inverse strength.
@@ -51,7 +55,9 @@ def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = 
         train = bank.rows(parts.train)
         tried_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, heartbeats)
         judged = zip(INVERSE_STRENGTHS, judge(heads, bank.rows(parts.held_out)))
-        strength = choose([RateTrial(each, *found) for each, found in judged], USUAL, len(parts.held_out)).peak_lr
+        tried = [RateTrial(each, *found) for each, found in judged]
+        if best(tried).top1:
+            strength = min(each.peak_lr for each in within_error(tried, len(parts.held_out)))
         strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks use the same value
         start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
     return _fit(bank, bank.labels, classes, [strength], heartbeats, start_HKP)[1], strength
@@ -90,12 +96,14 @@ def _fit(
 ) -> tuple[Tensor, LinearHeads]:
     """Return the weights, float64, and a head for each strength. As in scikit-learn, the penalty that is added to the
     mean loss is half the sum of the squared weights, divided by the inverse strength and by N. Biases are not
-    penalised."""
+    penalised. For two classes, scikit-learn has one vector of weights, the difference of the two vectors here, whose
+    squared norm is twice the sum of theirs; so the penalty is doubled."""
     features = Standardised(bank)
     device, samples = features.device, len(bank.keys)
     counts_K = (targets.sum(0) if targets.ndim == 2 else targets.bincount(minlength=classes)).double().to(device)
     frequency_K = (counts_K + 0.5) / (samples + (1 if targets.ndim == 2 else classes / 2))
-    penalty_H = 1 / (samples * torch.tensor(inverse_strengths, dtype=torch.float64, device=device))
+    factor = 2 if targets.ndim == 1 and classes == 2 else 1
+    penalty_H = factor / (samples * torch.tensor(inverse_strengths, dtype=torch.float64, device=device))
     fixed_K = (counts_K == 0) | (counts_K == samples) if targets.ndim == 2 else torch.zeros_like(counts_K).bool()
     if start_HKP is None:
         start_HKP = torch.zeros(
@@ -113,31 +121,33 @@ def _fit(
         weight_HKP[..., -1] -= weight_HKP[..., -1].mean(1, keepdim=True)
     heads = LinearHeads(bank.stored_SD.shape[-1], classes, [0] * len(penalty_H)).to(device).eval()
     heads.norm.mean.copy_(features.mean_D)
-    heads.norm.var.copy_(features.var_D)
-    heads.linear.weight.data.copy_(weight_HKP[..., :-1])
+    heads.norm.var.fill_(1 - BATCH_NORM_EPS)  # the weights contain the scale, because the norm would add eps to it
+    heads.linear.weight.data.copy_(weight_HKP[..., :-1] * features.scale_D)
     heads.linear.bias.data.copy_(weight_HKP[..., -1])
     return weight_HKP, heads
 
 
 class Standardised:
-    """The features of a bank, standardised to mean 0 and variance 1 over the samples of all ranks. Every rank must
-    create this object."""
+    """The features of a bank, standardised to mean 0 and variance 1 over the samples of all ranks; constant features
+    become 0. Every rank must create this object."""
 
     def __init__(self, bank: FeatureBank) -> None:
         self.bank, self.ranks = bank, bank.ranks
         self.device = bank.ranks.device if bank.ranks else bank.stored_SD.device
         zeros_D = torch.zeros(bank.stored_SD.shape[-1], dtype=torch.float64, device=self.device)
-        self.mean_D, self.var_D = zeros_D, zeros_D + 1 - BATCH_NORM_EPS
+        self.mean_D, self.scale_D = zeros_D, zeros_D + 1
         sum_D = sum((part_BD.double().sum(0) for _, part_BD in self.parts(1)), zeros_D.clone())
         self.mean_D = all_reduce(sum_D, self.ranks) / len(bank.keys)
         squares_D = sum((part_BD.double().square().sum(0) for _, part_BD in self.parts(1)), zeros_D.clone())
-        self.var_D = all_reduce(squares_D, self.ranks) / len(bank.keys)
+        std_D = (all_reduce(squares_D, self.ranks) / len(bank.keys)).sqrt()
+        varies_D = std_D > (_CONSTANT * self.mean_D.abs()).clamp(min=_TINY)
+        self.scale_D = torch.where(varies_D, 1 / std_D, 0)
 
     def parts(self, logits: int) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of this rank's R samples, each with the standardised features of the slice, float32 [B, D].
         `logits`: number of logits per sample, which limits B."""
         at_a_time = max(_AT_A_TIME // max(logits, self.bank.stored_SD.shape[-1]), 1)
-        mean_D, scale_D = self.mean_D.float(), (self.var_D + BATCH_NORM_EPS).rsqrt().float()
+        mean_D, scale_D = self.mean_D.float(), self.scale_D.float()
         for start in range(0, len(self.bank.own), at_a_time):
             part = slice(start, start + at_a_time)
             yield part, (self.bank.take(part).to(self.device).float() - mean_D) * scale_D

@@ -67,7 +67,7 @@ TASKS = {
         example="knn.k=10",
     ),
     "logistic": Task(
-        "logistic regression on frozen features, with the best of five L2 penalties; the classifier is saved in OUT",
+        "logistic regression on frozen features, with one of five L2 penalties; the classifier is saved in OUT",
         has_probe_grid=True,
         pools=True,
         takes_pixels=True,

@@ -11,8 +11,8 @@ from m3ae_fast.evaluation import logistic_regression
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import judge, logits, losses
 from m3ae_fast.evaluation.heads import LinearHeads
-from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split
-from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS, USUAL, fit_chosen
+from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split, within_error
+from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS, fit_chosen
 from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads, try_rates
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import join_ranks
@@ -143,7 +143,8 @@ def test_an_accuracy_has_the_standard_error_of_the_held_out_tenth(monkeypatch, s
     monkeypatch.setattr(logistic_regression, "judge", lambda *of: judged.append(judge(*of)) or judged[-1])
     strength = fit_chosen(bank, 3)[1]
     tried = [RateTrial(each, *found) for each, found in zip(INVERSE_STRENGTHS, judged[0])]
-    assert strength == choose(tried, USUAL, 30).peak_lr != choose(tried, USUAL, 300).peak_lr
+    strongest, too_weak = (min(each.peak_lr for each in within_error(tried, count)) for count in (30, 300))
+    assert strength == strongest != too_weak
     with join_ranks() as ranks:
         setting = _setting(ranks, seed, global_batch=64, steps=16, warmup_epochs=0)
         recipe = linear_recipe(300, setting)
@@ -173,6 +174,8 @@ def test_a_learning_rate_is_chosen_only_for_a_significant_gain():
     assert choose(tried, 1, 50).peak_lr == 1 and choose(tried, 1, 10_000).peak_lr == 0.1
     assert choose([tried[0], RateTrial(1, 0.7, 0.9)], 0.4, 100).peak_lr == 1  # 0.1 is a quarter of the usual rate
     assert choose([RateTrial(1, 0.0, None), RateTrial(2, 0.0, 3.0)], 1.4, 9).peak_lr == 2
+    # an accuracy of 100 % on 9 samples has a standard error of about 10 points
+    assert choose([RateTrial(1, 8 / 9 + 0.02, 0.1), RateTrial(2, 1.0, 0.1)], 1, 9).peak_lr == 1
 
 
 def test_among_learning_rates_of_equal_accuracy_the_one_with_the_lowest_loss_is_chosen():

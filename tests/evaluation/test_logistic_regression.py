@@ -8,7 +8,7 @@ from sklearn.preprocessing import StandardScaler
 from m3ae_fast.evaluation import logistic_regression
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.logistic_regression import USUAL, fit, fit_chosen
+from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS, USUAL, fit, fit_chosen
 
 
 def _bank(features, labels=None):
@@ -61,6 +61,41 @@ def test_logistic_regression_equals_that_of_scikit_learn_in_few_iterations(monke
     assert len(found[:, 2].unique()) == len(found[:, 3].unique()) == 1  # of no sample, and of all
 
 
+def test_two_classes_have_the_penalty_of_scikit_learn():
+    (features, labels), (queries, _) = _samples(60, 2, 4.0), _samples(50, 2, 4.0, seed=1)
+    found = logits(fit(_bank(features), labels, 2), _bank(queries, torch.zeros(50).long()))
+    expected = _of_scikit_learn(features.double(), labels, queries.double())
+    torch.testing.assert_close(found[:, 1] - found[:, 0], expected.float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-4, 1e15])
+def test_features_of_any_scale_are_standardised(scale):
+    """Constant features are ignored, also in samples in which they have other values."""
+    (features, labels), (queries, _) = _samples(120, 3, 3.0, decay=0), _samples(50, 3, 3.0, seed=1, decay=0)
+    expected = logits(fit(_bank(features), labels, 3), _bank(queries))
+    features, queries = (
+        torch.cat((scale * (each - 7), torch.full((len(each), 1), constant)), 1)
+        for each, constant in ((features, 0.1), (queries, 5.0))
+    )
+    found = logits(fit(_bank(features), labels, 3), _bank(queries))
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
+def test_the_strongest_penalty_within_one_standard_error_is_chosen(monkeypatch):
+    """100 samples are held out, so an accuracy of 70 % has a standard error of 4.6 points, and one of 100 % about 1."""
+    features, labels = _samples(1000, 4, 2.0)
+
+    def chosen(*accuracies):
+        monkeypatch.setattr(logistic_regression, "judge", lambda *_: [(each, 0.5) for each in accuracies])
+        return fit_chosen(_bank(features, labels), 4)[1]
+
+    assert chosen(0.5, 0.64, 0.66, 0.7, 0.69) == INVERSE_STRENGTHS[2]
+    assert chosen(0.7, 0.66, 0.7, 0.7, 0.7) == INVERSE_STRENGTHS[0]
+    assert chosen(0.5, 0.5, 0.6, 0.6, 0.7) == USUAL
+    assert chosen(0.5, 0.98, 0.995, 1.0, 1.0) == INVERSE_STRENGTHS[2]
+    assert chosen(0.0, 0.0, 0.0, 0.0, 0.0) == USUAL  # the held-out samples show nothing
+
+
 def test_stronger_regularisation_is_chosen_if_the_default_overfits():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1200, 1, generator=generator)  # all features are noisy multiples of this variable
@@ -73,22 +108,37 @@ def test_stronger_regularisation_is_chosen_if_the_default_overfits():
         for each in (heads, fit(train, train.labels, 2))
     )
     assert strength < USUAL and right > usual + 0.03, (strength, right, usual)
-    assert fit_chosen(_bank(*_samples(400, 4, 0.5)), 4)[1] == USUAL
 
 
 @pytest.mark.parametrize(
     ("labels", "classes"),
     [
-        (torch.arange(99) % 3, 3),  # too few samples to hold out any
+        (torch.arange(9) % 3, 3),  # too few samples to hold out any
         (torch.arange(120), 120),  # held-out classes have no training sample
+    ],
+)
+def test_the_default_regularisation_is_used_if_no_other_can_be_chosen(labels, classes):
+    assert _fit_of_random_features(labels, classes) == USUAL
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
         (torch.zeros(40).long(), 1),
         (torch.arange(40) % 2, 5),  # some classes have no sample
     ],
 )
-def test_few_samples_use_the_default_regularisation(labels, classes):
+def test_classes_without_samples_are_never_predicted(labels, classes):
+    _fit_of_random_features(labels, classes)
+
+
+def _fit_of_random_features(labels, classes):
+    """Return the inverse strength, after checking that the logits are finite and that only classes with samples are
+    predicted."""
     features = torch.randn(len(labels), 6, generator=torch.Generator().manual_seed(0))
     features[:, 0] = 3.5  # a constant feature
     heads, strength = fit_chosen(_bank(features, labels), classes)
     found = logits(heads, _bank(features, labels))
-    assert strength == USUAL and found.isfinite().all() and found.shape == (len(labels), classes)
+    assert found.isfinite().all() and found.shape == (len(labels), classes)
     assert torch.isin(found.argmax(1), labels).all()
+    return strength
