@@ -135,7 +135,7 @@ def test_figures_show_the_requested_channels(dtype, tmp_path):
     target = normalised(image, MEAN, STD).unflatten(2, (2, 8)).unflatten(1, (2, 8)).permute(1, 3, 2, 4, 0).flatten(0, 1)
     target = target.flatten(1)[MASK]
     target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
-    original, masked, rebuilt = views_of(model, image, MASK, target)
+    original, masked, rebuilt, _ = views_of(model, image, MASK, target)
     assert (original.int() - rebuilt.int()).abs().max() <= 1 and (masked != original).any()
     whole = Sample("a", image, MASK & False)
     for name, draw in (

@@ -12,6 +12,7 @@ from m3ae_fast.drawing.figures import box_in, shown
 from m3ae_fast.drawing.reconstructions import (
     BLACK,
     GAP,
+    GIVEN_AWAY,
     GREEN,
     GREY,
     HIDDEN,
@@ -49,7 +50,7 @@ def test_true_pixels_as_predictions_reproduce_the_image():
         pixels = normal if loss.image_all_tokens else normal[mask]
         if loss.norm_pix:
             pixels = (pixels - pixels.mean(1, keepdim=True)) / (pixels.var(1, keepdim=True) + 1e-6).sqrt()
-        original, masked, rebuilt = views_of(M3AE(SMALL, loss), image, mask, pixels)
+        original, masked, rebuilt, *_ = views_of(M3AE(SMALL, loss), image, mask, pixels)
         assert torch.equal(original, image) and torch.equal(rebuilt, image)
         assert torch.equal((_cut(masked, 4) == GREY).all(1), mask)
         assert torch.equal(_cut(masked, 4)[~mask], _cut(image, 4)[~mask])
@@ -59,8 +60,56 @@ def test_a_uniform_patch_is_reconstructed_exactly():
     """The prediction is relative to the mean and the variance of the patch, which are those of a uniform patch."""
     sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
     image, mask = torch.full((3, 12, 12), 200, dtype=torch.uint8), torch.arange(9) % 2 == 0
-    *_, rebuilt = views_of(M3AE(sizes, LossConfig(norm_pix=True)), image, mask, torch.zeros(5, 48))
+    _, _, rebuilt, _ = views_of(M3AE(sizes, LossConfig(norm_pix=True)), image, mask, torch.zeros(5, 48))
     assert torch.equal(rebuilt, image)
+
+
+def test_the_zero_prediction_shows_what_a_figure_takes_from_the_original():
+    """With loss.norm_pix, a prediction of zero is drawn with the mean of the true patch, in the same units."""
+    sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
+    image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(9) % 2 == 0
+    model = M3AE(sizes, LossConfig(norm_pix=True))
+    *_, rebuilt, zero = views_of(model, image, mask, torch.randn(5, 48, generator=torch.Generator().manual_seed(1)))
+    patches = _cut(image, 4).float()
+    patches[mask] = patches[mask].mean(1, keepdim=True).round().expand(-1, 48)
+    assert (zero - _join(patches, (3, 3), 4)).abs().max() <= 1 and not torch.equal(rebuilt, zero)
+    assert len(views_of(M3AE(sizes), image, mask, torch.zeros(5, 48))) == 3  # grey in the units of the model
+
+
+def test_a_figure_of_standardised_patches_states_what_it_takes_from_the_original(tmp_path, monkeypatch):
+    """The error is relative to that of the zero prediction: 1 for a model that predicts zero."""
+    model, written = make_model(norm_pix=True), []
+    with torch.no_grad():
+        model.image_head.weight.zero_()
+        model.image_head.bias.zero_()
+    write = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, *args, **style: (written.append(args[1]), write(self, *args, **style))
+    )
+    draw_reconstructions(model, [make_sample(0), make_sample(2, image=False)], None, tmp_path / "sheet.png")
+    for text in (
+        "zero prediction",
+        *GIVEN_AWAY,
+        "Squared error of the reconstructions: 1.00 times that of the zero prediction.",
+    ):
+        assert text in written
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape[1] == 4 * (SIDE + GAP) + TEXT_WIDTH
+    columns = [sheet[24 : 24 + SIDE, GAP + i * (SIDE + GAP) :][:, :SIDE] for i in range(4)]
+    assert (columns[2] == columns[3]).all() and (columns[2] != columns[1]).any()
+    written.clear()
+    draw_reconstructions(model, [make_sample(2, image=False)], None, tmp_path / "sheet.png")
+    assert not set(GIVEN_AWAY) & set(written)  # there are no images
+
+
+def test_a_run_and_its_export_give_the_same_figure(tmp_path):
+    model = make_model(norm_pix=True)
+    model.save_pretrained(tmp_path / "export")
+    for name, each in (("run", model), ("export", M3AE.from_pretrained(tmp_path / "export"))):
+        draw_reconstructions(each, [make_sample(0), make_sample(1)], None, tmp_path / f"{name}.png")
+    run, export = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("run", "export"))
+    assert run.shape == export.shape and (run == export).all()
 
 
 def test_correct_words_are_green_and_incorrect_words_are_red():
@@ -128,7 +177,7 @@ def test_predicted_words_are_coloured_by_correctness(tmp_path):
 def width(words: list[str]) -> tuple[int, int]:
     """Return the width and the height in pixels that words occupy in a line of captions."""
     row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH + 200, 400), "white")
-    _write_captions(ImageDraw.Draw(row), {"": [(word, BLACK) for word in words]})
+    _write_captions(ImageDraw.Draw(row), {"": [(word, BLACK) for word in words]}, 3 * (SIDE + GAP))
     left, top, right, bottom = ImageOps.invert(row).getbbox()
     return right - left, bottom - top
 

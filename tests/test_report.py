@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import escape
 from io import BytesIO
 
 import numpy as np
@@ -15,6 +16,7 @@ from m3ae_fast.base.parquet import write_parquet
 from m3ae_fast.checkpoint.folder import Info
 from m3ae_fast.cli.report import main
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, Line, draw_charts, points_of
+from m3ae_fast.drawing.reconstructions import GIVEN_AWAY
 from m3ae_fast.evaluation.difference import against_largest_class
 from m3ae_fast.evaluation.run_report import write_report
 
@@ -55,6 +57,15 @@ def test_a_report_is_one_file_with_charts_results_and_settings(run):
     last = {"steps": "2", "loss": "nan", "val_image_loss": "2"}
     assert all(f'<td>{name}</td><td class="number">{value}</td>' in page for name, value in last.items())
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is loaded from elsewhere
+
+
+def test_a_report_states_what_reconstructions_take_from_the_original(run):
+    state = run / "checkpoints/step-00000002/state.json"
+    for norm_pix in (False, True):
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"config": {"loss": {"norm_pix": norm_pix}}}))
+        write_report(run, run / "report.html")
+        page = (run / "report.html").read_text()
+        assert all((escape(line) in page) == norm_pix for line in GIVEN_AWAY)
 
 
 def test_the_head_of_a_report_summarises_the_run_in_words(run):

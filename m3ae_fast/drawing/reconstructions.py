@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -31,6 +32,21 @@ GAP = 8
 GREY = 127
 HIDDEN = "___"
 FAINT = (130, 130, 130)
+_LINE = 16  # height of a line of text in pixels
+# what figures of models with loss.norm_pix show
+GIVEN_AWAY = (
+    "The model does not predict the mean and the contrast of a masked patch (loss.norm_pix), so the figure takes them "
+    "from the original.",
+    'The column "zero prediction" shows what this alone contributes.',
+)
+
+
+class _Row(NamedTuple):
+    """A sample in a figure, and the errors of its masked pixels, which are 0 unless the model has loss.norm_pix."""
+
+    picture: Image.Image
+    error: float = 0.0  # sum of the squared errors of the reconstruction, in levels from 0 to 255
+    zero_error: float = 0.0  # the same for the zero prediction
 
 
 def open_weights(config: Config, weights: dict[str, Tensor]) -> M3AE:
@@ -82,7 +98,8 @@ def draw_reconstructions(
 ) -> None:
     """Write a PNG with a row for each sample. Visible patches and text tokens are shown unchanged, and masked ones are
     shown as predicted. If the image targets are ids of `vqgan`, the whole image is decoded from the true and the
-    predicted ids.
+    predicted ids. If the model has loss.norm_pix, a column shows the zero prediction (see `views_of`), and the error of
+    the reconstructions is written as a fraction of its error.
 
     Args:
         model: model on any device; its mode is restored.
@@ -95,27 +112,44 @@ def draw_reconstructions(
     model.eval()
     rows = [_row(model, sample, tokenizer, vqgan, channels) for sample in samples]
     model.train(was_training)
-    width = 3 * (SIDE + GAP) + TEXT_WIDTH
-    sheet = Image.new("RGB", (width, 24 + sum(row.height + GAP for row in rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    titles = ("original", "masked", "reconstruction", "caption; predicted tokens: green if correct, otherwise red")
-    for i, title in enumerate(titles):
-        draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=ImageFont.load_default(12))
+    titles = ["original", "masked", "reconstruction"] + ["zero prediction"] * model.loss_config.norm_pix
+    left = len(titles) * (SIDE + GAP)
+    notes = _notes(rows) if model.loss_config.norm_pix else []
+    height = 24 + sum(row.picture.height + GAP for row in rows) + len(notes) * _LINE
+    sheet = Image.new("RGB", (left + TEXT_WIDTH, height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, title in enumerate([*titles, "caption; predicted tokens: green if correct, otherwise red"]):
+        draw.text((GAP + i * (SIDE + GAP), 5), title, fill=FAINT, font=font)
     y = 24
     for row in rows:
-        sheet.paste(row, (0, y))
-        y += row.height + GAP
+        sheet.paste(row.picture, (0, y))
+        y += row.picture.height + GAP
+    for note in notes:
+        draw.text((GAP, y), note, fill=FAINT, font=font)
+        y += _LINE
     with atomic_write(path) as partial:
         sheet.save(partial, format="PNG")
 
 
+def _notes(rows: Sequence[_Row]) -> list[str]:
+    """Return the lines below a figure of a model with loss.norm_pix."""
+    error, zero_error = (sum(values) for values in zip(*((row.error, row.zero_error) for row in rows)))
+    if not zero_error:  # there are no images
+        return []
+    return [
+        *GIVEN_AWAY,
+        f"Squared error of the reconstructions: {error / zero_error:.2f} times that of the zero prediction.",
+    ]
+
+
 def _row(
     model: M3AE, sample: Sample, tokenizer: CaptionTokenizer | None, vqgan: VQGAN | None, channels: Sequence[int] | None
-) -> Image.Image:
-    device = next(model.parameters()).device
+) -> _Row:
+    device, norm_pix = next(model.parameters()).device, model.loss_config.norm_pix
     output_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
-    row = Image.new("RGB", (3 * (SIDE + GAP) + TEXT_WIDTH, TALLEST), "white")
-    height = SIDE
+    left = (3 + norm_pix) * (SIDE + GAP)
+    row = Image.new("RGB", (left + TEXT_WIDTH, TALLEST), "white")
+    height, errors = SIDE, [0.0, 0.0]
     if sample.image is not None and sample.image_mask is not None:
         output_IK = output_IK.float().cpu()
         images = views_of(model, sample.image, sample.image_mask, None if vqgan else output_IK)
@@ -123,12 +157,15 @@ def _row(
             images.append(decode_predicted(model, vqgan, sample.image, sample.image_mask, output_IK))
         for i, image in enumerate(images):
             row.paste(shown(levels(image, model.config, channels), SIDE), (GAP + i * (SIDE + GAP), 0))
+        if norm_pix:  # visible patches are unchanged, so that only masked ones differ
+            original, _, *predicted = (image.float() for image in images)
+            errors = [(each - original).square().sum().item() for each in predicted]
     if sample.tokens is not None and sample.text_mask is not None and logits_WV is not None:
         with_loss = _with_loss(sample.text_mask, model.loss_config.text_all_tokens)
         guesses = dict(zip(with_loss.nonzero()[:, 0].tolist(), logits_WV.argmax(-1).tolist()))
         views = caption_views(sample.tokens, sample.text_mask, guesses, tokenizer)
-        height = min(max(_write_captions(ImageDraw.Draw(row), views), SIDE), TALLEST)
-    return row.crop((0, 0, row.width, height))
+        height = min(max(_write_captions(ImageDraw.Draw(row), views, left + GAP), SIDE), TALLEST)
+    return _Row(row.crop((0, 0, row.width, height)), *errors)
 
 
 def decode_predicted(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:
@@ -145,23 +182,28 @@ def decode_predicted(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, l
 def views_of(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | None) -> list[Tensor]:
     """Return the original image, the masked image and, if pixels are predicted, the reconstruction, each uint8 [C, H,
     W]. `image`: the model's input [C, H, W]; `pixels_IK`: predicted values, float32, for all patches if the model has
-    loss.image_all_tokens."""
+    loss.image_all_tokens.
+
+    With loss.norm_pix, predictions are standardised per patch. As in MAE, this is undone with the mean and the standard
+    deviation of the true patch, which the model does not know. A fourth image therefore shows the zero prediction: a
+    reconstruction in the same way with 0 for every predicted value.
+    """
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
     patches_LK = _cut(levels(image, c, range(len(image))), c.patch_size).float()
     masked = patches_LK.clone()
     masked[mask_L] = GREY
     views = [patches_LK, masked]
-    if pixels_IK is not None:
-        # Predictions are normalised per patch. The normalisation is undone with the statistics of the true patch, as in
-        # MAE.
-        if model.loss_config.norm_pix:
-            normal = _cut(normalised(image, c.image_mean, c.image_std), c.patch_size)
-            spread = (normal.var(-1, keepdim=True) + 1e-6).sqrt()
-            pixels_IK = pixels_IK * spread[with_loss] + normal.mean(-1, keepdim=True)[with_loss]
-        mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
-        is_uint8, predicted = image.dtype == torch.uint8, patches_LK.clone()
-        predicted[with_loss] = (pixels_IK * std + mean) * 255 if is_uint8 else stretched(pixels_IK).float()
-        views.append(torch.where(mask_L[:, None], predicted, patches_LK))
+    predictions = [] if pixels_IK is None else [pixels_IK]
+    if pixels_IK is not None and model.loss_config.norm_pix:
+        normal_IK = _cut(normalised(image, c.image_mean, c.image_std), c.patch_size)[with_loss]
+        spread_I1 = (normal_IK.var(-1, keepdim=True) + 1e-6).sqrt()
+        predictions = [each * spread_I1 + normal_IK.mean(-1, keepdim=True) for each in (pixels_IK, 0 * pixels_IK)]
+    mean, std = (torch.tensor(v).repeat(c.patch_size**2) for v in (c.image_mean, c.image_std))
+    for predicted_IK in predictions:
+        view = patches_LK.clone()
+        is_uint8 = image.dtype == torch.uint8
+        view[with_loss] = (predicted_IK * std + mean) * 255 if is_uint8 else stretched(predicted_IK).float()
+        views.append(torch.where(mask_L[:, None], view, patches_LK))
     grid = model.geometry.grid(image)
     return [_join(view.clamp(0, 255).round().to(torch.uint8), grid, c.patch_size) for view in views]
 
@@ -203,9 +245,10 @@ def caption_views(
     }
 
 
-def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]]) -> int:
-    """Draw the captions, each wrapped over as many lines as necessary, and return their height in pixels."""
-    left, y = 3 * (SIDE + GAP) + GAP, 0
+def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, Colour]]], left: int) -> int:
+    """Draw the captions, each wrapped over as many lines as necessary, and return their height in pixels. `left`: left
+    edge in pixels."""
+    y = 0
     font = ImageFont.load_default(13)
     for title, words in lines.items():
         draw.text((left, y), title, fill=FAINT, font=ImageFont.load_default(11))
@@ -215,7 +258,7 @@ def _write_captions(draw: ImageDraw.ImageDraw, lines: dict[str, list[tuple[str, 
             space = draw.textlength(" ", font=font) if word != piece and x > indent else 0
             width = draw.textlength(word, font=font)
             if x + space + width > TEXT_WIDTH and x > indent:
-                x, y, space = indent, y + 16, 0
+                x, y, space = indent, y + _LINE, 0
             draw.text((left + x + space, y), word, fill=colour, font=font)
             x += space + width
         y += 22

@@ -14,6 +14,7 @@ from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
+from m3ae_fast.drawing.reconstructions import GIVEN_AWAY
 from m3ae_fast.evaluation.baselines import BASELINES, PREFIXES, baseline_name, differences
 from m3ae_fast.evaluation.difference import in_words
 from m3ae_fast.evaluation.significance import ERROR, standard_error
@@ -60,7 +61,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
     parts.append(_section("Curves", _charts(LEARNING, runs), is_open=True))
     for kind in ("reconstructions", "attention", "map"):
         if png := _png(run / f"{kind}.png"):
-            parts.append(_section(kind.capitalize(), _image(png, "wide"), is_open=True))
+            parts.append(_section(kind.capitalize(), _about(kind, info) + _image(png, "wide"), is_open=True))
     for path, result in found:
         for picture in sorted(path.parent.glob("*.png")):
             title = f"{result.get('task', '?')} ({path.parent.name}): {picture.stem.replace('_', ' ')}"
@@ -241,6 +242,12 @@ def _chance(name: str, result: dict[str, Any]) -> str:
 def _charts(charts: Sequence[Chart], runs: Mapping[str, Metrics]) -> str:
     drawn = "".join(_image(png, alt=title) for title, png in draw_charts(charts, runs))
     return f'<div class="charts">{drawn}</div>'
+
+
+def _about(kind: str, info: checkpoint.Info | None) -> str:
+    """Return an HTML paragraph that explains a figure of the run; "" if the figure needs no explanation."""
+    given_away = info is not None and (info.config.get("loss") or {}).get("norm_pix")
+    return f"<p>{escape(' '.join(GIVEN_AWAY))}</p>" if kind == "reconstructions" and given_away else ""
 
 
 def _section(title: str, content: str, is_open: bool = False) -> str:

@@ -216,7 +216,8 @@ class M3AE(MultimodalEncoder):
             UserError: the folder holds other files, or cannot be written.
         """
         card = model_card(Path(folder).resolve().name, self.config)
-        write_pretrained(folder, Pretrained(self.config, self.state_dict(), self.tokenizer), card)
+        found = Pretrained(self.config, self.state_dict(), self.tokenizer, self.loss_config.norm_pix)
+        write_pretrained(folder, found, card)
 
     def push_to_hub(self, name: str, private: bool = False) -> str:
         """Upload the files of `save_pretrained` to the Hugging Face Hub as `name` (owner/name), and return the address.
@@ -234,14 +235,16 @@ class M3AE(MultimodalEncoder):
         """Load a model written by `save_pretrained`, `m3ae-fast export` or `m3ae-fast convert`, from a folder or from
         the Hugging Face Hub by its name (owner/name).
 
-        The `tokenizer` is loaded too if there is one. If the source contains only an encoder, a warning is issued, and
+        The `tokenizer` is loaded too if there is one, and so is `loss.norm_pix`; the other settings of the loss have
+        their default values. If the source contains only an encoder, a warning is issued, and
         the decoder is randomly initialised.
 
         Raises:
             UserError: a file is missing or damaged, the files do not fit together, or the Hub does not respond.
         """
         found = read_pretrained(source)
-        model = build(lambda: cls(found.config), found.state, str(source))
+        loss = LossConfig(norm_pix=bool(found.norm_pix))
+        model = build(lambda: cls(found.config, loss), found.state, str(source))
         if not found.has_decoder:
             warnings.warn(f"{source} contains only an encoder: the decoder is randomly initialised", stacklevel=2)
         model.tokenizer = found.tokenizer

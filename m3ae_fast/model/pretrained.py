@@ -34,6 +34,7 @@ from m3ae_fast.config import ModelConfig, parse
 M = TypeVar("M", bound=nn.Module)
 # prefixes of the weights in a file without a decoder; such a file lacks all other weights
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
+_NORM_PIX = "norm_pix"  # key of loss.norm_pix in config.json, next to the settings of the model
 # settings that change the function computed by the weights, but not their shapes
 _UNSEEN = ("positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std", "image_range")
 
@@ -45,6 +46,7 @@ class Pretrained:
     config: ModelConfig
     state: dict[str, Tensor]  # weights by parameter name, of the encoder only or of the complete model
     tokenizer: CaptionTokenizer | None = None
+    norm_pix: bool | None = None  # loss.norm_pix, with which the decoder was trained; None: unknown
     kind: str = "exported M3AE"  # kind of source, for messages
     notes: tuple[str, ...] = ()  # notes for the user
 
@@ -72,8 +74,10 @@ def write_pretrained(folder: str | Path, model: Pretrained, card: str | None = N
     the folder holds other files or cannot be written."""
     with output_folder(folder) as path:
         write_tensors(path / MODEL_FILE, model.state)
-        config = model.config.model_dump_json(indent=2, exclude={"init_from"})
-        (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        config = model.config.model_dump(mode="json", exclude={"init_from"})
+        if model.norm_pix is not None:
+            config[_NORM_PIX] = model.norm_pix
+        (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         prepared = json.dumps(_preprocessing(model.config), indent=2)
         (path / PREPROCESSOR_FILE).write_text(prepared + "\n", encoding="utf-8")
         if model.tokenizer is not None:
@@ -113,11 +117,14 @@ def read_pretrained(source: str | Path) -> Pretrained:
         raise UserError(f"{source}: is not an exported M3AE ({error}); create one with m3ae-fast export") from None
     if isinstance(data, dict) and "architecture" in data:
         raise UserError(f"{source}: is not an exported M3AE but a timm model; convert it with m3ae-fast convert")
+    norm_pix = data.pop(_NORM_PIX, None) if isinstance(data, dict) else None
+    if not isinstance(norm_pix, bool | None):
+        raise UserError(f"{folder / CONFIG_FILE}: {_NORM_PIX}: must be true or false")
     config = parse(ModelConfig, data, f"{folder / CONFIG_FILE}")
     tokenizer, path = None, folder / TOKENIZER_FILE
     if config.vocab_size and path.is_file():
         tokenizer = load_tokenizer(str(path), config.text_length, config.vocab_size, label="tokenizer")
-    return Pretrained(config, state, tokenizer)
+    return Pretrained(config, state, tokenizer, norm_pix)
 
 
 def start_for(config: ModelConfig, found: Pretrained) -> Pretrained:

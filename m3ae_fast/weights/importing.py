@@ -91,13 +91,14 @@ def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOption
     notes.append(
         "the model is assumed to work as in MAE: with images normalised by ImageNet's mean and std, and with exact GELU"
     )
-    kind = "encoder of an MAE or a timm ViT"
+    kind, trained = "encoder of an MAE or a timm ViT", None
     if "decoder_embed.weight" in weights:
-        norm_pix = f"loss.norm_pix={str(bool(args['norm_pix_loss'])).lower()}" if "norm_pix_loss" in args else ""
+        trained = bool(args["norm_pix_loss"]) if "norm_pix_loss" in args else None
+        norm_pix = "" if trained is None else f"loss.norm_pix={str(trained).lower()}"
         wanted = norm_pix or "loss.norm_pix=true if MAE was trained with --norm_pix_loss"
         notes.append(f"to continue training with MAE's loss, set loss.per=batch and {wanted}")
         kind = "MAE checkpoint"
-    return Pretrained(config, state, kind=kind, notes=tuple(notes))
+    return Pretrained(config, state, norm_pix=trained, kind=kind, notes=tuple(notes))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ def run_weights(run: SavedRun, *, average: bool = True) -> Pretrained:
             tokenizer = load_tokenizer(run.tokenizer, run.config.text_length, run.config.vocab_size)
         except UserError as error:  # the weights can still be used
             notes.append(f"the tokenizer is left out: {error}")
-    return Pretrained(run.config, state, tokenizer, kind, tuple(notes))
+    return Pretrained(run.config, state, tokenizer, run.loss.norm_pix, kind, tuple(notes))
 
 
 def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int = 0) -> M3AE:

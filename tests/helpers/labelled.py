@@ -47,9 +47,10 @@ def labelled_tar(path, numbers, labels=None):
     return write_tar(path, labelled_members(numbers, labels))
 
 
-def tiny_run(folder, ranks=1, data=None, **model):
+def tiny_run(folder, ranks=1, data=None, loss=None, **model):
     """Return a run folder with one checkpoint of an untrained tiny model, split as `ranks` ranks would write it."""
     sections = {"model": {**TINY["model"], **model}, "data": {**TINY["data"], **(data or {})}}
+    sections |= {} if loss is None else {"loss": loss.model_dump()}
     config = Config.model_validate(TINY | sections, strict=False)
     weights = {f"model/{name}": p for name, p in M3AE(config.model).state_dict().items()}
     info = checkpoint.Info(1, 16, 0, config.model_dump(mode="json"), checkpoint.versions())

@@ -16,8 +16,9 @@ import m3ae_fast
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.cli.export import main
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model import M3AE
+from tests.helpers.labelled import tiny_run
 from tests.helpers.trainer import CLIPART
 from tests.weights.test_timm import TINY
 
@@ -39,6 +40,16 @@ def test_an_export_is_self_contained(run, tmp_path, monkeypatch):
     again = M3AE.from_pretrained("again")
     assert (again.tokenizer.encode("a red apple") == ids).all()
     assert all((again.state_dict()[name] == tensor).all() for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_an_export_keeps_the_standardisation_of_the_targets(tmp_path, norm_pix):
+    """Reconstructions of an export are therefore in the same units as those of its run."""
+    run = tiny_run(tmp_path / "run", loss=LossConfig(norm_pix=norm_pix))
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+    m3ae_fast.convert(tmp_path / "out", tmp_path / "again")
+    for folder in (run, tmp_path / "out", tmp_path / "again"):
+        assert m3ae_fast.load_model(folder).loss_config.norm_pix is norm_pix
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
