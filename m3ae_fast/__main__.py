@@ -25,6 +25,7 @@ DEVELOPER_TOOLS = {
     "verify": "compare the model with golden files of the official implementation",
     "config": "print every setting as a Markdown page",
 }
+_HELP = ("-h", "--help", "help")
 MODULES = {name: f"m3ae_fast.cli.{name}" for name in (*COMMANDS, *DEVELOPER_TOOLS)} | {"train": "m3ae_fast.train"}
 
 
@@ -51,7 +52,11 @@ def run() -> int:
 
 def _run() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
+    if name in _HELP:
+        words = [word for word in sys.argv[2:] if word not in _HELP]
+        if words:  # such as `m3ae-fast help train`
+            sys.argv = [sys.argv[0], *words, "--help"]
+            return _run()
         print(usage())
         return 0
     if name == "--version":

@@ -1,14 +1,18 @@
 """Arguments and checks that all command lines share."""
 
 import os
+import re
+from contextlib import suppress
 
 import pytest
 
-from m3ae_fast import train
+from m3ae_fast import __main__, train
 from m3ae_fast.base.errors import UserError, exit_cleanly
-from m3ae_fast.cli import command_line, evaluate, pretrain, shards
+from m3ae_fast.cli import command_line, evaluate, option_hints, pretrain, shards
 from m3ae_fast.cli.command_line import output, seed, use_device
+from m3ae_fast.config import Config
 from m3ae_fast.config.evaluation import evaluation_config
+from m3ae_fast.config.messages import settings_called
 from m3ae_fast.evaluation.tasks import TASKS
 
 WRONG = [
@@ -53,6 +57,43 @@ def test_an_option_that_argparse_refuses_is_reported_in_one_line(capsys, argumen
     message, _, advice = str(error.value).partition("; ")
     assert named in message and "\n" not in message and advice == "`m3ae-fast pretrain --help` lists the options"
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("parse", "line", "advice"),
+    [
+        (pretrain.main, "photos --out x --epochs 10", "use --set train.epochs=10"),
+        (pretrain.main, "photos --out x --batch-size=64", "use --set train.global_batch=64"),
+        (pretrain.main, "photos --out x --image_size 64", "use --set model.image_size=64"),
+        (pretrain.main, "photos --out x --lr", "use --set optim.peak_lr=VALUE"),
+        (pretrain.main, "photos --out x --gpus 8", pretrain.SEVERAL_RANKS),
+        (pretrain.main, "photos --out x --model base", "use --set model.size=base or, .*--from MODEL"),
+        (pretrain.main, "--data photos --out x", "give SOURCE without an option"),
+        (train.main, "--config base --epochs 10", "use --set train.epochs=10"),
+        (train.main, "--config base --model small", "use --set model.size=small"),
+        (train.main, "--config base --gpus 8", "use torchrun --nproc-per-node N -m m3ae_fast train"),
+        (train.main, "--config base --data photos", "use --train SHARDS"),
+    ],
+)
+def test_the_error_for_an_option_of_another_program_names_what_replaces_it(parse, line, advice):
+    advice = advice if ".*" in advice else re.escape(advice)
+    with pytest.raises(UserError, match=rf"^unrecognized arguments: --.*; {advice}; `.* --help` lists the options$"):
+        parse(line.split())
+
+
+def test_the_settings_that_replace_options_exist():
+    for setting in option_hints._SETTINGS.values():
+        key = setting.partition(".")[2]
+        assert setting in settings_called(Config, key)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("words", [["help"], ["help", "shards", "make"], ["--help", "shards", "make"], ["-h", "-h"]])
+def test_help_of_the_program_and_of_a_command_is_printed(monkeypatch, capsys, words):
+    monkeypatch.setattr("sys.argv", ["m3ae-fast", *words])
+    with suppress(SystemExit):
+        assert __main__.run() == 0
+    assert capsys.readouterr().out.startswith(f"usage: m3ae-fast {'shards make' if 'make' in words else 'COMMAND'} ")
 
 
 @pytest.mark.parametrize(

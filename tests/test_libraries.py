@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from m3ae_fast import pretrain
 from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import EXTRAS, library, require_libraries
@@ -21,6 +22,7 @@ from tests.helpers.trainer import ROOT, TINY
 EVALUATE = "run --val val.tar --out out"
 TRAINS = f"{EVALUATE} --train train.tar"
 PRETRAIN = "pretrain photos --out out"
+DATASETS = "a Hugging Face dataset needs datasets: pip install 'm3ae-fast[huggingface]'"
 PROBE = json.dumps({name: [{"shards": "gs://bucket/{0..9}.tar"}] for name in ("train", "val")}, separators=(",", ":"))
 # the library, the command line, and the option or setting that requires the library
 CASES = [
@@ -82,6 +84,16 @@ def test_a_missing_library_is_reported_before_any_output_is_written(tmp_path, mo
     known = next(extra for extra, names in EXTRAS.items() if name in names)
     assert f"{what} needs " in message and f"pip install 'm3ae-fast{f'[{known}]' if known else ''}'" in message
     assert "\n" not in message and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("source", ["nosuch", "photos/cats", "C:/photos", "C:\\photos"])
+def test_a_source_that_does_not_exist_is_first_of_all_not_a_folder(tmp_path, monkeypatch, hide, source):
+    monkeypatch.chdir(tmp_path)
+    hide("datasets")
+    with pytest.raises(UserError) as error:
+        pretrain(source, "run")
+    more = f"; if it is the name of a dataset on the Hugging Face Hub: {DATASETS}" if "C:" not in source else ""
+    assert str(error.value) == f"{source}: no such folder{more}" and not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_for_other_machines_requires_no_optional_library(tmp_path, hide, capsys):

@@ -31,10 +31,14 @@ NAMES = {
 }
 
 
+class LibraryMissing(UserError):
+    """Raised if an optional library is not installed."""
+
+
 def require_libraries(needs: Mapping[str, str], otherwise: str = "") -> None:
-    """Raise UserError if a library is not installed, without importing any library. `needs` maps the name of a library
-    to the command, option or setting that requires it. `otherwise` is appended to the message, and names an alternative
-    to the installation."""
+    """Raise LibraryMissing if a library is not installed, without importing any library. `needs` maps the name of a
+    library to the command, option or setting that requires it. `otherwise` is appended to the message, and names an
+    alternative to the installation."""
     missing: dict[str, list[str]] = {}
     for name, what in needs.items():
         if not _is_installed(name):
@@ -42,12 +46,12 @@ def require_libraries(needs: Mapping[str, str], otherwise: str = "") -> None:
     if missing:
         wanted = [f"{what} needs {_listed(names)}" for what, names in missing.items()]
         extras = _extras({name for names in missing.values() for name in names})
-        raise UserError(f"{'; '.join(wanted)}: pip install 'm3ae-fast{extras}'{otherwise}")
+        raise LibraryMissing(f"{'; '.join(wanted)}: pip install 'm3ae-fast{extras}'{otherwise}")
 
 
 def library(name: str, what: str) -> Any:
-    """Import and return a library that `what` requires. Raises UserError if it is not installed or cannot be
-    imported."""
+    """Import and return a library that `what` requires. Raises LibraryMissing if it is not installed, and UserError if
+    it cannot be imported."""
     require_libraries({name: what})
     try:
         return import_module(name)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.libraries import LibraryMissing
 from m3ae_fast.base.untrusted_file import open_regular, read_json
 from m3ae_fast.shards.sources import SOURCE_KINDS, SourceKind
 from m3ae_fast.shards.sources.caption_table import CAPTION_OPTION, IMAGE_OPTION, READERS
@@ -22,6 +24,7 @@ from m3ae_fast.shards.sources.huggingface import HuggingFace, NotLoaded
 from m3ae_fast.shards.sources.interface import Records
 
 _HDF5_SUFFIXES, _HDF5_SIGNATURE = (".hdf5", ".h5"), b"\x89HDF\r\n\x1a\n"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # form of a dataset's name on the Hub
 _SAVED = ("dataset_dict.json", "state.json")  # a folder written by `save_to_disk` contains one of them
 _DATA_FILES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 
@@ -175,12 +178,16 @@ def _open_dataset(
     if Path(name).exists():
         return HuggingFace(name, subset, split, columns)
     hint = _hint(Path(name))
-    if hint and "/" not in name:  # without a network, a request to the Hub would take a minute
+    # without a network, a request to the Hub would take a minute
+    if (hint and "/" not in name) or not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name}: no such folder{hint}")
     try:
         return HuggingFace(name, subset, split, columns)
     except NotLoaded as error:
-        raise UserError(f"{name}: no such folder{hint}; it was also tried as the name of a dataset: {error}") from None
+        reason = f"it was also tried as the name of a dataset: {error}"
+    except LibraryMissing as error:
+        reason = f"if it is the name of a dataset on the Hugging Face Hub: {error}"
+    raise UserError(f"{name}: no such folder{hint}; {reason}")
 
 
 # A function for each kind of source. Its keyword arguments are the options of `open_source` that apply to the kind.
