@@ -2,6 +2,7 @@
 `--set`."""
 
 import re
+import time
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -30,9 +31,12 @@ from m3ae_fast.pretraining.automatic_settings import (
 )
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.image_settings import range_of
+from m3ae_fast.pretraining.size_and_length import Budget, _lines
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.tokenizer_training import caption_texts
+from m3ae_fast.training.throughput_estimate import ThroughputEstimate
+from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import caption, members, picture, write_tar
 
 RANDOM = np.random.RandomState(0)
@@ -388,3 +392,36 @@ def test_a_run_is_trained_on_an_imbalanced_folder_of_grey_images_with_splits_and
     config = load_config(tmp_path / "run/config.json")
     assert config.model.channels == 1 and config.model.vocab_size > 0
     assert checkpoint.locate(tmp_path / "run").name == "step-00000002" and (tmp_path / "run/export").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "with_captions", "without"),
+    [
+        ([], "captions of up to 8 tokens (vocabulary: ", "no captions: image-only; "),
+        (["model.vocab_size=0"], "captions are not used: image-only; ", "no captions: image-only; "),
+        (["data.tokenizer=null", "model.vocab_size=9"], "captions are not used; ", "no captions; "),
+    ],
+)
+def test_the_plan_distinguishes_missing_captions_from_captions_that_are_not_used(
+    tmp_path, overrides, with_captions, without
+):
+    pairs = list(labelled_members(range(6)))
+    images = [(name, data) for name, data in pairs if not name.endswith(".txt")]
+    for files, words in ((pairs, with_captions), (images, without)):
+        shards = Shards([str(write_tar(tmp_path / f"{len(files)}.tar", files))], [], [])
+        statistics, _ = inspect(shards, tmp_path / "run", "cls", None, overrides)
+        assert f"held out; {words}" in plan_of(statistics, shards, overrides)[0]
+
+
+def test_the_plan_states_that_images_are_flipped_unless_the_user_excludes_it(tmp_path):
+    shards = Shards([str(write_tar(tmp_path / "a.tar", labelled_members(range(6))))], [], [])
+    statistics, _ = inspect(shards, tmp_path / "run", "cls")
+    assert [line for line in plan_of(statistics, shards, []) if "--set data.flip=false" in line]
+    assert not [line for line in plan_of(statistics, shards, ["data.flip=false"]) if "flip" in line]
+
+
+def plan_of(statistics, shards, overrides):
+    """Return the lines of the plan of a run of the smallest model."""
+    config = settings(statistics, shards, Path("run"), MODEL_SIZES[0], 4, 1000, "cls", overrides, hours=1.0)
+    budget = Budget(statistics, False, 1.0, time.monotonic())
+    return _lines(config, budget, MODEL_SIZES[0], "", ThroughputEstimate(1e-3, 64, 9))

@@ -71,6 +71,7 @@ class DatasetStatistics:
     text_length: int  # maximum number of tokens per caption
     image_dtype: str = "uint8"
     image_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
+    has_captions: bool = False  # whether there are captions, even if an override excludes them
 
 
 class ModelSize(NamedTuple):

@@ -97,6 +97,7 @@ def inspect(
         int(np.clip(8 * np.ceil(np.quantile(lengths, _QUANTILE) / 8), 8, 64)),
         dtype,
         image_range,
+        train.has_captions,
     ), notes
 
 

@@ -228,15 +228,21 @@ def _too_slow(size: ModelSize, seen: float, statistics: DatasetStatistics) -> st
 
 def _lines(config: Config, budget: Budget, size: ModelSize, why: str, pace: ThroughputEstimate) -> list[str]:
     m, statistics = config.model, budget.statistics
-    kind = "no captions" if m.vocab_size else "no captions: image-only"
+    kind = "captions are not used" if statistics.has_captions else "no captions"
     if statistics.vocab_size and m.vocab_size:
         kind = f"captions of up to {m.text_length} tokens (vocabulary: {m.vocab_size:,})"
+    elif not m.vocab_size:
+        kind += ": image-only"
+    flips = (
+        "flips: half of the images are flipped; if this changes their meaning (text, arrows), use --set data.flip=false"
+    )
     return [
         f"data: {statistics.samples:,} samples and {statistics.held_out:,} held out; {kind}; "
         + (f"{statistics.classes} classes" if statistics.classes else "no classes"),
         f'model: "{m.size or size.name}", width {m.emb_dim}, depth {m.depth}, images of {m.image_size} px (median '
         f"short side of the files: {statistics.short_side} px) in patches of {m.patch_size} px; {why}",
         *_length(config, budget, pace),
+        *[flips][: config.data.flip],
     ]
 
 
