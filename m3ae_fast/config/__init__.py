@@ -6,6 +6,7 @@ from m3ae_fast.config.schema import (
     LONGEST,
     MAX_CHANNELS,
     MAX_VOCAB,
+    USUAL_K,
     Config,
     DataConfig,
     DeepSpeedConfig,

@@ -503,13 +503,22 @@ class TransformerLoopConfig(LoopConfig):
     """Whether torch.compile compiles the transformer blocks."""
 
 
+USUAL_K = 20  # number of neighbours in DINO (arXiv 2104.14294)
+
+
 class KnnConfig(Section):
     """k-nearest-neighbour classification of frozen features."""
 
-    k: int = Field(20, gt=0)
-    """Number of neighbours that vote."""
+    k: int | None = Field(None, gt=0)
+    """Number of neighbours that vote; null: 1 or 20, whichever is more accurate on held-out training samples. In that
+    case, tasks other than `knn` and `compare` use 20."""
     temperature: float = Field(0.07, gt=0)
     """Temperature of the votes: a neighbour's vote is exp(cosine similarity / temperature)."""
+
+    @property
+    def fixed_k(self) -> int:
+        """Return `k`, or the usual number of neighbours if it is null."""
+        return self.k or USUAL_K
 
 
 class KnnProbeConfig(KnnConfig):

@@ -26,6 +26,7 @@ class Baseline(NamedTuple):
     metrics: Mapping[str, float]  # metrics with their standard errors
     difference: Difference | None  # model's result minus the baseline's result; None: it cannot be estimated
     probe: str = ""  # description of the baseline's classifier; "": the same classifier as for the model
+    chosen: Mapping[str, float] = {}  # hyper-parameters of the classifier that were selected
 
 
 def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
@@ -35,27 +36,30 @@ def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
     return {
         BASELINES: {
             name: ({PROBE: each.probe} if each.probe else {})
-            | {**each.metrics}
+            | {**each.metrics, **each.chosen}
             | ({"difference": each.difference.entries()} if each.difference else {})
             for name, each in baselines.items()
         }
     }
 
 
-def accuracy_entries(found: Mapping[str, Predictions], probe: str = "") -> dict[str, Any]:
+def accuracy_entries(
+    found: Mapping[str, Predictions], chosen: Mapping[str, Mapping[str, float]], probe: str = ""
+) -> dict[str, Any]:
     """Return the accuracies of a model and of its baselines as entries of result.json.
 
     Args:
         found: predictions for the same samples; the keys are MODEL and the names of the baselines.
+        chosen: hyper-parameters of their classifiers that were selected, with the same keys; none if a key is missing.
         probe: description of the classifier of the baselines; "": the same classifier as for the model.
     """
     model = found[MODEL]
     baselines = {
-        name: Baseline(each.accuracies(), accuracy_difference([model], [each]), probe)
+        name: Baseline(each.accuracies(), accuracy_difference([model], [each]), probe, chosen.get(name, {}))
         for name, each in found.items()
         if name != MODEL
     }
-    return model.accuracies() | baseline_entries(baselines)
+    return model.accuracies() | {**chosen.get(MODEL, {})} | baseline_entries(baselines)
 
 
 def accuracy_difference(first: Sequence[Predictions], second: Sequence[Predictions]) -> Difference | None:

@@ -13,15 +13,18 @@ from typing import Any
 
 from torch import Tensor
 
-from m3ae_fast.config import KnnConfig
+from m3ae_fast.config import USUAL_K, KnnConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job, PartialResult
+from m3ae_fast.evaluation.learning_rates import split
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import Predictions
 
+NUMBERS = (1, USUAL_K)  # numbers of neighbours that are tried if `knn.k` is null
+_MOST_HELD_OUT = 10_000  # maximum number of samples on which they are tried
 _SHOWN, _NEIGHBOURS = 8, 7  # number of queries in the figure, and of neighbours per query
 
 
@@ -35,9 +38,28 @@ def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, te
     return votes_RC.float()
 
 
-def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig) -> Predictions:
-    """Return the k-NN predictions of all queries, with neighbours from `bank`, on every rank."""
-    return queries.predictions(knn_scores(bank, queries, classes, config.k, config.temperature), votes=True)
+def knn_predictions(
+    bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig
+) -> tuple[Predictions, int]:
+    """Return the k-NN predictions of all queries, with neighbours from `bank`, and the number of neighbours of a query.
+    If `config.k` is null, this number is the one of NUMBERS with the highest accuracy on a tenth of the samples of
+    `bank`, with neighbours from the others; in a tie, or if there are fewer than ten samples, it is USUAL_K. Every rank
+    must call it."""
+    k = config.k or _chosen_k(bank, classes, config.temperature)
+    scores_RC = knn_scores(bank, queries, classes, k, config.temperature)
+    return queries.predictions(scores_RC, votes=True), min(k, len(bank.keys))
+
+
+def _chosen_k(bank: FeatureBank, classes: int, temperature: float) -> int:
+    parts = split(bank, _MOST_HELD_OUT)
+    if not parts.held_out:
+        return USUAL_K
+    train, held_out = bank.rows(parts.train), bank.rows(parts.held_out)
+    top1 = {}
+    for k in NUMBERS:
+        scores_RC = knn_scores(train, held_out, classes, k, temperature)
+        top1[k] = held_out.predictions(scores_RC, votes=True).accuracies()["top1"]
+    return max(top1, key=lambda k: (top1[k], k == USUAL_K))
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -46,14 +68,16 @@ def run(job: Job) -> dict[str, Any]:
     train, val, classes = job.open_labelled()
     encoded = job.encode_with_baselines(train, val)
     job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
-    found = {name: knn_predictions(*banks, len(classes), job.config.knn) for name, banks in encoded.items()}
+    found, chosen = {}, {}
+    for name, banks in encoded.items():
+        found[name], k = knn_predictions(*banks, len(classes), job.config.knn)
+        chosen[name] = {"k": k}
     job.keep(found[MODEL].columns(classes))
     predicted_M, (bank, queries) = found[MODEL].best_NK[:, 0], encoded[MODEL]
     shown = _shown(bank, queries)
 
     job.pictures.append(lambda: _draw_neighbours(job, (train, val), (bank, queries), shown, predicted_M))
-    return accuracy_entries(found) | {
-        "k": min(job.config.knn.k, len(bank.keys)),
+    return accuracy_entries(found, chosen) | {
         "classes": len(classes),
         "train_samples": len(bank.keys),
         "val_samples": len(queries.keys),

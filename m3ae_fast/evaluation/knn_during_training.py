@@ -78,6 +78,6 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
     except Stopped:
         trainer.cut_short()
         return
-    top1 = knn_predictions(bank, queries, len(classes), probe).accuracies()["top1"]
+    top1 = knn_predictions(bank, queries, len(classes), probe)[0].accuracies()["top1"]
     trainer.log.log(trainer.step, {ACCURACY: top1, _LARGEST: largest_share(queries.labels.tolist())})
     trainer.add_accuracy(top1)

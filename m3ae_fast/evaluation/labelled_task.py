@@ -133,12 +133,13 @@ class LabelledTask(ABC):
         found = job.ranks.broadcast(lambda: self.warnings(trainer))
         for warning in found:
             job.print(f"note: {warning}")
-        predictions = {MODEL: self.predictions}
+        predictions, strengths = {MODEL: self.predictions}, {}
         for name, banks in job.encode_baselines(*self.corpora, job.stop).items():
-            predictions[name], _ = logistic_regression.predict(*banks, len(self.classes), job.heartbeats)
+            predictions[name], strength = logistic_regression.predict(*banks, len(self.classes), job.heartbeats)
+            strengths[name] = {"inverse_strength": strength}
         return (
             result
-            | accuracy_entries(predictions, LOGISTIC)
+            | accuracy_entries(predictions, strengths, LOGISTIC)
             | {
                 "classes": len(self.classes),
                 "steps": trainer.step,

@@ -32,11 +32,11 @@ class Split(NamedTuple):
     held_out: list[int]
 
 
-def split(bank: FeatureBank) -> Split:
-    """Split the samples into nine tenths for training and one tenth that is held out, by a hash of their keys. If there
-    are fewer than ten samples, none is held out."""
+def split(bank: FeatureBank, most: int | None = None) -> Split:
+    """Split the samples into nine tenths for training and one tenth, or `most` samples if that is less, that is held
+    out, by a hash of their keys. If there are fewer than ten samples, none is held out."""
     order = sorted(range(len(bank.keys)), key=lambda row: key_digest(bank.keys[row]))
-    few = len(order) // 10
+    few = len(order) // 10 if most is None else min(len(order) // 10, most)
     return Split(sorted(order[few:]), sorted(order[:few]))
 
 

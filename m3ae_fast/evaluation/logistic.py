@@ -20,20 +20,21 @@ def run(job: Job) -> dict[str, Any]:
     job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
     job.print(f"logistic regression of {job.config.encode.pool} features of {len(bank.keys):,} samples")
     heads, strength = fit_chosen(bank, len(classes), job.heartbeats)
-    found = {MODEL: held_out.predictions(logits(heads, held_out))}
+    found, chosen = {MODEL: held_out.predictions(logits(heads, held_out))}, {MODEL: {"inverse_strength": strength}}
     numbers = {
-        "inverse_strength": strength,
         "classes": len(classes),
         "train_samples": len(bank.keys),
         "val_samples": len(held_out.keys),
         "skipped": len(bank.skipped) + len(held_out.skipped),
     }
     columns = found[MODEL].columns(classes)
-    job.keep_if_stopped(lambda: PartialResult("without baselines", found[MODEL].accuracies() | numbers, columns))
+    alone = found[MODEL].accuracies() | chosen[MODEL] | numbers
+    job.keep_if_stopped(lambda: PartialResult("without baselines", alone, columns))
     if not job.options.is_pixels:  # a saved classifier needs an encoder, which pixels do not have
         job.save_probe("logistic", heads.head(0))
     job.keep(columns)
     for name, banks in encoded.items():
         if name != MODEL:
-            found[name], _ = predict(*banks, len(classes), job.heartbeats)
-    return accuracy_entries(found) | numbers
+            found[name], strength = predict(*banks, len(classes), job.heartbeats)
+            chosen[name] = {"inverse_strength": strength}
+    return accuracy_entries(found, chosen) | numbers

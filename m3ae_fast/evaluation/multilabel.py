@@ -43,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     scores = {}
     for name, (own_bank, own_queries) in encoded.items():
         if config.head == "knn":
-            scores_RC = neighbour_scores(own_bank, own_queries, truth_NC, knn.k, knn.temperature)
+            scores_RC = neighbour_scores(own_bank, own_queries, truth_NC, knn.fixed_k, knn.temperature)
         else:
             scores_RC = logits(fit(own_bank, truth_NC, len(train.classes), job.heartbeats), own_queries)
         scores[name] = own_queries.complete(scores_RC).numpy()

@@ -92,12 +92,13 @@ def check_onnx(files: Sequence[Path], config: ModelConfig, state: dict[str, Tens
         _encode(part, images.config, config, encoders) for part in (images.train, images.val)
     )
     train_samples, val_samples = (len(part["torch"].keys) for part in (bank, queries))
-    knn, measured = images.config.knn, []
+    k, measured = images.config.knn.fixed_k, []
+    knn = images.config.knn.model_copy(update={"k": k})
     for name in encoders:
-        found = knn_predictions(bank[name], queries[name], images.classes, knn).accuracies()
+        found = knn_predictions(bank[name], queries[name], images.classes, knn)[0].accuracies()
         measured.append(Measured(name, found["top1"], found["top1_se"], val_samples / seconds[name]))
     return OnnxCheck(
-        measured[0], measured[1:], train_samples, val_samples, images.classes, knn.k, images.config.encode.batch
+        measured[0], measured[1:], train_samples, val_samples, images.classes, k, images.config.encode.batch
     )
 
 

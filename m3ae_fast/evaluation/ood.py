@@ -199,7 +199,7 @@ def run(job: Job) -> dict[str, Any]:
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     seed = job.config.run.seed
     job.print(f"fitting the scores to {len(train.keys):,} training samples")
-    scores = Scores(train, job.config.knn.k, head)
+    scores = Scores(train, job.config.knn.fixed_k, head)
     known = scores(val)
     columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -236,13 +237,19 @@ def _baselines(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
     )
     baselines = {}
     for name, (bank, held_out) in job.encode_baselines(*corpora, layer=case.layer, pool=case.pool).items():
-        trials = []
+        trials, chosen = [], list[dict[str, float]]()
+        own_setting = setting._replace(chose=partial(_append, chosen))
         for draw in range(found.draws):
             samples = bank if case.shots is None else few_shot(bank, case.shots, draw, found.classes)
-            trials.append(PROBES[probe].predict({0: samples}, {0: held_out}, setting)[0])
+            trials.append(PROBES[probe].predict({0: samples}, {0: held_out}, own_setting)[0])
         metrics = {metric: value for metric, value in _measured(trials).items() if metric.startswith("top")}
-        baselines[name] = Baseline(metrics, accuracy_difference(own, trials), other)
+        only = chosen[0] if len(chosen) == 1 else {}
+        baselines[name] = Baseline(metrics, accuracy_difference(own, trials), other, only)
     return baselines
+
+
+def _append(chosen: list[dict[str, float]], _: int, values: dict[str, float]) -> None:
+    chosen.append(values)
 
 
 def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, kinds: Sequence[Features]) -> float:

@@ -333,7 +333,8 @@ class Probe(NamedTuple):
 
 
 def _by_neighbours(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> tuple[Predictions, dict[str, float]]:
-    return knn_predictions(bank, held_out, setting.classes, setting.config.knn), {}
+    predictions, k = knn_predictions(bank, held_out, setting.classes, setting.config.knn)
+    return predictions, {"k": k}
 
 
 def _by_regression(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> tuple[Predictions, dict[str, float]]:

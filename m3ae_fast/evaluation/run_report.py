@@ -23,7 +23,7 @@ from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_state import status
 
 REPORT_FILE = "report.html"
-_SIZES = ("k", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
+_SIZES = ("k", "inverse_strength", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; }

@@ -234,7 +234,7 @@ class Neighbours:
         patches_PD, counts_PC = (torch.cat(each).to(ranks.device).float() for each in zip(*parts))
         self.shares_PC = counts_PC / counts_PC.sum(1, keepdim=True)
         self.patches_PD = F.normalize(patches_PD, dim=1)
-        self.k, self.temperature = min(knn.k, len(patches_PD)), knn.temperature
+        self.k, self.temperature = min(knn.fixed_k, len(patches_PD)), knn.temperature
 
     def __call__(self, patches_BLD: Tensor) -> Tensor:
         votes = []

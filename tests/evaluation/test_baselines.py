@@ -200,7 +200,7 @@ def test_baselines_of_trained_heads_and_of_grids_use_logistic_regression(
         probe = "" if alone[0] == task else " (logistic regression)"
         assert f"{task}: {name}{probe}: top1 {found['top1']:.4f} ± " in output
         assert (found["top1"], found["top1_se"]) == (other["top1"], other["top1_se"])
-        assert {*found} <= {"probe", "top1", "top1_se", "difference"}
+        assert {*found} <= {"probe", "top1", "top1_se", "difference", "k", "inverse_strength"}
         apart = Difference.read(found["difference"])
         assert apart.value == pytest.approx(result["top1"] - found["top1"])
         assert (name in result.get("warning", "")) != apart.is_better
@@ -325,7 +325,7 @@ def test_the_difference_from_a_baseline_is_undefined_for_a_single_sample(samples
     """The bootstrap samples of one sample are all equal."""
     keys, labels_N = [f"{number}" for number in range(samples)], torch.zeros(samples, dtype=torch.int64)
     right, wrong = (Predictions.of(keys, labels_N, torch.tensor([row] * samples)) for row in ([2.0, 1.0], [1.0, 2.0]))
-    entries = accuracy_entries({MODEL: wrong, UNTRAINED: right})["baselines"][UNTRAINED]
+    entries = accuracy_entries({MODEL: wrong, UNTRAINED: right}, {})["baselines"][UNTRAINED]
     assert entries["top1"] == 1 and ("difference" in entries) == (samples > 1)
     other = replace(right, keys=[*keys[1:], "another"])  # such as after a read error that only one of the two had
-    assert "difference" not in accuracy_entries({MODEL: wrong, UNTRAINED: other})["baselines"][UNTRAINED]
+    assert "difference" not in accuracy_entries({MODEL: wrong, UNTRAINED: other}, {})["baselines"][UNTRAINED]

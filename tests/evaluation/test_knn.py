@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,12 +8,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packing import Geometry
-from m3ae_fast.config import SourceConfig
+from m3ae_fast.config import KnnConfig, SourceConfig
 from m3ae_fast.data import Preparation, ShardStore, open_corpus, samples_of
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.evaluation import class_metrics, job, knn
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.knn import knn_scores
+from m3ae_fast.evaluation.knn import knn_predictions, knn_scores
 from m3ae_fast.evaluation.predictions import best_classes, topk_accuracy
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.weights.exporting import write_export
@@ -45,6 +47,36 @@ def test_more_neighbours_than_samples_and_a_low_temperature_are_accepted():
     assert scores.isfinite().all()
     assert knn_scores(bank, _bank(torch.tensor([[1.0, 0, 0], [1, 1, 1]])), 3, 1, 1e-3).sum(1).min() == 1
     assert topk_accuracy(best_classes(scores), torch.arange(3)) == {"top1": 1.0}
+
+
+@pytest.mark.parametrize("twins", [True, False])
+def test_the_number_of_neighbours_is_chosen_on_training_samples(twins):
+    """If each sample has a twin and all samples are similar, one neighbour is best; if labels are noisy, 20 are. The
+    held-out samples, whose labels are random, have no influence."""
+    generator = torch.Generator().manual_seed(0)
+    if twins:
+        labels = torch.randint(0, 4, (300,), generator=generator).repeat(2)
+        features = 5 + torch.randn(300, 32, generator=generator).repeat(2, 1)
+        features += 0.01 * torch.randn(600, 32, generator=generator)
+    else:
+        groups = torch.arange(600) % 4
+        noise = torch.rand(600, generator=generator) < 0.4
+        labels = torch.where(noise, torch.randint(0, 4, (600,), generator=generator), groups)
+        features = 3 * torch.eye(32)[groups] + 0.5 * torch.randn(600, 32, generator=generator)
+    bank = FeatureBank([f"a.tar/{number}" for number in range(600)], features, labels)
+    queries = replace(bank.rows(range(50)), labels_N=torch.randint(0, 4, (50,)))
+    predictions, k = knn_predictions(bank, queries, 4, KnnConfig())
+    assert k == (1 if twins else 20)
+    given = knn_predictions(bank, queries, 4, KnnConfig(k=k))
+    assert given[1] == k and torch.equal(given[0].best_NK, predictions.best_NK)
+    assert knn_predictions(bank, queries, 4, KnnConfig(k=7))[1] == 7
+
+
+def test_the_usual_number_of_neighbours_is_kept_if_held_out_samples_show_no_difference():
+    """Each class has one sample, or there are too few samples to hold out any."""
+    for count in (30, 9):
+        bank = FeatureBank([f"a.tar/{number}" for number in range(count)], torch.eye(count), torch.arange(count))
+        assert knn_predictions(bank, bank, count, KnnConfig())[1] == min(20, count)
 
 
 def test_top_k_accuracy_is_the_fraction_of_labels_among_the_highest_scores():

@@ -118,7 +118,7 @@ def test_the_largest_class_is_that_of_the_held_out_samples(monkeypatch):
 
     def predictions(bank, queries, classes, config):
         assert (len(bank.labels), len(queries.labels), classes) == (4, 3, 2)
-        return SimpleNamespace(accuracies=lambda: {"top1": 0.5})
+        return SimpleNamespace(accuracies=lambda: {"top1": 0.5}), 20
 
     monkeypatch.setattr(knn_during_training, "encode_corpus", encode)
     monkeypatch.setattr(knn_during_training, "knn_predictions", predictions)
