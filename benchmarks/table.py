@@ -19,14 +19,13 @@ ALL: tuple[str, ...] = (
     "ops",
     "scaling",
     "loader",
-    "fetching",
     "features",
     "folder",
     "startup",
     "saving",
 )
 ALL += ("faster", "muon", "knn", "knn-imagenet", "attentive", "heads", "probe")
-ALL += ("native", "native-padding", "gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
+ALL += ("gpu-checks", "gpu-ops", "gpu-tuning", "gpu-step", "gpu-profile")
 PLOT = "scaling.png"
 SPEEDUP = "speed-up of the engine"
 SPEEDUPS = {"speed-up over reference": "reference", "speed-up over expert": "expert"}

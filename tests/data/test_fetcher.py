@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 
-from lab.soak.server import faulty_server
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore
@@ -20,6 +19,7 @@ from m3ae_fast.process.helper_process import HelperProcess, Node
 from tests.data.test_manifest import together
 from tests.helpers.shards import members, write_tar
 from tests.helpers.waiting import until
+from tests.soak.server import faulty_server
 
 pytestmark = pytest.mark.slow
 

@@ -10,12 +10,11 @@ from m3ae_fast import checkpoint
 from m3ae_fast.config import Config
 from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.checkpoints import save, save_cut
-from tests.helpers.shards import WORDS, picture, write_tar
+from tests.helpers.shards import WORDS, write_tar
 from tests.helpers.trainer import TINY
 
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (230, 50, 40)}  # the classes, in sorted order
 NAMES = list(COLOURS)
-CATEGORIES = ("Animals", "Flags", "Smileys")
 
 
 def coloured(number, colour):
@@ -58,34 +57,4 @@ def tiny_run(folder, ranks=1, data=None, loss=None, **model):
         save(folder, weights, info)
     else:
         save_cut(folder, weights, ranks, info=info)
-    return folder
-
-
-def described_tar(path, samples):
-    """Write a shard. `samples`: (image, caption or None, json) by key."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    members = []
-    for key, (image, caption, about) in samples.items():
-        members += [(f"{key}.jpg", image), (f"{key}.json", json.dumps(about).encode())]
-        members += [] if caption is None else [(f"{key}.txt", caption.encode())]
-    return write_tar(path, members)
-
-
-def emoji(number, tone=""):
-    """Return an emoji as a sample for `described_tar`."""
-    category, sub = CATEGORIES[number % 3], f"sub-{number % 2}"
-    about = {"emoji": f"1F{number:03X}", "category": category, "subcategory": sub, "tone": tone}
-    return picture(number, (32, 32)), f"{category.lower()} {number}", about
-
-
-def emoji_and_clothes(folder):
-    """Write folders in the layout of lab.labelled, with 60 emoji of two vendors and 45 Fashion-MNIST images."""
-    for vendor in ("twitter", "google"):
-        samples = {f"{i:03}": emoji(i) for i in range(60)}
-        samples |= {"tone": emoji(0, "1F3FB"), "part": (*emoji(1)[:2], emoji(1)[2] | {"category": "Component"})}
-        for split, own in (("train", [*samples][:40]), ("val", [*samples][40:])):
-            described_tar(folder / vendor / f"{split}-0.tar", {key: samples[key] for key in own})
-    clothes = {f"{i:03}": (picture(i, (28, 28)), None, {"name": f"kind {i % 3}"}) for i in range(45)}
-    described_tar(folder / "fashion/train-0.tar", {key: clothes[key] for key in [*clothes][:33]})
-    described_tar(folder / "fashion/val-0.tar", {key: clothes[key] for key in [*clothes][33:]})
     return folder

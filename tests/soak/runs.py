@@ -14,27 +14,25 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
 import psutil
 
-from lab.soak.faults import AWAKE_S, DAMAGES, FAULTS, FREEZE, FULL_DISK, STOPS, Running, no_large_files
 from m3ae_fast import checkpoint
 from m3ae_fast.data.index import IMAGE_SUFFIXES
 from m3ae_fast.shards.tar_member import add_member
 from tests.helpers.image_formats import CASES
 from tests.helpers.ranks import free_port
+from tests.soak.faults import AWAKE_S, DAMAGES, FAULTS, FREEZE, FULL_DISK, STOPS, Running, no_large_files
 
 ROOT = Path(__file__).parents[2]
 CLIPART = ROOT / "data/openclipart"
 SCRIPT = str(ROOT / "m3ae_fast/train.py")
 STEPS = 60
-FAULTY_STARTS = 6  # maximum number of starts of a run with a fault; later starts are undisturbed
-STARTS = 10
+RUNS, STARTS = 6, 14  # maximum numbers of disturbed runs, and of starts of a run
 LIMIT_S = 600.0  # time limit of a start in seconds
 STARTING_S = 6.0  # seconds in which a trainer has not yet taken a step
 LEAVING_S = 40.0  # seconds in which processes must exit after their launcher
@@ -42,7 +40,7 @@ CONFIG = {
     "run": {"stall_timeout": 10},
     "model": {
         "size": None, "emb_dim": 32, "depth": 2, "num_heads": 4, "dec_emb_dim": 32, "dec_depth": 2, "dec_num_heads": 4,
-        "image_size": 32, "patch_size": 8, "text_length": 16, "vocab_size": 2048, "drop": 0.1,
+        "image_size": 32, "patch_size": 8, "text_length": 16, "vocab_size": 2048,
     },
     "data": {
         "train": [{"shards": "the server's"}, {"shards": "one with broken samples"}],
@@ -64,7 +62,7 @@ ODD_CAPTIONS = (  # unusual captions, some of which are invalid; none may affect
 _SPLIT = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 # Number of ranks and the deepspeed section. With 33 held-out samples, evaluated 8 at a time, the second rank has no
 # sample in the last batch.
-_LAYOUTS = {
+LAYOUTS = {
     "1 rank": (1, None),
     "2 ranks": (2, None),
     "2 ranks with ZeRO-3": (2, _SPLIT),
@@ -83,18 +81,6 @@ _BITWISE = (
 
 
 @dataclass
-class Tally:
-    """The results of all runs."""
-
-    tried: Counter = field(default_factory=Counter)  # number of injected faults by kind
-    survived: Counter = field(default_factory=Counter)  # number of these faults in runs that ended identically
-    runs: int = 0
-    whole: int = 0
-    starts: int = 0
-    wrong: list[str] = field(default_factory=list)  # descriptions of failures, one line each
-
-
-@dataclass
 class Outcome:
     """The logged values and the final weights of a run."""
 
@@ -103,101 +89,81 @@ class Outcome:
 
 
 class Soak:
-    """A soak test: runs of a tiny model under random faults.
+    """Runs of a tiny model under faults, and the same run without faults.
 
     Args:
         folder: folder for the runs.
         url: address of the server that provides train-0000.tar.
-        seed: random seed of the faults.
-        until: value of `time.monotonic` after which no more faults are injected.
-        log: function that prints a line about the progress.
+        layout: key of LAYOUTS.
+        faults: names of the faults to inject, each once.
+        seed: random seed of the times at which the faults are injected.
     """
 
-    def __init__(self, folder: Path, url: str, seed: int, until: float, log: Callable[[str], None]) -> None:
-        self.folder, self.until, self.log = folder, until, log
-        self.chance, self.tally = random.Random(seed), Tally()
-        self._untouched: dict[str, Outcome] = {}
-        self._deck: list[str] = []
-        self._layouts: list[str] = []  # layouts of the next runs
+    def __init__(self, folder: Path, url: str, layout: str, faults: Iterable[str], seed: int) -> None:
+        self.folder, self.layout, self.faults, self.chance = folder, layout, [*faults], random.Random(seed)
+        self.injected: list[str] = []
+        self.wrong: list[str] = []  # descriptions of failures, one line each
         self._config = folder / "config.json"
         config = json.loads(json.dumps(CONFIG))
         config["data"]["train"][0]["shards"] = f"{url}/train-0000.tar"
         config["data"]["train"][1]["shards"] = str(_with_broken_samples(folder / "broken.tar"))
         self._config.write_text(json.dumps(config))
 
-    def one_run(self) -> None:
-        """Execute a run with random faults until it is complete, and record its result."""
-        if not self._layouts:
-            self._layouts = self.chance.sample([*_LAYOUTS], len(_LAYOUTS))
-        layout = self._layouts.pop()
-        ranks, _ = _LAYOUTS[layout]
-        expected = self._untouched.get(layout) or self._run_untouched(layout)
-        self.tally.runs += 1
-        name, before = f"run-{self.tally.runs}", len(self.tally.wrong)
-        met: list[str] = []
-        for start in range(STARTS):
-            fault = None
-            if start < FAULTY_STARTS and time.monotonic() < self.until:
-                fault = self._choose(self.folder / name, ranks)
-            self.log(f"run {self.tally.runs} on {layout}, start {start + 1}: {fault or 'no fault'}")
-            happened, code, out = self._start(name, layout, fault)
+    def run(self) -> None:
+        """Execute runs until each fault has been injected, and record how they differ from an undisturbed run."""
+        expected = self._run_untouched()
+        for number in range(RUNS):
+            if self.faults:
+                self._run_disturbed(f"disturbed-{number}", expected)
+
+    def _run_disturbed(self, name: str, expected: Outcome) -> None:
+        for _ in range(STARTS):
+            fault = self._choose(self.folder / name)
+            happened, code, out = self._start(name, fault)
             if fault:
-                (met if happened else self._deck).append(fault)
-            self._check(name, ranks, fault if happened else None, code, out)
+                (self.injected if happened else self.faults).append(fault)
+            self._check(name, fault if happened else None, code, out)
             if code == 0 and self._complete(name) and "--resume auto" not in out:
                 break
-        self.tally.tried.update(met)
-        self.tally.wrong[before:] = [f"{line}, after {met}" for line in self.tally.wrong[before:]]
         if not self._complete(name):
-            self.tally.wrong.append(f"{name}: not complete after {STARTS} starts and {met}; last: {out[-300:]!r}")
+            self.wrong.append(f"{name}: not complete after {STARTS} starts; last: {out[-300:]!r}")
         elif self._outcome(name) != (expected.trajectory, expected.checksums):
-            self.tally.wrong.append(f"{name}: {self._difference(name, expected)} after {met}")
-        else:
-            self.tally.whole += 1
-            self.tally.survived.update(met)
-        shutil.rmtree(self.folder / name, ignore_errors=True)
+            self.wrong.append(f"{name}: {self._difference(name, expected)}")
 
-    def _run_untouched(self, layout: str) -> Outcome:
-        name = f"untouched-{layout.replace(' ', '-')}"
-        self.log(f"the undisturbed run on {layout}")
-        _, code, out = self._start(name, layout, None)
-        if code or not self._complete(name):
-            raise RuntimeError(f"a run without faults failed:\n{out}")
-        self._untouched[layout] = Outcome(*self._outcome(name))
-        return self._untouched[layout]
+    def _run_untouched(self) -> Outcome:
+        _, code, out = self._start("untouched", None)
+        assert code == 0 and self._complete("untouched"), f"a run without faults failed:\n{out}"
+        return Outcome(*self._outcome("untouched"))
 
-    def _choose(self, run_dir: Path, ranks: int) -> str | None:
+    def _choose(self, run_dir: Path) -> str | None:
         """Return the name of the next fault that is possible now, or None. If the fault damages files, the damage is
-        done at once. No fault is repeated before all others have been used."""
-        if not self._deck:
-            self._deck = [*FAULTS, *DAMAGES, FULL_DISK]
-            self.chance.shuffle(self._deck)
-        for fault in self._deck:
-            if (fault != FREEZE or ranks > 1) and (fault not in DAMAGES or DAMAGES[fault](run_dir, self.chance)):
-                self._deck.remove(fault)
+        done at once."""
+        for fault in self.faults:
+            if fault not in DAMAGES or DAMAGES[fault](run_dir, self.chance):
+                self.faults.remove(fault)
                 return fault
         return None
 
-    def _check(self, name: str, ranks: int, fault: str | None, code: int, out: str) -> None:
+    def _check(self, name: str, fault: str | None, code: int, out: str) -> None:
         if own := re.search(rf'  File "{ROOT}/m3ae_fast/.*', out, re.DOTALL):
             # only the first traceback is reported, because others are its consequences
-            self.tally.wrong.append(f"{name}: a traceback: {own[0].strip()[:1500]!r}")
+            self.wrong.append(f"{name}: a traceback: {own[0].strip()[:1500]!r}")
+        ranks, _ = LAYOUTS[self.layout]
         saves = fault in STOPS or (ranks == 1 and fault and fault.startswith("all processes get"))
         struck_at_exit = code < 0 and self._complete(name)  # the run is complete, and its signal handlers are removed
         if code and not struck_at_exit and (saves or fault is None or fault == "all processes are suspended"):
             reason = "\n".join(re.findall(r"^error: .*", out, re.MULTILINE)) or out.strip()[-300:]
-            self.tally.wrong.append(f"{name}: exit code {code}: {reason!r}")
+            self.wrong.append(f"{name}: exit code {code}: {reason!r}")
         if "remove the folder to use an older one" in out:  # follows the advice in the message
             shutil.rmtree(checkpoint.saved_steps(self.folder / name)[-1])
 
-    def _start(self, name: str, layout: str, fault: str | None) -> tuple[bool, int, str]:
+    def _start(self, name: str, fault: str | None) -> tuple[bool, int, str]:
         """Start the trainer and inject the fault: in a third of the cases during the start of the trainer, otherwise
-        after a random step.
+        after a random number of steps.
 
         Return whether the fault was injected, the exit code, and the output.
         """
-        self.tally.starts += 1
-        run_dir, (ranks, deepspeed) = self.folder / name, _LAYOUTS[layout]
+        run_dir, (ranks, deepspeed) = self.folder / name, LAYOUTS[self.layout]
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
         options = ["--set", f"run.dir={run_dir}", "--set", f"data.cache_dir={run_dir / 'cache'}", "--resume", "auto"]
         options += ["--set", f"deepspeed={json.dumps(deepspeed)}"]
@@ -215,13 +181,14 @@ class Soak:
             happened = fault is not None and fault not in FAULTS
             early, now = fault != FREEZE and self.chance.random() < 1 / 3, time.monotonic()
             strike, limit = now + (self.chance.uniform(AWAKE_S, STARTING_S) if early else 0.0), now + LIMIT_S
-            step = 0 if early else self.chance.randrange(min(_step(run_dir) + 1, STEPS - 1), STEPS)
+            # soon after the first step of this start, so that steps are left for the other faults
+            step = 0 if early else min(_step(run_dir) + self.chance.randint(1, STEPS // 8), STEPS - 1)
             while process.poll() is None and time.monotonic() < limit:
                 if fault in FAULTS and not happened and time.monotonic() > strike and _step(run_dir) >= step:
                     happened = FAULTS[fault](running)
                 time.sleep(0.05)
             if process.poll() is None:
-                self.tally.wrong.append(f"{name}: still running after {LIMIT_S:.0f} s")
+                self.wrong.append(f"{name}: still running after {LIMIT_S:.0f} s")
                 process.kill()
             self._check_exit(name, running)
             code = process.wait()
@@ -236,7 +203,7 @@ class Soak:
                 if process.status() == psutil.STATUS_STOPPED:
                     process.send_signal(signal.SIGKILL)
         for orphan in psutil.wait_procs(left, timeout=LEAVING_S)[1]:
-            self.tally.wrong.append(f"{name}: process {orphan.pid} outlived its launcher")
+            self.wrong.append(f"{name}: process {orphan.pid} outlived its launcher")
             orphan.kill()
 
     def _complete(self, name: str) -> bool:

@@ -1,1 +1,0 @@
-"""Mutation testing: do the tests notice a bug? python -m lab.mutation"""

@@ -1,1 +1,0 @@
-"""Training under random faults: python -m lab.soak --minutes 10."""
