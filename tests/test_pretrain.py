@@ -42,7 +42,14 @@ from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.baselines import SCALED, UNTRAINED
 from m3ae_fast.evaluation.run_report import write_report
-from m3ae_fast.pretraining import automatic_settings, final_evaluation, learning_rate_search, size_and_length, stages
+from m3ae_fast.pretraining import (
+    automatic_settings,
+    final_evaluation,
+    learning_rate_search,
+    size_and_length,
+    source_shards,
+    stages,
+)
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
     MODEL_SIZES,
@@ -430,10 +437,10 @@ def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path, mo
         monkeypatch.setattr(learning_rate_search, "is_held", held.__eq__)
         with pytest.raises(UserError, match="another run is using it"):
             pretrain(photos, out)
-    assert "its shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
+    assert "the shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")
-    assert "its shards are created again" in find_shards(str(photos), out, None, []).notes[-1]  # after a dry run
+    assert "the shards are created again" in find_shards(str(photos), out, None, []).notes[-1]  # after a dry run
     shutil.rmtree(out / "shards")
     shard_commands.make(photos, out / "shards")
     with pytest.raises(UserError, match="contains shards that pretrain has not made; choose another --out"):
@@ -571,6 +578,34 @@ def test_duplicate_images_in_folders_and_tables_are_in_the_same_split(tmp_path):
     assert len(val) == 4 and not {image[name] for name in train} & {image[name] for name in val}
 
 
+def test_groups_of_images_are_in_the_same_split_and_a_run_keeps_its_groups(tmp_path, monkeypatch):
+    photos, out = tmp_path / "photos", tmp_path / "run"
+    for number in range(20):
+        (photos / f"{number // 5}").mkdir(parents=True, exist_ok=True)
+        (photos / f"{number // 5}/{number}.jpg").write_bytes(picture(number))
+    shutil.copy(photos / "3/19.jpg", photos / "3/copy.jpg")
+    find_shards(str(photos), out, None, [], group="folder")
+    assert len({os.path.dirname(name) for name in _paths(out / "shards", "val")}) == 1
+    assert "1 of 21 images are copies of another image" in find_shards(str(photos), out, None, [], group="folder").notes
+    (out / "config.json").write_text("{}")
+    assert "or --group has changed" in find_shards(str(photos), out, None, []).notes[-2]
+    assert len(_paths(out / "shards", "val")) == 2
+    monkeypatch.setattr(source_shards.checkpoint, "saved_steps", lambda _: [1])
+    with pytest.raises(UserError, match="or --group: has changed since the run in"):
+        find_shards(str(photos), out, None, [], group="folder")
+    for name, split in enumerate(["train", "val", "test", "test/more"]):
+        (photos / str(name)).rename(photos / split)
+    with pytest.raises(UserError, match="--group folder: SOURCE is already split"):
+        find_shards(str(photos), tmp_path / "other", None, [], group="folder")
+    with pytest.raises(UserError, match=r"--group folder: .* consists of shards"):
+        find_shards(str(out / "shards"), tmp_path / "other", None, [], group="folder")
+
+
+def test_at_most_5000_samples_of_a_large_source_are_held_out():
+    source = SimpleNamespace(splits={"train": 100_000})
+    assert source_shards._settings(source, None).held_out * 100_000 == 5000
+
+
 def _paths(folder, split):
     """Return the paths of the images in shards, in order."""
     found = []
@@ -603,6 +638,11 @@ def test_duplicate_images_in_shards_are_in_the_same_split(tmp_path):
     os.utime(tmp_path / "2.tar", ns=(before + 10**9, before + 10**9))
     with tarfile.open(find_shards(source, out, None, []).val[0]) as tar:
         assert tar.getnames() == ["8-2.jpg"]  # the shard has changed
+    other = picture(8)[:-1] + b"!"
+    write_tar(tmp_path / "2.tar", [("8-2.jpg", other), ("5-2.jpg", picture(5))])  # with the same names and sizes
+    os.utime(tmp_path / "2.tar", ns=(time.time_ns() + 10**9,) * 2)
+    with tarfile.open(find_shards(source, out, None, []).val[0]) as tar:
+        assert tar.extractfile("8-2.jpg").read() == other
     given = find_shards(f"{tmp_path}/0.tar", out, None, [f"{tmp_path}/1.tar"])
     assert given.notes == ["held-out samples whose image also occurs in training shards: 1"]
     shutil.copy(tmp_path / "1.tar", tmp_path / "2.tar")
@@ -1283,12 +1323,13 @@ def test_the_pretrain_command_passes_on_its_arguments(monkeypatch, capsys, end, 
     monkeypatch.setattr(stages, "pretrain", pretrain)
     line = ["photos", "--out", "run", "--hours", "3", "--captions", "a.csv", "--val", "b.tar", "c.tar"]
     line += ["--image-column", "file"]
+    line += ["--group", "folder"]
     line += ["--from", "base", "--labels", "json.kind", "--set", "train.global_batch=8"]
     line += [*["--dry-run"] * dry_run, "--tune"]
     assert main(line) == code
     given = {"hours": 3.0, "captions": Path("a.csv"), "val": ["b.tar", "c.tar"], "labels": "json.kind"}
     given |= {"start_from": "base", "overrides": ["train.global_batch=8"], "dry_run": dry_run, "tune": True}
-    given |= {"device": None, "recipe": None, "image_column": "file", "caption_column": None}
+    given |= {"device": None, "recipe": None, "image_column": "file", "caption_column": None, "group": "folder"}
     assert calls == [(("photos", Path("run")), given)]
     out, err = capsys.readouterr()
     assert (out.strip(), err.strip()) == (

@@ -128,6 +128,12 @@ def use_device(name: Device | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for DeepSpeed, which would use any visible GPU
 
 
+GROUP_HELP = (
+    "keep samples with equal values of FIELD in the same split: a column of the table, json.NAME (a field of "
+    "KEY.json), or folder (the folder of the image)"
+)
+
+
 def add_columns(parser: Any) -> None:
     """Add the options that name the columns of a table or of a dataset to a parser or to a group of its options."""
     text = "column of paths or images in a table or a dataset (default: detected)"

@@ -20,7 +20,16 @@ import sys
 from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import add_columns, add_labels, add_settings, output, program, refuse, use_device
+from m3ae_fast.cli.command_line import (
+    GROUP_HELP,
+    add_columns,
+    add_labels,
+    add_settings,
+    output,
+    program,
+    refuse,
+    use_device,
+)
 from m3ae_fast.pretraining import RESUME_NOTE, SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import check_overrides
 from m3ae_fast.pretraining.recipes import NAMES, check_recipe
@@ -39,6 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_columns(parser)
     text = "held-out shards, if SOURCE consists of shards (default: those named val or test, or the last tenth)"
     parser.add_argument("--val", nargs="+", default=[], metavar="SHARDS", help=text)
+    parser.add_argument("--group", metavar="FIELD", help=GROUP_HELP)
     add_labels(parser)
     parser.add_argument(
         "--from",
@@ -99,6 +109,7 @@ def _pretrain(args: argparse.Namespace) -> bool:
         image_column=args.image_column,
         caption_column=args.caption_column,
         val=args.val,
+        group=args.group,
         labels=args.labels,
         start_from=args.start_from,
         recipe=args.recipe,

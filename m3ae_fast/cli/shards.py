@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.base.errors import UserError, exit_cleanly
-from m3ae_fast.cli.command_line import add_columns, add_device, add_labels, command, output, program, seed
+from m3ae_fast.cli.command_line import GROUP_HELP, add_columns, add_device, add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources import SOURCE_KINDS
@@ -129,6 +129,7 @@ def _add_shard_settings(parser: argparse.ArgumentParser) -> None:
     add_range_option(shards)
     text = "fraction of the samples that are written to val-*.tar (default: 0)"
     shards.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help=text)
+    shards.add_argument("--group", metavar="FIELD", help=GROUP_HELP)
     text = "keep the order of SOURCE (default: shuffle the samples, always in the same way)"
     shards.add_argument("--keep-order", action="store_true", help=text)
 
@@ -139,7 +140,13 @@ def _make(args: argparse.Namespace) -> None:
     from m3ae_fast.shards.writer import convert, describe_conversion
 
     settings = Settings(
-        args.samples_per_shard, args.short_side, args.quality, args.held_out, args.range, args.keep_order
+        args.samples_per_shard,
+        args.short_side,
+        args.quality,
+        args.held_out,
+        args.group,
+        args.range,
+        args.keep_order,
     )
     records = open_source(
         args.source,

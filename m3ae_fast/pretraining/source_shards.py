@@ -45,6 +45,7 @@ def find_shards(
     image_range: Range | None = None,
     kept: Sequence[str] = (),
     columns: tuple[str | None, str | None] = (None, None),
+    group: str | None = None,
 ) -> Shards:
     """Return the shards of a source. If the source does not consist of shards, they are created in the run folder.
 
@@ -58,6 +59,7 @@ def find_shards(
         image_range: values of black and white in images with more than 8 bits per channel; None: detected.
         kept: the training shards of an existing run in `out`; empty: there is none.
         columns: names of the columns of images and of captions, as in `open_source`; None: detected.
+        group: field whose equal values keep samples in the same split; see `Records.values`.
 
     Raises:
         UserError: the source does not exist, cannot be used, or is not the source of the existing run.
@@ -69,6 +71,11 @@ def find_shards(
             raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
         if columns != (None, None):
             raise UserError(f"--image-column and --caption-column cannot be used: {source} consists of shards")
+        if group is not None:
+            raise UserError(
+                f"--group {group}: {source} consists of shards, which are held out as a whole; use --group when the "
+                "shards are made, and pass the held-out shards with --val"
+            )
         given = tars or [source]
         names = [*given, *(() if not kept or any(map(is_manifest, given)) else expand(given))]
         _require_source(source, out, sorted({*map(_path, kept)} - {*map(_path, names)}))
@@ -82,7 +89,7 @@ def find_shards(
             "choose a folder outside SOURCE"
         )
     records, notes = _open(source, captions, columns)
-    made = _made(records, source, out, [*notes, *records.notes, *records.ignored.lines()], image_range)
+    made = _made(records, source, out, [*notes, *records.notes, *records.ignored.lines()], image_range, group)
     return replace(made, unlabelled=records.unlabelled)
 
 
@@ -240,33 +247,35 @@ def _samples(shared: dict[str, set[int]]) -> str:
     return f"{count:,} sample{'s' * (count != 1)}"
 
 
-def _made(source: Records, name: str, out: Path, notes: list[str], image_range: Range | None) -> Shards:
+def _made(
+    source: Records, name: str, out: Path, notes: list[str], image_range: Range | None, group: str | None
+) -> Shards:
     """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
     shards were created, all shards are replaced. Raises UserError if a run has already begun with the old shards, or if
     `pretrain` has not made them."""
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     image_range = image_range or range_of([kind for part in parts for kind in part.kinds])
-    settings = _settings(source, image_range)
+    settings = _settings(source, image_range, group)
     now = manifest_of(source, settings)
     if before is None:
         show(name, parts)
     if before is not None and before != json.loads(json.dumps(now)):
         if checkpoint.saved_steps(out):
             raise UserError(
-                f"{name}: has changed since the run in {out} began; choose another --out, or continue with the old "
-                f"shards: m3ae-fast train --config {out / 'config.json'} --resume auto"
+                f"{name} or --group: has changed since the run in {out} began; choose another --out, or continue with "
+                f"the old shards: m3ae-fast train --config {out / 'config.json'} --resume auto"
             )
         if not _is_of_run(before):
             raise UserError(f"{folder}: contains shards that pretrain has not made; choose another --out")
         shutil.rmtree(folder)
         (out / "config.json").unlink(missing_ok=True)  # there is none after a dry run
-        notes = [*notes, f"{name} has changed, so its shards are created again"]
+        notes = [*notes, f"{name} or --group has changed, so the shards are created again"]
         show(name, parts)
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
     train, held, apart = _roles({path.name.rpartition("-")[0] for path in made.shards})
     whole = folder.resolve()
-    lines = notes + made.tally.lines()
+    lines = [*notes, *filter(None, [made.copies]), *made.tally.lines()]
     if apart:
         lines.append(f"{', '.join(apart)}: used neither for training nor for evaluation; the shards are in {folder}")
     if not held:
@@ -297,16 +306,18 @@ def _roles(splits: Collection[str]) -> tuple[str, str | None, list[str]]:
     return others[0], held, [split for split in others[1:] if split != held]
 
 
-def _settings(source: Records, image_range: Range | None) -> Settings:
+def _settings(source: Records, image_range: Range | None, group: str | None = None) -> Settings:
     """Return the settings for creating shards: a part is held out if the source has only one split. Raises UserError if
-    it has several splits, but none to train on."""
+    it has several splits, but none to train on, or if it has splits and `group` is set."""
     if len(source.splits) > 1 and all(split in HELD_OUT for split in source.splits):
         found = " and ".join(source.splits)
         raise UserError(f"SOURCE has the splits {found}, but no split to train on; pass one of the splits as SOURCE")
     samples = sum(source.splits.values())
     alone = len(source.splits) == 1 and samples > 1
+    if group is not None and len(source.splits) > 1:
+        raise UserError(f"--group {group}: SOURCE is already split ({', '.join(source.splits)}); leave out --group")
     held_out = min(_FRACTION, _MOST_HELD_OUT / samples) if alone else 0.0
-    return Settings(held_out=held_out, image_range=image_range, of_run=True)
+    return Settings(held_out=held_out, group=group if alone else None, image_range=image_range, of_run=True)
 
 
 def _manifest(folder: Path) -> Any:

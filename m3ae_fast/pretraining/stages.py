@@ -67,6 +67,7 @@ class _Call:
     captions: Path | None
     columns: tuple[str | None, str | None]  # of images and of captions
     val: Sequence[str]
+    group: str | None
     labels: str
     start_from: str | None
     recipe: Recipe | None
@@ -104,6 +105,7 @@ def pretrain(
     image_column: str | None = None,
     caption_column: str | None = None,
     val: Sequence[str] = (),
+    group: str | None = None,
     labels: str = "cls",
     start_from: str | Path | None = None,
     recipe: Recipe | None = None,
@@ -128,6 +130,9 @@ def pretrain(
         image_column, caption_column: names of the columns of a table or of a dataset; None: detected. With "" in place
             of `caption_column`, only the other columns are read, as fields.
         val: if `source` consists of shards, the held-out shards.
+        group: field whose equal values keep samples either in training or held out: a column of the table or the
+            dataset, "json." and the name of a field, or "folder" for the folder of an image; None: only identical
+            images are kept together.
         labels: source of the classes: "cls", or "json." and the name of a field.
         start_from: model from whose weights the run starts: a run, an export, weights of the official M3AE or MAE or of
             a timm model, or a name on the Hugging Face Hub. The run then has the size of this model, a lower learning
@@ -154,6 +159,7 @@ def pretrain(
         captions=None if captions is None else Path(captions),
         columns=(image_column, caption_column),
         val=val,
+        group=group,
         labels=labels,
         start_from=None if start_from is None else str(start_from),
         recipe=recipe,
@@ -230,9 +236,9 @@ def _kept_config(call: _Call, image_range: Range | None) -> Config | None:
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
     kept = shard_names(call.load_config().data.train)
-    find_shards(call.source, call.out, call.captions, call.val, image_range, kept, call.columns)
+    find_shards(call.source, call.out, call.captions, call.val, image_range, kept, call.columns, call.group)
     if not call.continues:
-        print(f"note: {call.source} has changed, so the settings are chosen again", flush=True)
+        print(f"note: {call.source} or --group has changed, so the settings are chosen again", flush=True)
         return None
     config = call.load_config()
     print(
@@ -252,7 +258,9 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
         weights = given_weights(call.start_from, call.out, overrides)
         overrides = [*weights.overrides, *overrides]
         image_range = assumed_config(overrides).model.image_range
-    shards = find_shards(call.source, call.out, call.captions, call.val, image_range, columns=call.columns)
+    shards = find_shards(
+        call.source, call.out, call.captions, call.val, image_range, columns=call.columns, group=call.group
+    )
     method = choose_recipe(call.recipe, overrides) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None
     with stage(call.device) as session:

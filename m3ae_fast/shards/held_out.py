@@ -11,7 +11,6 @@ import io
 import os
 import tarfile
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.index import MISSING, IndexedShard, group, index_shards
+from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.shards.duplicate_images import middle
@@ -37,22 +37,33 @@ class _Place(NamedTuple):
     size: int
 
 
-def split_images(images_N: np.ndarray, wanted: int) -> np.ndarray:
-    """Return a mask of the samples to hold out, bool [N], given the image number of each sample (`images_N`,
-    int64, N >= 1). About `wanted` samples are chosen, beginning with the last
-    ones; either all samples of an image are held out, or none. An image with more samples than are still wanted is
-    skipped. At least one image is held out.
+def split_images(images_N: np.ndarray, wanted: int, seed: int = 0) -> np.ndarray:
+    """Return a mask of the samples to hold out, bool [N]; either all samples of an image are held out, or none.
+
+    Every image is drawn with the same probability, whatever its number of samples, except that an image with more than
+    `wanted` samples is never held out: alone, it would exceed the held-out set. The images are drawn by systematic
+    sampling (Cochran 1977, "Sampling Techniques", chapter 8) in the order of their numbers of samples, and in random
+    order among images with equal numbers. Therefore, the expected number of held-out samples is `wanted`, up to the
+    rounding of the number of images, and it varies by less than the samples of the largest image that can be held out.
+    At least one image is held out: the one with the fewest samples if all images have too many.
+
+    Args:
+        images_N: image number of each sample, int64, N >= 1. Only their equality matters.
+        wanted: number of samples to hold out.
+        seed: random seed of the draw.
     """
-    counts = Counter(images_N[::-1].tolist())  # images in the order of their last samples, starting from the end
-    held, left = set(), wanted
-    for image, samples in counts.items():
-        if samples <= left:
-            held.add(image)
-            left -= samples
-            if not left:
-                break
-    held = held or {min(counts, key=lambda image: counts[image])}
-    return np.isin(images_N, list(held))
+    _, first_I, image_N, samples_I = np.unique(images_N, return_index=True, return_inverse=True, return_counts=True)
+    order_I = np.empty_like(first_I)
+    order_I[np.argsort(first_I)] = permutation(len(first_I), seed)  # independent of the numbers of the images
+    ascending_I = np.lexsort((order_I, samples_I))
+    fitting = ascending_I[samples_I[ascending_I] <= wanted]
+    if not len(fitting):
+        return image_N == ascending_I[0]
+    images = len(fitting)
+    drawn = min(images, max(1, round(wanted * images / int(samples_I[fitting].sum()))))
+    start = int(permutation(images, seed, 1)[0])  # uniform in 0 .. images - 1
+    places = (np.arange(drawn) * images + start) // drawn
+    return np.isin(image_N, fitting[places])
 
 
 def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int]]:

@@ -28,6 +28,7 @@ def make(
     subset: str | None = None,
     split: str | None = None,
     held_out: float = 0.0,
+    group: str | None = None,
     keep_order: bool = False,
     short_side: int = Settings.short_side,
     quality: int = Settings.quality,
@@ -42,7 +43,10 @@ def make(
         source, kind, captions, image_column, caption_column, label_column, classes, flat, masks, subset, split: as in
             `open_source`.
         out: output folder: a new folder, or the folder of a call with the same arguments.
-        held_out: fraction of the samples that are held out in val-*.tar.
+        held_out: fraction of the samples that are held out in val-*.tar. Identical images are held out together.
+        group: field whose equal values keep samples in the same split: a column of the table or the dataset, "json."
+            and the name of a field, or "folder" for the folder of an image; None: only identical images are kept
+            together.
         keep_order: whether to keep the order of the samples instead of shuffling them.
         short_side: number of pixels to which the shorter side of larger images is reduced.
         quality: JPEG quality, from 1 to 100.
@@ -54,7 +58,7 @@ def make(
     Raises:
         UserError: the source or an argument is invalid, or `out` contains other files or cannot be written.
     """
-    settings = Settings(samples_per_shard, short_side, quality, held_out, image_range, keep_order)
+    settings = Settings(samples_per_shard, short_side, quality, held_out, group, image_range, keep_order)
     records = open_source(
         source,
         kind=kind,

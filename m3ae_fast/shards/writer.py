@@ -34,6 +34,7 @@ from m3ae_fast.base.progress import progress
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shard_store import INDEX_SUFFIX, ShardStore
+from m3ae_fast.shards.duplicate_images import join
 from m3ae_fast.shards.held_out import split_images
 from m3ae_fast.shards.output_claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shards.problem_counts import REFUSED, Tally
@@ -67,6 +68,7 @@ class Converted:
     captions: int
     left_out: int  # number of samples that cannot be used
     tally: Tally
+    copies: str = ""  # number of duplicate images for display; "" if there are none or they were not searched
 
 
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
@@ -75,7 +77,7 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
     cannot be written, no sample of a split is valid, or a worker process is killed."""
     if not 1 <= workers <= _MOST_WORKERS:
         raise UserError(f"--workers {workers}: must be from 1 to {_MOST_WORKERS}")
-    plan = _plan(records, settings)
+    plan, copies = _plan(records, settings)
     manifest = manifest_of(records, settings)
     created = not out.exists()
     with claimed(out, manifest, records.classes):
@@ -98,7 +100,7 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
             raise UserError(f"{out}: not written, because no sample{of} can be used{example}")
     images, captions = (sum(getattr(summary, name) for summary in found) for name in ("images", "captions"))
     left_out = sum(len(shard.numbers) for shard in plan) - samples.total()
-    return Converted(shards, samples.total(), images, captions, left_out, tally)
+    return Converted(shards, samples.total(), images, captions, left_out, tally, copies)
 
 
 def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
@@ -106,8 +108,9 @@ def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
     return {"source": records.identity, "settings": asdict(settings)}
 
 
-def _plan(records: Records, settings: Settings) -> list[Shard]:
-    """Return the shards with the numbers of their samples."""
+def _plan(records: Records, settings: Settings) -> tuple[list[Shard], str]:
+    """Return the shards with the numbers of their samples, and `Converted.copies`."""
+    copies = ""
     parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the records, numbers
     for split, samples in records.splits.items():
         order = np.arange(samples) if settings.keep_order else permutation(samples, 0)
@@ -119,18 +122,36 @@ def _plan(records: Records, settings: Settings) -> list[Shard]:
                 "splits"
             )
         ((name, split, order),) = parts
-        images = records.images(split)[order]
+        images = records.images(split)
+        if found := records.rows(split) - len(np.unique(images)):
+            copies = f"{found:,} of {records.rows(split):,} images are copies of another image"
+        if settings.group is not None:
+            images = join(images, _groups(records, split, settings.group))
+        images = images[order]
         held = split_images(images, max(1, round(len(order) * settings.held_out)))
         if held.all():
             if (images == images[0]).all():
-                raise UserError(f"all {len(order)} samples have the same image, so none of them can be held out")
+                what = "image" if settings.group is None else f"image or {settings.group}"
+                raise UserError(f"all {len(order)} samples have the same {what}, so none of them can be held out")
             raise UserError(f"--held-out {settings.held_out:g}: holds out all {len(order)} samples; lower it")
         parts = [(TRAIN if name in HELD_OUT else name, split, order[~held]), (VAL, split, order[held])]
     shards = []
     for name, split, order in parts:
         pieces = [order[i : i + settings.samples_per_shard] for i in range(0, len(order), settings.samples_per_shard)]
         shards += [Shard(f"{name}-{i:05d}.tar", split, numbers) for i, numbers in enumerate(pieces)]
-    return shards
+    return shards, copies
+
+
+def _groups(records: Records, split: str, field: str) -> np.ndarray:
+    """Return group numbers, int64 [samples]: samples with equal values of a field have the same number. Raises
+    UserError if a sample does not have the field."""
+    seen: dict[str, int] = {}
+    numbers = []
+    for number, value in enumerate(records.values(split, field)):
+        if value is None:
+            raise UserError(f"--group {field}: the sample {records.name(split, number)} does not have this field")
+        numbers.append(seen.setdefault(json.dumps(value, sort_keys=True, default=str), len(seen)))
+    return np.array(numbers, dtype=np.int64)
 
 
 def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard], workers: int) -> Tally:
@@ -271,7 +292,7 @@ def describe_conversion(out: Path, converted: Converted) -> str:
     listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     shards = f"{len(c.shards):,} shard{'s' * (len(c.shards) != 1)}"
     lines = [f"{out}: {c.samples:,} samples in {shards} ({listed}), {c.captions:,} with a caption"]
-    lines += c.tally.lines()
+    lines += [*filter(None, [c.copies]), *c.tally.lines()]
     if earlier := c.left_out - c.tally.counts[REFUSED]:
         lines.append(f"{earlier:,} sample{'s' * (earlier != 1)} left out before the conversion was interrupted")
     for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):

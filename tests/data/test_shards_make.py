@@ -27,6 +27,7 @@ from m3ae_fast.data.shard_store import INDEX_SUFFIX
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.shards import making, writer
 from m3ae_fast.shards.duplicate_images import join
+from m3ae_fast.shards.held_out import split_images
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.huggingface import HuggingFace
 from m3ae_fast.shards.sources.interface import to_int
@@ -213,23 +214,26 @@ def test_captions_are_read_from_a_table(tmp_path, pictures, kind):
     assert not any("cls" in sample for sample in samples)
 
 
+def _different_images(split, samples):
+    return SimpleNamespace(splits={split: samples}, images=lambda _: np.arange(samples), rows=lambda _: samples)
+
+
 @pytest.mark.parametrize("keep_order", [False, True])
 @pytest.mark.parametrize(("samples", "share"), [(10, 0.28), (10, 0.22), (10, 0.01), (1000, 0.0348), (7, 0.5), (2, 0.1)])
 def test_the_number_of_held_out_samples_is_nearest_to_the_fraction(samples, share, keep_order):
     """At least one sample is held out, and each sample is either held out or trained on."""
     settings = writer.Settings(samples_per_shard=6, held_out=share, keep_order=keep_order)
-    records = SimpleNamespace(splits={"train": samples}, images=lambda split: np.arange(samples))
-    shards = writer._plan(records, settings)
-    numbers = [number for shard in shards for number in shard.numbers.tolist()]
-    held_out = sum(len(shard.numbers) for shard in shards if shard.name.startswith("val-"))
-    assert held_out == 1 or abs(held_out - share * samples) <= 0.5
-    assert sorted(numbers) == list(range(samples)) and (numbers == sorted(numbers)) == (keep_order or samples == 2)
+    shards, _ = writer._plan(_different_images("train", samples), settings)
+    val, train = ([shard.numbers for shard in shards if shard.name.startswith(name)] for name in ("val", "train"))
+    val, train = np.concatenate(val).tolist(), np.concatenate(train).tolist()
+    assert len(val) == 1 or abs(len(val) - share * samples) <= 0.5
+    assert sorted(val + train) == list(range(samples))
+    assert ((val, train) == (sorted(val), sorted(train))) == (keep_order or samples == 2)
 
 
 @pytest.mark.parametrize(("split", "rest"), [("train", "train"), ("extra", "extra"), ("test", "train")])
 def test_remaining_shards_keep_the_name_of_their_split_unless_it_means_held_out(split, rest):
-    records = SimpleNamespace(splits={split: 10}, images=lambda split: np.arange(10))
-    shards = writer._plan(records, writer.Settings(held_out=0.2))
+    shards, _ = writer._plan(_different_images(split, 10), writer.Settings(held_out=0.2))
     assert {shard.name.partition("-")[0] for shard in shards} == {rest, "val"}
 
 
@@ -552,3 +556,70 @@ def test_the_type_of_a_source_is_recognised(tmp_path, pictures):
             kind_of_source(name)
     with pytest.raises(UserError, match="SOURCE is empty"):
         kind_of_source("")
+
+
+def test_images_are_held_out_with_equal_probability_whatever_their_number_of_copies():
+    """100 samples have different images, and 5 images have 4 to 16 copies each; a tenth of all samples is wanted."""
+    copies = np.repeat(np.arange(100, 105), [4, 6, 8, 10, 16])
+    images = np.random.default_rng(0).permutation(np.concatenate([np.arange(100), copies]))
+    wanted, draws = 17, 3000
+    held = np.array([np.bincount(images[split_images(images, wanted, seed)], minlength=105) for seed in range(draws)])
+    samples = np.bincount(images)
+    assert all(np.isin(count, (0, whole)).all() for count, whole in zip(held.T, samples))
+    share = wanted / len(images)
+    error = (share * (1 - share) / draws) ** 0.5
+    assert (abs((held > 0).mean(0) - share) < 5 * error).all()
+    assert abs(held.sum(1).mean() - wanted) < 0.5 and abs(held.sum(1) - wanted).max() < 16
+    assert (split_images(images, wanted) == split_images(images + 7, wanted)).all()
+
+
+def test_an_image_with_too_many_samples_is_held_out_only_if_all_have_too_many():
+    assert not any(split_images(np.repeat([0, 1, 2], [11, 9, 9]), 10, seed)[:11].any() for seed in range(50))
+    assert (split_images(np.repeat([0, 1], [60, 40]), 10) == np.repeat([False, True], [60, 40])).all()
+
+
+def test_groups_and_identical_images_are_joined_and_stay_in_one_split(tmp_path, pictures, capsys):
+    """The families are joined through identical images: cat/I.jpg and dog/I.jpg are copies of one image."""
+    families = {"cat": "aabcd", "dog": "eeebf"}  # joined: cat 0 to 2 and 3 with dog 0 to 3; cat 4 with dog 4
+    rows = [f"{name}/{i}.jpg,{families[name][i]}" for name in families for i in range(5)]
+    (pictures / "table.csv").write_text("\n".join(["image,family", *rows]))
+    options = ("--captions", pictures / "table.csv", "--caption-column", "", "--flat", "--held-out", 0.3)
+    for group in ("json.family", "family"):
+        assert make(pictures, tmp_path / group, *options, "--group", group) == 0
+        assert "5 of 10 images are copies of another image" in capsys.readouterr().out
+        val = {json.loads(sample["json"])["path"] for sample in contents(tmp_path / group, "val-*.tar")}
+        assert val == {"cat/4.jpg", "dog/4.jpg"}
+    assert make(pictures, tmp_path / "family", *options) == 2
+    assert "contains" in capsys.readouterr().err
+
+
+def test_a_group_may_be_the_folder_of_an_image_or_a_column_of_a_dataset(tmp_path):
+    for number in range(12):
+        (tmp_path / f"in/{number // 2}/a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"in/{number // 2}/a/{number}.jpg").write_bytes(picture(number))
+    making.make(tmp_path / "in", tmp_path / "out", held_out=0.34, group="folder", workers=1)
+    folders = [json.loads(sample["json"])["path"].split("/")[0] for sample in contents(tmp_path / "out", "val-*.tar")]
+    assert len(folders) == 4 and len(set(folders)) == 2
+
+    rows = {"text": [f"text {i}" for i in range(12)], "author": [i // 3 for i in range(12)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "set"))
+    making.make(tmp_path / "set", tmp_path / "texts", held_out=0.25, group="author", workers=1)
+    numbers = [int(sample["txt"].split()[1]) for sample in contents(tmp_path / "texts", "val-*.tar")]
+    assert len(numbers) == 3 and len({number // 3 for number in numbers}) == 1
+    with pytest.raises(UserError, match="--group writer: the dataset has only the columns text, author"):
+        making.make(tmp_path / "set", tmp_path / "no", held_out=0.25, group="writer")
+
+
+def test_a_group_must_exist_for_every_sample_and_needs_held_out_samples(tmp_path, pictures):
+    (pictures / "table.jsonl").write_text(
+        '{"image": "cat/0.jpg", "family": 3}\n{"image": "cat/1.jpg", "family": null}\n'
+    )
+    more = {"captions": pictures / "table.jsonl", "caption_column": "", "held_out": 0.3, "workers": 1}
+    message = "--group family: the sample cat/1.jpg does not have this field"
+    with pytest.raises(UserError, match=message):
+        making.make(pictures, tmp_path / "out", group="family", **more)
+    with pytest.raises(UserError, match="has an effect only if samples are held out"):
+        making.make(pictures, tmp_path / "out", group="family", **{**more, "held_out": 0.0})
+    with pytest.raises(UserError, match="all 10 samples have the same image or class_name"):
+        making.make(pictures, tmp_path / "out", group="class_name", flat=False, held_out=0.3)
+    assert not (tmp_path / "out").exists()

@@ -137,15 +137,24 @@ class Folder(Records):
         sample = self._samples[row][index]
         caption = sample.caption if self._has_captions else self._caption_file_of(path)
         name = self._class_names[os.path.dirname(self._paths[row])]
-        about: dict[str, Any] = {"path": printable(self._paths[row])}
-        if name is not None:
-            about["class_name"] = name
-        about |= json.loads(sample.fields or "{}")
         data, members = read_file(path), {}
         if self._masks is not None and os.path.lexists(file := mask_of(self._masks, self._paths[row])):
             members[MASK_SUFFIX] = read_file(str(file))
             read_mask(members[MASK_SUFFIX], data)
-        return Record(data, caption, None if name is None else self._labels[name], about, members)
+        return Record(data, caption, None if name is None else self._labels[name], self._about(row, sample), members)
+
+    def _about(self, row: int, sample: _Sample) -> dict[str, Any]:
+        """Return the fields of a sample. `row`: index into the paths."""
+        name = self._class_names[os.path.dirname(self._paths[row])]
+        about = {"path": printable(self._paths[row])} | ({} if name is None else {"class_name": name})
+        return about | json.loads(sample.fields or "{}")
+
+    def values(self, split: str, field: str) -> list[Any]:
+        rows = self._rows[split].tolist()
+        if field == "folder":
+            return [os.path.dirname(self._paths[row]) for row in rows for _ in self._samples[row]]
+        name = field.removeprefix("json.")
+        return [self._about(row, sample).get(name) for row in rows for sample in self._samples[row]]
 
     def class_counts(self, split: str) -> Counter[str]:
         found: Counter[str] = Counter()

@@ -68,6 +68,7 @@ class HuggingFace(Records):
         # dtype of the values if images are arrays [H, W] or [H, W, C]
         self._dtype: str = getattr(images, "dtype", "") if _is_array(images) else ""
         self._data: dict[str, Any] = {}
+        self._whole = data  # with all columns
         for key, rows in data.items():
             rows = rows.select_columns([column for column in (self.image, self.caption, self.label) if column])
             self._data[key] = rows
@@ -107,6 +108,13 @@ class HuggingFace(Records):
                 if isinstance(label, int) and label >= 0:
                     found[self.classes[label] if self.classes else str(label)] += count
         return found
+
+    def values(self, split: str, field: str) -> list[Any]:
+        rows, name = self._whole[split], field.removeprefix("json.")
+        if name not in rows.features:
+            raise UserError(f"--group {field}: the dataset has only the columns {', '.join(rows.features)}")
+        values = rows.select_columns([name]).with_format("arrow")[name].to_pylist()
+        return [values[row] for row in super().images(split).tolist()]
 
     def images(self, split: str) -> np.ndarray:
         """Return image numbers; see `interface.Records`. Rows whose image has the same bytes or the same path count as

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.index import MAX_IMAGE_BYTES
 from m3ae_fast.shards.problem_counts import Tally
@@ -61,6 +62,16 @@ class Records(ABC):
         starts = self._starts[split]
         row = int(np.searchsorted(starts, number, side="right")) - 1
         return row, number - int(starts[row])
+
+    def rows(self, split: str) -> int:
+        """Return the number of rows."""
+        return len(self._starts[split]) - 1
+
+    def values(self, split: str, field: str) -> list[Any]:
+        """Return the value of a field for each sample, None if the sample does not have it. `field`: "json.NAME" or
+        NAME, a field of the sample's json or a column; "folder", the folder of the image. Raises UserError if samples
+        of this source have no fields."""
+        raise UserError(f"--group {field}: an HDF5 file has no such field")
 
     def images(self, split: str) -> np.ndarray:
         """Return image numbers, int64 [samples]: samples of the same image have the same number. By default, the
