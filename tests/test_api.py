@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -68,6 +69,15 @@ def test_images_outside_shards_are_embedded(run, images, tmp_path, kind):
     np.testing.assert_allclose(found["features"], expected, atol=1e-5)
     written = np.load(tmp_path / "out.npz")
     assert all(np.array_equal(written[name], found[name]) for name in found)
+
+
+def test_the_suffix_of_an_image_may_be_written_in_capitals(run, images, tmp_path):
+    for name, own in (("a.png", "a.PNG"), ("b.jpg", "b.Jpg")):
+        shutil.copy(images / name, tmp_path / own)
+    names, settings = ["a.PNG", "b.Jpg"], ["data.workers=0"]
+    assert m3ae_fast.embed(run, tmp_path, overrides=settings)["keys"].tolist() == names
+    paths = [str(tmp_path / name) for name in names]
+    assert m3ae_fast.embed(run, paths, overrides=settings)["keys"].tolist() == paths
 
 
 def test_an_unreadable_image_is_named_or_skipped(run, images, tmp_path):

@@ -1410,6 +1410,12 @@ def test_the_largest_model_size_that_fits_the_time_is_chosen(tmp_path, monkeypat
         assert 0.85 * 3600 < taken <= 3600 or train.steps == automatic_settings.LONGEST * (1000 // train.global_batch)
 
 
+def test_a_tenth_of_the_samples_but_at_most_5000_are_held_out():
+    for samples, held_out in ((100, 10), (50_000, 5000), (100_000, 5000)):
+        settings = source_shards._settings(SimpleNamespace(splits={"train": samples}), None)
+        assert settings.held_out * samples == pytest.approx(held_out)
+
+
 def small(classes=0, samples=1000):
     return DatasetStatistics(samples, 100, 100, [0.5] * 3, [0.2] * 3, classes=classes, vocab_size=0, text_length=8)
 
@@ -1442,6 +1448,8 @@ def test_the_hours_include_preparation_and_evaluation(monkeypatch):
     assert not found.warning and found.lines[3].endswith(" (--hours 0.5)")
     assert planned(monkeypatch, small(), 1e-7, 0.01).config.train.hours == 1e-5  # a limit of 0 would be invalid
     assert planned(monkeypatch, small(classes=3), 0.01, 0.01).lines[3].endswith(", later than --hours 0.01 allows")
+    late = planned(monkeypatch, small(), 0.5, 0.01, spent=1800.0)  # the preparation alone took half an hour
+    assert late.lines[3].endswith(", later than --hours 0.5 allows")
     continued = planned(monkeypatch, small(classes=3), 0.5, 0.01, ["model.init_from=start"], spent=60.0)
     less = 3600 * (t.hours - continued.config.train.hours)  # both probes also evaluate the initial weights
     assert 2 * 1100 * 0.01 < less < 2 * 1100 * 0.01 + 10

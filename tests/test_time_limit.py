@@ -151,6 +151,8 @@ def test_the_number_of_epochs_within_a_time_limit_has_a_maximum(monkeypatch):
     machine = Machine(monkeypatch)
     plan, step = machine.train(schedule(20, samples=160), lambda now: 0.1)
     assert step == plan.most_steps == LONGEST * 10
+    longer = schedule(LONGEST * 10 + 5, samples=160)  # set by the user
+    assert longer.most_steps == longer.total_steps == LONGEST * 10 + 5
 
 
 def test_the_learning_rate_stays_continuous_and_reaches_its_end_if_the_number_of_steps_changes():

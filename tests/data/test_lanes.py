@@ -147,6 +147,7 @@ def test_the_number_of_lanes_follows_from_batch_and_shards():
     assert layout([[10] * 100, [9]], 4096) == Layout(8, 16)  # each lane has a part of every source
     assert layout(shards, 4096, repeats=256) == Layout(16, 8)  # the samples are counted, and not their views
     assert layout(shards, 4096, repeats=3) == Layout(64, 2)
+    assert layout(shards, 12, lanes=4, repeats=2) == Layout(3, 43)  # 6 samples per step
 
 
 def test_a_layout_is_described_in_words():

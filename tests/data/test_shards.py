@@ -493,6 +493,17 @@ def test_a_download_inspects_few_cached_shards_regardless_of_their_number(server
     assert store.space().used <= store.limit
 
 
+def test_the_free_disk_space_and_the_copies_limit_a_cache_without_a_configured_limit(server, tmp_path, monkeypatch):
+    """A tenth of the disk is left free."""
+    url, folder, _ = server
+    names, size = serve_equal_shards(url, folder, 3)
+    store = ShardStore(tmp_path / "cache")
+    for name in names:
+        store.path(name)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100 * size, 70 * size, 30 * size))
+    assert store.space() == (3 * size + 20 * size, 3 * size, size)
+
+
 def test_processes_share_the_account_of_used_cache_space(server, tmp_path):
     """A copy that another process made counts without listing the folder again."""
     url, folder, _ = server

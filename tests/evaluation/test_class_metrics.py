@@ -45,6 +45,20 @@ def test_metrics_equal_those_of_scikit_learn(tmp_path):
         assert ("auroc" in found) == (len(classes) == 2)
 
 
+def test_classes_that_do_not_occur_among_the_held_out_samples_do_not_count(tmp_path):
+    """With two of three classes left, the score of a prediction is not one minus that of the other class."""
+    _table(tmp_path, ["a", "a", "b"], ["a", "c", "b"])
+    found = class_metrics(tmp_path, ["a", "b", "c"], ["a", "b", "c"], {})
+    assert found["balanced_accuracy"] == 0.75 and not {"auroc", "auroc_se"} & found.keys()
+    assert [(row["class"], row["samples"], row["accuracy"]) for row in found["per_class"]] == [
+        ("a", 2, 0.5),
+        ("b", 1, 1),
+    ]
+    _table(tmp_path, ["b", "b"], ["a", "b"])
+    found = class_metrics(tmp_path, ["a", "b"], ["a", "b"], {})  # an area under the curve requires negatives
+    assert found["balanced_accuracy"] == 0.5 and "auroc" not in found
+
+
 def test_ties_count_one_half_in_the_area_under_the_curve():
     positive, negative = np.array([1.0, 2, 2, 3]), np.array([0.0, 2, 2, 1])
     truth = np.repeat([1, 0], 4)

@@ -28,10 +28,11 @@ def _bank(features):
     return FeatureBank([""] * len(features), features, None)
 
 
-@pytest.mark.parametrize(("samples", "width", "k"), [(3000, 16, 20), (211, 6, 7), (9, 4, 20)])
+@pytest.mark.parametrize(("samples", "width", "k"), [(3003, 16, 20), (211, 6, 7), (9, 4, 20)])
 @pytest.mark.parametrize("equal", [False, True])
 def test_neighbours_equal_those_of_a_stable_sort(monkeypatch, samples, width, k, equal):
-    """Samples are searched in blocks, and more samples may be equally similar than the list of candidates can hold."""
+    """Samples are searched in blocks, which are divided into groups. The last block and the last group are incomplete.
+    More samples may be equally similar than the list of candidates can hold."""
     monkeypatch.setitem(neighbours._BLOCKS, "cpu", neighbours._Blocks(16, 2048))
     monkeypatch.setattr(neighbours, "_GROUP", 4)
     monkeypatch.setattr(neighbours, "_AT_A_TIME", 50)

@@ -39,6 +39,14 @@ def test_the_table_of_features_contains_keys_features_and_labels(features, tmp_p
     assert (file["features"].shape, file["features"].dtype) == ((7, 32), np.float32)
 
 
+def test_a_sample_without_a_text_label_has_an_empty_label(features, tmp_path):
+    files = dict(labelled_members(range(4)))
+    names = [json.loads(files[f"{number:05d}.json"])["name"] for number in range(4)]
+    del files["00003.json"]
+    file = np.load(features(write_tar(tmp_path / "a.tar", files.items()), "out.npz", "--labels", "json.name"))
+    assert file["labels"].tolist() == [*names[:3], ""]
+
+
 def test_parquet_and_npz_files_have_the_same_content(features, shards):
     options = ["--labels", "json.name", "--patches", "--pool", "cls"]
     arrays = np.load(features(shards[1], "a.npz", *options))

@@ -139,6 +139,14 @@ def test_the_standard_error_of_a_single_image_is_undefined():
     assert result["baselines"] == {UNTRAINED: {"miou": 0.0}} and not {"miou_se", "verdict"} & result.keys()
 
 
+def test_images_of_which_all_pixels_are_ignored_do_not_prevent_a_standard_error():
+    """A bootstrap sample may consist of such images only."""
+    pixels = np.array([[10, 10], [10, 10], [0, 0], [0, 0]])
+    right = np.array([[9, 8], [5, 6], [0, 0], [0, 0]])
+    result = measured({MODEL: Counts(right, pixels, pixels)}, 0)
+    assert 0 < result["miou_se"] < 1 and "warning" not in result
+
+
 def test_the_standard_error_equals_the_deviation_over_redrawn_images():
     random = np.random.default_rng(0)
     right = random.integers(0, 50, (300, 30, 1))
