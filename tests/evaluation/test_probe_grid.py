@@ -169,7 +169,7 @@ def _encoded(model, numbers):
 @pytest.mark.parametrize(("options", "chosen"), [(["--layers", "2"], True), (["--shots", "3", "--draws", "2"], False)])
 def test_hyper_parameters_are_reported_only_if_they_belong_to_a_single_draw(transfer, options, chosen):
     (row,) = transfer("logistic", *options)["results"]
-    assert ("strength" in row) == chosen
+    assert ("inverse_strength" in row) == chosen
 
 
 def test_too_many_shots_are_refused_before_any_probe(transfer, capsys):
