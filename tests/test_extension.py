@@ -1,7 +1,6 @@
 """A run with a stable learning rate and a time limit that is extended has a stable phase again, and its decay takes the
 configured fraction of the new number of steps. All clocks of time limits are simulated."""
 
-import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,8 +10,7 @@ from m3ae_fast import checkpoint, pretrain
 from m3ae_fast.config import Config, parse
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.pretraining.stages import how_to_train_longer
-from m3ae_fast.training.early_stopping import EarlyStopping
-from m3ae_fast.training.extension import resumed_schedule
+from m3ae_fast.training.extension import is_extended, resumed_schedule
 from m3ae_fast.training.pretraining_task import how_to_continue
 from m3ae_fast.training.time_limit import TimeLimit
 from tests.helpers.shards import members, write_tar
@@ -40,15 +38,10 @@ def saved(config, plan, step, spent):
     )
 
 
-def stopped_at(monkeypatch, config, step, until=math.inf):
-    """Train for `step` steps of 3.6 seconds, of which 1,000 fit into an hour, and return the checkpoint. `until`: step
-    at which train.stop_at begins the decay."""
+def stopped_at(monkeypatch, config, step):
+    """Train for `step` steps of 3.6 seconds, of which 1,000 fit into an hour, and return the checkpoint."""
     machine, limit = Machine(monkeypatch), TimeLimit(HOUR)
     plan, _ = machine.train(Schedule(config.train, config.optim, SAMPLES), lambda now: 3.6, limit=limit, until=step)
-    if step == until:
-        stopping = EarlyStopping(0.5)
-        stopping.add(step, 0.5)
-        plan = plan.changed(step, stopping.total_steps(step, plan, plan.total_steps))
     return machine, saved(config, plan, step, limit.spent)
 
 
@@ -81,28 +74,21 @@ def test_a_run_with_a_longer_time_limit_has_a_stable_phase_again(monkeypatch, ho
     require_stable_phase(plan, 800)
 
 
-@pytest.mark.parametrize("stop_at", [None, 0.9])
-def test_a_run_that_had_ended_early_has_a_stable_phase_again(monkeypatch, stop_at):
-    machine, info = stopped_at(monkeypatch, configured(stop_at=0.5), 400, until=400)
-    assert info.changes[-1] == (400, 500)
-    plan = finish(machine, configured(stop_at=stop_at), info, 3.6)
-    assert plan.total_steps == pytest.approx(1000, rel=0.03)
-    require_stable_phase(plan, 400)
-
-
-def test_a_time_limit_added_to_a_run_that_had_ended_early_begins_with_the_configured_steps():
-    """The duration of the steps before the checkpoint is unknown."""
-    first = configured(steps=1000, hours=None, stop_at=0.5)
-    info = saved(first, Schedule(first.train, first.optim, SAMPLES).changed(400, 500), 400, spent=0.0)
-    plan = resumed_schedule(configured(steps=1000), SAMPLES, info)
-    assert (plan.total_steps, plan.decay_begin) == (1000, 800)
-
-
 @pytest.mark.parametrize(("spent", "total"), [(1e-300, MOST), (0.8 * HOUR, 2000), (9 * HOUR, 1000)])
 def test_an_extended_run_is_never_shorter_than_before_nor_longer_than_permitted(spent, total):
     first = configured()
     info = saved(first, Schedule(first.train, first.optim, SAMPLES).changed(100, 1000), 800, spent)
     assert resumed_schedule(configured(hours=2.0), SAMPLES, info).total_steps == total
+
+
+@pytest.mark.parametrize("key", ("steps", "epochs", "hours"))
+@pytest.mark.parametrize(
+    ("now", "decay", "longer"), [(12, 0.2, True), (10, 0.2, False), (8, 0.2, False), (12, None, False)]
+)
+def test_only_an_extended_run_resumes_from_before_its_decay(key, now, decay, longer):
+    was, present = ({"steps": None, "epochs": None, "hours": None, key: value} for value in (10, now))
+    config = SimpleNamespace(optim=SimpleNamespace(decay=decay), train=SimpleNamespace(**present))
+    assert is_extended(config, SimpleNamespace(config={"train": was})) == longer
 
 
 def test_a_run_that_is_only_resumed_keeps_its_schedule(monkeypatch):
@@ -114,9 +100,6 @@ def test_a_run_that_is_only_resumed_keeps_its_schedule(monkeypatch):
         assert resumed_schedule(configured(hours=hours), SAMPLES, later).changes == changes
     assert resumed_schedule(configured(), SAMPLES, None).changes == ()
     assert resumed_schedule(configured(hours=None), SAMPLES, info).changes == ()
-    early = replace(info, config=configured(hours=None, stop_at=0.5).model_dump(mode="json"))
-    for stop_at, kept in ((0.5, changes), (0.4, changes), (0.6, ()), (None, ())):
-        assert resumed_schedule(configured(hours=None, stop_at=stop_at), SAMPLES, early).changes == kept
 
 
 def test_a_cosine_schedule_keeps_its_changes_if_its_time_limit_is_extended(monkeypatch):
@@ -139,7 +122,7 @@ def test_a_complete_run_tells_how_to_extend_it(schedule, hours, total, advice):
     """More time does not extend a run that has taken the maximum number of steps."""
     config = configured(schedule, hours=hours)
     plan = Schedule(config.train, config.optim, SAMPLES).changed(100, total)
-    assert how_to_continue(SimpleNamespace(early_stopping=None, schedule=plan), config) == advice
+    assert how_to_continue(SimpleNamespace(schedule=plan), config) == advice
 
 
 @pytest.mark.parametrize(

@@ -80,17 +80,16 @@ def test_the_time_of_all_trials_is_subtracted_from_the_hours_of_the_run(tmp_path
     assert load_config(path).train == found.train
 
 
-def test_a_trial_has_no_probe_figures_loggers_or_early_stopping(tmp_path, monkeypatch):
-    """A trial has the model, the batch and the seed of the run, but no probe, figures, loggers or early end, and only
-    the evaluations at its beginning and end."""
+def test_a_trial_has_no_probe_figures_or_loggers(tmp_path, monkeypatch):
+    """A trial has the model, the batch and the seed of the run, but no probe, figures or loggers, and only the
+    evaluations at its beginning and end."""
     probe = {"train": [{"shards": "a.tar"}], "val": [{"shards": "b.tar"}], "every": 5}
     config = tuned_config(tmp_path, probe=probe, pictures=2, eval_every=10, save_every=10)
-    train = config.train.model_copy(update={"stop_at": 0.5})
     tried = trials(monkeypatch, dict.fromkeys((5e-4, 1e-3, 2e-3), 1.0))
-    learning_rate_search.tune(config.model_copy(update={"train": train}), tmp_path / "config.json")
+    learning_rate_search.tune(config, tmp_path / "config.json")
     for each in tried:
         own = each.train
-        assert (each.run.loggers, own.probe, own.pictures, own.stop_at, own.eval_every) == ([], None, 0, None, None)
+        assert (each.run.loggers, own.probe, own.pictures, own.eval_every) == ([], None, 0, None)
         assert (own.save_every, own.global_batch, each.model, each.run.seed) == (50, 16, config.model, config.run.seed)
     assert config.run.loggers != [] and len(tried) == 3
 

@@ -22,7 +22,6 @@ from m3ae_fast.images.bit_depth import Depth
 from m3ae_fast.images.image_kind import Kind
 from m3ae_fast.pretraining.automatic_settings import (
     MODEL_SIZES,
-    PROBED,
     Shards,
     assumed,
     by_setting,
@@ -280,14 +279,6 @@ def test_no_override_is_lost_in_any_order_of_the_overrides(order):
     assert (c.train.hours, c.train.steps, c.model.emb_dim, c.model.depth) == (2, 7, 96, 12)
 
 
-def test_stop_at_is_accepted_if_the_accuracy_is_measured_during_training():
-    overrides = ["train.stop_at=plateau", "optim.schedule=wsd"]
-    check_overrides(overrides)
-    assert _chosen(*overrides, statistics=assumed([], samples=PROBED)).train.probe.every
-    with pytest.raises(UserError, match=r"set train\.probe\.every"):
-        _chosen(*overrides, statistics=assumed([], samples=PROBED + 1))
-
-
 def test_image_tokens_are_compatible_with_the_chosen_settings(tmp_path):
     (tmp_path / "vqgan").mkdir()
     overrides = ["model.image_targets=vqgan", f"data.image_tokenizer={tmp_path}/vqgan"]
@@ -297,9 +288,8 @@ def test_image_tokens_are_compatible_with_the_chosen_settings(tmp_path):
 
 
 def test_a_missing_setting_of_a_probe_is_reported():
-    for override in ("train.probe.k=7", "train.stop_at=0.5"):
-        with pytest.raises(UserError, match=r"--set train\.\w+(\.k)?: there is no probe, because .* with --labels"):
-            _chosen(override, statistics=replace(assumed([]), classes=0))
+    with pytest.raises(UserError, match=r"--set train\.probe\.k: there is no probe, because .* with --labels"):
+        _chosen("train.probe.k=7", statistics=replace(assumed([]), classes=0))
 
 
 def _captioned(path, count):

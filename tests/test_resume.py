@@ -246,7 +246,7 @@ SETTINGS = {
     )
     | dict.fromkeys(("layer_decay", "muon_momentum", "muon_lr_ratio", "schedule", "decay_fraction"), NOTED),
     "train": {"global_batch": REFUSED}
-    | dict.fromkeys(("epochs", "steps", "hours", "stop_at", "precision"), NOTED)
+    | dict.fromkeys(("epochs", "steps", "hours", "precision"), NOTED)
     | dict.fromkeys(
         (
             "micro_batch", "log_every", "eval_every", "save_every", "keep", "ema", "activation_checkpointing",

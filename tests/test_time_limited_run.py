@@ -1,6 +1,5 @@
 """Real runs with a time limit on a simulated clock: every rank ends at the same step, and a killed run is resumed."""
 
-import json
 import shutil
 
 import numpy as np
@@ -8,10 +7,8 @@ import pytest
 
 from m3ae_fast import checkpoint
 from m3ae_fast.cli.status import status
-from tests.helpers.labelled import labelled_tar
 from tests.helpers.ranks import run_ranks
 from tests.helpers.slow_steps import STEP_S
-from tests.helpers.stable_schedule import decay
 
 pytestmark = pytest.mark.slow
 
@@ -73,25 +70,3 @@ def test_a_run_resumed_with_less_time_than_it_has_used_ends_soon(trainer):
     assert "train.hours was 0.06666666666666667 and is 0.016666666666666666 from here on" in out
     step, *_ = trainer.lines("run", "lr")[-1]
     assert 12 < step <= 15 and checkpoint.step_of(checkpoint.locate(trainer.folder / "run")) == step
-
-
-def test_a_run_that_stops_early_decays_and_has_a_stable_phase_again_when_it_is_extended(trainer, tmp_path):
-    """The accuracy is reached at the first evaluation, after 4 steps. The extended run resumes bitwise identically."""
-    source = [{"shards": str(labelled_tar(tmp_path / "labelled.tar", range(12))), "modality": "image"}]
-    probe = json.dumps({"train": source, "val": source, "every": 4})
-    options = ["optim.schedule=wsd", "optim.decay_fraction=0.5", f"train.probe={probe}", "train.save_every=3"]
-    out = train(trainer, "run", *options, "train.stop_at=0.01")
-    assert "the learning rate decays from step 4 on, and the run then ends" in out
-    assert decay(trainer.folder / "run") == (4, 8) and trainer.lines("run", "total_steps") == [(4, 8)]
-    first = trainer.losses("run")
-    options.append(f"train.hours={1.5 * STEPS * STEP_S / 3600}")
-    out = train(trainer, "run", *options)
-    assert "steps 4 to 36, adjusted to" in out and "with a decay after 18 steps" in out
-    assert decay(trainer.folder / "run") == (18, 36)
-    whole = trainer.losses("run")
-    assert whole[:6] == first[:6] and whole[6] != first[6]  # step 6 is the first one with a lower learning rate
-    for path in checkpoint.saved_steps(trainer.folder / "run"):
-        if checkpoint.step_of(path) > 30:
-            shutil.rmtree(path)
-    train(trainer, "run", *options)
-    assert trainer.losses("run") == whole

@@ -58,7 +58,7 @@ PRETRAINING = Rules(
         WRITTEN,
         "loss.*",
         "optim.*",
-        *(f"train.{key}" for key in ("epochs", "steps", "hours", "stop_at", "precision")),
+        *(f"train.{key}" for key in ("epochs", "steps", "hours", "precision")),
     ),
     free=("model.init_from",),
     advice="to continue anyway, add --resume-with-changes",

@@ -543,10 +543,6 @@ class TrainConfig(TransformerLoopConfig):
     """Duration of the run in hours, including evaluations. The number of steps, whose initial value is given by `steps`
     or `epochs`, is adjusted during training so that the run ends after this time, or after 800 epochs at the latest.
     null: no time limit."""
-    stop_at: Annotated[float, Field(gt=0, le=1)] | Literal["plateau"] | None = None
-    """Condition for ending the run early: an accuracy of `train.probe`, such as 0.6, or `plateau`, which means three
-    evaluations in a row without a new best accuracy. When the condition is met, the final decay of the learning rate
-    begins; this requires `optim.schedule: wsd`. null: the run is not ended early."""
     rollbacks: int = Field(0, ge=0, le=100)
     """Maximum number of rollbacks: if the loss or the gradient norm of a step is not finite, the run returns to its
     last good checkpoint and skips the batch of that step. Until a batch is skipped, the run is identical to a run
@@ -712,13 +708,6 @@ class Config(Section):
                 "model.dec_attention cross predicts only masked tokens: set loss.image_all_tokens and "
                 "loss.text_all_tokens to false, or model.dec_attention to self"
             )
-        if self.train.stop_at is not None and self.optim.decay in (None, 1):
-            raise ValueError(
-                "train.stop_at needs a decay of the learning rate at the end of the run: set optim.schedule to wsd, "
-                "and optim.decay_fraction to a value below 1"
-            )
-        if self.train.stop_at is not None and (self.train.probe is None or self.train.probe.every is None):
-            raise ValueError("train.stop_at needs the accuracy of train.probe during training: set train.probe.every")
         if self.train.spike_threshold is not None and not self.train.rollbacks:
             raise ValueError("train.spike_threshold needs rollbacks to a checkpoint: set train.rollbacks to 1 or more")
         self._check_layer_decay()

@@ -115,11 +115,6 @@ class Schedule:
         """Return the number of steps before the decay in a run of `total` steps."""
         return total - max(round((self.optim.decay or 0.0) * total), 1)
 
-    def with_decay_from(self, step: int) -> int:
-        """Return the number of steps of a run whose decay begins after `step` steps."""
-        total = math.ceil(step / (1 - (self.optim.decay or 0.0)))
-        return total if self._first_of_decay(total) <= step else total - 1
-
     @property
     def decay_begin(self) -> int | None:
         """Return the number of steps before the decay, with all changes so far; None for a cosine schedule."""

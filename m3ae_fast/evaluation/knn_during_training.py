@@ -17,10 +17,9 @@ from m3ae_fast.evaluation.predictions import largest_share
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stoppable_loop import Stopped
-from m3ae_fast.training.early_stopping import ACCURACY
 from m3ae_fast.training.trainer import Trainer
 
-_LARGEST = "val_knn_largest_class"
+ACCURACY, _LARGEST = "val_knn_top1", "val_knn_largest_class"
 
 
 class Probe(NamedTuple):
@@ -80,4 +79,3 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
         return
     top1 = knn_predictions(bank, queries, len(classes), probe)[0].accuracies()["top1"]
     trainer.log.log(trainer.step, {ACCURACY: top1, _LARGEST: largest_share(queries.labels.tolist())})
-    trainer.add_accuracy(top1)

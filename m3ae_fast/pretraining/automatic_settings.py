@@ -399,9 +399,8 @@ def _drop_incompatible(config: dict[str, Any], overrides: Sequence[str]) -> None
 
 def _require_probe(config: dict[str, Any], override: str) -> None:
     """Raise UserError if the override needs a probe but there is none."""
-    name, _, value = override.partition("=")
-    train, needed = config["train"], name.startswith("train.probe.") or (name == "train.stop_at" and value != "null")
-    if needed and isinstance(train, dict) and train.get("probe") is None:
+    name, train = override.partition("=")[0], config["train"]
+    if name.startswith("train.probe.") and isinstance(train, dict) and train.get("probe") is None:
         raise UserError(
             f"--set {name}: there is no probe, because the samples have no usable labels; choose a field with --labels"
         )

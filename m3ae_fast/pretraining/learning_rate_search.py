@@ -151,7 +151,7 @@ def _try(config: Config, rate: float, steps: int, device: Device | None) -> floa
     loss of a step was not finite. Return None if the run is stopped."""
     folder = config.run.dir / FOLDER / f"peak_lr-{rate:g}"
     short = {
-        "steps": steps, "epochs": None, "hours": None, "stop_at": None, "eval_every": None, "probe": None,
+        "steps": steps, "epochs": None, "hours": None, "eval_every": None, "probe": None,
         "pictures": 0, "save_every": steps, "log_every": max(steps // 20, 1), "keep": 1,
     }  # fmt: skip
     warmup = config.optim.warmup_epochs * steps / (config.train.steps or steps)

@@ -9,27 +9,19 @@ from m3ae_fast.engine.schedule import Change, Schedule
 
 def is_extended(config: Config, info: checkpoint.Info) -> bool:
     """Return whether a run whose learning rate is constant before its decay is now configured to be longer (in steps,
-    epochs or hours, or because of train.stop_at) than when the checkpoint was written."""
+    epochs or hours) than when the checkpoint was written."""
     was, now = info.config.get("train") or {}, config.train
     lengths = ((getattr(now, key), was.get(key)) for key in ("steps", "epochs", "hours"))
     longer = any(new and old and new > old for new, old in lengths)
-    return config.optim.decay is not None and (longer or _stops_later(config, info))
-
-
-def _stops_later(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether train.stop_at may end the run later than its value in the checkpoint would, or is no longer
-    set."""
-    was, now = (info.config.get("train") or {}).get("stop_at"), config.train.stop_at
-    lowered = isinstance(was, float) and isinstance(now, float) and now < was
-    return was is not None and now != was and not lowered
+    return config.optim.decay is not None and longer
 
 
 def resumed_schedule(config: Config, samples: int, info: checkpoint.Info | None) -> Schedule:
     """Return the schedule of a run when it starts or resumes.
 
-    The number of steps of a run with `train.hours` or `train.stop_at` may have been changed before the checkpoint. A
-    run that is resumed keeps these changes, and therefore its learning rates. A run that is extended becomes longer
-    before its first step, because its decay would otherwise begin at the step for which it was planned.
+    The number of steps of a run with `train.hours` may have been changed before the checkpoint. A run that is
+    resumed keeps these changes, and therefore its learning rates. A run that is extended becomes longer before its
+    first step, because its decay would otherwise begin at the step for which it was planned.
 
     Args:
         config: config of the run.
@@ -39,11 +31,11 @@ def resumed_schedule(config: Config, samples: int, info: checkpoint.Info | None)
     cfg = config.train
     if info is None:
         return Schedule(cfg, config.optim, samples)
-    extended = is_extended(config, info)
-    keeps = cfg.hours or (cfg.stop_at is not None and not extended)
-    changes = tuple(Change(*each) for each in info.changes) if keeps else ()
+    changes = tuple(Change(*each) for each in info.changes) if cfg.hours else ()
     schedule = Schedule(cfg, config.optim, samples, changes)
-    if not (cfg.hours and extended) or info.decays:  # a decay that has begun is stretched by the time limit
+    if (
+        not (cfg.hours and is_extended(config, info)) or info.decays
+    ):  # a decay that has begun is stretched by the time limit
         return schedule
     return schedule.changed(info.step, _expected_steps(schedule, info, 3600 * cfg.hours))
 

@@ -23,7 +23,6 @@ from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.attention_kernels import RunAttention
-from m3ae_fast.training.early_stopping import PLATEAU
 from m3ae_fast.training.metrics_log import RunLog
 from m3ae_fast.training.throughput import StepCounts
 from m3ae_fast.training.trainer import Trainer
@@ -140,9 +139,6 @@ class PretrainingTask:
 
 def how_to_continue(trainer: Trainer, config: Config) -> str:
     """Return advice on how to extend a run that has taken all of its steps."""
-    if trainer.early_stopping and trainer.early_stopping.step is not None:
-        raised = "" if config.train.stop_at == PLATEAU else "raise train.stop_at or "
-        return f"it was ended by train.stop_at={config.train.stop_at}: {raised}set it to null to continue"
     schedule = trainer.schedule
     if config.train.hours and config.optim.decay is not None and schedule.total_steps < schedule.most_steps:
         return "raise train.hours to continue"

@@ -42,7 +42,6 @@ from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
-from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.extension import is_extended, resumed_schedule
 from m3ae_fast.training.initial_weights import constants, start_from
 from m3ae_fast.training.loss_watch import Spikes
@@ -154,7 +153,6 @@ def set_up(
         after_save=task.draw,
         attention=found.info.attention if found.info else {},
         limit=stream.limit,
-        early_stopping=_early_stopping(config, found, ranks),
         left_out=left_out,
         spikes=_spikes(config, found, left_out),
     )
@@ -167,16 +165,6 @@ def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes 
     if threshold is None or len(left_out) >= config.train.rollbacks:
         return None
     return Spikes(threshold, found.info.recent_losses if found.info else ())
-
-
-def _early_stopping(config: Config, found: Resume, ranks: Ranks) -> EarlyStopping | None:
-    """Return the early-stopping rule, with the accuracies up to the checkpoint; None if train.stop_at is not set."""
-    if config.train.stop_at is None:
-        return None
-    stopping = EarlyStopping(config.train.stop_at)
-    if ranks.is_main:
-        stopping.replay(config.run.dir, found.step)
-    return stopping
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,6 @@ def measure_batch(config: Config, session: Session, batch: int, seconds: float) 
             "steps": 1 << 30,
             "epochs": None,
             "hours": None,
-            "stop_at": None,
         }
         short = config.model_copy(update={"run": nowhere, "train": config.train.model_copy(update=changes)})
         trainer = set_up(short, "no", session, None)

@@ -26,7 +26,6 @@ from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stop_request import BY_ANOTHER
-from m3ae_fast.training.early_stopping import EarlyStopping
 from m3ae_fast.training.loss_watch import LAG, Diverged, LossWatch, Spikes
 from m3ae_fast.training.metrics_line import MetricsLine
 from m3ae_fast.training.metrics_log import RunLog, SilentLog
@@ -93,7 +92,6 @@ class Trainer:
     after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
     attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
     limit: TimeLimit | None = None  # used on the main rank
-    early_stopping: EarlyStopping | None = None  # used on the main rank
     left_out: tuple[int, ...] = ()  # indices, in the training stream, of the batches that the run leaves out
     spikes: Spikes | None = None
 
@@ -210,12 +208,11 @@ class Trainer:
         return sums
 
     def _decide(self) -> int:
-        """Return the number of steps of the run, adjusted to its time limit and to early stopping, if these are set."""
+        """Return the number of steps of the run, adjusted to its time limit if there is one."""
         total = self.schedule.total_steps
         if self.step >= total:  # the loader of a run with a time limit does not end
             return total
         total = self.limit.fitting(self.step, self.schedule) if self.limit else total
-        total = self.early_stopping.total_steps(self.step, self.schedule, total) if self.early_stopping else total
         return max(total, self.step + 1)
 
     def _change(self, total: int) -> None:
@@ -265,11 +262,6 @@ class Trainer:
         steps between evaluations; None: evaluation only at the end of the run."""
         due = self.step == 0 or self.schedule.due(self.step, every)
         return self.limit.evaluation(name, every, due) if self.limit else nullcontext()
-
-    def add_accuracy(self, accuracy: float) -> None:
-        """Add the k-NN accuracy after this step to early stopping, which may end the run."""
-        if self.early_stopping and (why := self.early_stopping.add(self.step, accuracy)):
-            self.log.print(f"{why}: the learning rate decays from step {self.step} on, and the run then ends")
 
     def cut_short(self) -> None:
         """Log that a stop request has interrupted an evaluation, which is repeated when the run resumes."""

@@ -126,7 +126,6 @@ def test_the_largest_class_is_that_of_the_held_out_samples(monkeypatch):
     knn_during_training._log(config, SimpleNamespace(every=1, pool="cls"), "train", "val", [0, 1], trainer)
     assert done == ["checked", "train", "val"]
     trainer.log.log.assert_called_once_with(7, {"val_knn_top1": 0.5, "val_knn_largest_class": 2 / 3})
-    trainer.add_accuracy.assert_called_once_with(0.5)
 
 
 def test_invalid_labels_end_the_run_before_training(pretrain, shards, tmp_path):
