@@ -298,9 +298,6 @@ def test_a_muon_update_allocates_less_memory_than_the_activations():
 def test_settings_without_a_counterpart_in_the_official_code_are_reported_as_open():
     assert open_options(config(name="adamw")) == ""
     assert open_options(config()).startswith("Open: optim.name=muon; ")
-    left_out = "train.rollbacks (batches left out: 4, 11); "
-    assert open_options(config(name="adamw"), (11, 4)).startswith(f"Open: {left_out}")
-    assert open_options(config(), (11, 4)).startswith(f"Open: optim.name=muon, {left_out}")
     partly = TINY | {"masking": {"text_predicted": 0.5}}
     without_text = partly | {"model": TINY["model"] | {"vocab_size": 0}}
     assert open_options(parse(Config, partly, "test")).startswith("Open: masking.text_predicted=0.5; ")

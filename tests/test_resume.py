@@ -250,7 +250,7 @@ SETTINGS = {
     | dict.fromkeys(
         (
             "micro_batch", "log_every", "eval_every", "save_every", "keep", "ema", "activation_checkpointing",
-            "compile", "eval_samples", "pictures", "probe", "rollbacks", "spike_threshold",
+            "compile", "eval_samples", "pictures", "probe",
         ),
         FREE,
     ),

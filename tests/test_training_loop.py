@@ -41,7 +41,7 @@ from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training import throughput
-from m3ae_fast.training.loss_watch import LAG, WINDOW, LossWatch, Spikes
+from m3ae_fast.training.loss_watch import LossWatch
 from m3ae_fast.training.run import pre_train, preparation_of
 from m3ae_fast.training.throughput import SampleCounts, StepCounts, Throughput, newton_schulz_flops
 from m3ae_fast.training.trainer import Trainer
@@ -490,42 +490,6 @@ def test_the_first_non_finite_step_is_reported_with_the_non_finite_quantity():
         assert (watch.bad_step, watch.finite_through) == (3, 2)
 
 
-@pytest.mark.parametrize("at_once", [True, False], ids=["before a save", "while training"])
-def test_ranks_find_the_same_spike_in_their_mean_loss(at_once):
-    """Each rank's own losses vary; a step that is not finite follows the spike."""
-    usual, high, end = [float(2 + step % 2) for step in range(WINDOW)], WINDOW + 3, WINDOW + 5
-    watches = [LossWatch(Spikes(6)), LossWatch(Spikes(6))]
-    for step in range(1, end + 1):
-        mean = 9.0 if step == high else math.nan if step == end else usual[step % WINDOW]
-        for watch, other in zip(watches, (-5.0, 5.0)):  # losses of two micro-batches
-            losses = [argparse.Namespace(loss=torch.tensor(value)) for value in (mean + other, other * (step % 5))]
-            watch.add(step, [f"{step}"], losses, torch.tensor(1.0))
-            watch.failed()
-        if not at_once:
-            known = sum(watch.loss(step - LAG) for watch in watches) / 2
-            found = [watch.compare(step - LAG, known) for watch in watches]
-            assert found == [step - LAG == high] * 2
-    if at_once:
-        means = [sum(both) / 2 for both in zip(*(watch.losses() for watch in watches))]
-        assert len(means) == end - 1
-        for watch in watches:
-            watch.compare_all(means)
-    for watch in watches:
-        assert (watch.bad_step, len(watch.spikes.recent)) == (high, WINDOW)
-        assert watch.first_bad() == (
-            f"the loss of step {high} is a spike: 9, but the previous 128 losses were 2.5 ± 0.5; samples: {high}"
-        )
-
-
-def test_a_loss_is_a_spike_only_far_above_a_full_window():
-    spikes = Spikes(6, [1.0, 2.0] * (WINDOW // 2 - 1) + [1.0])
-    assert not spikes.add(100.0)  # compared with 127 losses only
-    spikes = Spikes(6, [1.0, 2.0] * (WINDOW // 2))
-    assert spikes.add(4.6) and not spikes.add(4.4)  # 1.5 and 6 times 0.5; the second is one of the recent losses now
-    assert list(spikes.recent)[-2:] == [2.0, 4.4] and len(spikes.recent) == WINDOW
-    assert not spikes.add(-100.0)  # a low loss is not a spike
-
-
 def saver(ranks, folder, log=print) -> Saver:
     """Return the Saver of a run without an engine."""
     return Saver(
@@ -546,15 +510,12 @@ def test_the_earliest_failed_step_of_all_ranks_is_reported():
     judged = []
     for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
         trainer = argparse.Namespace(
-            watch=argparse.Namespace(
-                first_bad=partial("step {}".format, mine), bad_step=mine, finite_through=6, spikes=None
-            ),
+            watch=argparse.Namespace(first_bad=partial("step {}".format, mine), bad_step=mine, finite_through=6),
             ranks=RankWithPartner(value=(f"step {other}", other, 6)),
             saver=argparse.Namespace(
                 awaits=lambda step: False, step_was_not_finite=lambda step: judged.append(step) or "told"
             ),
             suggested_fix="less",
-            left_out=(),
         )
         with pytest.raises(UserError, match=r"step 7\. told; look at these samples, or continue with less"):
             Trainer.stop_if_diverged(trainer)
@@ -679,9 +640,6 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
                     first_bad=lambda: "",
                     bad_step=None,
                     finite_through=through,
-                    spikes=None,
-                    loss=lambda step: 0.0,
-                    compare=lambda *_: False,
                 ),
                 limit=None,
                 bad=argparse.Namespace(count=lambda *_: None),
@@ -693,8 +651,6 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
                 train_loader=None,
                 step=4,
                 schedule=argparse.Namespace(total_steps=9),
-                left_out=(),
-                _batch=4,
             )
             trainer.saver, work = saver(trainer.ranks, folder), threading.Event()
             trainer.saver.unjudged = 4

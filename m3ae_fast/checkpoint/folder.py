@@ -72,10 +72,6 @@ class Info:
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)
     decays: bool = False  # whether the decay of a schedule that can be extended has begun
     spent: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # seconds of training, if the run has a time limit
-    # indices of the batches that the run leaves out, counted from 0 in the training stream
-    left_out: list[Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=list)
-    # losses of the last steps, if the run detects loss spikes
-    recent_losses: list[Annotated[float, Field(allow_inf_nan=False)]] = field(default_factory=list)
 
 
 def checkpoints_dir(run_dir: Path) -> Path:

@@ -543,14 +543,6 @@ class TrainConfig(TransformerLoopConfig):
     """Duration of the run in hours, including evaluations. The number of steps, whose initial value is given by `steps`
     or `epochs`, is adjusted during training so that the run ends after this time, or after 800 epochs at the latest.
     null: no time limit."""
-    rollbacks: int = Field(0, ge=0, le=100)
-    """Maximum number of rollbacks: if the loss or the gradient norm of a step is not finite, the run returns to its
-    last good checkpoint and skips the batch of that step. Until a batch is skipped, the run is identical to a run
-    without rollbacks. 0: the run ends with an error instead."""
-    spike_threshold: float | None = Field(None, gt=0, le=1e6)
-    """Threshold for loss spikes, in standard deviations, such as 6. If the loss of a step exceeds the mean
-    loss of the previous 128 steps by more than the threshold, the run returns to its last good checkpoint, as for a
-    loss that is not finite. After `rollbacks` rollbacks, further spikes are ignored. null: spikes are not detected."""
     eval_samples: Count = 1024
     """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)
@@ -708,8 +700,6 @@ class Config(Section):
                 "model.dec_attention cross predicts only masked tokens: set loss.image_all_tokens and "
                 "loss.text_all_tokens to false, or model.dec_attention to self"
             )
-        if self.train.spike_threshold is not None and not self.train.rollbacks:
-            raise ValueError("train.spike_threshold needs rollbacks to a checkpoint: set train.rollbacks to 1 or more")
         self._check_layer_decay()
         if self.optim.name == "muon" and self.zero and (self.zero.stage == 3 or self.zero.offloads_optimizer):
             what = "stage 3" if self.zero.stage == 3 else "offload_optimizer"

@@ -195,7 +195,7 @@ class Samples(Dataset[Sample | Skipped]):
                 sample.image_ids = ids
 
     def _step(self, position: int) -> int:
-        """Return the number of the step that a position belongs to, if the run leaves out no batch."""
+        """Return the number of the step that a position belongs to."""
         return position // self.positions_per_mask
 
     def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,8 @@
 """The content of a line of metrics.jsonl about training steps; docs/guide/metrics.md explains the keys.
 
 The same file has lines about evaluations (from `engine/validation_losses.py`, `evaluation/knn_during_training.py` and
-`evaluation/labelled_task.py`), about batches that are left out, and about changes of the number of steps (both from
-`trainer.py`). `metrics_log.py` writes all of them.
+`evaluation/labelled_task.py`) and about changes of the number of steps (from `trainer.py`). `metrics_log.py` writes all
+of them.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class PretrainingTask:
             f"steps {trainer.step} to {schedule.total_steps}{adjusted}, run folder {config.run.dir}",
             f"{schedule.describe_rate()}, after {schedule.warmup_steps:,} steps of warm-up{falls}{layers}",
         ]
-        lines += filter(None, (open_options(config, trainer.left_out), engine.memory))
+        lines += filter(None, (open_options(config), engine.memory))
         if trainer.step >= schedule.total_steps:
             lines.append(f"training is complete; {how_to_continue(trainer, config)}")
         return lines

@@ -44,13 +44,11 @@ from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.extension import is_extended, resumed_schedule
 from m3ae_fast.training.initial_weights import constants, start_from
-from m3ae_fast.training.loss_watch import Spikes
 from m3ae_fast.training.pretraining_task import PretrainingTask
-from m3ae_fast.training.rollback import train_with_rollbacks
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.throughput import Throughput, newton_schulz_flops
 from m3ae_fast.training.time_limit import TimeLimit
-from m3ae_fast.training.trainer import Trainer, batch_of
+from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.training.user_warnings import run_warnings
 from m3ae_fast.vqgan.model import with_image_targets
 
@@ -86,12 +84,8 @@ def pre_train(
     config = config.model_copy(update={"train": resolved})
     session.heartbeats.watch_over(config.run)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-
-        def build(resume: str, left_out: tuple[int, ...] | None) -> Trainer:
-            return set_up(config, resume, session, folder, with_changes, make_probe, left_out)
-
-        trace_dir = config.run.dir if profile and ranks.is_main else None
-        train_with_rollbacks(config, ranks, resume, build, trace_dir)
+        trainer = set_up(config, resume, session, folder, with_changes, make_probe)
+        trainer.train(config.run.dir if profile and ranks.is_main else None)
 
 
 def set_up(
@@ -101,24 +95,20 @@ def set_up(
     folder: RunFolder | None,
     with_changes: bool = False,
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
-    left_out: tuple[int, ...] | None = None,
 ) -> Trainer:
     """Open the data, build or restore the model and its engine, and return the trainer. See `pre_train` for the
-    arguments. `left_out`: batches of the stream that are left out; None: those stored in the checkpoint. Raises
-    UserError if data or weights are missing or do not fit the config."""
+    arguments. Raises UserError if data or weights are missing or do not fit the config."""
     ranks, cfg = session.ranks, config.train
     _require_kernels(ranks.device)
     found = Resume(config.run.dir, resume, ranks, partial(is_extended, config))
     stream = _open_stream(config, session, found)
     notes = stream.notes + found.notes(config, stream.fingerprint, resume, with_changes)
     model, fixed, started = _build_model(config, found, ranks)
-    if left_out is None:
-        left_out = tuple(found.info.left_out) if found.info else ()
     preparation = preparation_of(config, model, stream.data)
     engine = build_engine(model, config, ranks)
     found.load(engine)
     add_targets = _targets_on_device(config, stream.data, ranks.device)
-    held_out, loader = _loaders(config, stream, preparation, found.step, session, left_out)
+    held_out, loader = _loaders(config, stream, preparation, found.step, session)
     probe = make_probe(config, ranks)
     task = PretrainingTask(
         config=config,
@@ -153,18 +143,7 @@ def set_up(
         after_save=task.draw,
         attention=found.info.attention if found.info else {},
         limit=stream.limit,
-        left_out=left_out,
-        spikes=_spikes(config, found, left_out),
     )
-
-
-def _spikes(config: Config, found: Resume, left_out: tuple[int, ...]) -> Spikes | None:
-    """Return a detector of loss spikes that starts from the losses recorded before the checkpoint. Return None if no
-    threshold is set, or if no rollback is left, because a spike must not end a run."""
-    threshold = config.train.spike_threshold
-    if threshold is None or len(left_out) >= config.train.rollbacks:
-        return None
-    return Spikes(threshold, found.info.recent_losses if found.info else ())
 
 
 @dataclass(frozen=True)
@@ -201,7 +180,6 @@ def _loaders(
     preparation: Preparation,
     step: int,
     session: Session,
-    left_out: tuple[int, ...],
 ) -> tuple[DataLoader[PackedBatch] | None, DataLoader[PackedBatch]]:
     """Return the loaders of held-out samples, if there are any, and of training samples from `step` on."""
     cfg, data, schedule, pin = config.train, stream.data, stream.schedule, pins_memory(session.ranks.device)
@@ -210,7 +188,7 @@ def _loaders(
         held_out = eval_loader(config.data, data.val, preparation, stream.share, cfg.eval_samples, pin_memory=pin)
     changing = stream.limit and step < schedule.total_steps
     last = schedule.most_steps if changing else schedule.total_steps
-    steps = range(batch_of(step, left_out), last + len(left_out))
+    steps = range(step, last)
     make = partial(train_loader, layout=stream.layout, node=session.node(), pin_memory=pin)
     return held_out, session.ranks.main_first(lambda: make(config.data, data.train, preparation, stream.share, steps))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import NAMED, BadSamples, Skipped
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.randomness import seed32
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.saver import Saver
@@ -26,7 +27,7 @@ from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stop_request import BY_ANOTHER
-from m3ae_fast.training.loss_watch import LAG, Diverged, LossWatch, Spikes
+from m3ae_fast.training.loss_watch import LossWatch
 from m3ae_fast.training.metrics_line import MetricsLine
 from m3ae_fast.training.metrics_log import RunLog, SilentLog
 from m3ae_fast.training.profiler import profiler
@@ -58,10 +59,9 @@ class Sums(NamedTuple):
     """Values that are summed over ranks before each step."""
 
     stopped: float  # number of ranks that are asked to stop
-    failed: float  # number of ranks with a non-finite step, a loss spike or a failed save
+    failed: float  # number of ranks with a non-finite step or a failed save
     confirmed: float  # number of ranks on which the last save is complete and the step after it was finite
     total_steps: float  # number of steps of the run, decided by the main rank
-    loss: float  # loss of the step that was taken LAG steps ago, if spikes are detected
     counts: Counts
 
 
@@ -92,18 +92,15 @@ class Trainer:
     after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
     attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
     limit: TimeLimit | None = None  # used on the main rank
-    left_out: tuple[int, ...] = ()  # indices, in the training stream, of the batches that the run leaves out
-    spikes: Spikes | None = None
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats, _ = self.session
         self.step = self.start  # optimiser steps so far
-        self._batch = batch_of(self.start, self.left_out)  # the next batch of the stream
         self.log: RunLog = SilentLog()
         if self.ranks.is_main:
             self.log = RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
         self.record = Recorder(self.run.dir, self.schedule.total_steps)
-        self.watch = LossWatch(self.spikes)
+        self.watch = LossWatch()
         self.growth = MemoryGrowth()
         self.saver = Saver(
             run_dir=self.run.dir,
@@ -162,16 +159,11 @@ class Trainer:
         batches = self.heartbeats.watch(self.train_loader, "training")
         for inputs in feed(batches, self.share.accumulation, self.ranks.device, self._start_sums):
             sums = inputs.sums()
-            spike = self.watch.compare(self.step - LAG, sums.loss / self.ranks.world)
             if sums.confirmed == self.ranks.world:
                 self.saver.step_was_finite(self.watch.finite_through)
-            if sums.stopped or sums.failed or spike or self.step >= self.schedule.total_steps:
+            if sums.stopped or sums.failed or self.step >= self.schedule.total_steps:
                 return
             self._change(int(sums.total_steps))
-            self._batch += 1
-            if self._batch - 1 in self.left_out:
-                self.log.log(self.step, {"left_out_batch": self._batch - 1})
-                continue
             counts = sums.counts
             if counts.skipped and self.bad.names_more:
                 self._name_bad([item for batch in inputs.host for item in batch.skipped])
@@ -197,13 +189,12 @@ class Trainer:
         failed = self.watch.failed() or self.saver.failed()
         confirmed = self.saver.awaits(self.watch.finite_through) and not self.saver.busy
         total = self._decide() if self.ranks.is_main else 0
-        loss = self.watch.loss(self.step - LAG)
         own = self.task.count(batches)
-        wait = self.ranks.start_sum((self.stop.requested, failed, confirmed, total, loss, *own))
+        wait = self.ranks.start_sum((self.stop.requested, failed, confirmed, total, *own))
 
         def sums() -> Sums:
-            stopped, failed, confirmed, total, loss, *counts = wait()
-            return Sums(stopped, failed, confirmed, total, loss, type(own)(*counts))
+            stopped, failed, confirmed, total, *counts = wait()
+            return Sums(stopped, failed, confirmed, total, type(own)(*counts))
 
         return sums
 
@@ -268,12 +259,8 @@ class Trainer:
         self.log.print(f"the evaluation after step {self.step} was interrupted; --resume auto repeats it")
 
     def stop_if_diverged(self) -> None:
-        """Raise Diverged on all ranks if a step of any rank had a loss or gradient norm that is not finite, or if the
-        loss of a step was a spike."""
+        """Raise UserError on all ranks if a step of any rank had a loss or gradient norm that is not finite."""
         watch = self.watch
-        if watch.spikes:
-            by_rank = self.ranks.gather(watch.losses())
-            watch.compare_all([sum(losses) / self.ranks.world for losses in zip(*by_rank)])
         found = self.ranks.gather((watch.first_bad(), watch.bad_step, watch.finite_through))
         finite_through = min(through for *_, through in found)
         if self.saver.awaits(finite_through):
@@ -282,8 +269,7 @@ class Trainer:
         if bad := [(step, text) for text, step, _ in found if step is not None]:
             step, text = min(bad)
             advice = self.saver.step_was_not_finite(step)
-            advice += f"; look at these samples, or continue with {self.suggested_fix}"
-            raise Diverged(text, advice, batch_of(step - 1, self.left_out))
+            raise UserError(f"{text}. {advice}; look at these samples, or continue with {self.suggested_fix}")
 
     # The beginning and the end
 
@@ -323,10 +309,7 @@ class Trainer:
         changes: list[tuple[int, int]] = list(self.schedule.changes)
         begin = self.schedule.decay_begin
         decays = begin is not None and self.step > begin
-        recent = [*self.spikes.recent] if self.spikes else []
-        self.saver.save(
-            checkpoint.Info(*about, self.stream, {}, self.attention, changes, decays, spent, [*self.left_out], recent)
-        )
+        self.saver.save(checkpoint.Info(*about, self.stream, {}, self.attention, changes, decays, spent))
 
     def _finish(self) -> None:
         """Wait for the last save. If the run was stopped early, save its state first. Raises UserError on all ranks if
@@ -355,11 +338,3 @@ class Trainer:
         if self.after_save:
             self.after_save(self.log, self.step, checkpoint.locate(self.run.dir))
         self.record.begin(self.step)
-
-
-def batch_of(step: int, left_out: Iterable[int]) -> int:
-    """Return the batch of the stream that the step with the 0-based number `step` takes, given the batches that are
-    left out."""
-    for batch in sorted(left_out):
-        step += batch <= step
-    return step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from statistics import median
 
 from m3ae_fast.base.bad_samples import BadSample
@@ -81,9 +80,8 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
     return notes
 
 
-def open_options(config: Config, left_out: Sequence[int] = ()) -> str:
-    """Return a line on the options in which a run differs from the official M3AE; "" if there are none. `left_out`: the
-    batches that the run has left out so far; until there is one, `train.rollbacks` does not change the run."""
+def open_options(config: Config) -> str:
+    """Return a line on the options in which a run differs from the official M3AE; "" if there are none."""
     values = {
         "model.dec_attention": (config.model.dec_attention, "self"),
         "masking.image_predicted": (config.masking.image_predicted, 1.0),
@@ -93,8 +91,6 @@ def open_options(config: Config, left_out: Sequence[int] = ()) -> str:
         "optim.schedule": (config.optim.schedule, "cosine"),
     }
     changed = [f"{name}={value}" for name, (value, official) in values.items() if value != official]
-    if left_out:
-        changed.append(f"train.rollbacks (batches left out: {', '.join(map(str, sorted(left_out)))})")
     if not changed:
         return ""
     return f"Open: {', '.join(changed)}; without these settings the run is Closed, that is, equal to the official M3AE"
