@@ -42,14 +42,7 @@ from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.baselines import SCALED, UNTRAINED
 from m3ae_fast.evaluation.run_report import write_report
-from m3ae_fast.pretraining import (
-    automatic_settings,
-    final_evaluation,
-    learning_rate_search,
-    size_and_length,
-    source_shards,
-    stages,
-)
+from m3ae_fast.pretraining import automatic_settings, final_evaluation, size_and_length, source_shards, stages
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
     MODEL_SIZES,
@@ -432,11 +425,9 @@ def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path, mo
     assert not find_shards(str(photos), out, None, []).notes
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns == first and (out / "config.json").exists()
     (photos / "red/0.txt").write_text("another caption")
-    (out / "tuning/peak_lr-1").mkdir(parents=True)
-    for held in (out, out / "tuning/peak_lr-1"):  # by a run that has not saved a checkpoint yet
-        monkeypatch.setattr(learning_rate_search, "is_held", held.__eq__)
-        with pytest.raises(UserError, match="another run is using it"):
-            pretrain(photos, out)
+    monkeypatch.setattr(stages, "is_held", out.__eq__)  # by a run that has not saved a checkpoint yet
+    with pytest.raises(UserError, match="another run is using it"):
+        pretrain(photos, out)
     assert "the shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")
@@ -1325,10 +1316,10 @@ def test_the_pretrain_command_passes_on_its_arguments(monkeypatch, capsys, end, 
     line += ["--image-column", "file"]
     line += ["--group", "folder"]
     line += ["--from", "base", "--labels", "json.kind", "--set", "train.global_batch=8"]
-    line += [*["--dry-run"] * dry_run, "--tune"]
+    line += ["--dry-run"] * dry_run
     assert main(line) == code
     given = {"hours": 3.0, "captions": Path("a.csv"), "val": ["b.tar", "c.tar"], "labels": "json.kind"}
-    given |= {"start_from": "base", "overrides": ["train.global_batch=8"], "dry_run": dry_run, "tune": True}
+    given |= {"start_from": "base", "overrides": ["train.global_batch=8"], "dry_run": dry_run}
     given |= {"device": None, "recipe": None, "image_column": "file", "caption_column": None, "group": "folder"}
     assert calls == [(("photos", Path("run")), given)]
     out, err = capsys.readouterr()

@@ -65,11 +65,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     add_settings(parser, "train.global_batch=64")
     parser.add_argument(
-        "--tune",
-        action="store_true",
-        help="first choose the learning rate with short runs, which take 15%% of the training time",
-    )
-    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="create the shards, print the settings that would be chosen and the expected duration, and exit; OUT must "
@@ -115,7 +110,6 @@ def _pretrain(args: argparse.Namespace) -> bool:
         recipe=args.recipe,
         overrides=args.set,
         device=args.device,
-        tune=args.tune,
         dry_run=args.dry_run,
     ).finished
 

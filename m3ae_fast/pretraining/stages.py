@@ -22,7 +22,7 @@ from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report
 from m3ae_fast.pretraining import SEVERAL_RANKS
-from m3ae_fast.pretraining.automatic_settings import assumed_config, by_setting, check_overrides, set_to
+from m3ae_fast.pretraining.automatic_settings import assumed_config, by_setting, check_overrides
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import (
     draw_map,
@@ -34,13 +34,12 @@ from m3ae_fast.pretraining.final_evaluation import (
     why_no_map,
 )
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
-from m3ae_fast.pretraining.learning_rate_search import NEEDS_STEPS, forget_search, is_in_use, trial_steps
-from m3ae_fast.pretraining.learning_rate_search import tune as choose_rate
 from m3ae_fast.pretraining.recipes import ChosenRecipe, Recipe, check_recipe, choose_recipe
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.process.launchers import alone
 from m3ae_fast.training.run import pre_train
+from m3ae_fast.training.run_lock import is_held
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.exporting import write_export
 
@@ -73,7 +72,6 @@ class _Call:
     recipe: Recipe | None
     overrides: Sequence[str]
     device: Device | None
-    tune: bool
     dry_run: bool
     began: float  # value of `time.monotonic` at the beginning of the call
 
@@ -111,7 +109,6 @@ def pretrain(
     recipe: Recipe | None = None,
     overrides: Sequence[str] = (),
     device: Device | None = None,
-    tune: bool = False,
     dry_run: bool = False,
 ) -> Outcome:
     """Train a model on images and, if there are any, on their captions; evaluate the model and export it. If `out`
@@ -142,7 +139,6 @@ def pretrain(
             cannot be combined with it.
         overrides: overrides "section.key=value" of the chosen settings.
         device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
-        tune: whether to choose the learning rate by short runs before training; they take 15 % of the training time.
         dry_run: whether to only print the plan and the expected duration.
 
     Returns:
@@ -165,7 +161,6 @@ def pretrain(
         recipe=recipe,
         overrides=overrides,
         device=device,
-        tune=tune,
         dry_run=dry_run,
         began=time.monotonic(),
     )
@@ -176,8 +171,6 @@ def pretrain(
         print(f"note: no map of the features will be drawn: {missing}", flush=True)
     outcome = Outcome(call.out, False, call.out / EXPORT, call.out / REPORT_FILE, {})
     if dry_run or config is None:
-        return outcome
-    if tune and choose_rate(call.load_config(), call.config_file, device) is None:
         return outcome
     with stage(device) as session:
         config = session.ranks.broadcast(call.load_config)
@@ -201,10 +194,6 @@ def _check(call: _Call) -> Range | None:
     uses_gpu(call.device)
     image_range = check_overrides(call.overrides, call.start_from).model.image_range
     check_recipe(call.recipe, call.overrides, call.start_from)
-    if call.tune and set_to(call.overrides, "optim.peak_lr", None) is not None:
-        raise UserError("--tune chooses optim.peak_lr: use either --tune or --set optim.peak_lr")
-    if call.tune and set_to(call.overrides, "train.epochs", None) is not None:
-        raise UserError(NEEDS_STEPS)
     object_store.require(call.source, *call.val)
     check_field(call.labels)
     if call.out.exists() and not call.out.is_dir():
@@ -275,8 +264,6 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
     print("\n".join(lines), flush=True)
     if plan.warning:
         print(f"warning: {plan.warning}", flush=True)
-    if call.tune:
-        trial_steps(plan.config)  # raises an error before the config is written, so that --hours can still be changed
     if not call.dry_run:
         if plan.warning:
             _ask_whether_to_start()
@@ -286,15 +273,14 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
 
 def _require_unused(out: Path) -> None:
     """Raise UserError if another process is training in the run folder."""
-    if is_in_use(out):
+    if is_held(out):
         raise UserError(f"--out {out}: another run is using it; choose another folder")
 
 
 def _write(config: Config, call: _Call) -> None:
-    """Write the config of a new run, and remove the search of the learning rate for an earlier config. Raises UserError
-    if another call has started a run in the folder in the meantime."""
+    """Write the config of a new run. Raises UserError if another call has started a run in the folder in the
+    meantime."""
     _require_unused(call.out)
-    forget_search(call.out)
     text = json.dumps(stored_config(config), indent=2)  # includes the default values
     write_text_atomically(call.config_file, f"{text}\n")
     print(f"{call.config_file} contains all settings; --set section.key=value overrides them", flush=True)
