@@ -103,7 +103,7 @@ def test_attention_op_passes_opcheck_and_gradcheck(whole):
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_block_is_one_graph(pruned):
     torch.manual_seed(0)
-    block = Block(32, 2, 4, "tanh", drop=0.0, att_drop=0.0)
+    block = Block(32, 2, 4, "tanh")
     x = torch.randn(sum(KEYS), 32)
     rows = (
         torch.tensor([2, 3, 4, 9, 10, 11, 12, 13, 14, *range(15, 18), *range(22, 25)], dtype=torch.int32),
@@ -152,12 +152,6 @@ def test_scores_that_are_computed_together_fit_into_the_cache(monkeypatch):
     for queries, keys, sizes in ((5, 7, [8, 2]), (7, 5, [8, 2]), (20, 20, [1] * 10)):
         groups = per_sample._groups(segments([queries] * 10), segments([keys] * 10), 2)
         assert [len(group.q_starts) for group in groups] == sizes
-
-
-def test_attention_dropout_is_applied():
-    _, kv, *ends = inputs(torch.float32, True)
-    torch.manual_seed(0)
-    assert not torch.equal(attend(None, kv, *ends, dropout_p=0.5), attend(None, kv, *ends, dropout_p=0.5))
 
 
 # ---- kernels of others: modules that compute with torch what the real ones compute, and take the same arguments ----
@@ -561,8 +555,6 @@ def test_a_run_reports_its_attention_kernels(monkeypatch):
     text = RunAttention(CONFIG, MaskingConfig(), torch.device("cuda"), BF16).describe()
     assert text == "wide (encoder), narrow (decoder)" and asked == [(2, 32, 1 + 4 + 3), (3, 16, 1 + 16 + 12)]
     assert RunAttention(CONFIG, MaskingConfig(), CPU, torch.float64).describe() == "torch, per sample"
-    dropout = CONFIG.model_copy(update={"att_drop": 0.1})
-    assert RunAttention(dropout, MaskingConfig(), CPU, BF16).describe() == "padded SDPA"
 
 
 def test_each_type_of_device_has_its_own_attention_kernels(monkeypatch):

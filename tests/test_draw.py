@@ -127,7 +127,7 @@ def test_figures_drawn_during_training_equal_those_of_the_draw_command(run, tmp_
     path = checkpoint.locate(run)
     settings = checkpoint.read_info(path).config
     settings["run"]["dir"], settings["train"]["pictures"] = str(tmp_path), 2
-    settings["model"]["drop"] = 0.5  # affects training only
+    settings["model"]["drop_path"] = 0.5  # affects training only
     config = parse(Config, settings, "the run's config")
     corpus, tokenizer = open_corpus(config.data.val, ShardStore()), open_tokenizer(config.data, config.model)
     drawn = draw_training(config, checkpoint.read_weights(path), corpus, tokenizer)

@@ -203,8 +203,8 @@ def test_the_height_of_a_row_fits_a_long_caption(tmp_path):
     assert sheets[1].crop((600, end - 60, 900, end - GAP)).getextrema()[0] < 128  # the last words are visible
 
 
-def test_a_sheet_is_drawn_without_dropout_in_any_mode_of_the_model(tmp_path):
-    model = make_model(TINY.model_copy(update={"drop": 0.5}))
+def test_a_sheet_is_drawn_without_stochastic_depth_in_any_mode_of_the_model(tmp_path):
+    model = make_model(TINY.model_copy(update={"drop_path": 0.5}))
     sheets = []
     for training in (True, True, False):
         model.train(training)

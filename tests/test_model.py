@@ -226,10 +226,9 @@ def test_norm_pix_loss_of_a_uniform_image_is_the_squared_prediction():
     torch.testing.assert_close(model(batch).image_loss, pixels.square().mean(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["drop", "att_drop", "drop_path"])
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_dropout_and_drop_path_are_applied_only_in_training(half, kind):
-    model = make_model(TINY.model_copy(update={kind: 0.3})).eval()
+def test_drop_path_is_applied_only_in_training(half):
+    model = make_model(TINY.model_copy(update={"drop_path": 0.3})).eval()
     batch = pack(MIXED, model.geometry)
     assert model(batch).loss == model(batch).loss
     getattr(model, half).train()
@@ -243,10 +242,10 @@ def test_dropout_and_drop_path_are_applied_only_in_training(half, kind):
 
 
 @pytest.mark.parametrize("gelu", ["tanh", "exact"])
-def test_a_block_applies_dropout_as_in_timm(gelu):
-    """Dropout follows the projection and both layers of the MLP. Stochastic depth drops branches of whole samples."""
+def test_a_block_equals_plain_modules(gelu):
+    """Stochastic depth drops branches of whole samples."""
     torch.manual_seed(0)
-    block = Block(16, 2, 4, gelu, drop=0.5, att_drop=0.0)
+    block = Block(16, 2, 4, gelu)
     lengths = torch.tensor([5, 1, 4, 6])
     keys = Segments(torch.tensor([0, 5, 6, 10, 16], dtype=torch.int32), 6, 16)
     x = torch.randn(16, 16)
@@ -256,15 +255,13 @@ def test_a_block_applies_dropout_as_in_timm(gelu):
     def dropped(branch, factors_S):
         return branch * factors_S.repeat_interleave(lengths)[:, None]
 
-    torch.manual_seed(1)
     got = block(x, keys, factors_2S=factors)
-    torch.manual_seed(1)
     _, qkv = block.attn.qkv(block.norm1(x))
     attended = attend(None, qkv.view(16, 3, 2, 8), keys, keys).flatten(1)
-    x = x + dropped(F.dropout(block.attn.proj(attended), 0.5), factors[0])
+    x = x + dropped(block.attn.proj(attended), factors[0])
     hidden = F.gelu(block.mlp.fc1(block.norm2(x)), approximate="none" if gelu == "exact" else "tanh")
     fc2 = block.mlp.fc2
-    out = F.dropout(F.linear(F.dropout(hidden, 0.5), fc2.weight, fc2.bias), 0.5)
+    out = F.linear(hidden, fc2.weight, fc2.bias)
     torch.testing.assert_close(got, x + dropped(out, factors[1]))
 
 
@@ -377,7 +374,7 @@ def test_gradients_with_stochastic_depth_do_not_depend_on_the_split_into_batches
     assert calm != model(whole).loss
 
 
-@pytest.mark.parametrize("changed", [{}, {"drop": 0.1}, {"gelu": "exact"}], ids=["plain", "dropout", "exact GELU"])
+@pytest.mark.parametrize("changed", [{}, {"gelu": "exact"}], ids=["plain", "exact GELU"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_gradients_are_computed_in_the_same_order_for_every_batch(bf16, changed):
     """ZeRO stages 1 and 2 reduce gradients in the order in which each rank computes them. In another order, they would
@@ -450,7 +447,7 @@ def test_flops_equal_those_counted_by_torch(monkeypatch, head_depth, mlp_ratio):
     assert executed_flops(config, batch) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("dropped", [{}, {"drop": 0.3}, {"att_drop": 0.3}, {"drop_path": 0.5}])
+@pytest.mark.parametrize("dropped", [{}, {"drop_path": 0.5}])
 def test_activation_checkpointing_does_not_change_gradients(dropped):
     """The recomputation drops the same values as the forward pass."""
     model = make_model(TINY.model_copy(update=dropped)).train()

@@ -29,7 +29,6 @@ from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
 from m3ae_fast.data.loader import collate
 from m3ae_fast.engine import feed as feed_module
 from m3ae_fast.engine.build import build_engine
-from m3ae_fast.engine.feed import StepInput
 from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
@@ -65,7 +64,6 @@ class Recorder:
     batches: list = field(default_factory=list)
     counts: list = field(default_factory=list)
     lrs: list = field(default_factory=list)
-    seeds: list = field(default_factory=list)
     bad: dict = field(default_factory=dict)  # loss to return in place of the true one, by step, from 1
     held_out: float | None = None  # image loss to return from evaluations in place of the true one
 
@@ -76,7 +74,6 @@ class Recorder:
         self.batches.append(batches)
         self.counts.append(counts)
         self.lrs.append(lr)
-        self.seeds.append(torch.initial_seed())
         losses, norm = self.engine.step(batches, counts, lr)
         if loss := self.bad.get(len(self.lrs)):
             losses[-1] = losses[-1]._replace(loss=torch.tensor(loss))
@@ -127,13 +124,12 @@ def lines(config: Config) -> list[dict]:
     return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_training_loop_passes_learning_rates_counts_and_seeds_to_the_engine(monkeypatch, tmp_path, mixed, caplog):
+def test_the_training_loop_passes_learning_rates_and_counts_to_the_engine(monkeypatch, tmp_path, mixed, caplog):
     """With 52 samples in batches of 26, an epoch has two steps. The warm-up takes two epochs and begins at a tenth of
     the peak learning rate."""
     config = settings(
         tmp_path,
         mixed,
-        model={"drop": 0.1},
         optim={"peak_lr": 2.56, "init_lr": 0.256, "end_lr": 0.128, "warmup_epochs": 2},
         train={"global_batch": 26, "micro_batch": 13, "steps": 8, "eval_samples": 52},
     )
@@ -153,7 +149,6 @@ def test_the_training_loop_passes_learning_rates_counts_and_seeds_to_the_engine(
     # the two micro-batches of a step have different counts
     assert any(len(a.images) != len(b.images) for a, b in engine.batches)
     assert sum(images[:2]) == 24 + 12 + 3 and sum(captions[:2]) == 24 + 12 + 3
-    assert len(set(engine.seeds)) == 8
 
     skipped = sum(len(batch.skipped) for batches in engine.batches for batch in batches)
     assert skipped == 4 == logged[-1]["skipped"] == finished.bad.bad
@@ -241,9 +236,9 @@ def test_an_evaluation_that_computes_no_loss_makes_no_checkpoint_good(monkeypatc
 
 
 @pytest.mark.parametrize("kind", ["torch", "deepspeed"])
-def test_an_engine_trains_with_dropout_and_evaluates_without(kind):
+def test_an_engine_trains_with_stochastic_depth_and_evaluates_without(kind):
     data = json.loads(json.dumps(TINY)) | {"deepspeed": None if kind == "torch" else {}}
-    data["model"] |= {"drop": 0.5}
+    data["model"] |= {"drop_path": 0.5}
     data["train"] |= {"global_batch": 2, "micro_batch": 2}
     config = parse(Config, data, "test")
     with join_ranks() as ranks:
@@ -679,24 +674,6 @@ def test_a_checkpoint_is_marked_good_once_the_next_step_is_finite_on_all_ranks(t
     for pair in itertools.product((3, 4, 5, 6), repeat=2):
         assert _verdict(tmp_path, pair) == [min(pair) >= 5] * 2, pair
     assert _verdict(tmp_path, (5, 5), busy=(False, True)) == [False, True]  # the checkpoint may not be written yet
-
-
-def test_random_numbers_of_a_step_depend_only_on_seed_step_and_rank():
-    def drawn(seed: int, step: int, rank: int) -> float:
-        trainer = argparse.Namespace(
-            run=argparse.Namespace(seed=seed),
-            step=step,
-            ranks=argparse.Namespace(rank=rank, world=3),
-            heartbeats=argparse.Namespace(mark=lambda doing: None),
-            seeds_steps=True,
-            schedule=argparse.Namespace(lr=lambda step: 0.1),
-            engine=argparse.Namespace(step=lambda *_: (torch.rand(1).item(), None)),
-        )
-        return Trainer.take_step(trainer, StepInput([], [], 0.0, None), SampleCounts(1, 0))[0]
-
-    cases = list(itertools.product((1, 2), repeat=3))
-    assert len({drawn(*case) for case in cases}) == len(cases)
-    assert [drawn(*case) for case in cases] == [drawn(*case) for case in cases]
 
 
 def test_the_peak_of_a_matmul_counts_a_multiplication_and_an_addition(monkeypatch):

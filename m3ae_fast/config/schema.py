@@ -97,11 +97,6 @@ class ModelConfig(Section):
     """Number of hidden layers of the output heads."""
     use_type_embedding: bool = True
     """Whether a learned embedding of the modality is added to image and text tokens."""
-    drop: Rate = 0.0
-    """Dropout probability after projections and MLP layers. Each rank draws its own random numbers, so the loss curve
-    depends on the number of ranks."""
-    att_drop: Rate = 0.0
-    """Dropout probability of attention weights. Each rank draws its own random numbers, as for `drop`."""
     drop_path: Rate = 0.0
     """Stochastic depth: probability that a sample skips a residual branch of a block."""
     image_size: Size = 256
@@ -201,11 +196,6 @@ class ModelConfig(Section):
         if self.image_targets == "vqgan" and self.image_dtype != "uint8":
             raise ValueError(f"image_targets vqgan needs image_dtype uint8, not {self.image_dtype}")
         return self
-
-    @property
-    def has_dropout(self) -> bool:
-        """Return whether a kind of dropout is in use: drop, att_drop or drop_path."""
-        return max(self.drop, self.att_drop, self.drop_path) > 0
 
     @property
     def patches_per_image(self) -> int:

@@ -68,7 +68,7 @@ class ModelEngine(Engine, Protocol):
     memory: str  # log line on decisions that depend on the memory; "" if there are none
 
     def evaluate(self, batch: PackedBatch) -> Any:
-        """Return the module's output for one batch, without gradients and dropout."""
+        """Return the module's output for one batch, without gradients and stochastic depth."""
 
     def whole(self, kind: str) -> dict[str, Tensor]:
         """Return the complete weights (kind "model"), or the complete optimiser state of one of `kinds`, by parameter

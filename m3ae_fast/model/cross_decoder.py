@@ -18,14 +18,12 @@ from m3ae_fast.model.transformer import EPS, MLP, Blocks, Gelu, drop_path
 
 
 class CrossAttention(nn.Module):
-    """Cross-attention with precomputed keys and values. `att_drop`, `drop`: dropout of the attention weights and of the
-    output."""
+    """Cross-attention with precomputed keys and values."""
 
-    def __init__(self, dim: int, num_heads: int, att_drop: float, drop: float) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads, self.att_drop = num_heads, att_drop
+        self.num_heads = num_heads
         self.q, self.proj = Linear(dim, dim), Linear(dim, dim)
-        self.drop = nn.Dropout(drop)
 
     def forward(self, x_ME: Tensor, kv_TX: Tensor, keys: Segments, queries: Segments) -> Tensor:
         """Map [M, E] to [M, E]. `kv_TX`: keys and values of the encoder's rows, [T, 2 E]; `keys`, `queries`: the
@@ -37,20 +35,19 @@ class CrossAttention(nn.Module):
             q=self.q(x_ME).unflatten(-1, (self.num_heads, -1)),
             cu_queries=queries.cu_seqlens,
             max_queries=queries.max_seqlen,
-            dropout_p=self.att_drop if self.training else 0.0,
         )
-        return self.drop(self.proj(out_MHd.flatten(1)))
+        return self.proj(out_MHd.flatten(1))
 
 
 class CrossBlock(nn.Module):
     """A pre-norm block of cross-attention and an MLP."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu, drop: float, att_drop: float) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=EPS)
-        self.attn = CrossAttention(dim, num_heads, att_drop, drop)
+        self.attn = CrossAttention(dim, num_heads)
         self.norm2 = LayerNorm(dim, eps=EPS)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), gelu, drop)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), gelu)
 
     def forward(
         self, x_ME: Tensor, kv_TX: Tensor, keys: Segments, queries: Segments, factors_2S: Tensor | None = None

@@ -55,11 +55,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def drop_options(config: ModelConfig) -> dict[str, Any]:
-    """Return the options of `Blocks` for dropout and stochastic depth."""
-    return {"drop": config.drop, "att_drop": config.att_drop, "drop_path": config.drop_path}
-
-
 class EncoderInput(nn.Module):
     """Maps patch embeddings, text tokens and cls tokens to encoder rows, and adds positions and types."""
 
@@ -93,9 +88,8 @@ class MultimodalEncoder(nn.Module):
         self.tokenizer: CaptionTokenizer | None = None  # used by `encode`; set by the code that loads the model
         self.patch_embed = PatchEmbed(config.emb_dim, **pixel_options(config))
         self.encoder_input = EncoderInput(config)
-        self.encoder = Transformer(
-            config.emb_dim, config.depth, config.num_heads, config.mlp_ratio, gelu=config.gelu, **drop_options(config)
-        )
+        sizes = config.emb_dim, config.depth, config.num_heads, config.mlp_ratio
+        self.encoder = Transformer(*sizes, gelu=config.gelu, drop_path=config.drop_path)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -23,7 +23,7 @@ from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.cross_decoder import CrossDecoder
-from m3ae_fast.model.encoder import MultimodalEncoder, drop_options, pixel_options
+from m3ae_fast.model.encoder import MultimodalEncoder, pixel_options
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.pretrained import Pretrained, build, read_pretrained, write_pretrained
 from m3ae_fast.model.transformer import EPS, QKV, Gelu, Transformer, gelu
@@ -106,7 +106,7 @@ class M3AE(MultimodalEncoder):
     def __init__(self, config: ModelConfig, loss: LossConfig | None = None) -> None:
         super().__init__(config)
         self.loss_config = loss or LossConfig()
-        pixels, drops = pixel_options(config), drop_options(config)
+        pixels = pixel_options(config)
         head_depth, width = config.output_head_depth, config.dec_emb_dim
 
         self.decoder_input = DecoderInput(config)
@@ -116,7 +116,9 @@ class M3AE(MultimodalEncoder):
             )
         decoder = CrossDecoder if config.dec_attention == "cross" else Transformer
         sizes = width, config.dec_depth, config.dec_num_heads, config.mlp_ratio
-        self.decoder: CrossDecoder | Transformer = decoder(*sizes, gelu=config.gelu, drop_key=1, **drops)
+        self.decoder: CrossDecoder | Transformer = decoder(
+            *sizes, gelu=config.gelu, drop_path=config.drop_path, drop_key=1
+        )
         self.image_mlp = HeadMLP(width, head_depth, config.gelu)
         self.image_head: MaskedPixelLoss | MaskedTokenLoss
         if config.image_targets == "vqgan":

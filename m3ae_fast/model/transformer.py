@@ -48,46 +48,43 @@ class QKV(Linear):
 
 
 class Attention(nn.Module):
-    """Self-attention within each sample. `att_drop`, `drop`: dropout of the attention weights and of the output."""
+    """Self-attention within each sample."""
 
-    def __init__(self, dim: int, num_heads: int, att_drop: float, drop: float) -> None:
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads, self.att_drop = num_heads, att_drop
+        self.num_heads = num_heads
         self.qkv = QKV(dim)
         self.proj = Linear(dim, dim)
-        self.drop = nn.Dropout(drop)
 
     def forward(self, x_TD: Tensor, keys: Segments, rows_R: Tensor | None, queries: Segments) -> Tensor:
         """Map [T, D] to [R, D]. `keys`: the samples' segments of `x_TD`; `rows_R`: int, the rows that are queries
         (None: all rows); `queries`: their segments."""
         q_RD, kv = self.qkv(x_TD, rows_R)
         kv_TnHd = kv.unflatten(-1, (3 if q_RD is None else 2, self.num_heads, -1))
-        options: dict[str, Any] = {"dropout_p": self.att_drop if self.training else 0.0}
+        options: dict[str, Any] = {}
         if q_RD is not None:
             options["q"] = q_RD.unflatten(-1, (self.num_heads, -1))
             options |= {"cu_queries": queries.cu_seqlens, "max_queries": queries.max_seqlen}
         out_RHd = packed_attention(kv_TnHd, keys.cu_seqlens, keys.max_seqlen, **options)
-        return self.drop(self.proj(out_RHd.flatten(1)))
+        return self.proj(out_RHd.flatten(1))
 
 
 class MLP(nn.Module):
     """Two linear layers with a GELU between them. This module reads the layers' parameters itself, so the engine must
     configure ZeRO-3 to gather them for this module instead of for the layers."""
 
-    def __init__(self, dim: int, hidden_dim: int, gelu: Gelu, drop: float) -> None:
+    def __init__(self, dim: int, hidden_dim: int, gelu: Gelu) -> None:
         super().__init__()
         self.fc1, self.fc2 = Linear(dim, hidden_dim), Linear(hidden_dim, dim)
-        self.gelu, self.drop = gelu, drop
+        self.gelu = gelu
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """Map [R, D] to [R, D]."""
-        dropped = self.training and self.drop > 0
-        if self.gelu == "tanh" and not dropped:
+        if self.gelu == "tanh":
             out_RD = mlp(x_RD, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             if out_RD is not None:
                 return out_RD
-        hidden = F.dropout(gelu(self.fc1(x_RD), self.gelu), self.drop, self.training)
-        return F.dropout(self.fc2(hidden), self.drop, self.training)
+        return self.fc2(gelu(self.fc1(x_RD), self.gelu))
 
 
 def gelu(x: Tensor, kind: Gelu) -> Tensor:
@@ -143,12 +140,12 @@ def drop_path(x_RD: Tensor, segments: Segments, factors_S: Tensor | None) -> Ten
 class Block(nn.Module):
     """A pre-norm block of self-attention and an MLP."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu, drop: float, att_drop: float) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, gelu: Gelu) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim, eps=EPS)
-        self.attn = Attention(dim, num_heads, att_drop, drop)
+        self.attn = Attention(dim, num_heads)
         self.norm2 = LayerNorm(dim, eps=EPS)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), gelu, drop)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), gelu)
 
     def forward(
         self,
@@ -190,7 +187,7 @@ class Blocks(nn.Module):
     """A stack of blocks, which can be compiled and checkpointed, and a final norm, which the caller applies to selected
     rows."""
 
-    block: Callable[[int, int, float, Gelu, float, float], nn.Module]  # class of the blocks
+    block: Callable[[int, int, float, Gelu], nn.Module]  # class of the blocks
 
     def __init__(
         self,
@@ -200,14 +197,12 @@ class Blocks(nn.Module):
         mlp_ratio: float = 4,
         *,
         gelu: Gelu = "tanh",
-        drop: float = 0.0,
-        att_drop: float = 0.0,
         drop_path: float = 0.0,
         drop_key: int = 0,
     ) -> None:
         """Build the blocks. `drop_key`: the argument `key` of `drop_path_factors`."""
         super().__init__()
-        self.blocks = nn.ModuleList(self.block(dim, num_heads, mlp_ratio, gelu, drop, att_drop) for _ in range(depth))
+        self.blocks = nn.ModuleList(self.block(dim, num_heads, mlp_ratio, gelu) for _ in range(depth))
         self.norm = RowNorm(dim, eps=EPS)
         self.checkpointing = False
         self.drop_path, self.drop_key = drop_path, drop_key

@@ -22,7 +22,7 @@ from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
 FOLDER = "start"  # name of the export's folder in the run folder
 # model settings that are not determined by the weights
-_FREE = ("drop", "att_drop", "drop_path", "init_from", "image_range")
+_FREE = ("drop_path", "init_from", "image_range")
 
 
 class GivenWeights(NamedTuple):

@@ -29,12 +29,12 @@ class RunAttention:
     def choose(self, samples: int, known: Names | None = None) -> tuple[Names, dict[str, dict[str, float]]]:
         """Benchmark the installed kernels on a micro-batch of `samples`. Return the name of the fastest kernel for the
         encoder and for the decoder, and the milliseconds of each kernel that works. `known` kernels are returned
-        without a benchmark if they work on this machine. The result is empty if no timing is needed: on a CPU, with
-        dropout in attention, or if M3AE_KERNELS_IMPL is set. Call this method on one rank only, so that all ranks use
-        the same kernels, and pass the result to `use_kernels` on every rank."""
+        without a benchmark if they work on this machine. The result is empty if no timing is needed: on a CPU, or if
+        M3AE_KERNELS_IMPL is set. Call this method on one rank only, so that all ranks use the same kernels, and pass
+        the result to `use_kernels` on every rank."""
         names: Names = {}
         times: dict[str, dict[str, float]] = {}
-        if self.device.type != "cuda" or requested_impl("auto") != "auto" or self.config.att_drop:
+        if self.device.type != "cuda" or requested_impl("auto") != "auto":
             return names, times
         for part, size in self._sizes().items():
             name = (known or {}).get(part)
@@ -54,8 +54,6 @@ class RunAttention:
     def describe(self) -> str:
         """Return the names of the kernels of encoder and decoder. On CUDA, a kernel that is not set is chosen by a
         benchmark."""
-        if self.config.att_drop:
-            return "padded SDPA"
         impl = requested_impl("auto")
         find = cuda.choose_by_benchmark if impl == "auto" and self.device.type == "cuda" else partial(kernel_for, impl)
         encoder, decoder = (find(self.device, self.dtype, *size).name for size in self._sizes().values())

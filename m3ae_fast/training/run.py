@@ -138,7 +138,6 @@ def set_up(
         suggested_fix=fix_of_losses(cfg, config.optim),
         constants={f"model/{name}": tensor for name, tensor in fixed.items()},
         not_computed=() if config.model.vocab_size else ("text_",),
-        seeds_steps=config.model.has_dropout,
         add_targets=add_targets,
         after_save=task.draw,
         attention=found.info.attention if found.info else {},

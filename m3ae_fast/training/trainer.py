@@ -9,13 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import NAMED, BadSamples, Skipped
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.randomness import seed32
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.saver import Saver
 from m3ae_fast.config import LoopConfig, RunConfig
@@ -87,7 +85,6 @@ class Trainer:
     # tensors saved in checkpoints in addition to the engine's state
     constants: dict[str, Tensor] = field(default_factory=dict)
     not_computed: tuple[str, ...] = ()  # prefixes of the losses that this run does not compute
-    seeds_steps: bool = True  # whether steps use random numbers
     add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch  # called on the device
     after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
     attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
@@ -175,8 +172,6 @@ class Trainer:
         """Take one optimiser step (forward, backward and update). Return the losses of the micro-batches and the
         global gradient norm before clipping, a 0-d tensor. `counts`: the counts of the step over all ranks."""
         self.heartbeats.mark(f"step {self.step + 1}")
-        if self.seeds_steps:  # the random numbers depend only on the seed, the step and the rank
-            torch.manual_seed(seed32(self.run.seed, self.step, self.ranks.rank))
         batches = [self.add_targets(batch) for batch in inputs.device]
         losses, grad_norm = self.engine.step(
             batches, counts.denominators(self.ranks.world), self.schedule.lr(self.step)

@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[2]
 FILES = ("m3ae_fast/**/*.py", "kernels/m3ae_kernels/**/*.py", "benchmarks/*.py", "benchmarks/gpu/*.py")
 # (file, part of the line): reason why the line is not executed here
 LEFT = {
-    ("m3ae_fast/training/attention_kernels.py", "padded SDPA"): "what a run with att_drop says, on every device",
     ("kernels/m3ae_kernels/aot.py", ""): "compiles for GPUs and needs none; CI compiles all kernels with it",
     ("kernels/m3ae_kernels/attention/varlen.py", ""): "for other projects; test_kernel_varlen.py runs it on every path",
     ("kernels/m3ae_kernels/dispatch.py", 'return "torch"'): "float64; a test runs it with a stand-in for the device",

@@ -33,7 +33,7 @@ def check_segments(op: str, **segments: Segments) -> None:
             ids.check_ends(op, name, each.cu_seqlens, each.rows, each.max_seqlen)
 
 
-def check_sizes(name: str, heads: int, dim: int, dropout_p: float) -> None:
+def check_sizes(name: str, heads: int, dim: int, dropout_p: float = 0.0) -> None:
     """Raise ValueError if the number of heads or the head dimension is 0, or if `dropout_p` is negative or at least 1.
     Raise TypeError if `dropout_p` is not a number."""
     if not heads or not dim:

@@ -19,10 +19,9 @@ from ..dispatch import (
     requested_impl,
     with_lead,
 )
-from ..registry import Op, traced
+from ..registry import Op
 from .choice import kernel_for
 from .kernel import Kernel, Segments, as_length, check_segments, check_sizes
-from .padded import padded_attention
 
 
 def packed_attention(
@@ -33,7 +32,6 @@ def packed_attention(
     q: Tensor | None = None,
     cu_queries: Tensor | None = None,
     max_queries: int | None = None,
-    dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v within each sample.
@@ -47,8 +45,6 @@ def packed_attention(
         q: [..., H, D] floating-point, Q rows: separate queries, for example of only some of the rows.
         cu_queries, max_queries: cu_seqlens and max_seqlen of q. A sample may have no queries. It may also have no keys;
             the result of its queries is then 0.
-        dropout_p: fraction of the attention weights that are dropped. If it is above 0, all samples are padded to the
-            longest, and `impl` is ignored.
         impl: "auto" for the fastest installed kernel, "triton" (D up to 128) or "torch".
 
     Returns:
@@ -64,7 +60,7 @@ def packed_attention(
             given maximum. They are checked on a CPU, and everywhere with M3AE_KERNELS_CHECK=1.
     """
     check_float("qkv", qkv, (..., 3 if q is None else 2, None, None), qkv)
-    check_sizes("qkv", qkv.shape[-2], qkv.shape[-1], dropout_p)
+    check_sizes("qkv", qkv.shape[-2], qkv.shape[-1])
     check_index("cu_seqlens", cu_seqlens, (None,), qkv)
     if (q is None) != (cu_queries is None) or (q is None) != (max_queries is None):
         raise ValueError("q, cu_queries and max_queries must be given together")
@@ -77,11 +73,6 @@ def packed_attention(
     cu_queries = cu_seqlens if cu_queries is None else cu_queries
     max_seqlen = as_length("max_seqlen", max_seqlen)
     max_queries = max_seqlen if max_queries is None else as_length("max_queries", max_queries)
-    if dropout_p:
-        queries, keys = _segments(q, qkv, cu_queries, cu_seqlens, max_queries, max_seqlen)
-        if not traced(qkv, cu_seqlens):
-            check_segments("packed_attention", cu_seqlens=keys, cu_queries=queries)
-        return with_lead(padded_attention(*_parts(q, qkv), queries, keys, dropout_p), lead)
     return with_lead(attention_op(q, qkv, cu_queries, cu_seqlens, max_queries, max_seqlen, impl)[0], lead)
 
 
