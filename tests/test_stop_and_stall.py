@@ -87,19 +87,14 @@ def test_user_code_receives_a_keyboard_interrupt_and_can_continue(number):
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("saves", "expected"),
-    [
-        ("lambda: 'half is in a.json'", "stopped (SIGTERM); half is in a.json\n"),
-        ("lambda: {}['a']", "stopped (SIGTERM); saving the intermediate results failed: 'a'\n"),
-    ],
-)
-def test_a_stopped_process_exits_even_if_saving_fails(saves, expected):
-    process = program(STARTING.format(f"stop.at_leaving = {saves}; print('set', flush=True); threading.Event().wait()"))
+def test_the_message_about_a_stop_contains_the_advice_of_the_program():
+    process = program(
+        STARTING.format("stop.advice = 'start again'; print('set', flush=True); threading.Event().wait()")
+    )
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "set\n"]
     process.send_signal(signal.SIGTERM)
     out = process.stdout.read()
-    assert (process.wait(20), out) == (0, expected)
+    assert (process.wait(20), out) == (0, "stopped (SIGTERM); start again\n")
 
 
 def test_a_signal_is_handled_while_a_thousand_files_are_open():
@@ -209,14 +204,13 @@ def test_a_stopped_rank_leaves_after_it_has_notified_the_other_ranks():
     assert (process.returncode, out) == (0, "told SIGTERM\n")
 
 
-def test_a_rank_whose_peer_left_first_reports_its_partial_result():
+def test_a_rank_whose_peer_left_first_ends_without_an_error():
     """The end of the other rank has closed the connections on which this rank waits."""
     code = """
         import threading
         from m3ae_fast.process.session import joined_program
         with joined_program() as session:
-            main = session.ranks.is_main
-            session.stop.at_leaving = lambda: "half is in a.json" if main else ""
+            main, session.stop.advice = session.ranks.is_main, "start again"
             print("ready", flush=True)
             session.ranks.gather(1) if main else threading.Event().wait()
     """
@@ -225,7 +219,7 @@ def test_a_rank_whose_peer_left_first_reports_its_partial_result():
     assert [process.stdout.readline() for process in ranks] == ["ready\n"] * 2
     ranks[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=60)[0] for process in ranks]
-    assert outputs == ["stopped (requested by another rank); half is in a.json\n", ""]
+    assert outputs == ["", "stopped (SIGTERM); start again\n"]
     assert [process.returncode for process in ranks] == [0, 0]
 
 

@@ -119,7 +119,7 @@ def predict_online(
     steps = EncodedSteps(loader, accumulation, job.model, job.config.encode, types, ranks, trying)
     title = f"{recipe.probe} probe, online" + (f", {len(scales)} rates" if trying else "")
     part = float(recipe.steps * recipe.batch)
-    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.heartbeats, setting.live, whole, part)
+    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.heartbeats, whole, part)
     whole.after(part)
     heads = {at: stack.heads for at, stack in stacks.items()}
     features: dict[str, Any] = {"layers": types.layers, "pools": types.pools or None}

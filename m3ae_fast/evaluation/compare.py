@@ -27,7 +27,7 @@ from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.baselines import LARGEST, PREFIXES, SCALED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.job import Job, PartialResult, summary
+from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.probes import PROBES, Features, Setting, attentive_recipe
@@ -42,7 +42,7 @@ TABLE_FILE = "comparison.md"
 
 @dataclass
 class ComparedPredictions:
-    """The results so far: the predictions of each model and probe, by seed."""
+    """The predictions of each model and probe, by seed."""
 
     classes: Classes
     trials: dict[tuple[str, str], dict[int, Predictions]] = field(default_factory=dict)
@@ -51,18 +51,12 @@ class ComparedPredictions:
         """Add the predictions of a model's probe that was trained with this seed."""
         self.trials.setdefault((model, probe), {})[seed] = predictions
 
-    def copy(self) -> ComparedPredictions:
-        """Return a snapshot for use by another thread."""
-        return ComparedPredictions(self.classes, {which: dict(trials) for which, trials in [*self.trials.items()]})
-
     def correct(self, model: str, probe: str) -> np.ndarray:
         """Return whether each sample was classified correctly in each trial, bool [D, N]."""
         return np.stack([each.correct_N.numpy() for each in self.trials[model, probe].values()])
 
     def result(self) -> dict[str, Any]:
-        """Return the contents of result.json; empty if nothing was measured."""
-        if not self.trials:
-            return {}
+        """Return the contents of result.json."""
         rows = [{"model": model, "probe": probe, **self.accuracy(model, probe)} for model, probe in self.trials]
         tests = [
             {"probe": probe, "first": first, "second": second, **test.entries()}
@@ -126,12 +120,7 @@ class ComparedPredictions:
         lines = [f"| top-1 accuracy, % | {' | '.join(probes)} |", "|---|" + "--:|" * len(probes)]
         for model in models:
             cells = [
-                with_error(self.accuracy(model, probe))
-                if (model, probe) in self.trials
-                else "-"
-                if model == SCALED and PROBES[probe].tokens
-                else "not yet"
-                for probe in probes
+                with_error(self.accuracy(model, probe)) if (model, probe) in self.trials else "-" for probe in probes
             ]
             lines.append(f"| {model} | {' | '.join(cells)} |")
         lines += [
@@ -184,16 +173,7 @@ def run(job: Job) -> dict[str, Any]:
     # report mistakes before any work
     shapes = {name: _shape(job, open_encoder(model, text=False)) for name, model in names.items()}
     train, val, classes = job.open_labelled()
-    found, done = ComparedPredictions(classes), 0
-
-    def partial_result() -> PartialResult:
-        known, text = found.copy(), f"{done} of {len(names)} models"
-        page = f"Partial result: the comparison was stopped after {text}.\n\n{known.page()}" if known.trials else ""
-        if page:
-            write_text_atomically(job.out / TABLE_FILE, page)
-        return PartialResult(text, known.result(), known.columns(), page)
-
-    job.keep_if_stopped(partial_result)
+    found = ComparedPredictions(classes)
     training = cache(partial(_training, job, train.samples, len(classes)))  # measured once per shape
     work = {
         name: ComputeCost(shape.cost, names[name].startswith(RANDOM), training(shape)) for name, shape in shapes.items()
@@ -208,9 +188,8 @@ def run(job: Job) -> dict[str, Any]:
         f"encode {train.samples + val.samples:,} images each (random weights: once per seed)"
         + (f"; the probes train for about {duration(whole.other_work)} in total" if whole.other_work > 1 else "")
     )
-    for name, model in names.items():
+    for done, (name, model) in enumerate(names.items(), 1):
         _measure(job, found, (work[name], whole), name, model, seeds, (train, val))
-        done += 1
         job.print(f"{done} of {len(names)} models done{whole.left()}")
     job.keep(found.columns())
     page = found.page()

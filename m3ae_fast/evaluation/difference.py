@@ -16,7 +16,6 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.evaluation.baselines import LARGEST, MODEL, not_better, warning
-from m3ae_fast.evaluation.job import PARTIAL_FILE
 from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.evaluation.predictions import FILE, largest_share
 from m3ae_fast.evaluation.significance import difference, middle, verdict
@@ -27,16 +26,10 @@ _COLUMNS = ("key", "label", "prediction")
 
 def compare_results(folders: Sequence[Path]) -> str:
     """Return a sentence that states which of the results of two tasks is better; for results of ood, one sentence for
-    each set and score. A note is added if a result is partial. Raises UserError if a folder has no predictions of
+    each set and score. Raises UserError if a folder has no predictions of
     classes, or if the results are not on the same samples."""
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
         raise UserError(f"{missing}: has no {FILE}; specify the folders that two evaluations wrote, such as runs/knn")
-    partial = [folder for folder in folders if (folder / PARTIAL_FILE).exists()]
-    notes = [f"note: {folder} contains a partial result: the task was stopped before its end" for folder in partial]
-    return "\n".join([*notes, _compared(folders)])
-
-
-def _compared(folders: Sequence[Path]) -> str:
     first, second = (read_parquet(folder / FILE) for folder in folders)
     if all({"set", "key", *SCORES} <= table.keys() for table in (first, second)):
         require_libraries({"sklearn": "the difference of two results of ood"})

@@ -35,7 +35,7 @@ def seconds(probe: str, samples: int, shapes: Sequence[tuple[int, ...]], setting
     while spent < _LONG_ENOUGH_S and taken < recipe.steps:  # a few quick steps would measure mostly start-up time
         taken = min(max(4 * taken, 1), recipe.steps)
         began = perf_counter()
-        train_heads(banks, replace(recipe, steps=taken), setting._replace(live=None))
+        train_heads(banks, replace(recipe, steps=taken), setting)
         spent = ranks.from_main(perf_counter() - began)
     return spent / taken * recipe.steps
 

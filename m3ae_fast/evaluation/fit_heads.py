@@ -10,9 +10,7 @@ width.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -104,33 +102,6 @@ class Stack:
         return loss_H, right_H
 
 
-class HeadsInTraining:
-    """Gives another thread access to heads in training. The thread can copy the heads between two steps."""
-
-    def __init__(self) -> None:
-        self.updating = threading.Lock()  # lock that is held while weights change
-        self._heads: Mapping[Input, Heads] = {}
-        self._at: tuple[str, int, int] = ("", 0, 0)
-
-    def begin(self, title: str, heads: Mapping[Input, Heads], steps: int) -> None:
-        """Register heads that will be trained for this number of steps. `title`: description of the training."""
-        with self.updating:
-            self._heads, self._at = heads, (title, 0, steps)
-
-    def stepped(self) -> None:
-        """Count a step. The caller must hold `updating`."""
-        title, step, steps = self._at
-        self._at = title, step + 1, steps
-
-    def copy(self) -> tuple[dict[Input, Heads], str]:
-        """Return copies of the heads in evaluation mode (none before their first step), and a description of the
-        training's progress."""
-        with self.updating:
-            title, step, steps = self._at
-            heads = {name: deepcopy(each).eval() for name, each in self._heads.items()} if step else {}
-            return heads, f"{title} at step {step:,} of {steps:,}"
-
-
 def fit_heads(
     batches: Iterable[HeadBatch],
     stacks: Mapping[Input, Stack],
@@ -139,7 +110,6 @@ def fit_heads(
     title: str,
     ranks: Ranks,
     heartbeats: Heartbeats,
-    live: HeadsInTraining | None = None,
     whole: TimeLeft | None = None,
     part: float = 0.0,
 ) -> dict[Input, Tensor]:
@@ -150,26 +120,21 @@ def fit_heads(
         stacks: heads, keyed by the features that they read; they are in evaluation mode afterwards.
         lr: function that maps a step to its learning rate, which is multiplied by the scale of each head.
         steps: number of steps.
-        title: description of the training for the progress display and for `live`.
+        title: description of the training for the progress display.
         ranks: ranks across which each step is split.
         heartbeats: heartbeats of this rank, which are marked at each step.
-        live: gives another thread access to the heads in training.
         whole, part: the whole task, of which this training is a part, and the size of the part; see `progress`.
 
     Returns:
         The training accuracy of each head at each step, before the update: float32 [steps, H] by input, on the CPU.
     """
-    live = live or HeadsInTraining()
-    live.begin(title, {name: stack.heads for name, stack in stacks.items()}, steps)
     right: dict[Input, list[Tensor]] = {name: [] for name in stacks}
     for step, batch in enumerate(track(batches, title, steps, whole=whole, part=part)):
         heartbeats.mark(title)
         targets = batch.targets.to(ranks.device)
-        with live.updating:
-            for name, stack in stacks.items() if batch.samples else ():
-                x = batch.inputs[name].to(ranks.device).float()
-                right[name].append(stack.step(x, targets, batch.samples, lr(step))[1])
-            live.stepped()
+        for name, stack in stacks.items() if batch.samples else ():
+            x = batch.inputs[name].to(ranks.device).float()
+            right[name].append(stack.step(x, targets, batch.samples, lr(step))[1])
     for stack in stacks.values():
         stack.heads.eval()
     return {name: torch.stack(own).cpu() if own else torch.zeros(0, 1) for name, own in right.items()}

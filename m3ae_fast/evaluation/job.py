@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -41,23 +41,13 @@ from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
 from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.training.run_lock import RunFolder
 
-RESULT_FILE, PARTIAL_FILE = "result.json", "result-so-far.json"
+RESULT_FILE = "result.json"
 
 # On a CPU, if a task takes more than LONG_S seconds, a note suggests options that reduce this to about SHORT_S seconds.
 LONG_S, SHORT_S = 15 * 60, 10 * 60
-STARTS_OVER = "running the same command again starts over"
 WARNINGS = "cautions"  # key of the list of warnings in a result; this name is kept because existing files use it
 
 Columns = Mapping[str, Sequence[Any]]
-
-
-class PartialResult(NamedTuple):
-    """The intermediate result of a task."""
-
-    done: str  # description of the completed part of the task
-    result: dict[str, Any]  # entries for result.json; empty if there is no result yet
-    columns: Columns  # columns for predictions.parquet; empty if this file is not written
-    page: str = ""  # text to print
 
 
 @dataclass
@@ -72,7 +62,6 @@ class Job:
     model: Any  # an M3AE, or a Classifier if the task evaluates one; on the ranks' device
     # returns the baselines that the task evaluates, by name, on the ranks' device
     open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
-    is_last: bool = True  # whether the program ends after this task; see `keep_if_stopped`
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the task
@@ -326,38 +315,11 @@ class Job:
 
         self.ranks.on_main(save)
 
-    def described(self, result: dict[str, Any], *, partial: bool) -> dict[str, Any]:
-        """Return a complete or partial result to which the task, the model, the modality and the config are added."""
+    def described(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Return the result with the task, the model, the modality and the config added."""
         options, config = self.options, self.config.model_dump(mode="json")
-        about = {"task": options.task, "partial": partial}
         model = list(options.models) if TASKS[options.task].compares else options.model
-        return about | result | {"model": model, "modality": self.modality, "config": config}
-
-    def keep_if_stopped(self, found: Callable[[], PartialResult]) -> None:
-        """Arrange for the intermediate result to be written and printed before the ranks exit, if a rank is asked to
-        stop after this call. `found`: function that returns the intermediate result; it is called on the main rank, in
-        another thread. If the program continues after the task, this method has no effect, because the program reports
-        the stop itself."""
-        if self.is_last:
-            self.stop.at_leaving = lambda: self._leave(found) if self.ranks.is_main else ""
-
-    def _leave(self, found: Callable[[], PartialResult]) -> str:
-        if (self.out / RESULT_FILE).exists():
-            return f"the result is in {self.out / RESULT_FILE}"
-        return self.write_partial(found(), STARTS_OVER)
-
-    def write_partial(self, found: PartialResult, rerun: str) -> str:
-        """Write the intermediate result, and return a message about it. Main rank only. `rerun`: text that tells the
-        user how to continue or repeat the task."""
-        if not found.result:
-            return f"no result yet ({found.done}); {rerun}"
-        if found.columns:
-            write_parquet(self.out / PREDICTIONS_FILE, found.columns)
-        result = self.described({"done": found.done, **found.result}, partial=True)
-        write_result(self.out, result, PARTIAL_FILE)
-        if found.page:
-            print(found.page, flush=True)
-        return f"partial result, {found.done}, in {self.out / PARTIAL_FILE}: {summary(found.result)}; {rerun}"
+        return {"task": options.task} | result | {"model": model, "modality": self.modality, "config": config}
 
 
 def refuse_existing(out: Path) -> None:
@@ -366,11 +328,9 @@ def refuse_existing(out: Path) -> None:
         raise UserError(f"--out {out}: already contains a {RESULT_FILE}; choose another folder")
 
 
-def write_result(out: Path, result: dict[str, Any], name: str = RESULT_FILE) -> None:
-    """Write a result atomically. By default, it is written as result.json, and an intermediate result is removed."""
-    write_text_atomically(out / name, json.dumps(result, indent=2) + "\n")
-    if name == RESULT_FILE:
-        (out / PARTIAL_FILE).unlink(missing_ok=True)
+def write_result(out: Path, result: dict[str, Any]) -> None:
+    """Write a result atomically to result.json."""
+    write_text_atomically(out / RESULT_FILE, json.dumps(result, indent=2) + "\n")
 
 
 def numbers_of(result: dict[str, Any]) -> dict[str, int | float]:

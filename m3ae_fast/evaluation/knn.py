@@ -18,7 +18,7 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.job import Job, PartialResult
+from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.learning_rates import split
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import Predictions
@@ -64,10 +64,8 @@ def _chosen_k(bank: FeatureBank, classes: int, temperature: float) -> int:
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError as `Job.open_labelled` and `encode_corpus` do."""
-    job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
     encoded = job.encode_with_baselines(train, val)
-    job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
     found, chosen = {}, {}
     for name, banks in encoded.items():
         found[name], k = knn_predictions(*banks, len(classes), job.config.knn)

@@ -26,7 +26,7 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import logistic_regression
 from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, accuracy_entries
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, with_defaults
-from m3ae_fast.evaluation.job import LONG_S, SHORT_S, WARNINGS, Columns, Job, PartialResult
+from m3ae_fast.evaluation.job import LONG_S, SHORT_S, WARNINGS, Job
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.training.metrics_log import read_metrics
@@ -123,8 +123,6 @@ class LabelledTask(ABC):
         None if the run was stopped."""
         job, result = self.job, trainer.train()
         if result is None:
-            rerun = "--resume auto continues"
-            job.ranks.on_main(lambda: job.print(job.write_partial(self.partial_result(trainer), rerun)))
             return None
         self.save_classifier(trainer)
         assert self.predictions is not None
@@ -150,23 +148,6 @@ class LabelledTask(ABC):
                 WARNINGS: found,
             }
         )
-
-    def partial_result(self, trainer: Trainer) -> PartialResult:
-        """Return the result of the last evaluation, even if that was before the run was resumed. Main rank only."""
-        total = trainer.schedule.total_steps
-        lines: list[dict[str, Any]] = []
-        with suppress(UserError):
-            lines = [line for line in read_metrics(trainer.run.dir) if "val_top1" in line and line["step"] > 0]
-        if self.predictions is not None:
-            at, values = self.evaluated_at, self.predictions.accuracies()
-            columns: Columns = self.predictions.columns(self.classes)
-        elif lines:
-            at, columns = lines[-1]["step"], {}
-            values = {name.removeprefix("val_"): value for name, value in lines[-1].items() if name.startswith("val_")}
-        else:
-            return PartialResult(f"step {trainer.step:,} of {total:,}, before the first evaluation", {}, {})
-        done = f"the evaluation after step {at:,} of {total:,}"
-        return PartialResult(done, values | {"steps": at, "total_steps": total}, columns)
 
     def draw(self, trainer: Trainer) -> None:
         """Plot the curves of the run to training.png. Main rank only."""

@@ -6,18 +6,16 @@ from typing import Any
 
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.job import Job, PartialResult
+from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.logistic_regression import fit_chosen, predict
 
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task, write the classifier, and return the result. Raises UserError as `Job.open_labelled` and
     `Job.encode` do."""
-    job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
     encoded = job.encode_with_baselines(train, val)
     bank, held_out = encoded[MODEL]
-    job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
     job.print(f"logistic regression of {job.config.encode.pool} features of {len(bank.keys):,} samples")
     heads, strength = fit_chosen(bank, len(classes), job.heartbeats)
     found, chosen = {MODEL: held_out.predictions(logits(heads, held_out))}, {MODEL: {"inverse_strength": strength}}
@@ -27,12 +25,9 @@ def run(job: Job) -> dict[str, Any]:
         "val_samples": len(held_out.keys),
         "skipped": len(bank.skipped) + len(held_out.skipped),
     }
-    columns = found[MODEL].columns(classes)
-    alone = found[MODEL].accuracies() | chosen[MODEL] | numbers
-    job.keep_if_stopped(lambda: PartialResult("without baselines", alone, columns))
     if not job.options.is_pixels:  # a saved classifier needs an encoder, which pixels do not have
         job.save_probe("logistic", heads.head(0))
-    job.keep(columns)
+    job.keep(found[MODEL].columns(classes))
     for name, banks in encoded.items():
         if name != MODEL:
             found[name], strength = predict(*banks, len(classes), job.heartbeats)

@@ -21,7 +21,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.job import Job, PartialResult
+from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
@@ -33,11 +33,9 @@ def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if a sample has no list of labels, and the errors of
     `Job.open`."""
     config, knn = job.config.multilabel, job.config.knn
-    job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train = _open(job, job.config.data.train, None)
     val = _open(job, job.config.data.val, train.classes)
     encoded = job.encode_with_baselines(train.corpus, val.corpus)
-    job.keep_if_stopped(lambda: PartialResult("the samples are encoded", {}, {}))
     bank, queries = encoded[MODEL]
     truth_NC, truth_MC = (part.classes_LC[each.labels] for part, each in ((train, bank), (val, queries)))
     scores = {}

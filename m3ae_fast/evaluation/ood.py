@@ -36,7 +36,7 @@ from m3ae_fast.drawing.figures import draw_detection
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.job import WARNINGS, Job, PartialResult, summary
+from m3ae_fast.evaluation.job import WARNINGS, Job, summary
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import area_under_roc, middle
@@ -185,23 +185,23 @@ def run(job: Job) -> dict[str, Any]:
         _check_classes(job.model, classes)
         head, job = _head_of(job.model), _of_encoder(job, job.model)
     result: dict[str, Any] = {}
-    columns: dict[str, Any] = {}
     warnings: list[str] = []
     others = sum(corpus.samples for corpus in outside.values())
     job.print(
         f"ood: {labelled.samples:,} training, {held_out.samples:,} held-out and {others:,} out-of-distribution samples "
         "are encoded; then four scores are compared by how well they separate the last two groups"
     )
-    evaluated: list[str] = []  # names of the sets
-    # may be called from another thread at any time
-    job.keep_if_stopped(lambda: PartialResult(f"{len(evaluated)} of {len(outside)} sets", dict(result), dict(columns)))
     encode = job.encoder(labelled.samples + held_out.samples + others)
     train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
     seed = job.config.run.seed
     job.print(f"fitting the scores to {len(train.keys):,} training samples")
     scores = Scores(train, job.config.knn.fixed_k, head)
     known = scores(val)
-    columns |= {"key": [*val.keys], "set": [VAL] * len(val.keys), **{name: [*own] for name, own in known.items()}}
+    columns: dict[str, Any] = {
+        "key": [*val.keys],
+        "set": [VAL] * len(val.keys),
+        **{name: [*own] for name, own in known.items()},
+    }
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
     for name, corpus in outside.items():
         prefix = f"{name}_" if name else ""
@@ -215,9 +215,7 @@ def run(job: Job) -> dict[str, Any]:
             warnings.append(f"{name or 'ood'}: {warning}")
             job.print(f"note: {warnings[-1]}")
         more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
-        # updated in a single call, because another thread may read the columns
-        columns.update({column: [*columns[column], *values] for column, values in more.items()})
-        evaluated.append(name)
+        columns = {column: [*columns[column], *values] for column, values in more.items()}
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
         path = job.out / (f"scores-{name}.png" if name else "scores.png")
         job.pictures.append(partial(draw_detection, path, known, other))

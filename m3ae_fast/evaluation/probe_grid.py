@@ -22,17 +22,14 @@ from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.baselines import LOGISTIC, Baseline, accuracy_difference, baseline_entries
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memory
-from m3ae_fast.evaluation.fit_heads import HeadsInTraining
-from m3ae_fast.evaluation.job import WARNINGS, Job, PartialResult, summary
+from m3ae_fast.evaluation.job import WARNINGS, Job, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.evaluation.probes import (
     PROBES,
     Features,
     FeatureTypes,
-    Recipe,
     Setting,
     attentive_recipe,
-    partial_predictions,
 )
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
 from m3ae_fast.evaluation.tasks import DRAWS, Options
@@ -71,7 +68,7 @@ class Encoded:
 
 
 class GridPredictions:
-    """The predictions so far, and access to the heads in training."""
+    """The predictions of the probes of a grid."""
 
     def __init__(
         self,
@@ -81,13 +78,7 @@ class GridPredictions:
         classes: Classes,
         samples: tuple[int, int],
     ) -> None:
-        self.kinds, self.draws, self.classes, self.samples, self.live = (
-            kinds,
-            draws,
-            classes,
-            samples,
-            HeadsInTraining(),
-        )
+        self.kinds, self.draws, self.classes, self.samples = kinds, draws, classes, samples
         self.cases = [Case(*kind, number) for number in shots for kind in kinds]
         self.pools = len({kind.pool for kind in kinds}) > 1  # whether there are several poolings
         self.made: list[tuple[Case, int, Predictions]] = []  # case, draw number, and predictions
@@ -103,9 +94,7 @@ class GridPredictions:
         ]
 
     def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the entries of result.json for these rows; empty if there are none."""
-        if not rows:
-            return {}
+        """Return the entries of result.json for these rows."""
         train_samples, val_samples = self.samples
         # the main accuracies are those of the last layer with the first pooling and the largest number of shots
         main = [row for row in rows if row["pool"] == rows[0]["pool"]][-1]
@@ -123,19 +112,6 @@ class GridPredictions:
         parts = ((predictions, case._asdict() | {"draw": draw}) for case, draw, predictions in made)
         return stacked(parts, self.classes)
 
-    def partial_result(self, encoded: Encoded, recipe: Recipe | None) -> PartialResult:
-        """Return the intermediate result. If no probe is complete, it includes the accuracies of the heads in training
-        on this rank's held-out samples. May be called from another thread."""
-        made, probes = [*self.made], len(self.cases) * self.draws
-        done, rows = f"{len(made)} of {probes} probes", self.rows(made)
-        if recipe and self.draws == 1 and not made:  # an unfinished draw would not be comparable with others
-            found, where = partial_predictions(self.live, encoded.bank, encoded.held_out, recipe)
-            unfinished = [(Case(*self.kinds[number], None), 0, own) for number, own in found.items()]
-            done += f" and the {where}" if unfinished else ""
-            rows += [row | {"unfinished": where} for row in self.rows(unfinished)]
-            made += unfinished
-        return PartialResult(done, self.result(rows), self.columns(made))
-
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if a layer does not exist, a class has too few samples, or
@@ -151,7 +127,6 @@ def run(job: Job) -> dict[str, Any]:
     kinds = [Features(layer, pool) for layer in layers for pool in pools]
     draws = (options.draws or DRAWS) if options.shots else 1
     numbers: list[int | None] = [*options.shots] or [None]
-    job.keep_if_stopped(lambda: PartialResult("the samples are being encoded", {}, {}))
     train, val, classes = job.open_labelled()
     if task == "attentive" and not options.shots and trains_online(job, layers, [train, val]):
         return _run_online(job, kinds, (train, val, classes))
@@ -169,9 +144,6 @@ def run(job: Job) -> dict[str, Any]:
     if options.shots:
         few_shot(encoded.bank[0], max(options.shots), 0, classes)  # reports too many shots before any training
     found = GridPredictions(kinds, numbers, draws, classes, encoded.samples)
-    start = PROBES[task].recipe
-    recipe = start and start(found.samples[0], _setting(job, found, None, 0))
-    job.keep_if_stopped(lambda: found.partial_result(encoded, recipe))
     for shots in numbers:
         for draw in range(draws):
             with whole.aside(expected[shots] / draws):
@@ -199,7 +171,6 @@ def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpu
         f"{_pooled(job.options)}{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, "
         f"learning rates: {', '.join(map(str, recipe.scales))}"
     )
-    job.keep_if_stopped(lambda: PartialResult(found.live.copy()[1], {}, {}))
     made = predict_online(job, (train, val), kinds, recipe, setting, whole)
     found.samples = train.samples, len(made[0].keys)  # unreadable samples are not classified
     found.made = [(Case(*kinds[number], None), 0, own) for number, own in made.items()]
@@ -217,7 +188,6 @@ def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
     samples."""
     rows, columns = found.rows(found.made), found.columns(found.made)
     result = found.result(rows)
-    job.keep_if_stopped(lambda: PartialResult("without baselines", result, columns))
     job.keep(columns)
     for warning in found.warnings:
         job.print(f"note: {warning}")
@@ -367,7 +337,7 @@ def _setting(job: Job, found: GridPredictions, shots: int | None, draw: int) -> 
         if found.draws == 1:
             found.chosen[Case(*found.kinds[number], shots)] = chosen
 
-    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn, chose, found.live)
+    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn, chose)
 
 
 def _measured(found: Sequence[Predictions]) -> dict[str, Any]:

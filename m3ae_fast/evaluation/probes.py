@@ -23,7 +23,6 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import (
     BankSteps,
     Heads,
-    HeadsInTraining,
     Input,
     Stack,
     fit_heads,
@@ -117,7 +116,6 @@ class Setting(NamedTuple):
     heartbeats: Heartbeats
     warn: Callable[[Input, str], None] = _no_warning  # called with warnings about the reliability of a result
     chose: Callable[[Input, dict[str, float]], None] = _no_choice  # called with the hyper-parameters that were selected
-    live: HeadsInTraining | None = None  # gives another thread access to the heads in training
 
 
 @dataclass(frozen=True)
@@ -255,7 +253,7 @@ def _fit(
     stacks = {name: new_stack(bank.stored_SD.shape[1:], recipe, scales[name], setting) for name, bank in banks.items()}
     batches = BankSteps(banks, range(recipe.steps), recipe.batch, setting.seed)
     ranks, heartbeats = setting.ranks, setting.heartbeats
-    return stacks, fit_heads(batches, stacks, recipe.lr, recipe.steps, title, ranks, heartbeats, setting.live)
+    return stacks, fit_heads(batches, stacks, recipe.lr, recipe.steps, title, ranks, heartbeats)
 
 
 def new_stack(shape: tuple[int, ...], recipe: Recipe, scales: Sequence[float], setting: Setting) -> Stack:
@@ -264,24 +262,6 @@ def new_stack(shape: tuple[int, ...], recipe: Recipe, scales: Sequence[float], s
     device = setting.ranks.device
     heads = recipe.start(shape, len(scales)).to(device)
     return Stack(heads, recipe.optimizer(heads), torch.tensor(scales, device=device), setting.ranks)
-
-
-def partial_predictions(
-    live: HeadsInTraining, banks: Banks, held_out: Banks, recipe: Recipe
-) -> tuple[dict[Input, Predictions], str]:
-    """Return the predictions of the heads in training for this rank's held-out samples, and a description of the
-    training's progress. If several learning rates are tried, the best head is used, as measured on this rank's part of
-    the tenth that `try_rates` holds out. There are no predictions before the first step."""
-    trained, where = live.copy()
-    found = {}
-    for name, heads in trained.items():
-        number, local = 0, held_out[name].local()
-        if len(heads.linear.bias) > 1:
-            tenth = banks[name].rows(split(banks[name]).held_out).local()
-            tried = [RateTrial(rate, *each) for rate, each in zip(recipe.scales, judge(heads, tenth))]
-            number = tried.index(best(tried))
-        found[name] = local.predictions(logits(heads, local, number))
-    return found, where
 
 
 def head_warnings(trained: Trained, recipe: Recipe) -> list[str]:

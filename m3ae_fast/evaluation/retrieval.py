@@ -24,7 +24,7 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.index import Modality
 from m3ae_fast.drawing.figures import BLACK, GREEN, Cell, draw_sheet
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.job import Job, PartialResult, summary
+from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import ERROR, standard_error
 from m3ae_fast.process.collectives import all_gather, all_reduce
@@ -86,11 +86,6 @@ def run(job: Job) -> dict[str, Any]:
         "ranked for each image, and all images for each caption"
     )
 
-    def partial_result() -> PartialResult:
-        done = sum(f"{way}_rank" in columns for way in WAYS)
-        return PartialResult(f"{done} of {len(WAYS)} directions", dict(result), dict(columns))
-
-    job.keep_if_stopped(partial_result)
     images, texts = _encode(job, pairs)
     for features in (images, texts):
         _refuse_shared(features.keys)

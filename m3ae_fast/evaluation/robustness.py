@@ -29,7 +29,7 @@ from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.corruptions import PROCEDURAL, Corruption
 from m3ae_fast.evaluation.corruptions.published import published_sets
 from m3ae_fast.evaluation.encoding import check_skipped, key_digest
-from m3ae_fast.evaluation.job import Job, PartialResult, summary
+from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.images.normalisation import from_unit, to_unit
 
@@ -83,13 +83,6 @@ def run(job: Job) -> dict[str, Any]:
     passes, images = _passes(job, config, val, corrupted), min(config.samples or val.samples, val.samples)
     job.print(_plan(config, images, passes, kinds))
     found: dict[str, Predictions] = {}
-
-    def partial_result() -> PartialResult:
-        made = dict(found)  # copied, because the main thread continues to add passes
-        done = f"{len(made)} of {len(passes)} passes"
-        return PartialResult(done, _result(config, kinds, made), _columns(made, model.config.classes))
-
-    job.keep_if_stopped(partial_result)
     time_left = job.time_left(
         sum(each.cost for each in passes.values()),
         shorter=lambda fraction: f"--set robustness.samples={max(int(fraction * images), 1)}",

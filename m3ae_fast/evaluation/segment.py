@@ -34,7 +34,7 @@ from m3ae_fast.evaluation.baselines import LARGEST, MODEL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_heads
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
-from m3ae_fast.evaluation.job import Job, PartialResult
+from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
 from m3ae_fast.evaluation.stacked_optimizers import AdamW
 from m3ae_fast.process.collectives import all_reduce
@@ -94,7 +94,6 @@ def run(job: Job) -> dict[str, Any]:
     config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
     if model.resize == "native":
         raise UserError("segment needs images of one size; add --set data.resize=square")
-    job.keep_if_stopped(lambda: PartialResult("the images are being encoded", {}, {}))
     opened = {name: _open(job, sources, name) for name, sources in (("train", data.train), ("val", data.val))}
     encoded = _images(job, opened)
     train, val = encoded[MODEL]
@@ -107,7 +106,6 @@ def run(job: Job) -> dict[str, Any]:
     if not val_ids:
         raise UserError(f"--val: all pixels of its masks have segment.ignore_label {config.ignore_label}")
     classes = max(known | val_ids) + 1
-    job.keep_if_stopped(lambda: PartialResult("the images are encoded", {}, {}))
     shown = {row * len(val.bank.keys) // _SHOWN for row in range(_SHOWN)}
     counts = {}
     for name, (own, held_out) in encoded.items():

@@ -20,7 +20,7 @@ from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_confi
 from m3ae_fast.evaluation.baselines import BASELINES, MODEL, SCALED, UNTRAINED, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
-from m3ae_fast.evaluation.job import Job, refuse_existing, show_result, summary, write_result
+from m3ae_fast.evaluation.job import RESULT_FILE, Job, refuse_existing, show_result, summary, write_result
 from m3ae_fast.evaluation.tasks import POOLS, PROBE_NAMES, TASKS, Modality, Options, require_for
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pixel_baseline import Pixels
@@ -183,9 +183,12 @@ def _open_baselines(model: Any, seed: int, device: torch.device) -> dict[str, Mu
 def _perform(
     options: Options, out: Path, overrides: Sequence[str], session: Session, *, is_last: bool
 ) -> dict[str, Any] | None:
-    """Run the task, write its result and return it; return None if it was stopped. `is_last`: see `Job`. Raises
-    UserError if the task cannot be run; `out` then contains no result."""
+    """Run the task, write its result and return it; return None if it was stopped. `is_last`:
+    whether the program ends after this task. Raises UserError if the task cannot be run; `out` then contains no
+    result."""
     ranks, task = session.ranks, options.task
+    if is_last:
+        session.stop.advice = "running the same command again starts over"
     ranks.require_same({**vars(options), "out": str(out), "overrides": list(overrides)})
     ranks.on_main(lambda: require_for(task, options.shards, options.shots))
     if options.is_pixels:
@@ -202,16 +205,18 @@ def _perform(
     if options.evaluates_baselines(modality):
         open_baselines = partial(_open_baselines, model, config.run.seed, ranks.device)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        job = Job(options, modality, config, session, folder, model, open_baselines, is_last)
+        job = Job(options, modality, config, session, folder, model, open_baselines)
         result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{options.module}").run(job)
         if result is None:
             return None
-        result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)}, partial=False)
+        result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)})
         metrics = ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names, result))
         result |= metrics
         if "per_class" in metrics:  # present only for tasks with one prediction per sample
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
         ranks.on_main(lambda: write_result(job.out, result))
+        if is_last:
+            session.stop.advice = f"the result is in {job.out / RESULT_FILE}"
         for draw in job.pictures:
             ranks.on_main(draw)
         ranks.on_main(lambda: show_result(job.out, result))

@@ -53,7 +53,7 @@ def stage(device: Device | None) -> Iterator[Session]:
     """Yield a session as `joined_program` does, for one of several stages of a program. After the stage,
     `stop.requested` states whether a stop was requested, even if the stage has completed."""
     with joined_program(device) as session:
-        session.stop.at_leaving = lambda: RESUME_NOTE if session.ranks.is_main else ""
+        session.stop.advice = RESUME_NOTE
         yield session
 
 

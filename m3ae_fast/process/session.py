@@ -94,6 +94,6 @@ def joined_program(device: Device | None = None) -> Iterator[Session]:
             return
         except Exception as error:
             if heartbeats.stop_requested():  # a rank that stopped has closed its connections
-                stop.leave(BY_ANOTHER)
+                stop.request(BY_ANOTHER)
                 return
             raise_once(error, ranks, heartbeats)

@@ -33,20 +33,18 @@ class StopRequest:
     ends the process at once.
 
     Before `listen` is called, there is no checkpoint to save, and a stop request ends a program of this package with
-    exit code 0 at any point; `at_leaving`, if set, saves intermediate results first. If a user's own code calls
-    functions of this package, KeyboardInterrupt is raised instead. Use as a context manager in the main thread. A
-    separate thread reads the signals, because Python's handlers do not run while the main thread is inside a library.
+    exit code 0 at any point. If a user's own code calls functions of this package, KeyboardInterrupt is raised instead.
+    Use as a context manager in the main thread. A separate thread reads the signals, because Python's handlers do not
+    run while the main thread is inside a library.
     """
 
     def __init__(self) -> None:
         self.reason = ""
         self._parents = launcher_chain()
-        self._listening = self._leaving = self._ended = self._reported = False
+        self._listening = self._leaving = self._ended = False
         self._first_interrupt = float("inf")
         self._notify: Callable[[str], bool] | None = None
-        # called if a stop is requested before `listen`: saves intermediate results, and returns the message that this
-        # rank prints ("" if another rank prints one)
-        self.at_leaving: Callable[[], str] | None = None
+        self.advice = ""  # printed with the message about a stop before `listen`; "": there is nothing to save
         self._lock = threading.Lock()
         self._in_program, self._left = in_program(), threading.Event()
         self._joined = threading.Event()
@@ -94,14 +92,6 @@ class StopRequest:
         """Let the run respond to stop requests from now on: it must check `requested`, save and exit."""
         self._listening = True
 
-    def leave(self, reason: str) -> None:
-        """Save intermediate results if `listen` has not been called yet. The main thread calls this method if another
-        rank has stopped, so that this rank cannot continue."""
-        self.request(reason)
-        with self._lock:
-            if not self._listening:
-                self._report(first=False)
-
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._leaving:
             if self._ended:  # a second signal may be handled while the interpreter shuts down
@@ -141,7 +131,11 @@ class StopRequest:
         with self._lock:
             if self._listening:  # training has begun or ended in the meantime
                 return
-            self._report(first)
+            if first:
+                before = f"({self.reason}); {self.advice}"
+                message = before if self.advice else f"before the first step ({self.reason}); nothing to save"
+                with contextlib.suppress(OSError):
+                    os.write(2, f"stopped {message}\n".encode())
             self._leaving = True
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         if self._in_program:
@@ -150,28 +144,6 @@ class StopRequest:
             return
         kill_children()  # the commands of `pipe:` shards
         os._exit(0)
-
-    def _report(self, first: bool) -> None:
-        """Save intermediate results and print a message, once. `first`: whether this rank is the first one that is
-        asked to stop; if there is nothing to save, only this rank prints."""
-        if self._reported:
-            return
-        self._reported = True
-        if self.at_leaving is None:
-            message = f"before the first step ({self.reason}); nothing to save" if first else ""
-        else:
-            message = self._saved(self.at_leaving)
-        if message:
-            with contextlib.suppress(OSError):
-                os.write(2, f"stopped {message}\n".encode())
-
-    def _saved(self, save: Callable[[], str]) -> str:
-        """Save intermediate results with `save`, and return the message to print."""
-        try:
-            message = save()
-            return f"({self.reason}); {message}" if message else ""
-        except Exception as error:  # this thread must survive to end the process
-            return f"({self.reason}); saving the intermediate results failed: {error}"
 
 
 def _ignored(number: int) -> bool:

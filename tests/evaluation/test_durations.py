@@ -7,11 +7,9 @@ import torch
 
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation import expected_duration, labelled_task, probes
+from m3ae_fast.evaluation import expected_duration, labelled_task
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
-from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.finetune import FineTuningTask
-from m3ae_fast.evaluation.fit_heads import HeadsInTraining
 from m3ae_fast.evaluation.heads import AttentiveHeads
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask
@@ -26,8 +24,8 @@ def _config(**sections):
     return EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
 
 
-def _setting(ranks, live=None, **sections):
-    return Setting(_config(**sections), 3, 2, 0, ranks, _Heartbeats(), live=live)
+def _setting(ranks, **sections):
+    return Setting(_config(**sections), 3, 2, 0, ranks, _Heartbeats())
 
 
 @pytest.fixture
@@ -86,30 +84,6 @@ def test_the_training_speed_is_measured_after_the_first_step(monkeypatch):
         LabelledTask._log_duration(task, trainer)
         seconds[0] += 60 if step == 20 else 0.25
     assert reported == [(0.25, 24)]
-
-
-def test_predictions_of_an_attentive_probe_do_not_affect_its_training():
-    """Predictions during training come from the head with the best learning rate on the held-out tenth, and do not
-    affect the training."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, labels = torch.randn(60, 3, 4, generator=generator), torch.arange(60) % 3
-    bank = FeatureBank([f"a.tar/{i}" for i in range(60)], tokens, labels, None, [])
-    with join_ranks() as ranks:
-        live, sections = HeadsInTraining(), {"attentive": {"batch": 20, "steps": 6, "heads": 2}}
-        setting = _setting(ranks, live, **sections)
-        recipe = probes.attentive_recipe(60, setting)
-        assert probes.partial_predictions(live, {1: bank}, {1: bank}, recipe)[0] == {}
-        tried = probes.try_rates({1: bank}, recipe, setting)[1]
-        found, where = probes.partial_predictions(live, {1: bank}, {1: bank}, recipe)
-        heads, _ = live.copy()
-        assert where == "attentive probe, 5 rates at step 6 of 6"
-        number = tried.index(probes.best(tried))
-        assert torch.equal(found[1].best_NK[:, 0], probes.logits(heads[1], bank, number).argmax(1))
-        asked, alone = (
-            probes.train_heads({1: bank}, recipe, each)[1] for each in (setting, _setting(ranks, **sections))
-        )
-        weights = zip(asked.heads.state_dict().values(), alone.heads.state_dict().values())
-        assert asked.accuracies == alone.accuracies and all(torch.equal(a, b) for a, b in weights)
 
 
 def _expectation(kind, pace, left, device="cpu", samples=1482, **sections):

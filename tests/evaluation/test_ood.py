@@ -21,7 +21,6 @@ from m3ae_fast.evaluation import ood
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.difference import areas_apart
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.ood import SCORES, Scores, auroc_and_fpr, auroc_interval
 from m3ae_fast.evaluation.tasks import Options, named_sets
 from m3ae_fast.images.decoding import decode_image
@@ -136,25 +135,14 @@ def test_the_confidence_interval_of_a_single_sample_is_undefined():
     assert "does not differ" in areas_apart([known["knn"], known["knn"]], [known["knn"], 1 + known["knn"]], "a", "b")
 
 
-def test_progress_is_printed_and_a_stop_keeps_the_finished_datasets(transfer, tmp_path, monkeypatch, capsys):
-    left, encode = [], Job.encode
-
-    def stopped(job, *corpus, **more):
-        left.append(job.stop.at_leaving())
-        return encode(job, *corpus, **more)
-
-    monkeypatch.setattr(Job, "encode", stopped)
+def test_progress_is_printed(transfer, tmp_path, capsys):
     sets = {name: write_tar(tmp_path / f"{name}.tar", members(range(9), "image")) for name in "ab"}
     given = [word for name, shards in sets.items() for word in ("--ood", f"{name}={shards}")]
-    columns = []
-    monkeypatch.setattr("m3ae_fast.evaluation.job.write_parquet", lambda path, each: columns.append(each["set"]))
     transfer("ood", *given, "--set", "knn.k=3")
     output = capsys.readouterr().out
     assert re.search(r"encoding val: 18 samples done \(79% of the encoding, about \d:\d\d:\d\d left\)", output)
     assert "encoding b: 9 samples done (100% of the encoding)\n" in output
-    assert left[:3] == ["no result yet (0 of 2 sets); running the same command again starts over"] * 3
-    assert left[3].startswith(f"partial result, 1 of 2 sets, in {tmp_path}/out/result-so-far.json: a_max_softmax_")
-    assert columns == [["val"] * 18 + ["a"] * 9, ["val"] * 18 + ["a"] * 9 + ["b"] * 9]
+    assert read_parquet(tmp_path / "out/predictions.parquet")["set"] == ["val"] * 18 + ["a"] * 9 + ["b"] * 9
 
 
 def test_two_aurocs_are_compared_with_paired_bootstrap_samples(transfer, run, tmp_path, capsys):

@@ -28,13 +28,6 @@ QUICK = {
 }
 
 
-def test_the_final_result_replaces_the_partial_result(tmp_path):
-    for name, result in ((job.PARTIAL_FILE, {"top1": 0.5}), (job.RESULT_FILE, {"top1": 0.75})):
-        job.write_result(tmp_path, result, name)
-        (written,) = tmp_path.iterdir()
-        assert written.name == name and json.loads(written.read_text()) == result
-
-
 @pytest.fixture
 def texts(monkeypatch):
     """Return the list of the texts in all saved figures."""

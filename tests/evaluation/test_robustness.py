@@ -3,7 +3,6 @@
 import argparse
 import colorsys
 import json
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -32,7 +31,6 @@ from m3ae_fast.evaluation.robustness import _result, _start, corruption_errors, 
 from m3ae_fast.images.decoding import decode_image
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import NAMES, coloured, labelled_tar
-from tests.test_stop_and_stall import program
 
 pytestmark = pytest.mark.slow
 
@@ -305,47 +303,6 @@ def test_the_robustness_accuracies_equal_those_of_the_classifier(transfer, class
         for severity, (cell, top1) in enumerate(zip(corrupted, found, strict=True), 1):
             assert cell.text == f"accuracy {top1:.1%}"
             assert torch.equal(cell.image, Corruption(kind, severity)(clean.image, result["config"]["run"]["seed"]))
-
-
-STOPPED = """
-    import threading
-    from m3ae_fast.evaluation import robustness
-    from m3ae_fast.cli.evaluate import main
-
-    real = robustness._predictions
-
-    def held_up(job, each, title, whole):
-        if title.startswith("elastic 2"):
-            print("held up", flush=True)
-            threading.Event().wait()
-        return real(job, each, title, whole)
-
-    robustness._predictions = held_up
-    main({})
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_writes_and_prints_the_partial_result(classifier, shards, tmp_path, number):
-    options = settings("robustness.epsilons=[]", 'robustness.corruptions=["jpeg","elastic"]', "data.workers=0")
-    options += settings("robustness.severities=[1,2]")
-    process = program(
-        STOPPED.format(["robustness", str(classifier), "--val", shards[1], "--out", str(tmp_path / "out"), *options])
-    )
-    for line in process.stdout:
-        if line == "held up\n":
-            break
-    process.send_signal(number)
-    rest = process.stdout.read()
-    assert process.wait(20) == 0 and not (tmp_path / "out/result.json").exists()
-    result = json.loads((tmp_path / "out/result-so-far.json").read_text())
-    message = f"stopped ({number.name}); partial result, 4 of 5 passes, in {tmp_path}/out/result-so-far.json: top1 "
-    assert message in rest and rest.endswith("; running the same command again starts over\n")
-    assert (result["task"], result["partial"], result["done"]) == ("robustness", True, "4 of 5 passes")
-    assert [len(found) for found in result["corruptions"].values()] == [2, 1]
-    assert "mean_corruption_error" not in result
-    table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pydict()
-    assert [*dict.fromkeys(table["condition"])] == ["clean", "jpeg 1", "jpeg 2", "elastic 1"]
 
 
 def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
