@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from m3ae_fast.batch.masking import kept
 from m3ae_fast.config import Config, LossConfig, MaskingConfig, ModelConfig
+from m3ae_fast.engine.optimizer import ADAM_EPS
 from m3ae_fast.engine.parameter_groups import parameter_groups
 from m3ae_fast.model.positions import sincos_1d, sincos_2d
 
@@ -244,7 +245,7 @@ class ReferenceTrainer:
         self.model.load_state_dict(state)
         groups = parameter_groups(self.model, optim.weight_decay)
         options = {"fused": True} if expert else {}
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, **options)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=ADAM_EPS, **options)
         bf16 = expert and config.train.precision == "bf16"
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else contextlib.nullcontext
         if expert:

@@ -11,6 +11,7 @@ import torch
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.config import Config, parse
+from m3ae_fast.engine import optimizer
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.optimizer import collect, prime, set_lr
 from m3ae_fast.model.m3ae import M3AE
@@ -24,7 +25,7 @@ RATES = (0.02, 0.0, 0.05, 0.01)
 
 def config(clip_grad: float | None) -> Config:
     data = json.loads(json.dumps(TINY))
-    data["optim"] |= {"betas": [0.8, 0.6], "eps": 0.01, "weight_decay": 0.3, "clip_grad": clip_grad}
+    data["optim"] |= {"betas": [0.8, 0.6], "weight_decay": 0.3, "clip_grad": clip_grad}
     data["train"] |= {"global_batch": 6, "micro_batch": 3}
     return parse(Config, data, "test")
 
@@ -52,8 +53,10 @@ def by_hand(model: M3AE, batches, counts, clip_grad: float | None) -> dict[str, 
 
 
 @pytest.mark.parametrize("clip_grad", [None, 0.1])
-def test_optimiser_steps_follow_the_formula(clip_grad):
-    """Steps have two micro-batches and changing learning rates. A learning rate of 0 leaves the weights unchanged."""
+def test_optimiser_steps_follow_the_formula(clip_grad, monkeypatch):
+    """Steps have two micro-batches and changing learning rates. A learning rate of 0 leaves the weights unchanged. With
+    a large epsilon, rounding errors of gradients near 0 are not amplified."""
+    monkeypatch.setattr(optimizer, "ADAM_EPS", 0.01)
     settings = config(clip_grad)
     with join_ranks() as ranks:
         torch.manual_seed(0)

@@ -239,10 +239,10 @@ SETTINGS = {
     # compared by the settings of the model that are derived from them
     | dict.fromkeys(("range", "resize", "max_patches", "min_patches"), FREE)
     | {"show_channels": FREE}
-    | dict.fromkeys(("val", "workers", "prefetch", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
+    | dict.fromkeys(("val", "workers", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
     "optim": {"name": REFUSED}
     | dict.fromkeys(
-        ("peak_lr", "init_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "eps", "clip_grad"), NOTED
+        ("peak_lr", "end_lr", "warmup_epochs", "weight_decay", "betas", "clip_grad"), NOTED
     )
     | dict.fromkeys(("layer_decay", "muon_momentum", "muon_lr_ratio", "schedule", "decay_fraction"), NOTED),
     "train": {"global_batch": REFUSED}

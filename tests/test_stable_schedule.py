@@ -26,16 +26,16 @@ def schedule(steps: int, decay: float = 0.2, warmup: float = 0.0, **optim) -> Sc
 
 
 def test_the_stable_schedule_warms_up_stays_constant_and_decays_by_a_square_root():
-    plan = schedule(100, warmup=10.0, init_lr=0.1, end_lr=0.01)
+    plan = schedule(100, warmup=10.0, end_lr=0.01)
     assert plan.decay_begin == 80
-    assert [plan.lr(step) for step in (0, 5, 10, 50, 80)] == pytest.approx([0.1, 0.55, 1, 1, 1])
+    assert [plan.lr(step) for step in (0, 5, 10, 50, 80)] == pytest.approx([0, 0.5, 1, 1, 1])
     for step in (81, 85, 99):
         assert plan.lr(step) == pytest.approx(0.01 + 0.99 * (1 - math.sqrt((step - 80) / 20)))
     assert plan.lr(100) == plan.lr(500) == pytest.approx(0.01)
 
 
 def test_learning_rates_are_scaled_with_the_batch_size():
-    plan = schedule(100, warmup=10.0, init_lr=0.1, end_lr=0.01)
+    plan = schedule(100, warmup=10.0, end_lr=0.01)
     larger = replace(plan, train=plan.train.model_copy(update={"global_batch": 1024}), samples=1024)
     for step in (0, 5, 10, 85, 100):
         assert larger.lr(step) == pytest.approx(4 * plan.lr(step))

@@ -125,17 +125,16 @@ def lines(config: Config) -> list[dict]:
 
 
 def test_the_training_loop_passes_learning_rates_and_counts_to_the_engine(monkeypatch, tmp_path, mixed, caplog):
-    """With 52 samples in batches of 26, an epoch has two steps. The warm-up takes two epochs and begins at a tenth of
-    the peak learning rate."""
+    """With 52 samples in batches of 26, an epoch has two steps. The warm-up takes two epochs."""
     config = settings(
         tmp_path,
         mixed,
-        optim={"peak_lr": 2.56, "init_lr": 0.256, "end_lr": 0.128, "warmup_epochs": 2},
+        optim={"peak_lr": 2.56, "end_lr": 0.128, "warmup_epochs": 2},
         train={"global_batch": 26, "micro_batch": 13, "steps": 8, "eval_samples": 52},
     )
     engine, finished = run(monkeypatch, config)
     scale = 26 / 256
-    by_hand = [0.256, 0.832, 1.408, 1.984]  # each step rises by a quarter of the warm-up
+    by_hand = [0.0, 0.64, 1.28, 1.92]  # each step rises by a quarter of the warm-up
     by_hand += [0.128 + (2.56 - 0.128) * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert engine.lrs == pytest.approx([lr * scale for lr in by_hand])
     logged = [line for line in lines(config) if "loss" in line]

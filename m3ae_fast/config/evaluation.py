@@ -167,8 +167,6 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Length of the warm-up, in epochs; at most the whole run. null: a twentieth of the run."""
     peak_lr: float = Field(1e-3, gt=0)
     """Learning rate after the warm-up."""
-    init_lr: float = Field(0.0, ge=0)
-    """Learning rate of the first step."""
     end_lr: float = Field(0.0, ge=0)
     """Learning rate after the last step."""
     weight_decay: float = Field(0.05, ge=0)

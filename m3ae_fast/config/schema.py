@@ -339,9 +339,6 @@ class DataConfig(Section):
     shards."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of data-loader processes per rank; null: derived from the number of CPU cores."""
-    prefetch: int = Field(4, gt=0, le=1024)
-    """Number of batches that each worker prepares in advance; the number is reduced if the batches would not fit into
-    shared memory."""
     cache_dir: NamedPath | None = None
     """Cache folder for shards that are remote or on a network file system, and for the indexes of shards in read-only
     folders; null: `~/.cache/m3ae_fast`."""
@@ -374,15 +371,13 @@ class DataConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine decay."""
+    """Linear warm-up from 0, then cosine decay."""
 
     SECTION: ClassVar[str] = "optim"  # for messages
 
     peak_lr: float = Field(1.5e-4, gt=0)
     """Learning rate after the warm-up, for a batch of 256. It is multiplied by `global_batch` / 256, and the product is
     logged as `lr`."""
-    init_lr: float = Field(0.0, ge=0)
-    """Learning rate of the first step. It is scaled in the same way as `peak_lr`."""
     end_lr: float = Field(0.0, ge=0)
     """Learning rate after the last step. It is scaled in the same way as `peak_lr`."""
     warmup_epochs: float = Field(5, ge=0, le=1e6)
@@ -406,8 +401,6 @@ class OptimConfig(ScheduleConfig):
     """Weight decay of weight matrices and, as in the official code, of LayerNorm scales."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's decay rates of the first and the second moment, per step."""
-    eps: float = Field(1e-8, gt=0)
-    """Adam's epsilon, which is added to the denominator of the update."""
     clip_grad: float | None = Field(None, gt=0)
     """Maximum global gradient norm; larger gradients are scaled down to it. null: no clipping."""
 
@@ -547,8 +540,6 @@ class OffloadConfig(Section):
 
     device: Literal["none", "cpu"] = "none"
     """Device whose memory holds the offloaded tensors: `cpu`, or `none` for no offloading."""
-    pin_memory: bool = False
-    """Whether the offloaded tensors are in pinned memory, which is copied faster but cannot be paged out."""
 
 
 class ZeroConfig(Section):
@@ -557,34 +548,16 @@ class ZeroConfig(Section):
     stage: int = Field(0, ge=0, le=3)
     """ZeRO stage, which determines what is partitioned over ranks. 0: nothing; 1: the optimiser state; 2: also the
     gradients; 3: also the weights."""
-    overlap_comm: bool = True
-    """Whether gradients are reduced during the backward pass."""
     reduce_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
     """Number of gradient elements that are reduced in one collective."""
     allgather_bucket_size: Annotated[int, Field(gt=0, le=1 << 34), Strict(False)] = 50_000_000
     """Number of parameters that are gathered in one collective."""
-    reduce_scatter: bool = True
-    """Stages 1 and 2: whether gradients are reduced by reduce-scatter instead of all-reduce."""
-    contiguous_gradients: bool = True
-    """Whether gradients are copied to one buffer as they are computed."""
-    round_robin_gradients: bool = False
-    """Stages 1 and 2: whether gradients are spread over ranks in the order in which they are computed."""
     offload_optimizer: OffloadConfig | None = None
     """Stages 1 to 3: offloading of the optimiser's state and step; null: no offloading."""
     offload_param: OffloadConfig | None = None
     """Stage 3: offloading of the weights; null: no offloading."""
-    sub_group_size: Annotated[int, Field(gt=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: number of elements that the optimiser updates at a time."""
     stage3_prefetch_bucket_size: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 50_000_000
     """Stage 3: number of parameters that are gathered in advance."""
-    stage3_param_persistence_threshold: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 100_000
-    """Stage 3: minimum number of elements of a weight tensor that is partitioned; smaller tensors are kept on every
-    rank."""
-    stage3_max_live_parameters: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: maximum number of parameters that are on the GPU at the same time."""
-    stage3_max_reuse_distance: Annotated[int, Field(ge=0, le=1 << 40), Strict(False)] = 1_000_000_000
-    """Stage 3: maximum reuse distance, in parameters; weights that are needed again within this distance stay
-    gathered."""
 
     @model_validator(mode="after")
     def _possible(self) -> ZeroConfig:
@@ -601,39 +574,6 @@ class ZeroConfig(Section):
         return self.offload_optimizer is not None and self.offload_optimizer.device != "none"
 
 
-# DeepSpeed's keys that are set from other sections
-_SET_ELSEWHERE = {
-    "train_batch_size": "train.global_batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.global_batch / (train.micro_batch x ranks)",
-    "gradient_clipping": "optim.clip_grad",
-    "optimizer": "optim",
-    "scheduler": "optim",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "torch_autocast": "train.precision",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "compile": "train.compile",
-    "steps_per_print": "train.log_every",
-    "tensorboard": "run.dir",
-    "checkpoint": "run.dir",
-}
-# DeepSpeed's keys that are not supported
-_NOT_SUPPORTED = {
-    "sequence_parallel_size": "a sample is one short sequence",
-    "tensor_parallel": "ranks are data-parallel; raise the ZeRO stage for larger models",
-    "pipeline": "ranks are data-parallel; raise the ZeRO stage for larger models",
-    "expert_parallel": "the model has no experts",
-    "wall_clock_breakdown": "use --profile",
-    "comms_logger": "use --profile",
-    "flops_profiler": "use --profile; --dry-run counts FLOPs",
-    "autotuning": "use --dry-run to estimate the memory that a config needs",
-    "data_efficiency": "the trainer has its own data loader",
-    "managed_gradient_accumulation": "the trainer decides when gradients are reduced",
-    "gradient_allreduce_op": "gradients are averaged over ranks",
-}
-
-
 class DeepSpeedConfig(Section):
     """Settings of DeepSpeed that are not derived from the other sections."""
 
@@ -641,28 +581,6 @@ class DeepSpeedConfig(Section):
     """Settings of ZeRO."""
     communication_data_type: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are reduced over ranks."""
-    prescale_gradients: bool = False
-    """Whether gradients are divided by the number of ranks before they are summed; stage 0 only."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _owned(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        for key in (*_SET_ELSEWHERE, *_NOT_SUPPORTED):
-            value = data.get(key)
-            if value is None or value is False or (isinstance(value, dict) and value.get("enabled") is False):
-                continue  # the feature is off
-            owner = _SET_ELSEWHERE.get(key)
-            reason = f"set from {owner}" if owner else f"not supported ({_NOT_SUPPORTED[key]})"
-            raise ValueError(f"deepspeed.{key} is {reason}; remove it from the deepspeed section")
-        return {key: value for key, value in data.items() if key not in _SET_ELSEWHERE | _NOT_SUPPORTED}
-
-    @model_validator(mode="after")
-    def _possible(self) -> DeepSpeedConfig:
-        if self.prescale_gradients and self.zero_optimization.stage:
-            raise ValueError("prescale_gradients works only with ZeRO stage 0")
-        return self
 
 
 class Config(Section):

@@ -179,7 +179,7 @@ def _loader(config: DataConfig, samples: Samples, micro_batches: MicroBatches, p
         collate_fn=partial(collate, geometry=preparation.geometry, model=preparation.counted_for),
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
-        prefetch_factor=fitting_prefetch(config.prefetch, workers, size) if workers else None,
+        prefetch_factor=fitting_prefetch(workers, size) if workers else None,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # a separate generator for the DataLoader, because the model uses the global one
     )

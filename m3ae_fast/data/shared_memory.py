@@ -10,6 +10,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.process.workers import SHM
 
+PREFETCH = 4  # maximum number of batches that each worker prepares in advance
 MAX_BYTES = 8 << 30  # maximum size in bytes of the batches that wait for a rank
 FRACTION = 0.8  # fraction of the free shared memory that all ranks of a node may use
 INDEX_BYTES = 64  # bytes of indices and weights per token of a sample
@@ -29,8 +30,8 @@ def most_workers(size: int) -> int:
     return max(1, int(min(_available_bytes(), 1e15) / (2 * size)))
 
 
-def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
-    """Return the number of batches of `size` bytes that each of `workers` workers prepares in advance: `prefetch`, or
+def fitting_prefetch(workers: int, size: int) -> int:
+    """Return the number of batches of `size` bytes that each of `workers` workers prepares in advance: PREFETCH, or
     fewer if these batches would exceed MAX_BYTES or this rank's shared memory. Raises UserError if not even one batch
     per worker fits, as with Docker's default of 64 MB."""
     available = _available_bytes()
@@ -40,7 +41,7 @@ def fitting_prefetch(prefetch: int, workers: int, size: int) -> int:
             f"{2 * size * workers / 1e6:,.0f} MB: enlarge it (docker run --shm-size, or --ipc=host), or lower "
             "data.workers or train.micro_batch"
         )
-    return max(1, min(prefetch, int(min(available, MAX_BYTES) / (size * workers)) - 1))
+    return max(1, min(PREFETCH, int(min(available, MAX_BYTES) / (size * workers)) - 1))
 
 
 def _available_bytes() -> float:

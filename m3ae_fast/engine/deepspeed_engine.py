@@ -45,6 +45,7 @@ from m3ae_fast.process.ranks import Ranks
 # and 2, and in the BF16_Optimizer, which DeepSpeed may use instead at stage 1.
 _BUFFERS = ("bit16_groups_flat", "single_partition_of_fp32_groups")
 _BF16_BUFFERS = ("bf16_groups_flat", "fp32_groups_flat_partition")
+PERSISTENT = 100_000  # at stage 3, weight tensors with fewer elements are kept on every rank
 
 
 class Place(NamedTuple):
@@ -246,6 +247,7 @@ def deepspeed_section(
     synchronise with the GPU or reduce the precision are overridden. `dtype`: dtype of matmuls; `micro_batch`: samples
     per micro-batch; `accumulation`: micro-batches per step."""
     section = config.model_dump(exclude_none=True)
+    section["zero_optimization"] |= {"overlap_comm": True, "stage3_param_persistence_threshold": PERSISTENT}
     section |= {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -270,8 +272,7 @@ def deepspeed_section(
 
 def _starts(model: nn.Module, flats: Sequence[Tensor]) -> dict[nn.Parameter, tuple[int, int]]:
     """Return the index of the buffer that contains each weight at stages 1 and 2, and the index of the weight's first
-    element in the buffer. Both are derived from memory addresses, because weights are views of the buffers `flats`.
-    DeepSpeed's record, `_hp_mapping`, differs in order from the buffers if `round_robin_gradients` is set."""
+    element in the buffer. Both are derived from memory addresses, because weights are views of the buffers `flats`."""
     numbers = {flat.untyped_storage().data_ptr(): i for i, flat in enumerate(flats)}
     found = {}
     for p in model.parameters():

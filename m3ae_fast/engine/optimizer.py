@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA = "ema"
+ADAM_EPS = 1e-8  # Adam's epsilon, as in the official code
 Kinds = Mapping[str, tuple[str, ...]]  # kinds of optimiser state, such as MOMENTS, by parameter name
 
 
@@ -60,12 +61,12 @@ def build_adamw(
 
     Args:
         groups: groups of parameters, on their final device, with their weight decay.
-        config: decay rates and epsilon; the learning rate is set before each step.
+        config: decay rates; the learning rate is set before each step.
         on_cpu: whether parameters that are on a GPU will be updated on the CPU (ZeRO-Offload).
         partitioned: whether the optimiser updates one partition of a group at a time (ZeRO-3). FusedAdam does not
             support this, because it counts steps per group.
     """
-    options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    options: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": ADAM_EPS}
     first = groups[0]["params"][0]
     if first.is_cuda and first.dtype != torch.float64 and not on_cpu and not partitioned:
         try:

@@ -14,8 +14,7 @@ def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps:
     """Return the learning rate of `step`, counted from 0: linear warm-up, then cosine decay
     (optax.warmup_cosine_decay_schedule). `batch`: samples per step, to which the configured rates are scaled."""
     scale = config.lr_factor(batch)
-    init, peak, end = (scale * lr for lr in (config.init_lr, config.peak_lr, config.end_lr))
-    return warmup_cosine(step, warmup_steps, total_steps, init, peak, end)
+    return warmup_cosine(step, warmup_steps, total_steps, peak=scale * config.peak_lr, end=scale * config.end_lr)
 
 
 def warmup_cosine(
@@ -29,13 +28,11 @@ def warmup_cosine(
     return end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def warmup_stable_decay(
-    step: float, warmup_steps: int, decayed: float, init: float = 0.0, peak: float = 1.0, end: float = 0.0
-) -> float:
-    """Return the value at `step` of a schedule that rises linearly from `init` to `peak` during the warm-up, stays at
+def warmup_stable_decay(step: float, warmup_steps: int, decayed: float, peak: float = 1.0, end: float = 0.0) -> float:
+    """Return the value at `step` of a schedule that rises linearly from 0 to `peak` during the warm-up, stays at
     `peak`, and finally decays to `end` with the factor 1 - sqrt(`decayed`) (arXiv 2405.18392). `decayed`: progress of
     the decay at this step, from 0 to 1."""
-    rate = init + (peak - init) * step / warmup_steps if step < warmup_steps else peak
+    rate = peak * step / warmup_steps if step < warmup_steps else peak
     return end + (rate - end) * (1 - math.sqrt(decayed))
 
 
@@ -140,7 +137,7 @@ class Schedule:
         batch = self.train.global_batch
         if self.optim.decay is not None:
             scale = self.optim.lr_factor(batch)
-            rates = (scale * lr for lr in (self.optim.init_lr, self.optim.peak_lr, self.optim.end_lr))
+            rates = (scale * lr for lr in (self.optim.peak_lr, self.optim.end_lr))
             return warmup_stable_decay(step, self.warmup_steps, self.decayed(step), *rates)
         return learning_rate(self.position(step), self.optim, batch, self.warmup_steps, self.configured_steps)
 

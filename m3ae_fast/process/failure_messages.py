@@ -38,7 +38,7 @@ def _explain_worker(error: BaseException) -> UserError | None:
     """Return the UserError for an error that a loader worker raised, or for a worker that ended; None if it is a
     bug."""
     text = f"{error} {error.__cause__}"  # the error that names the signal may only be the cause of `error`
-    lower = f"lower data.workers or data.prefetch; {_CONTINUE}"
+    lower = f"lower data.workers; {_CONTINUE}"
     # Shared memory may run out when a worker allocates it (torch names the file) or when it writes to it.
     if ("No space left" in text and "</torch_" in text) or "Bus error" in text:
         return UserError(

@@ -20,7 +20,7 @@ from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import OptimConfig, parse
 from m3ae_fast.engine.optimizer import build_adamw, set_lr
 from m3ae_fast.engine.parameter_groups import lr_scale
-from m3ae_fast.engine.schedule import learning_rate
+from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.finetune_groups import layer_decay_groups, layer_of
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -30,7 +30,6 @@ TOLERANCE = 3e-6
 TOLERANCE_GRADIENT = 5e-6
 TOLERANCE_AFTER_STEPS = 1e-4
 TOLERANCE_CHANGE = 1e-2  # tolerance of the parameter changes
-OFFICIAL_BATCH = 256  # batch size for which our schedule does not scale the peak lr; the official code never scales it
 
 
 def quantities(golden: Golden, device: torch.device, dtype: torch.dtype) -> Iterator[Quantity]:
@@ -96,10 +95,7 @@ def _steps(
     intends."""
     m, suffix, text = golden.meta, "_decay" * decay, " with decay" * decay
     golden.load_parameters(model, flax_path)
-    optim = OptimConfig(
-        init_lr=m["lr_init_value"], peak_lr=m["lr_peak_value"], end_lr=m["lr_end_value"],
-        betas=(m["b1"], m["b2"]), eps=m["adam_eps"],
-    )  # fmt: skip
+    optim, rates = OptimConfig(betas=(m["b1"], m["b2"])), [m[f"lr_{name}_value"] for name in ("init", "peak", "end")]
     groups = layer_decay_groups(model, m["depth"], m["weight_decay"] * decay, m["layer_decay"])
     optimizer = build_adamw(groups, optim)
     layers = {id(p): str(layer_of(name, m["depth"])) for name, p in model.named_parameters()}
@@ -111,7 +107,7 @@ def _steps(
         loss.backward()
         losses.append(loss.item())
         accuracies.append((logits_SK.argmax(1) == labels_SK.argmax(1)).double().mean().item())
-        set_lr(optimizer, learning_rate(step, optim, OFFICIAL_BATCH, m["warmup_steps"], m["total_steps"]))
+        set_lr(optimizer, warmup_cosine(step, m["warmup_steps"], m["total_steps"], *rates))
         optimizer.step()
         rates.append({layers[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
     trajectories = {f"loss_trajectory{suffix}": losses} | ({} if decay else {"accuracy_trajectory": accuracies})

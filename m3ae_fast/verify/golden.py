@@ -73,9 +73,7 @@ class Golden:
     def optim(self) -> OptimConfig:
         """Return the settings of AdamW with which the file was created."""
         m = self.meta
-        return OptimConfig(
-            weight_decay=m["weight_decay"], betas=tuple(m["betas"]), eps=m["adam_eps"], clip_grad=m["clip_gradient"]
-        )
+        return OptimConfig(weight_decay=m["weight_decay"], betas=tuple(m["betas"]), clip_grad=m["clip_gradient"])
 
     def build_model(self, dtype: torch.dtype = torch.float32) -> M3AE:
         """Return our model with this file's config and parameters. Raises UserError if the config is invalid."""

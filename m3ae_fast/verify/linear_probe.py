@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3ae_fast.config import OptimConfig
-from m3ae_fast.engine.schedule import learning_rate
+from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.evaluation.fit_heads import Stack
 from m3ae_fast.evaluation.heads import LinearHeads
 from m3ae_fast.evaluation.stacked_optimizers import LARS
@@ -57,14 +56,14 @@ def _replay(
         trust_coefficient=meta["trust_coefficient"],
     )
     stack = Stack(head, optimizer, torch.ones(1, device=device))
-    rates = {"init_lr": meta["lr_init_value"], "peak_lr": settings["lr_peak_value"], "end_lr": meta["lr_end_value"]}
-    schedule, warmup_steps = OptimConfig(**rates), meta["warmup_epochs"] * meta["steps_per_epoch"]
+    scale, warmup_steps = meta["B"] / 256, meta["warmup_epochs"] * meta["steps_per_epoch"]
+    rates = [scale * rate for rate in (meta["lr_init_value"], settings["lr_peak_value"], meta["lr_end_value"])]
     recorded = 0  # the last step whose parameters are in the file
     trajectory: dict[str, list[float]] = {"lr": [], "loss": [], "accuracy": []}
     for step in range(meta["steps"]):
         first = step % meta["steps_per_epoch"] * meta["B"]
         batch, labels = features_ND[first : first + meta["B"]], labels_N[first : first + meta["B"]]
-        lr = learning_rate(step, schedule, meta["B"], warmup_steps, meta["steps"])
+        lr = warmup_cosine(step, warmup_steps, meta["steps"], *rates)
         loss_H, accuracy_H = stack.step(batch, labels, len(labels), lr)
         for name, p in weights.items() if step == 0 else ():
             assert p.grad is not None

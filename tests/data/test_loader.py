@@ -29,7 +29,7 @@ from m3ae_fast.base.randomness import RandomStreams
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
-from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.data import ShardStore, open_corpus, shared_memory
 from m3ae_fast.data.dataset import Samples
 from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.shard_store import ATTEMPTS
@@ -260,11 +260,12 @@ def test_captions_are_tokenised_into_the_batch(load, paired):
         assert [t for t in tokens if t >= 0] == tokenizer.encode(caption(number)).tolist()
 
 
-def test_the_limit_of_open_files_is_raised_for_many_prefetched_batches(load, paired):
+def test_the_limit_of_open_files_is_raised_for_many_prefetched_batches(load, paired, monkeypatch):
+    monkeypatch.setattr(shared_memory, "PREFETCH", 20)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 64, hard))
     try:
-        batches = list(load(paired, micro_batch=2, steps=20, config={"workers": 1, "prefetch": 20}))
+        batches = list(load(paired, micro_batch=2, steps=20, config={"workers": 1}))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(batches) == 20
@@ -576,9 +577,10 @@ def test_a_shard_that_was_temporarily_missing_is_read_again(load, tmp_path, monk
     assert found == [True, True, False]
 
 
-def test_signals_are_left_to_the_main_process(load, paired):
+def test_signals_are_left_to_the_main_process(load, paired, monkeypatch):
+    monkeypatch.setattr(shared_memory, "PREFETCH", 1)
     before = multiprocessing.active_children()
-    batches = iter(load(paired, steps=40, config={"workers": 1, "prefetch": 1}))
+    batches = iter(load(paired, steps=40, config={"workers": 1}))
     next(batches)
     (worker,) = set(multiprocessing.active_children()).difference(before)
     for name in ("INT", "TERM"):  # sent to all processes, as by Ctrl-C and by schedulers

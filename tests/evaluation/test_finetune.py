@@ -253,8 +253,8 @@ def test_the_default_period_limits_the_number_and_the_time_of_evaluations(total,
 
 def test_settings_that_affect_the_samples_must_not_change_when_a_run_resumes():
     """A setting that is added has to be listed here or in the rules."""
-    schedule = {"epochs", "steps", "warmup_epochs", "peak_lr", "init_lr", "end_lr"}
-    optimiser = {"weight_decay", "betas", "eps", "clip_grad", "layer_decay", "ema", "deepspeed", "precision"}
+    schedule = {"epochs", "steps", "warmup_epochs", "peak_lr", "end_lr"}
+    optimiser = {"weight_decay", "betas", "clip_grad", "layer_decay", "ema", "deepspeed", "precision"}
     loop = {"log_every", "eval_every", "save_every", "keep", "micro_batch", "activation_checkpointing", "compile"}
     of_the_classifier = {"pool", "drop_path"}
     refused = {name for name in FineTuneConfig.model_fields if finetune.RULES.severity(f"finetune.{name}") == "refused"}

@@ -18,6 +18,7 @@ import torch
 from m3ae_fast.batch import pack
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.data.rank_share import MicroBatches, Share
+from m3ae_fast.engine import deepspeed_engine
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.validation_losses import Baselines, evaluate
 from m3ae_fast.process.ranks import Ranks, join_ranks
@@ -39,8 +40,8 @@ def batches(ranks: Ranks, engine: ModelEngine, count: int) -> list[Any]:
 
 
 def run(ranks: Ranks, stage: int | None) -> list[Any]:
-    zero = {"stage3_param_persistence_threshold": 0}  # otherwise no weight of such a small model would be split
-    engine = engine_of(ranks, config_of(1, stage, 1, "fp32", zero))
+    deepspeed_engine.PERSISTENT = 0  # otherwise no weight of such a small model would be split
+    engine = engine_of(ranks, config_of(1, stage, 1, "fp32", {}))
     found: list[Any] = []
     for trained in (*TRAINED, 0):
         for count in COUNTS:

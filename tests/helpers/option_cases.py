@@ -38,7 +38,7 @@ from tests.helpers.zero_cases import config_of, engine_of, take
 HALF, STEPS = 1, 3
 # bucket size: the 70,000 weights fill several buckets, and a tensor may be smaller or larger than a bucket
 SMALL = 3000
-STAGE, THRESHOLD = "zero_optimization.stage", "zero_optimization.stage3_param_persistence_threshold"
+STAGE = "zero_optimization.stage"
 
 
 def settings(section: type[BaseModel] = DeepSpeedConfig, above: str = "") -> dict[str, list[Any]]:
@@ -54,7 +54,7 @@ def settings(section: type[BaseModel] = DeepSpeedConfig, above: str = "") -> dic
         elif kind is bool:
             found[name] = [field.default, not field.default]
         elif kind is int:
-            found[name] = [0 if name == THRESHOLD else SMALL, field.default]
+            found[name] = [SMALL, field.default]
         else:
             found[name] = sorted(get_args(kind), key=lambda value, usual=field.default: value != usual)
     return found
@@ -70,8 +70,6 @@ def cases(world: int) -> Iterator[tuple[str, dict[str, Any], Config]]:
         sizes = {name: value for name, value in other if type(value) is int}
         changes = [{name: value} for name, value in other if name not in sizes]
         for change in [{}, *changes, *([sizes] if sizes else [])]:
-            for name in [name for name in change if name.endswith("pin_memory")]:  # pin_memory requires offloading
-                change = change | {name.replace("pin_memory", "device"): "cpu"}
             try:
                 yield f"stage={stage} {change}", change, config_of(world, stage, 2, "fp32", **nested(usual | change))
             except UserError:  # the stage does not support it
@@ -145,6 +143,9 @@ def resume(ranks: Ranks, folder: Path, plain: bool) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     what, folder = argv or sys.argv[1:]
     logging.disable(logging.WARNING)
+    from m3ae_fast.engine import deepspeed_engine  # takes seconds to import
+
+    deepspeed_engine.PERSISTENT = 0  # otherwise stage 3 would split no weight of such a small model
     with join_ranks() as ranks:
         torch.set_num_threads(1)
         found = save(ranks, Path(folder)) if what == "save" else resume(ranks, Path(folder), what == "resume-plain")

@@ -127,7 +127,7 @@ class StreamedCpu:
 
 
 def engine_of(stage: int | None, clip: float | None, precision: str, ranks: Ranks, accumulation: int = 1) -> Any:
-    zero = None if stage is None else {"zero_optimization": {"stage": stage, "overlap_comm": True}}
+    zero = None if stage is None else {"zero_optimization": {"stage": stage}}
     data = {
         "model": TINY,
         "data": {"train": [{"shards": "none.tar"}]},

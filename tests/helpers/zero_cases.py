@@ -67,14 +67,13 @@ def config_of(
 
 def matrix(world: int) -> Iterator[Case]:
     """Yield cases for each stage and precision. In float32 on several ranks, there is a case for each combination of
-    the values of overlap, bucket size and accumulation; otherwise, these are varied one at a time."""
+    bucket size and accumulation; otherwise, both are varied together."""
     for precision, stage in itertools.product(("fp32", "bf16"), (None, 0, 1, 2, 3)):
-        ways = [(False, {}, 1), (True, SMALL_BUCKET, 2)]
+        ways = [({}, 1), (SMALL_BUCKET, 2)]
         if precision == "fp32" and world > 1:
-            ways = [(False, {}, 1), (False, SMALL_BUCKET, 2), (True, {}, 2), (True, SMALL_BUCKET, 1)]
-        for overlap, bucket, accumulation in ways if stage else [(False, {}, 1), (False, {}, 2)]:
-            way = f" overlap={overlap} bucket={'small' if bucket else 'default'}" if stage else ""
-            zero = {"overlap_comm": overlap} | bucket if stage else {}
+            ways += [({}, 2), (SMALL_BUCKET, 1)]
+        for zero, accumulation in ways if stage else [({}, 1), ({}, 2)]:
+            way = f" bucket={'small' if zero else 'default'}" if stage else ""
             name = f"{precision} stage={stage}{way} accumulation={accumulation}"
             yield name, config_of(world, stage, accumulation, precision, zero)
 
@@ -98,14 +97,11 @@ def uneven(world: int) -> Iterator[Case]:
 
 
 def muon(world: int) -> Iterator[Case]:
-    """Yield cases with Muon at the supported stages, with a decoder whose keys and values are one weight, and with
-    gradients that are distributed over ranks in a different order from the weights."""
+    """Yield cases with Muon at the supported stages, with a decoder whose keys and values are one weight."""
     options: dict[str, Any] = {"model": {"dec_attention": "cross"}, "optim": {"name": "muon"}}
     for precision, stage in itertools.product(("fp32", "bf16"), (None, 0, 1, 2)):
-        for round_robin in (False, True) if stage else (False,):
-            zero = SMALL_BUCKET | {"round_robin_gradients": round_robin} if stage else {}
-            name = f"{precision} stage={stage} round_robin={round_robin}"
-            yield name, config_of(world, stage, 2, precision, zero, **options)
+        zero = SMALL_BUCKET if stage else {}
+        yield f"{precision} stage={stage}", config_of(world, stage, 2, precision, zero, **options)
 
 
 def configs(world: int) -> Iterator[Case]:
