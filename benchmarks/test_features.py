@@ -51,8 +51,8 @@ def test_features(tmp_path):
         ways: dict[str, Callable[[], object]] = {
             f"hand-written loop over batches in memory, {fast}": by_hand,
             "features of a shard": lambda: encode_corpus(model, corpus, data, config, ranks),
-            "encode, fp32": lambda: model.encode(images, batch=BATCH, precision="fp32"),
-            f"encode, auto ({fast})": lambda: model.encode(images, batch=BATCH),
+            "encode, fp32": lambda: model.encode(images, batch_size=BATCH, precision="fp32"),
+            f"encode, auto ({fast})": lambda: model.encode(images, batch_size=BATCH),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for repetition in range(1 + ROUNDS):

@@ -11,16 +11,32 @@ from m3ae_fast.base.memory import refuse_too_few_addresses, shown_in_one_line
 
 if TYPE_CHECKING:
     from m3ae_fast import shards as shards
+    from m3ae_fast.base.errors import UserError
     from m3ae_fast.evaluation.checked_export import export
     from m3ae_fast.evaluation.embedding import embed
     from m3ae_fast.evaluation.task_runner import evaluate
+    from m3ae_fast.model.m3ae import M3AE
     from m3ae_fast.pretraining.stages import pretrain
+    from m3ae_fast.train import train
     from m3ae_fast.weights.converting import convert
     from m3ae_fast.weights.open_model import load_model
 
-__all__ = ["__version__", "convert", "embed", "evaluate", "export", "load_model", "pretrain"]
+__all__ = [
+    "M3AE",
+    "UserError",
+    "__version__",
+    "convert",
+    "embed",
+    "evaluate",
+    "export",
+    "load_model",
+    "pretrain",
+    "train",
+]
 
 _MODULES = {
+    "M3AE": "m3ae_fast.model.m3ae",
+    "UserError": "m3ae_fast.base.errors",
     "convert": "m3ae_fast.weights.converting",
     "embed": "m3ae_fast.evaluation.embedding",
     "evaluate": "m3ae_fast.evaluation.task_runner",
@@ -46,6 +62,9 @@ def __getattr__(name: str) -> Any:
         return __version__
     if name == "shards":
         return import_module("m3ae_fast.shards")
+    if name == "train":  # a module that can be called
+        configure_libraries()
+        return import_module("m3ae_fast.train")
     if name in _MODULES:
         configure_libraries()
         return getattr(import_module(_MODULES[name]), name)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from m3ae_fast.base.stop_signals import SIGNALS
 
@@ -31,10 +33,11 @@ from m3ae_fast.cli.command_line import (
     program,
     use_device,
 )
-from m3ae_fast.config import load_config, require_libraries_of, shipped_configs
+from m3ae_fast.config import Overrides, load_config, override_list, require_libraries_of, shipped_configs
 from m3ae_fast.process.launchers import alone
 
 if TYPE_CHECKING:  # torch is imported only where it is used, so that --help and config errors appear at once
+    from m3ae_fast.base.environment import Device
     from m3ae_fast.config import Config
     from m3ae_fast.process.session import Session
 
@@ -91,6 +94,57 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.world is not None and args.world < 1:
         parser.error(f"--world {args.world}: must be 1 or more")
     return args
+
+
+def train(
+    config: str | Path,
+    *,
+    train: str | Sequence[str] = (),
+    val: str | Sequence[str] = (),
+    out: str | Path | None = None,
+    overrides: Overrides = (),
+    resume: str = "no",
+    device: Device | None = None,
+) -> Path:
+    """Train a model on shards, and return the run folder. `m3ae_fast.pretrain` chooses the settings for you.
+
+    Args:
+        config: a JSON config file, or the name of a config that comes with m3ae-fast.
+        train, val: shards of training and of held-out samples, in place of those in the config.
+        out: the run folder, in place of that in the config.
+        overrides: overrides of the config's settings (`--set` of the command): "section.key=value", a list of such
+            texts, or a dict such as {"train.epochs": 20}.
+        resume: "auto" to continue from the last checkpoint in the run folder, if any; "no" to start a new run; or the
+            path of a checkpoint or run folder.
+        device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
+
+    Raises:
+        UserError: the config is invalid, data, weights or a library are missing or do not fit it, or the run cannot be
+            written.
+    """
+    from m3ae_fast.evaluation.knn_during_training import knn_probe
+    from m3ae_fast.process.session import joined_program
+    from m3ae_fast.training.run import pre_train
+
+    given = {"data.train": _samples(train), "data.val": _samples(val), "run.dir": None if out is None else str(out)}
+    changes = override_list({name: value for name, value in given.items() if value}) + override_list(overrides)
+    with joined_program(device) as session:
+        session.ranks.require_same({"config": str(config), "changes": changes, "resume": resume})
+        pre_train(
+            session.ranks.broadcast(lambda: load_config(config, changes)), session, resume=resume, make_probe=knn_probe
+        )
+    return load_config(config, changes).run.dir
+
+
+def _samples(shards: str | Sequence[str]) -> list[dict[str, Any]]:
+    """Return the value of data.train or data.val for shards."""
+    return [{"shards": [shards] if isinstance(shards, str) else list(shards)}] if shards else []
+
+
+class _Program(ModuleType):
+    """A module that can be called, because `m3ae_fast.train` is this program and also a function."""
+
+    __call__ = staticmethod(train)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,3 +217,4 @@ def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None
 
 if __name__ == "__main__":
     sys.exit(exit_cleanly(main))
+sys.modules[__name__].__class__ = _Program

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from PIL import Image
 import m3ae_fast
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.training.run_state import status
 from tests.helpers.labelled import labelled_tar, tiny_run
-from tests.helpers.trainer import ROOT
+from tests.helpers.trainer import ROOT, TINY
+
+IMAGE = torch.zeros(3, 40, 40, dtype=torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,108 @@ def test_the_suffix_of_an_image_may_be_written_in_capitals(run, images, tmp_path
     assert m3ae_fast.embed(run, tmp_path, overrides=settings)["keys"].tolist() == names
     paths = [str(tmp_path / name) for name in names]
     assert m3ae_fast.embed(run, paths, overrides=settings)["keys"].tolist() == paths
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["encode_image", "encode_text", "forward_features", "get_image_features", "get_text_features"],
+)
+def test_a_method_of_another_library_names_the_one_that_replaces_it(run, name):
+    model = m3ae_fast.load_model(run)
+    with pytest.raises(AttributeError, match=rf"^M3AE has no {name}: use encode\((images|texts=texts)\) or"):
+        getattr(model, name)
+    with pytest.raises(AttributeError, match="'M3AE' object has no attribute 'nothing'"):
+        _ = model.nothing
+    with pytest.raises(
+        TypeError, match=r"forward returns the losses of a PackedBatch, not of Tensor: .* use encode or"
+    ):
+        model(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: model.representation(np.zeros((1, 3, 32, 32))), "images must be a tensor, not ndarray; encode"),
+        (lambda model: model.representation([torch.zeros(3, 32, 32)]), "images must be a tensor, not list; encode"),
+        (lambda model: model.representation(text=[[1]]), "text must be a tensor, not list$"),
+        (
+            lambda model: model.encode(IMAGE, value_range=np.array([0, 1])),
+            r"value_range array\(\[0, 1\]\): must be \(bl",
+        ),
+        (lambda model: model.encode(IMAGE, value_range=(0, "1")), r"value_range \(0, '1'\): must be \(black, white\)"),
+        (lambda model: model.preprocess(IMAGE, np.array([0, 1])), "value_range array"),
+        (lambda model: model.encode(IMAGE, batch_size=2.0), "batch_size 2.0: must be an integer of at least 1"),
+        (lambda model: model.patch_features(IMAGE, batch_size=0), "batch_size 0: must be an integer of at least 1"),
+        (lambda model: model.encode(IMAGE, layer=1.5), "layer 1.5: the encoder has layers 1 to 2"),
+        (lambda model: m3ae_fast.load_model(b"run"), "the name of a model must be a str or a path, not bytes"),
+        (m3ae_fast.load_model, "the name of a model must be a str or a path, not M3AE"),
+        (lambda model: m3ae_fast.load_model(""), "the name of the model is empty; specify a run"),
+        (lambda model: m3ae_fast.load_model("run", device="cuda"), "--device cuda: torch finds no GPU"),
+        (lambda model: m3ae_fast.embed("", "a.tar"), "the name of the model is empty"),
+        (lambda model: m3ae_fast.embed(model, "a.tar", columns="path,size"), "--columns size: no such column"),
+        (lambda model: m3ae_fast.embed(model, "a.tar", batch_size=2.5), "encode.batch: .*integer"),
+        (lambda model: m3ae_fast.embed(model, "a.tar", overrides={"encode.batch": model}), "cannot be written as JSON"),
+        (
+            lambda model: m3ae_fast.evaluate("knn", model, train="a.tar", val="b.tar", out="out"),
+            r"model: must be a name or a path, not M3AE; write the model with its method save_pretrained\(FOLDER\)",
+        ),
+        (
+            lambda model: m3ae_fast.evaluate("knn", "run", train=["a.tar", 5], val="b.tar", out="out"),
+            "train: must be a name or a path, not int$",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_reported_in_one_line(run, tmp_path, monkeypatch, call, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises((TypeError, ValueError, UserError), match=message) as error:
+        call(m3ae_fast.load_model(run))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("overrides", [{"encode.batch": 0}, "encode.batch=0", ["encode.batch=0"]])
+def test_overrides_may_be_a_dict_or_one_text(run, images, tmp_path, overrides):
+    where = {"train": "a.tar", "val": "b.tar", "out": tmp_path / "out"}
+    for call in (
+        lambda: m3ae_fast.embed(run, images, overrides=overrides),
+        lambda: m3ae_fast.evaluate("knn", run, overrides=overrides, **where),
+    ):
+        with pytest.raises(UserError, match=r"--set: encode.batch: input should be greater than 0"):
+            call()
+    other = json.loads(json.dumps(overrides).replace("encode.batch", "train.steps"))
+    for call in (
+        lambda: m3ae_fast.pretrain(images, tmp_path / "run", overrides=other),
+        lambda: m3ae_fast.train("quickstart", out=tmp_path / "run", overrides=other, device="cpu"),
+    ):
+        with pytest.raises(UserError, match=r"train.steps: input should be greater than 0"):
+            call()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_batch_size_and_the_columns_of_embed_are_given_as_to_encode_and_the_command(run, tmp_path, monkeypatch):
+    shard, sizes, embed = labelled_tar(tmp_path / "a.tar", range(5)), [], M3AE._input
+    monkeypatch.setattr(M3AE, "_input", lambda self, batch: (sizes.append(len(batch.keys)), embed(self, batch))[1])
+    found = m3ae_fast.embed(run, shard, columns="class,caption", batch_size=2, overrides={"data.workers": 0})
+    assert {"class", "caption"} <= found.keys() and sizes == [2, 2, 1]
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_and_evaluated_in_a_thread(tmp_path):
+    """Only the main thread of Python can handle signals."""
+    train, val = labelled_tar(tmp_path / "train.tar", range(24)), labelled_tar(tmp_path / "val.tar", range(30, 42))
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    where = {"train": train, "val": [val], "device": "cpu"}
+
+    def work():
+        settings = {"train.steps": 2, "data.workers": 0}
+        run = m3ae_fast.train(tmp_path / "tiny.json", out=tmp_path / "run", overrides=settings, **where)
+        again = m3ae_fast.train(tmp_path / "tiny.json", out=run, overrides=settings, resume="auto", **where)
+        return again, m3ae_fast.evaluate("knn", run, out=tmp_path / "out", overrides="data.workers=0", **where)
+
+    with ThreadPoolExecutor(1) as pool:
+        run, found = pool.submit(work).result()
+    assert run == tmp_path / "run" and status(run)[0] == "finished"
+    assert found == json.loads((tmp_path / "out/result.json").read_text())
 
 
 def test_an_unreadable_image_is_named_or_skipped(run, images, tmp_path):
@@ -244,10 +350,11 @@ def test_an_export_with_an_unknown_format_or_kind_of_weights_is_refused(run, tmp
 
 
 def test_no_module_has_the_name_of_a_public_function():
-    """A submodule that is imported becomes an attribute of its package, and would hide the function there."""
+    """A submodule that is imported becomes an attribute of its package, and would hide the function there. The module
+    `train` itself can be called."""
     modules = {path.stem for path in (ROOT / "m3ae_fast").rglob("*.py") if path.parent.name != "cli"}
     packages = {path.parent.name for path in (ROOT / "m3ae_fast").rglob("__init__.py")}
-    assert not {*m3ae_fast.__all__} & (modules | packages)
+    assert {*m3ae_fast.__all__} & (modules | packages) == {"train"}
     of_shards = {path.stem for path in (ROOT / "m3ae_fast/shards").glob("*.py")}
     assert not {*m3ae_fast.shards.__all__} & of_shards
     assert all(callable(getattr(m3ae_fast.shards, name)) for name in m3ae_fast.shards.__all__)

@@ -521,7 +521,7 @@ def test_patch_features_have_the_shape_of_the_patch_grid(resize):
     model = make_model(TINY.model_copy(update={"resize": resize})).eval()
     height, width = (16, 8) if resize == "native" else (16, 16)
     images = torch.randint(256, (3, 3, height, width), dtype=torch.uint8)
-    found = model.patch_features(images, batch=2, precision="fp32")
+    found = model.patch_features(images, batch_size=2, precision="fp32")
     assert found.shape == (3, height // 4, width // 4, TINY.emb_dim)
     torch.testing.assert_close(found.flatten(1, 2), model.representation(images)[:, 1:].detach())
     arrays = [image.permute(1, 2, 0).numpy() for image in images]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -64,8 +65,13 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
     from 0 to 255, unless all images are constant. If `value_range` gives the values of black and white, it is checked
     by `_check_units`."""
     if value_range is not None:
-        is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
-        if value_range != "normalised" and not (is_pair and value_range[0] < value_range[1]):
+        if isinstance(value_range, str):
+            is_valid = value_range == "normalised"
+        else:
+            is_pair = isinstance(value_range, (tuple, list)) and len(value_range) == 2
+            are_numbers = is_pair and all(isinstance(each, Real) for each in value_range)
+            is_valid = are_numbers and value_range[0] < value_range[1]
+        if not is_valid:
             raise ValueError(
                 f"value_range {value_range!r}: must be (black, white) with black below white, such as (0, 1), "
                 'or "normalised"'

@@ -73,7 +73,7 @@ def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"override a setting, for example --set {example}",
+        help=f"override a setting, for example --set {example} (in Python: overrides)",
     )
     add_setting(parser, "--seed", "run.seed", seed, "random seed")
     add_device(parser)

@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         dest="start_from",
         metavar="MODEL",
         help="initial weights: a run, an export, official M3AE or MAE weights, timm weights, or a name on the Hub; "
-        "training then uses a lower learning rate (default: random weights)",
+        "training then uses a lower learning rate (default: random weights); in Python: start_from",
     )
     parser.add_argument(
         "--recipe",

@@ -1,7 +1,16 @@
 """The run's configuration: one strict JSON file, typed sections, `--set` overrides, errors that name fields."""
 
 from m3ae_fast.config.libraries import require_libraries_of
-from m3ae_fast.config.load import follow, load_config, parse, read_config, shipped_configs, stored_config
+from m3ae_fast.config.load import (
+    Overrides,
+    follow,
+    load_config,
+    override_list,
+    parse,
+    read_config,
+    shipped_configs,
+    stored_config,
+)
 from m3ae_fast.config.schema import (
     LONGEST,
     MAX_CHANNELS,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import ValidationError
 
@@ -15,6 +16,20 @@ from m3ae_fast.config.messages import describe_error
 from m3ae_fast.config.schema import Config, Section
 
 T = TypeVar("T", bound=Section)
+# Overrides of settings in Python: "section.key=value", several of them, or the values by "section.key".
+Overrides: TypeAlias = "str | Sequence[str] | Mapping[str, Any]"
+
+
+def override_list(overrides: Overrides) -> list[str]:
+    """Return overrides as a list of "section.key=value". Raises UserError if a value cannot be written as JSON."""
+    if isinstance(overrides, str):
+        return [overrides]
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    try:
+        return [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in overrides.items()]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"overrides: a value cannot be written as JSON ({error})") from None
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:

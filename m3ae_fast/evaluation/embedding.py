@@ -28,7 +28,7 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import ModelConfig, Overrides, override_list
 from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
 from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
@@ -58,8 +58,9 @@ def embed(
     pool: Pool | None = None,
     labels: str = "cls",
     patches: bool = False,
-    columns: Sequence[str] = (),
-    overrides: Sequence[str] = (),
+    columns: str | Sequence[str] = (),
+    batch_size: int | None = None,
+    overrides: Overrides = (),
     device: Device | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the features of all samples of a source, on every rank. The frozen encoder computes them without masking.
@@ -73,8 +74,11 @@ def embed(
         pool: "mean" over all tokens except cls, or "cls"; None: the value of `encode.pool`.
         labels: source of the labels in shards: "cls", or "json." and the name of a field.
         patches: whether to also return the features of all patches.
-        columns: additional columns about the samples of shards: "path", "class", "caption".
-        overrides: overrides "section.key=value" of settings in the sections encode, data and run.
+        columns: additional columns about the samples of shards: "path", "class", "caption"; a list, or a text such as
+            "path,class".
+        batch_size: samples per forward pass; None: the value of `encode.batch`.
+        overrides: overrides of settings in the sections encode, data and run (`--set` of the command):
+            "section.key=value", a list of such texts, or a dict such as {"encode.precision": "fp32"}.
         device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
 
     Returns:
@@ -91,6 +95,10 @@ def embed(
     Raises:
         UserError: the model or the source cannot be used, or `out` exists.
     """
+    columns = columns.split(",") if isinstance(columns, str) and columns else columns
+    given = override_list(overrides)
+    if batch_size is not None:
+        given += override_list({"encode.batch": batch_size})
     with join_ranks(device) as ranks:
         try:
             named = {"model": os.fspath(model)} if isinstance(model, str | os.PathLike) else {}
@@ -104,11 +112,11 @@ def embed(
                     "labels": labels,
                     "patches": patches,
                     "columns": list(columns),
-                    "overrides": list(overrides),
+                    "overrides": given,
                 }
             )
             images = ranks.broadcast(lambda: _image_files(source))
-            config = ranks.broadcast(lambda: _settings(source, modality, pool, patches, columns, overrides, images))
+            config = ranks.broadcast(lambda: _settings(source, modality, pool, patches, columns, given, images))
             path = None if out is None else Path(out)
             ranks.on_main(lambda: _check_out(path))
             with _on_device(model, config, ranks.device, modality) as opened:
@@ -154,7 +162,7 @@ def _settings(
     pool: str | None,
     patches: bool,
     columns: Sequence[str],
-    overrides: Sequence[str],
+    overrides: list[str],
     images: tuple[str, list[str]] | None,
 ) -> EvaluationConfig:
     if patches and modality == "text":
@@ -170,7 +178,7 @@ def _settings(
     given: dict = {"data": {"train": [{"shards": shards, "modality": modality}]}}
     if pool:
         given["encode"] = {"pool": pool}
-    return evaluation_config(given, list(overrides), ("embed", ("encode",)))
+    return evaluation_config(given, overrides, ("embed", ("encode",)))
 
 
 def _check_out(out: Path | None) -> None:

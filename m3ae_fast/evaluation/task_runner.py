@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -16,6 +16,7 @@ import torch
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
+from m3ae_fast.config import Overrides, override_list
 from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
 from m3ae_fast.evaluation.baselines import BASELINES, MODEL, SCALED, UNTRAINED, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
@@ -48,7 +49,7 @@ def evaluate(
     baselines: bool = True,
     ood: Mapping[str, Sequence[str]] | None = None,
     corrupted: str | os.PathLike[str] | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     device: Device | None = None,
     session: Session | None = None,
 ) -> dict[str, Any] | None:
@@ -80,7 +81,8 @@ def evaluate(
         ood: for ood: shards of out-of-distribution samples by the name of their set.
         corrupted: for robustness: folder of published corrupted images as shards, CORRUPTION/SEVERITY/*.tar, which
             replace the corruptions of robustness.corruptions.
-        overrides: overrides "section.key=value" of settings, which are listed in docs/evaluation-config.md.
+        overrides: overrides of settings (`--set` of the command), which docs/evaluation-config.md lists:
+            "section.key=value", a list of such texts, or a dict such as {"knn.k": 10}.
         device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
         session: session of a program that continues after the evaluation; its device is used. None: this process joins
             the ranks that were started with it.
@@ -93,9 +95,9 @@ def evaluate(
     """
     options = Options(
         task=task,
-        models=_names(model),
-        val=_names(val),
-        train=_names(train),
+        models=_names(model, "model"),
+        val=_names(val, "val"),
+        train=_names(train, "train"),
         labels=labels,
         modality=modality,
         resume=resume,
@@ -109,15 +111,23 @@ def evaluate(
         ood=ood or {},
         corrupted=None if corrupted is None else os.fspath(corrupted),
     )
+    given = override_list(overrides)
     if session is not None:
-        return _perform(options, Path(out), overrides, session, is_last=False)
+        return _perform(options, Path(out), given, session, is_last=False)
     with joined_program(device) as own:
-        return _perform(options, Path(out), overrides, own, is_last=True)
+        return _perform(options, Path(out), given, own, is_last=True)
     return None  # stopped
 
 
-def _names(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
-    return (os.fspath(given),) if isinstance(given, str | os.PathLike) else tuple(map(str, given))
+def _names(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], what: str) -> tuple[str, ...]:
+    """Return names as texts. `what`: the name of the argument. Raises UserError if an item is no name."""
+    names = (given,) if isinstance(given, str | os.PathLike) or not isinstance(given, Iterable) else tuple(given)
+    if odd := next((name for name in names if not isinstance(name, str | os.PathLike)), None):
+        raise UserError(
+            f"{what}: must be a name or a path, not {type(odd).__name__}"
+            + ("; write the model with its method save_pretrained(FOLDER), and pass FOLDER" if what == "model" else "")
+        )
+    return tuple(os.fspath(name) for name in names)
 
 
 def _is_classifier(options: Options) -> bool:

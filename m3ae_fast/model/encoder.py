@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,15 @@ from m3ae_fast.model.pooling import mean_of_tokens, only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
 
+# Methods of other libraries' models, and the call of `encode` that replaces each.
+_ELSEWHERE = {
+    "encode_image": "images",
+    "encode_text": "texts=texts",
+    "forward_features": "images",
+    "forward_head": "images",
+    "get_image_features": "images",
+    "get_text_features": "texts=texts",
+}
 _pack = torch.compiler.disable(pack)  # runs NumPy on the host and must not be traced
 _check_values = torch.compiler.disable(check_values)  # depends on the values of the data and must not be traced
 
@@ -90,6 +100,14 @@ class MultimodalEncoder(nn.Module):
         self.encoder_input = EncoderInput(config)
         sizes = config.emb_dim, config.depth, config.num_heads, config.mlp_ratio
         self.encoder = Transformer(*sizes, gelu=config.gelu, drop_path=config.drop_path)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _ELSEWHERE:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}: use encode({_ELSEWHERE[name]}) or, with gradients, "
+                "representation"
+            )
+        return super().__getattr__(name)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -231,7 +249,7 @@ class MultimodalEncoder(nn.Module):
         value_range: ValueRange = None,
         pool: Pool = "mean",
         layer: int | None = None,
-        batch: int = 64,
+        batch_size: int = 64,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> Tensor:
         """Return pooled features of images, texts, or pairs of them, unmasked and without gradients.
@@ -251,7 +269,7 @@ class MultimodalEncoder(nn.Module):
                 evidently not normalised raise ValueError, and float32 arrays are read with the model's image_range.
             pool: "mean" over all tokens except cls, or the "cls" token; see `pooled`.
             layer: number of the block after which features are taken, from 1; None: the last block.
-            batch: samples per forward pass.
+            batch_size: samples per forward pass.
             precision: precision of matmuls; "auto": bf16 if it is faster on the hardware.
 
         Returns:
@@ -259,8 +277,8 @@ class MultimodalEncoder(nn.Module):
 
         Raises:
             ValueError: images and texts are both None or differ in number, one of the items is None, an image does not
-                fit the model, floating-point images evidently contradict value_range, or the layer, pool, batch,
-                precision or value_range is invalid.
+                fit the model, floating-point images evidently contradict value_range, or the layer, pool,
+                batch_size, precision or value_range is invalid.
             UserError: a file cannot be read, texts are given but the model has no tokenizer, or a feature is not
                 finite.
         """
@@ -269,7 +287,7 @@ class MultimodalEncoder(nn.Module):
         if pool not in ("mean", "cls"):
             raise ValueError(f"pool {pool!r}: must be mean or cls")
         images, texts = self._checked(images, texts, value_range)
-        batches, layers = self._batches(images, texts, value_range, batch, precision), self._layers(layer)
+        batches, layers = self._batches(images, texts, value_range, batch_size, precision), self._layers(layer)
         device = self.encoder_input.cls_token.device
         parts = [torch.empty(0, self.config.emb_dim, device=device)]
         with encoding(self, precision, device):
@@ -284,7 +302,7 @@ class MultimodalEncoder(nn.Module):
         *,
         value_range: ValueRange = None,
         layer: int | None = None,
-        batch: int = 64,
+        batch_size: int = 64,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> Tensor:
         """Return the features of each image's patches as a feature map, without gradients. See `encode` for the
@@ -298,7 +316,7 @@ class MultimodalEncoder(nn.Module):
             ValueError: as in `encode`, or native images have patch grids of different sizes.
         """
         found, _ = self._checked(images, None, value_range)
-        batches, layers = self._batches(found, None, value_range, batch, precision), self._layers(layer)
+        batches, layers = self._batches(found, None, value_range, batch_size, precision), self._layers(layer)
         device, c = self.encoder_input.cls_token.device, self.config
         grids, parts = set(), [torch.empty(0, c.longest_side, c.longest_side, c.emb_dim, device=device)]
         with encoding(self, precision, device):
@@ -319,8 +337,8 @@ class MultimodalEncoder(nn.Module):
     def _layers(self, layer: int | None) -> list[int]:
         """Return a list with the number of the block after which features are taken. Raises ValueError if there is no
         such block."""
-        if layer is not None and not 1 <= layer <= self.config.depth:
-            raise ValueError(f"layer {layer}: the encoder has layers 1 to {self.config.depth}")
+        if layer is not None and not (isinstance(layer, Integral) and 1 <= layer <= self.config.depth):
+            raise ValueError(f"layer {layer!r}: the encoder has layers 1 to {self.config.depth}")
         return [layer or self.config.depth]
 
     def _checked(
@@ -344,13 +362,13 @@ class MultimodalEncoder(nn.Module):
         images: Sequence[OneImage] | None,
         texts: Sequence[str] | None,
         value_range: ValueRange,
-        batch: int,
+        batch_size: int,
         precision: str,
     ) -> Iterator[PackedBatch]:
         """Return an iterator over unmasked batches on the model's device. Raises ValueError if the batch size or the
         precision is invalid, and the errors of `unmasked_sample`."""
-        if batch < 1:
-            raise ValueError(f"batch {batch}: must be 1 or more")
+        if not isinstance(batch_size, Integral) or batch_size < 1:
+            raise ValueError(f"batch_size {batch_size!r}: must be an integer of at least 1")
         if precision not in ("auto", "bf16", "fp32"):
             raise ValueError(f"precision {precision!r}: must be auto, bf16 or fp32")
         device = self.encoder_input.cls_token.device
@@ -361,9 +379,9 @@ class MultimodalEncoder(nn.Module):
             return unmasked_sample(number, image, text, self.config, self.tokenizer, value_range)
 
         count = len(images if images is not None else texts or [])
-        starts = range(0, count, batch)
+        starts = range(0, count, batch_size)
         return (
-            _pack([sample(i) for i in range(start, min(start + batch, count))], self.geometry).to(device)
+            _pack([sample(i) for i in range(start, min(start + batch_size, count))], self.geometry).to(device)
             for start in starts
         )
 
@@ -398,11 +416,16 @@ class MultimodalEncoder(nn.Module):
                 there are images) and the text tokens (if there is text). The rows of padding are 0.
 
         Raises:
+            TypeError: an argument is not a tensor.
             ValueError: images and text are both None or empty, batch sizes differ, padding precedes tokens, a size does
                 not fit the model, floating-point images are not normalised, or `text` has ids outside the vocabulary.
         """
         if images is None and text is None:
             raise ValueError("representation requires images, text or both")
+        for name, given in {"images": images, "text": text, "padding_mask": padding_mask}.items():
+            if given is not None and not isinstance(given, Tensor):
+                advice = "; encode accepts arrays, PIL images and files" if name == "images" else ""
+                raise TypeError(f"representation: {name} must be a tensor, not {type(given).__name__}{advice}")
         size = len(images) if images is not None else len(text if text is not None else ())
         if images is not None and text is not None and len(text) != size:
             raise ValueError(f"batch sizes differ: {size} images but {len(text)} texts")

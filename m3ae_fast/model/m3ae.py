@@ -183,7 +183,15 @@ class M3AE(MultimodalEncoder):
             batch: the batch, on the model's device.
             counts: denominators of the losses. If the batch is a part of a step, these are the counts of the whole step
                 divided by the number of ranks. None: the counts of the batch.
+
+        Raises:
+            TypeError: `batch` is not a packed batch.
         """
+        if not isinstance(batch, PackedBatch):
+            raise TypeError(
+                f"forward returns the losses of a PackedBatch, not of {type(batch).__name__}: for the features of "
+                "images, use encode or, with gradients, representation"
+            )
         image_terms, text_terms = (count or 1.0 for count in counts or batch.counts)
         sums = m3ae_loss(
             *self.forward_decoder(self.forward_encoder(batch), batch),

@@ -17,7 +17,16 @@ from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import uses_gpu
-from m3ae_fast.config import Config, Range, follow, load_config, read_config, stored_config
+from m3ae_fast.config import (
+    Config,
+    Overrides,
+    Range,
+    follow,
+    load_config,
+    override_list,
+    read_config,
+    stored_config,
+)
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report
@@ -107,7 +116,7 @@ def pretrain(
     labels: str = "cls",
     start_from: str | Path | None = None,
     recipe: Recipe | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     device: Device | None = None,
     dry_run: bool = False,
 ) -> Outcome:
@@ -131,13 +140,14 @@ def pretrain(
             dataset, "json." and the name of a field, or "folder" for the folder of an image; None: only identical
             images are kept together.
         labels: source of the classes: "cls", or "json." and the name of a field.
-        start_from: model from whose weights the run starts: a run, an export, weights of the official M3AE or MAE or of
-            a timm model, or a name on the Hugging Face Hub. The run then has the size of this model, a lower learning
-            rate and a shorter warm-up. None: random weights.
+        start_from: `--from` of the command: model from whose weights the run starts: a run, an export, weights of the
+            official M3AE or MAE or of a timm model, or a name on the Hugging Face Hub. The run then has the size of
+            this model, a lower learning rate and a shorter warm-up. None: random weights.
         recipe: "fast": a decoder with cross-attention, a third of the masked tokens predicted, and Muon; "official":
             the method of the official M3AE. None: "fast", unless the run starts from given weights or an override
             cannot be combined with it.
-        overrides: overrides "section.key=value" of the chosen settings.
+        overrides: overrides of the chosen settings (`--set` of the command): "section.key=value", a list of such texts,
+            or a dict such as {"train.global_batch": 64}.
         device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
         dry_run: whether to only print the plan and the expected duration.
 
@@ -159,7 +169,7 @@ def pretrain(
         labels=labels,
         start_from=None if start_from is None else str(start_from),
         recipe=recipe,
-        overrides=overrides,
+        overrides=override_list(overrides),
         device=device,
         dry_run=dry_run,
         began=time.monotonic(),

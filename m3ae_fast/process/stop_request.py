@@ -34,8 +34,9 @@ class StopRequest:
 
     Before `listen` is called, there is no checkpoint to save, and a stop request ends a program of this package with
     exit code 0 at any point. If a user's own code calls functions of this package, KeyboardInterrupt is raised instead.
-    Use as a context manager in the main thread. A separate thread reads the signals, because Python's handlers do not
-    run while the main thread is inside a library.
+    Use as a context manager. In another thread than the main one, it receives no signals, because Python allows only
+    the main thread to handle them. A separate thread reads the signals, because Python's handlers do not run while the
+    main thread is inside a library.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,9 @@ class StopRequest:
             self._joined.set()
 
     def __enter__(self) -> StopRequest:
+        self._handles = threading.current_thread() is threading.main_thread()
+        if not self._handles:
+            return self
         self._wakes, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         handled = [number for number in SIGNALS if not (number == signal.SIGHUP and _ignored(number))]
@@ -66,6 +70,8 @@ class StopRequest:
         with self._lock:  # from here on, there is nothing left to interrupt
             self._listening = True
         self._left.set()
+        if not self._handles:
+            return
         signal.set_wakeup_fd(self._old_wake)
         for number, handler in self._handlers.items():
             signal.signal(number, signal.SIG_IGN if self._leaving and self._in_program else handler)

@@ -14,6 +14,7 @@ import torch
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import uses_gpu
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import LossConfig, ModelConfig, parse
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -121,8 +122,13 @@ def load_model(
         device: device for the model.
 
     Raises:
-        UserError: the model does not exist or is damaged, or `tokenizer` does not fit it.
+        UserError: the model does not exist or is damaged, `tokenizer` does not fit it, or torch finds no GPU although
+            `device` is one.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"load_model: the name of a model must be a str or a path, not {type(name).__name__}")
+    if torch.device(device).type == "cuda":
+        uses_gpu("cuda")
     model, own = _opened(os.fspath(name), seed)
     lengths = model.config.text_length, model.config.vocab_size
     if tokenizer is not None:
@@ -140,6 +146,8 @@ def load_model(
 def _opened(name: str, seed: int) -> tuple[M3AE, str | None]:
     """Return a model on the CPU, and the name of the tokenizer in the config of its run."""
     source = name.removeprefix(RANDOM)
+    if not source:
+        raise UserError("the name of the model is empty; specify a run, a checkpoint, an export or a name on the Hub")
     if is_run(Path(source)):
         run = saved_run(Path(source))
         own = run.tokenizer

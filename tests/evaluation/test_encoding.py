@@ -47,7 +47,7 @@ def test_features_are_pooled_from_the_representation(model, pool):
         (model.representation(pictures, tokens), {"images": list(pictures), "texts": [text] * 5}),
     ):
         pooled = expected[:, 0] if pool == "cls" else expected[:, 1:].mean(1)
-        found = model.encode(**given, pool=pool, batch=2, precision="fp32")
+        found = model.encode(**given, pool=pool, batch_size=2, precision="fp32")
         torch.testing.assert_close(found, pooled, rtol=1e-5, atol=1e-5)
         assert not found.requires_grad
 
@@ -84,9 +84,9 @@ def test_features_of_a_layer_equal_those_of_a_model_truncated_after_it(tmp_path,
     with torch.no_grad():
         whole, each = deep.pooled(batch, pool), deep.pooled_of_layers(batch, [3, 1, 2], [pool])
         patches = deep.pooled_and_patches(batch, [2, 3], [pool])[1]
-    assert torch.equal(each[:, 0], whole) and torch.equal(deep.encode(**given, batch=5), whole)
+    assert torch.equal(each[:, 0], whole) and torch.equal(deep.encode(**given, batch_size=5), whole)
     for place, layer in enumerate((3, 1, 2)):
-        assert torch.equal(each[:, place], deep.encode(**given, batch=5, layer=layer))
+        assert torch.equal(each[:, place], deep.encode(**given, batch_size=5, layer=layer))
     torch.testing.assert_close(patches[:, 1], deep.representation(torch.stack(pictures), _tokens(deep))[:, 1:17])
     with torch.no_grad():
         both = deep.pooled_of_layers(batch, [2, 3], ["cls", "mean"]).unflatten(1, (2, 2))
@@ -361,7 +361,7 @@ def test_a_file_that_is_not_an_image_is_named(model, tmp_path):
         ({"images": [torch.full((3, 32, 32), math.nan)]}, "values that are not finite"),
         ({"images": [torch.zeros(3, 32, 32)], "pool": "max"}, "pool 'max': must be mean or cls"),
         ({"images": [torch.zeros(3, 32, 32)], "precision": "fp64"}, "precision 'fp64': must be auto, bf16 or fp32"),
-        ({"images": [torch.zeros(3, 32, 32)], "batch": -1}, "batch -1: must be 1 or more"),
+        ({"images": [torch.zeros(3, 32, 32)], "batch_size": -1}, "batch_size -1: must be an integer of at least 1"),
     ],
 )
 def test_inputs_that_cannot_be_encoded_raise_a_value_error(model, given, message):
