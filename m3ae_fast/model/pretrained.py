@@ -30,13 +30,14 @@ from m3ae_fast.base.output_folder import (
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
 from m3ae_fast.config import ModelConfig, parse
+from m3ae_fast.model.widening import widened
 
 M = TypeVar("M", bound=nn.Module)
 # prefixes of the weights in a file without a decoder; such a file lacks all other weights
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
 _NORM_PIX = "norm_pix"  # key of loss.norm_pix in config.json, next to the settings of the model
-# settings that change the function computed by the weights, but not their shapes
-_UNSEEN = ("positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std", "image_range")
+# settings that change the function computed by the weights; most of them do not change their shapes
+_UNSEEN = ("channels", "positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std", "image_range")
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,14 @@ def read_pretrained(source: str | Path) -> Pretrained:
     return Pretrained(config, state, tokenizer, norm_pix)
 
 
-def start_for(config: ModelConfig, found: Pretrained) -> Pretrained:
-    """Return the weights with which a model of this config starts. If the decoder was trained with the other kind of
-    attention, only the weights of the encoder are returned."""
+def start_for(config: ModelConfig, found: Pretrained, *, norm_pix: bool) -> Pretrained:
+    """Return the weights with which a model of this config starts. If the model has more channels, the weights are
+    widened. If the decoder was trained with the other kind of attention, only the weights of the encoder are returned.
+    `norm_pix`: loss.norm_pix of the model."""
+    if config.channels > found.config.channels:
+        state = widened(found.state, found.config, config, norm_pix)
+        of_images = {name: getattr(config, name) for name in ("channels", "image_mean", "image_std")}
+        found = replace(found, state=state, config=found.config.model_copy(update=of_images))
     if found.has_decoder and found.config.dec_attention != config.dec_attention:
         encoder = {name: tensor for name, tensor in found.state.items() if name.startswith(ENCODER)}
         return replace(found, state=encoder)

@@ -72,6 +72,7 @@ class DatasetStatistics:
     image_dtype: str = "uint8"
     image_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
     has_captions: bool = False  # whether there are captions, even if an override excludes them
+    fitted: tuple[str, ...] = ()  # overrides that adapt the settings of given weights to the images
 
 
 class ModelSize(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer, train_tokenizer
-from m3ae_fast.config import Range, SourceConfig
+from m3ae_fast.config import ModelConfig, Range, SourceConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.data.shard_store import ShardStore
@@ -23,7 +24,7 @@ from m3ae_fast.pretraining.automatic_settings import (
     continues,
     set_to,
 )
-from m3ae_fast.pretraining.image_settings import channels_and_dtype, range_of
+from m3ae_fast.pretraining.image_settings import channels_and_dtype, fit_to_images, range_of
 from m3ae_fast.shards.overview import describe_classes, part_of, show
 from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.statistics import collect, require_images
@@ -39,7 +40,14 @@ _QUANTILE = 0.95  # fraction of the captions that are not truncated
 
 
 def inspect(
-    shards: Shards, out: Path, labels: str, image_range: Range | None = None, overrides: Sequence[str] = ()
+    shards: Shards,
+    out: Path,
+    labels: str,
+    image_range: Range | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    start: ModelConfig | None = None,
+    own: Sequence[str] = (),
 ) -> tuple[DatasetStatistics, list[str]]:
     """Return statistics of the samples, and notes for the user. Values that the overrides set replace those of the
     samples. If there are captions and the overrides do not set a tokenizer or exclude text, a tokenizer is trained and
@@ -50,7 +58,9 @@ def inspect(
         out: the run folder.
         labels: source of the labels.
         image_range: values of black and white in images with more than 8 bits per channel; None: detected.
-        overrides: the user's overrides "section.key=value".
+        overrides: overrides "section.key=value" of the user and, before them, of the weights from which the run starts.
+        start: the config of these weights; None: random weights.
+        own: the user's overrides alone; used only if `start` is given.
 
     Raises:
         UserError: the shards cannot be used, no sample has an image, the value range of images with more than 8 bits
@@ -73,6 +83,12 @@ def inspect(
     channels, dtype = channels_and_dtype(seen.kinds)
     channels, dtype = channels_set(overrides) or channels, set_to(overrides, "model.image_dtype", dtype)
     image_range = image_range or shards.image_range or range_of(seen.kinds)
+    fitted: list[str] = []
+    if start is not None:
+        fitted, more = fit_to_images(start, seen.kinds, image_range, own)
+        notes += more
+        channels = channels_set([*fitted, *own]) or start.channels
+        dtype = set_to([*fitted, *own], "model.image_dtype", start.image_dtype)
     notes += _on_given_weights(train.has_captions, overrides)
     tokenizer = _tokenizer(shards, train, store, out, overrides)
     found = collect(train, _INSPECTED, 0, channels, image_range, tokenizer, None, dtype)
@@ -85,6 +101,8 @@ def inspect(
     if len(damaged) > _NAMED:
         notes.append(f"further damaged or unreadable shards: {len(damaged) - _NAMED:,}")
     mean, std = found.mean_and_std()
+    if start is not None and channels != start.channels:
+        fitted += [f"model.image_mean={json.dumps(mean)}", f"model.image_std={json.dumps(std)}"]
     lengths = found.lengths or [1]
     return DatasetStatistics(
         train.samples,
@@ -98,6 +116,7 @@ def inspect(
         dtype,
         image_range,
         train.has_captions,
+        tuple(fitted),
     ), notes
 
 

@@ -13,10 +13,11 @@ import torch
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import TOKENIZER_FILE
+from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.schema import SIZES
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights, missing_decoder, start_for
-from m3ae_fast.pretraining.automatic_settings import assumed_config
+from m3ae_fast.pretraining.automatic_settings import assumed_config, channels_set
 from m3ae_fast.weights.converting import convert
 from m3ae_fast.weights.model_name import PIXELS, RANDOM
 
@@ -30,6 +31,7 @@ class GivenWeights(NamedTuple):
 
     overrides: list[str]  # overrides of settings that the weights determine
     notes: list[str]  # notes for the user
+    config: ModelConfig | None = None  # the config of the weights
 
 
 def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeights:
@@ -63,6 +65,10 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
         implied["data.tokenizer"] = str(tokenizer.resolve()) if tokenizer.exists() else None
     if found.config.image_range is not None:
         implied["data.range"] = found.config.image_range
+    if (channels := channels_set(overrides) or 0) > found.config.channels:
+        # the mean and the standard deviation are assumed until the images have been inspected
+        implied |= {"model.channels": channels, "model.image_mean": [0.5] * channels}
+        implied |= {"model.image_std": [0.25] * channels}
     given = [f"{name}={json.dumps(value)}" for name, value in implied.items()]
     try:
         missing = missing_decoder(found, _fitting(model, found, given, overrides))
@@ -72,7 +78,9 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
             out.rmdir()
         raise
     decoder = [f"{missing}, so the decoder is randomly initialised"] if missing else []
-    return GivenWeights(given, [f"continuing from the weights in {folder} ({found.kind})", *decoder, *found.notes])
+    return GivenWeights(
+        given, [f"continuing from the weights in {folder} ({found.kind})", *decoder, *found.notes], found.config
+    )
 
 
 def _fitting(model: str, found: Pretrained, given: Sequence[str], own: Sequence[str]) -> Pretrained:
@@ -102,7 +110,7 @@ def _fitting_all(model: str, found: Pretrained, overrides: Sequence[str]) -> Pre
     m = config.model
     if m.size and SIZES[m.size] != (m.emb_dim, m.depth, m.num_heads):  # these three are those of the weights
         raise UserError(f"--set model.size={m.size}: does not fit the weights {model}; leave it out")
-    start = start_for(config.model, found)
+    start = start_for(config.model, found, norm_pix=config.loss.norm_pix)
     check_start(config.model, start, model)
     with torch.device("meta"):
         check_weights(M3AE(config.model, config.loss), start.state, f"--from {model}")

@@ -263,8 +263,10 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
     method = choose_recipe(call.recipe, overrides) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None
     with stage(call.device) as session:
-        statistics, notes = inspect(shards, call.out, call.labels, image_range, overrides)
-        given = [*method.overrides, *overrides]
+        statistics, notes = inspect(
+            shards, call.out, call.labels, image_range, overrides, start=weights.config, own=call.all_overrides
+        )
+        given = [*method.overrides, *weights.overrides, *statistics.fitted, *call.all_overrides]
         plan = choose(statistics, shards, call.out, call.hours, call.labels, given, session, call.began)
     if plan is None:
         return None
