@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import threading
 import time
 from concurrent.futures import TimeoutError
@@ -316,7 +317,7 @@ def test_a_damaged_field_of_the_state_is_named_briefly(saved):
     (saved / "state.json").write_text(json.dumps(about | {"step": "x", "seed": None}))
     with pytest.raises(UserError) as caught:
         checkpoint.read_info(saved)
-    assert "state.json is damaged (step: Input should be a valid integer); remove" in str(caught.value)
+    assert re.search(r"state\.json is damaged \(step: .+\); remove", str(caught.value))
 
 
 @pytest.mark.parametrize("file", part_files(3))
