@@ -39,6 +39,7 @@ from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
 from m3ae_fast.process.stoppable_loop import Stopped
+from m3ae_fast.shards.overview import part_of
 from m3ae_fast.training.run_lock import RunFolder
 
 RESULT_FILE = "result.json"
@@ -94,6 +95,7 @@ class Job:
             found, classes = label_corpus(corpus, field, classes, progress=progress)
             labelled.append(found)
             self.print(f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes")
+        self.ranks.on_main(lambda: self._warn_of_colours(train))
         assert classes is not None
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
@@ -103,6 +105,17 @@ class Job:
             )
         self.classes, self.names = classes, class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
+
+    def _warn_of_colours(self, corpus: Corpus) -> None:
+        """Print a warning if the model reads the images as grey although some of them have colours. Main rank only."""
+        if getattr(self.model, "backbone", self.model).config.channels == 1:
+            kinds = part_of(corpus, "the images", "", None).kinds
+            if colours := sum(kind.channels == 3 for kind in kinds):
+                print(
+                    f"warning: the model reads grey images, so the colours of the images are ignored ({colours:,} of "
+                    f"{len(kinds):,} inspected images have colours)",
+                    flush=True,
+                )
 
     def encode(
         self,
