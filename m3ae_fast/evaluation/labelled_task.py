@@ -57,7 +57,6 @@ class LabelledTask(ABC):
 
     def __post_init__(self) -> None:
         self.predictions: Predictions | None = None  # predictions of the last evaluation
-        self.evaluated_at = 0  # step of the last evaluation
         self.expected = False  # whether the expected duration has been logged
         self.first = 0.0  # time at which the first step ended
 
@@ -112,7 +111,7 @@ class LabelledTask(ABC):
 
     def evaluated(self, trainer: Trainer, predictions: Predictions) -> dict[str, float]:
         """Store the predictions of all held-out samples, and log and return their accuracies."""
-        self.predictions, self.evaluated_at = predictions, trainer.step
+        self.predictions = predictions
         values = predictions.accuracies()
         logged = {f"val_{name}": value for name, value in values.items() if not name.endswith(ERROR)}
         trainer.log.log(trainer.step, logged)
