@@ -39,7 +39,7 @@ _OTHERS = {
 # correctly. PNG is excluded: a damaged PNG causes a segmentation fault in torchvision 0.29.
 _TORCHVISION_MODES = {("JPEG", 1): ("L", "RGB"), ("JPEG", 3): ("L", "RGB"), ("WEBP", 3): ("RGB",)}
 _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
-_PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _TURNING = ("exif", "xmp")  # keys of `Image.info` that may contain the orientation
 _ON_A_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # by Pillow's raw mode: factors that convert the levels of a 2-bit or 4-bit PNG to 8-bit levels
@@ -141,7 +141,7 @@ def read_bands(data: bytes, channels: int, dtype: str) -> np.ndarray | None:
     except BadSample:
         return bands.read_tiff(data)
     count, has_fourth = bands.bands_of(header)
-    is_other = count > 4 or channels not in _PIL_MODES or (channels == 4 and has_fourth)
+    is_other = count > 4 or channels not in PIL_MODES or (channels == 4 and has_fourth)
     is_cut = dtype != "uint8" and count > 1 and depth_of(header).is_deep
     return bands.read_tiff(data) if is_other or is_cut else None
 
@@ -198,7 +198,7 @@ def check_precision(data: bytes) -> None:
 def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:
     """Return a Pillow image as pixels [C, H, W], with its orientation applied. Transparency, bit depth and errors are
     handled as in `decode_image`."""
-    if channels not in _PIL_MODES:
+    if channels not in PIL_MODES:
         raise BadSample(f"the image has {len(image.getbands())} channels, but the model expects {channels}")
     depth, clear = depth_of(image), _transparent_level(image)
     image = ImageOps.exif_transpose(image)
@@ -216,7 +216,7 @@ def pixels_of(image: Image.Image, channels: int, image_range: Range | None = Non
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    pixels = torch.from_numpy(np.array(image.convert(_PIL_MODES[channels])))  # [H, W, C] or [H, W]
+    pixels = torch.from_numpy(np.array(image.convert(PIL_MODES[channels])))  # [H, W, C] or [H, W]
     return widened(pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1), dtype)
 
 

@@ -27,6 +27,7 @@ from m3ae_fast.base.output_folder import (
     write_tensors,
 )
 from m3ae_fast.config import ModelConfig
+from m3ae_fast.images.decoding import PIL_MODES
 from m3ae_fast.model.positions import sincos_2d
 from m3ae_fast.model.pretrained import Pretrained
 from m3ae_fast.weights.from_mae_or_timm import ViTOptions, from_vit
@@ -44,21 +45,35 @@ The image encoder of an M3AE as timm's VisionTransformer: image positions and th
 
 ```python
 import timm
-
+{imports}
 model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # on the Hub: hf-hub:OWNER/{name}
-prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
-side = min(image.size)  # of a PIL image
-left, top = (image.width - side) // 2, (image.height - side) // 2
-square = image.crop((left, top, left + side, top + side))
-features = model(prepare(square)[None])  # [1, {emb_dim}], equal to M3AE.encode(image, pool="mean")
-```
-
-The central square is cropped first, as in pre-training: timm's own transform resizes an image before it crops it, which
-gives different pixels, and therefore different features, if the image is not square.
-
+{code}```
+{explanation}
 `model.forward_features` returns all tokens, [B, 1 + {patches}, {emb_dim}], with the cls token first. The input is the
 central square of an image, scaled so that black is 0 and white is 1 (8-bit levels / 255), minus {mean}, divided by
 {std}. Without config.json, use `timm.models.VisionTransformer({arguments})`, with LayerNorms whose eps is 1e-6.
+"""
+
+_IMPORTS = "from PIL import Image, ImageOps\n"
+_CODE = """prepare = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
+image = ImageOps.exif_transpose(image)  # a PIL image
+{opaque}image = image.convert("{mode}")
+side = min(image.size)
+left, top = (image.width - side) // 2, (image.height - side) // 2
+square = image.crop((left, top, left + side, top + side))
+features = model(prepare(square)[None])  # [1, {emb_dim}], equal to M3AE.encode(image, pool="mean")
+"""
+_OPAQUE = """if image.has_transparency_data:  # white where it is transparent
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+"""
+_EXPLANATION = """
+The image is prepared as in pre-training: its orientation is applied, and transparent pixels become white unless the
+model has a channel for them. The central square is cropped first: timm's own transform resizes an image before it crops
+it, which gives different pixels, and therefore different features, if the image is not square.
+"""
+_CODE_OF_BANDS = """# pixels: float32 [{channels}, {image_size}, {image_size}], prepared as described below
+features = model(pixels[None])  # [1, {emb_dim}], equal to M3AE.encode(image, pool="mean")
 """
 
 
@@ -88,8 +103,13 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
             "custom_load": False,
         },
     }
+    mode = PIL_MODES.get(config.channels)
+    names = config.model_dump() | {"mode": mode, "opaque": _OPAQUE if config.channels < 4 else ""}
     card = _CARD.format(
-        **config.model_dump(),
+        **names,
+        imports=_IMPORTS if mode else "",
+        code=(_CODE if mode else _CODE_OF_BANDS).format(**names),
+        explanation=_EXPLANATION if mode else "",
         mean=config.image_mean,
         std=config.image_std,
         name=Path(folder).resolve().name,

@@ -6,7 +6,7 @@ import re
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.convert import main
@@ -95,6 +95,34 @@ def test_the_code_in_the_model_card_computes_the_features_of_encode(tmp_path, mo
             exec(code, found)
         expected = model.encode([image], precision="fp32")
         torch.testing.assert_close(found["features"], expected, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+@torch.no_grad()
+def test_the_code_in_the_model_card_converts_images_as_encode_does(tmp_path, monkeypatch, channels, mode):
+    """Transparent pixels become white unless the model has a channel for transparency."""
+    model, _, _ = make(channels=channels, image_mean=[0.4] * channels, image_std=[0.2] * channels)
+    write_timm(tmp_path / "timm", model.config, model.state_dict())
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "timm/README.md").read_text(), re.DOTALL)
+    pixels = torch.randint(0, 256, (24, 24, 4), dtype=torch.uint8).numpy()
+    turned = Image.fromarray(pixels)
+    turned.getexif()[ExifTags.Base.Orientation] = 6
+    for image in (turned, *(Image.fromarray(pixels).convert(name) for name in ("L", "RGB", "LA", "P"))):
+        found: dict = {"image": image}
+        exec(code, found)
+        assert found["image"].mode == mode
+        torch.testing.assert_close(found["features"], model.encode([image], precision="fp32"), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_model_card_of_several_bands_has_no_code_for_pil_images(tmp_path, monkeypatch):
+    model, _, normal = make(channels=5, image_mean=[0.4] * 5, image_std=[0.2] * 5)
+    write_timm(tmp_path / "timm", model.config, model.state_dict())
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "timm/README.md").read_text(), re.DOTALL)
+    exec(code, found := {"pixels": normal[0]})
+    assert "PIL" not in code and found["features"].shape == (1, 24)
 
 
 @torch.no_grad()
