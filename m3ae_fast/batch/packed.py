@@ -67,6 +67,7 @@ class PackedBatch:
     counts: LossCounts
     labels: Tensor | None = None  # int64 [S] ids of the samples' classes; None if there are none
     positions: list[int | None] = field(default_factory=list)  # indices of the samples in the training stream
+    image_hashes: list[str] = field(default_factory=list)  # see `Sample.image_hash`
     skipped: tuple[Any, ...] = ()  # samples that the loader could not use
     flops: float | None = None  # FLOPs of a step on these samples, if the loader has counted them
 

@@ -92,6 +92,7 @@ class Sample:
     tokens: Tensor | None = None  # int [n]; n is 0 for an empty caption; None: no caption
     text_mask: Tensor | None = None  # bool [n]
     label: int | None = None  # id of its class
+    image_hash: str = ""  # equal for images with equal bytes; "": there is no image, or the sample is trained on
     loss_weight: float = 1.0  # factor by which the sample's losses are multiplied
     draw: int = -1  # 31-bit seed of the random numbers in its forward pass; -1: torch's generator is used
     position: int | None = None  # index in the training stream
@@ -155,6 +156,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
         counts=counts,
         labels=_labels(samples),
         positions=[sample.position for sample in samples],
+        image_hashes=[sample.image_hash for sample in samples],
         **index,
         **{name: torch.from_numpy(array).to(torch.float32) for name, array in weights.items()},  # type: ignore[arg-type]
     )

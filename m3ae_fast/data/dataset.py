@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 from itertools import groupby
 from typing import NamedTuple
 
@@ -136,6 +137,7 @@ class Samples(Dataset[Sample | Skipped]):
                 image_mask=None if image is None else image_mask,  # a native image's mask is sampled later
                 text_mask=None if tokens is None else text_mask[: len(tokens)].clone(),
                 label=None if source.labels is None else int(source.labels[place.sample]),
+                image_hash="" if image is None or self.augment else blake2b(image, digest_size=8).hexdigest(),
                 loss_weight=source.loss_weight,
                 draw=self._streams.seed(Purpose.FORWARD, *key_of_view) >> 33,
                 position=position,

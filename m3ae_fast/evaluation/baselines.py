@@ -69,7 +69,7 @@ def accuracy_difference(first: Sequence[Predictions], second: Sequence[Predictio
     if len(keys) < 2 or second[0].keys != keys:
         return None
     first_N, second_N = (np.mean([each.correct_N.numpy() for each in trials], 0) for trials in (first, second))
-    return difference(first_N, second_N)
+    return difference(first_N, second_N, first[0].clusters_N)
 
 
 def baseline_name(name: str, entries: Mapping[str, Any]) -> str:

@@ -17,8 +17,14 @@ from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_confusion
 from m3ae_fast.evaluation.difference import against_largest_class, one_prediction_each
-from m3ae_fast.evaluation.predictions import FILE
-from m3ae_fast.evaluation.significance import ERROR, area_under_roc, standard_error
+from m3ae_fast.evaluation.predictions import FILE, IMAGE_HASH
+from m3ae_fast.evaluation.significance import (
+    ERROR,
+    area_under_roc,
+    effective_samples,
+    error_of_accuracy,
+    image_clusters,
+)
 
 
 def class_metrics(folder: Path, classes: Classes, names: Sequence[str], result: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,6 +33,7 @@ def class_metrics(folder: Path, classes: Classes, names: Sequence[str], result: 
     These are the entries of `against_largest_class` and, if there is one prediction per sample, the following:
 
     - "balanced_accuracy": the mean of the accuracies of the classes (macro-averaged recall), with its standard error;
+    - "val_copies", if there are any: the number of samples whose image is a copy of that of an earlier sample;
     - "per_class": the number of samples and the accuracy of each class;
     - "auroc", if there are two classes: the area under the ROC curve of the second class's score, with its standard
     error.
@@ -47,15 +54,30 @@ def class_metrics(folder: Path, classes: Classes, names: Sequence[str], result: 
         if (name := called.get(str(row["class"]), str(row["class"]))) != str(row["class"]):
             row["name"] = name
     found["balanced_accuracy"] = sum(row["accuracy"] for row in rows) / len(rows)
-    errors = [standard_error(row["accuracy"], row["samples"]) for row in rows]
+    right_N, clusters_N = label_N == prediction_N, image_clusters(table.get(IMAGE_HASH, [""] * len(label_N)))
+    of_class = [label_N == row["class"] for row in rows]
+    errors = [error_of_accuracy(right_N[own_N], _renumbered(clusters_N[own_N])) for own_N in of_class]
     found[f"balanced_accuracy{ERROR}"] = math.hypot(*errors) / len(rows)
     if len(classes) == len(rows) == 2 and "score" in table:
         second_N = label_N == classes[1]
         score_N = np.array(table["score"])
         score_N = np.where(prediction_N == classes[1], score_N, 1 - score_N)
         found["auroc"] = auroc(score_N[second_N], score_N[~second_N])
-        found[f"auroc{ERROR}"] = auroc_error(found["auroc"], *np.bincount(second_N).tolist())
+        found[f"auroc{ERROR}"] = auroc_error(
+            found["auroc"], *(effective_samples(clusters_N[own_N]) for own_N in (~second_N, second_N))
+        )
+    if copies := len(clusters_N) - len(np.unique(clusters_N)):
+        found["val_copies"] = copies
+        found["verdict"] += (
+            f"; {copies:,} of {len(clusters_N):,} held-out samples are copies of the image of another one, and errors "
+            "and tests count all samples of an image as one cluster"
+        )
     return found | {"per_class": rows}
+
+
+def _renumbered(clusters_N: np.ndarray) -> np.ndarray:
+    """Return clusters with consecutive numbers from 0."""
+    return np.unique(clusters_N, return_inverse=True)[1]
 
 
 def accuracy_by_class(label_N: np.ndarray, right_N: np.ndarray) -> list[dict[str, Any]]:
@@ -77,7 +99,7 @@ def auroc(positive: np.ndarray, negative: np.ndarray) -> float:
     return area_under_roc(*(np.bincount(part, minlength=len(values_V)) for part in parts))
 
 
-def auroc_error(area: float, negatives: int, positives: int) -> float:
+def auroc_error(area: float, negatives: float, positives: float) -> float:
     """Return the standard error of an area under the ROC curve for these numbers of samples (Hanley and McNeil 1982,
     "The meaning and use of the area under a receiver operating characteristic (ROC) curve")."""
     one, other = area / (2 - area), 2 * area**2 / (1 + area)

@@ -55,6 +55,10 @@ class ComparedPredictions:
         """Return whether each sample was classified correctly in each trial, bool [D, N]."""
         return np.stack([each.correct_N.numpy() for each in self.trials[model, probe].values()])
 
+    def _clusters(self) -> np.ndarray:
+        """Return the cluster of each held-out sample, int64 [N]."""
+        return next(iter(next(iter(self.trials.values())).values())).clusters_N
+
     def result(self) -> dict[str, Any]:
         """Return the contents of result.json."""
         rows = [{"model": model, "probe": probe, **self.accuracy(model, probe)} for model, probe in self.trials]
@@ -72,7 +76,7 @@ class ComparedPredictions:
     def accuracy(self, model: str, probe: str) -> dict[str, float]:
         """Return the mean accuracy over seeds, its standard error, the balanced accuracy, and the number of trials."""
         correct_DN = self.correct(model, probe)
-        top1, error = mean_accuracy(correct_DN)
+        top1, error = mean_accuracy(correct_DN, self._clusters())
         by_class = accuracy_by_class(self._labels().numpy(), correct_DN.mean(0))
         balanced = sum(row["accuracy"] for row in by_class) / len(by_class)
         return {"top1": top1, f"top1{ERROR}": error, "balanced_accuracy": balanced, "trials": len(correct_DN)}
@@ -84,7 +88,12 @@ class ComparedPredictions:
         for probe in dict.fromkeys(probe for _, probe in self.trials):
             models = [LARGEST, *(model for model, own in self.trials if own == probe)]
             for second, first in combinations(models, 2):
-                yield probe, first, second, difference(self._right(first, probe), self._right(second, probe))
+                yield (
+                    probe,
+                    first,
+                    second,
+                    difference(self._right(first, probe), self._right(second, probe), self._clusters()),
+                )
 
     def warnings(self) -> Iterator[tuple[str, str]]:
         """Yield (probe, warning) for each model that is not significantly better than always predicting the largest

@@ -17,8 +17,8 @@ from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.evaluation.baselines import LARGEST, MODEL, not_better, warning
 from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
-from m3ae_fast.evaluation.predictions import FILE, largest_share
-from m3ae_fast.evaluation.significance import difference, middle, verdict
+from m3ae_fast.evaluation.predictions import FILE, IMAGE_HASH, largest_share
+from m3ae_fast.evaluation.significance import difference, image_clusters, middle, verdict
 
 Table = dict[str, list[Any]]
 _COLUMNS = ("key", "label", "prediction")
@@ -37,7 +37,7 @@ def compare_results(folders: Sequence[Path]) -> str:
     ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
     _require_same(folders, ours.keys(), theirs.keys())
     _require_same_classes(folders, first, second)
-    return _words(ours, theirs, folders)
+    return _words(ours, theirs, folders, _hashes(first))
 
 
 def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
@@ -50,7 +50,7 @@ def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
     labels = dict(zip(table["key"], table["label"]))
     largest = _largest(labels.values())
     compared[LARGEST] = {key: label == largest for key, label in labels.items()}
-    return [_words(ours, theirs, (name, other)) for other, theirs in compared.items()]
+    return [_words(ours, theirs, (name, other), _hashes(table)) for other, theirs in compared.items()]
 
 
 def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, 
         label_N, largest = np.array(table["label"]), _largest(table["label"])
         right_N = label_N == np.array(table["prediction"])
         top1 = float(right_N.mean())
-        if not difference(right_N, label_N == largest).is_better:
+        if not difference(right_N, label_N == largest, image_clusters(_hashes(table))).is_better:
             others = {LARGEST: found["chance"]} | others
     if text := warning("top-1 accuracy", top1, others):
         found["warning"] = text
@@ -96,12 +96,17 @@ def _largest(labels: Iterable[Any]) -> Any:
     return largest
 
 
-def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any]) -> str:
+def _hashes(table: Table) -> list[str]:
+    """Return the hashes of the samples' images; see `image_clusters`."""
+    return table.get(IMAGE_HASH, [""] * len(table["key"]))
+
+
+def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any], hashes: Sequence[str]) -> str:
     """Return a sentence that states whether two results differ significantly. A result maps each sample's key to
-    whether the sample was classified correctly."""
+    whether the sample was classified correctly. `hashes`: those of the samples in `ours`."""
     _require_same(names, ours.keys(), theirs.keys())
     first_N, second_N = (np.array([each[key] for key in ours]) for each in (ours, theirs))
-    return difference(first_N, second_N).words(str(names[0]), str(names[1]))
+    return difference(first_N, second_N, image_clusters(hashes)).words(str(names[0]), str(names[1]))
 
 
 def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:

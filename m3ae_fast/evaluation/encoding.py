@@ -204,7 +204,7 @@ def _encode(
                 if patches_SKLD is not None:
                     tokens.append(patches_SKLD)
             labels = None if batch.labels is None else batch.labels.cpu()
-            known.append(_Known(batch.keys, labels, list(batch.skipped), batch.grids))
+            known.append(_Known(batch.keys, labels, list(batch.skipped), batch.grids, batch.image_hashes))
     # batch b of rank r is number b * world + r of the dataset
     each = [known for parallel in zip(*ranks.gather(known)) for known in parallel]
     check_skipped([bad for one in each for bad in one.skipped], batches.samples, batches.max_bad_fraction)
@@ -218,6 +218,7 @@ def _encode(
             patches_SLD=tokens.tensor() if patches else None,
             skipped=[bad for one in each for bad in one.skipped],
             grids=[grid for one in each for grid in one.grids],
+            image_hashes=[image for one in each for image in one.image_hashes],
             own_R=torch.cat(own) if ranks.world > 1 else None,
             ranks=ranks,
         )
@@ -236,6 +237,7 @@ class _Known(NamedTuple):
     labels: Tensor | None
     skipped: list[Skipped]
     grids: list[Grid]
+    image_hashes: list[str]
 
 
 def encoding_loader(

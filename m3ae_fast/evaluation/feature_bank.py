@@ -43,6 +43,7 @@ class FeatureBank:
     own_R: Tensor | None = None  # int64, ascending: numbers of the samples that this rank stores; None: all samples
     at_R: Tensor | None = None  # int64: row in `stored_SD` of each of these samples; None: all rows, in order
     ranks: Ranks | None = None
+    image_hashes: list[str] = field(default_factory=list)  # see `Sample.image_hash`; empty: they are unknown
 
     @property
     def labels(self) -> Tensor:
@@ -82,7 +83,9 @@ class FeatureBank:
         at_R = torch.arange(len(own_R)) if self.at_R is None else self.at_R
         labels_N = None if self.labels_N is None else self.labels_N[list(numbers)]
         keys, grids = [self.keys[row] for row in numbers], [self.grids[row] for row in numbers if self.grids]
-        return replace(self, keys=keys, labels_N=labels_N, grids=grids, own_R=own_R[kept], at_R=at_R[kept])
+        images = [self.image_hashes[row] for row in numbers if self.image_hashes]
+        more: dict[str, Any] = {"grids": grids, "image_hashes": images}
+        return replace(self, keys=keys, labels_N=labels_N, **more, own_R=own_R[kept], at_R=at_R[kept])
 
     def layer(self, number: int) -> FeatureBank:
         """Return a bank of the features of one layer, or of one pair of a layer and a pooling, given its index."""
@@ -128,8 +131,8 @@ class FeatureBank:
         see `Predictions.of`. Raises UserError on every rank if a score on any rank is not finite."""
 
         def own() -> Predictions:
-            keys = [self.keys[row] for row in self.own.tolist()]
-            return Predictions.of(keys, self.labels[self.own], scores_RC, votes=votes)
+            keys, images = ([rows[row] for row in self.own.tolist() if rows] for rows in (self.keys, self.image_hashes))
+            return Predictions.of(keys, self.labels[self.own], scores_RC, votes=votes, image_hashes=images)
 
         if self.ranks is None or self.ranks.world == 1:
             return own()

@@ -128,7 +128,12 @@ class FineTuningTask(LabelledTask):
                 for batch in until_stopped(batches, ranks, trainer.stop):
                     assert batch.labels is not None
                     scores_SK = infer(batch.to(ranks.device)).float()
-                    own.append((Predictions.of(batch.keys, batch.labels, scores_SK), batch.skipped))
+                    own.append(
+                        (
+                            Predictions.of(batch.keys, batch.labels, scores_SK, image_hashes=batch.image_hashes),
+                            batch.skipped,
+                        )
+                    )
         except Stopped:
             trainer.cut_short()
             return None

@@ -95,7 +95,7 @@ def measured(
     if not counted:
         raise UserError("--val: no readable sample has a label that also occurs in a readable training sample")
     samples = len(truth_MC)
-    weights_BM = bootstrap_weights(samples, _RESAMPLES, seed)
+    weights_BM = bootstrap_weights(np.arange(samples), _RESAMPLES, seed)
     weights_BM = weights_BM[(weights_BM @ truth_MC[:, counted]).any(1)]  # a bootstrap sample may have no positives
     of_class = {
         name: np.array([average_precisions(truth_MC[:, c], scores_MC[:, c], weights_BM) for c in counted])

@@ -17,7 +17,7 @@ different scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,7 +39,7 @@ from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import WARNINGS, Job, summary
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
-from m3ae_fast.evaluation.significance import area_under_roc, middle
+from m3ae_fast.evaluation.significance import area_under_roc, image_clusters, middle
 from m3ae_fast.process.collectives import all_reduce
 
 TRAIN, VAL = "train", "val"  # names of the in-distribution samples in results
@@ -72,27 +72,34 @@ def precision_recall_areas(inside: np.ndarray, outside: np.ndarray) -> tuple[flo
     return float(average_precision_score(truth, scores)), float(average_precision_score(1 - truth, -scores))
 
 
-def bootstrap_areas(inside: np.ndarray, outside: np.ndarray, seed: int) -> np.ndarray:
+def bootstrap_areas(
+    inside: np.ndarray, outside: np.ndarray, seed: int, clusters: Sequence[np.ndarray] = ()
+) -> np.ndarray:
     """Return the areas under the ROC curves of BOOTSTRAPS bootstrap samples of the scores `inside` and `outside` (see
-    `auroc_and_fpr`), float64 [BOOTSTRAPS]. The selection of samples depends only on the seed and on the numbers of
-    samples."""
+    `auroc_and_fpr`), float64 [BOOTSTRAPS]. The selection of samples depends only on the seed, on the numbers of samples
+    and on their clusters, which are drawn as a whole. `clusters`: those of both sets, int64 (see `image_clusters`);
+    empty: every sample is its own cluster."""
+    drawn = [(ids, ids.max() + 1) for ids in clusters or map(np.arange, map(len, (inside, outside)))]
     random = np.random.default_rng(seed)
     values_V, place = np.unique(np.concatenate((inside, outside)), return_inverse=True)
     parts = place[: len(inside)], place[len(inside) :]
 
     def area() -> float:
         known_V, other_V = (
-            np.bincount(part[random.integers(len(part), size=len(part))], minlength=len(values_V)) for part in parts
+            np.bincount(part, np.bincount(random.integers(count, size=count), minlength=count)[ids], len(values_V))
+            for part, (ids, count) in zip(parts, drawn)
         )
         return area_under_roc(known_V, other_V)
 
     return np.array([area() for _ in track(range(BOOTSTRAPS), "bootstrap")])
 
 
-def auroc_interval(inside: np.ndarray, outside: np.ndarray, seed: int) -> tuple[float, float]:
+def auroc_interval(
+    inside: np.ndarray, outside: np.ndarray, seed: int, clusters: Sequence[np.ndarray] = ()
+) -> tuple[float, float]:
     """Return the 95 % confidence interval of the area under the ROC curve, computed by the bootstrap; see
     `bootstrap_areas`."""
-    return middle(bootstrap_areas(inside, outside, seed))
+    return middle(bootstrap_areas(inside, outside, seed, clusters))
 
 
 class Scores:
@@ -207,7 +214,7 @@ def run(job: Job) -> dict[str, Any]:
         prefix = f"{name}_" if name else ""
         found = encode(corpus, f"encoding {name or 'ood'}")
         other = scores(found)
-        measured = _compare(known, other, seed)
+        measured = _compare(known, other, seed, [image_clusters(bank.image_hashes) for bank in (val, found)])
         metrics = {f"{prefix}{key}": value for key, value in measured.items()}
         result |= metrics
         job.print(f"{name or 'ood'}: {summary(metrics)}")
@@ -275,16 +282,19 @@ def _of_encoder(job: Job, classifier: Classifier) -> Job:
     return replace(job, model=classifier.backbone, config=job.config.model_copy(update={"encode": encode}))
 
 
-def _compare(known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int) -> dict[str, float]:
+def _compare(
+    known: dict[str, np.ndarray], other: dict[str, np.ndarray], seed: int, clusters: Sequence[np.ndarray] = ()
+) -> dict[str, float]:
     """Return the metrics of each score: the area under the ROC curve, the areas under the precision-recall curves, and
-    FPR95. The area under the ROC curve has a confidence interval unless a set has only one sample. `known`, `other`:
-    scores of the in-distribution and of the out-of-distribution samples by name."""
+    FPR95. The area under the ROC curve has a confidence interval unless a set has only one image. `known`, `other`:
+    scores of the in-distribution and of the out-of-distribution samples by name. `clusters`: see `bootstrap_areas`."""
     found: dict[str, float] = {}
     for name in known:
         area, passed = auroc_and_fpr(known[name], other[name])
         found |= {f"{name}_auroc": area, f"{name}_fpr95": passed}
-        if min(len(known[name]), len(other[name])) > 1:  # bootstrap samples of a single sample do not vary
-            low, high = auroc_interval(known[name], other[name], seed)
+        # bootstrap samples of a single image do not vary
+        if all(ids.any() for ids in clusters or map(np.arange, map(len, (known[name], other[name])))):
+            low, high = auroc_interval(known[name], other[name], seed, clusters)
             found |= {f"{name}_auroc_low": low, f"{name}_auroc_high": high}
         aupr_in, aupr_out = precision_recall_areas(known[name], other[name])
         found |= {f"{name}_aupr_in": aupr_in, f"{name}_aupr_out": aupr_out}

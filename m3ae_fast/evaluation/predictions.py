@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.evaluation.significance import ERROR, standard_error
+from m3ae_fast.evaluation.significance import ERROR, error_of_accuracy, image_clusters
 
 FILE = "predictions.parquet"
+IMAGE_HASH = "image_hash"  # column of the table; see `Sample.image_hash`
 
 
 def best_classes(scores_NC: Tensor) -> Tensor:
@@ -54,39 +56,58 @@ class Predictions:
     labels_N: Tensor  # int64 class ids
     best_NK: Tensor  # see `best_classes`
     scores_N: Tensor  # float32: scores of the best classes, from 0 to 1
+    image_hashes: list[str] = field(default_factory=list)  # see `Sample.image_hash`; empty: they are unknown
 
     @classmethod
-    def of(cls, keys: Sequence[str], labels_N: Tensor, scores_NC: Tensor, *, votes: bool = False) -> Predictions:
+    def of(
+        cls,
+        keys: Sequence[str],
+        labels_N: Tensor,
+        scores_NC: Tensor,
+        *,
+        votes: bool = False,
+        image_hashes: Sequence[str] = (),
+    ) -> Predictions:
         """Return the predictions for scores of the classes, floating-point. By default, scores are logits, and their
         softmax is stored. If `votes` is set, they are votes, and each class's fraction of the votes is stored. Raises
         UserError as `best_classes` does."""
         best_NK = best_classes(scores_NC)
         shares_NC = scores_NC / scores_NC.sum(1, keepdim=True) if votes else scores_NC.float().softmax(1)
         scores_N = shares_NC.gather(1, best_NK[:, :1])[:, 0].float()
-        return cls(list(keys), labels_N.cpu(), best_NK.cpu(), scores_N.cpu())
+        return cls(list(keys), labels_N.cpu(), best_NK.cpu(), scores_N.cpu(), list(image_hashes))
 
     @classmethod
     def joined(cls, parts: Sequence[Predictions]) -> Predictions:
         """Return the concatenation of predictions."""
-        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("labels_N", "best_NK", "scores_N"))
-        return cls(list(chain.from_iterable(part.keys for part in parts)), *tensors)
+        tensors = [torch.cat([getattr(part, name) for part in parts]) for name in ("labels_N", "best_NK", "scores_N")]
+        lists = [[*chain.from_iterable(getattr(part, name) for part in parts)] for name in ("keys", "image_hashes")]
+        return cls(lists[0], tensors[0], tensors[1], tensors[2], lists[1])
 
     @property
     def correct_N(self) -> Tensor:
         """Return whether the best class is the correct one, bool [N]."""
         return self.best_NK[:, 0] == self.labels_N
 
+    @property
+    def clusters_N(self) -> np.ndarray:
+        """Return the cluster of each sample, int64 [N]; see `image_clusters`."""
+        return image_clusters(self.image_hashes or [""] * len(self.keys))
+
     def accuracies(self) -> dict[str, float]:
         """Return the accuracies "top1" and, if there are more than 5 classes, "top5", from 0 to 1, with their standard
         errors, such as "top1_se"."""
-        found = topk_accuracy(self.best_NK, self.labels_N)
-        return found | {f"{name}{ERROR}": standard_error(value, len(self.keys)) for name, value in found.items()}
+        found, clusters_N = topk_accuracy(self.best_NK, self.labels_N), self.clusters_N
+        for name in [*found]:
+            correct_N = (self.best_NK[:, : int(name.removeprefix("top"))] == self.labels_N[:, None]).any(1)
+            found[f"{name}{ERROR}"] = error_of_accuracy(correct_N.numpy(), clusters_N)
+        return found
 
     def columns(self, classes: Classes) -> dict[str, list[Any]]:
         """Return the columns of the table: keys, labels and predicted labels as in the shards, and scores."""
         named = {"label": self.labels_N, "prediction": self.best_NK[:, 0]}
         columns = {name: [classes[number] for number in ids.tolist()] for name, ids in named.items()}
-        return {"key": self.keys, **columns, "score": self.scores_N.tolist()}
+        images = {IMAGE_HASH: self.image_hashes} if self.image_hashes else {}
+        return {"key": self.keys, **columns, "score": self.scores_N.tolist(), **images}
 
 
 def stacked(parts: Iterable[tuple[Predictions, Mapping[str, Any]]], classes: Classes) -> dict[str, list[Any]]:

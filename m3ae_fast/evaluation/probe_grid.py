@@ -345,7 +345,8 @@ def _measured(found: Sequence[Predictions]) -> dict[str, Any]:
     standard error and 95 % confidence interval."""
     if len(found) == 1:
         return found[0].accuracies()
-    top1, error = mean_accuracy(np.stack([predictions.correct_N.numpy() for predictions in found]))
+    correct_DN = np.stack([predictions.correct_N.numpy() for predictions in found])
+    top1, error = mean_accuracy(correct_DN, found[0].clusters_N)
     low, high = interval([predictions.accuracies()["top1"] for predictions in found])
     return {"top1": top1, f"top1{ERROR}": error, "draws": len(found), "low": max(low, 0.0), "high": min(high, 1.0)}
 

@@ -18,11 +18,12 @@ from m3ae_fast.evaluation.significance import ERROR, Difference, middle
 _SAME = 1e-12  # largest difference between values that differ only by rounding
 
 
-def bootstrap_weights(samples: int, resamples: int, seed: int) -> np.ndarray:
-    """Return the weights of the samples, int64 [1 + resamples, samples]: 1 in the first row, for the original samples,
-    and the weights of a bootstrap sample in each further row."""
-    drawn = np.random.default_rng(seed).multinomial(samples, np.full(samples, 1 / samples), size=resamples)
-    return np.concatenate((np.ones((1, samples), np.int64), drawn))
+def bootstrap_weights(clusters_N: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return the weights of the samples, int64 [1 + resamples, N]: 1 in the first row, for the original samples, and
+    the weights of a bootstrap sample of their clusters in each further row. `clusters_N`: see `image_clusters`."""
+    clusters = int(clusters_N.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    return np.concatenate((np.ones((1, len(clusters_N)), np.int64), drawn[:, clusters_N]))
 
 
 @dataclass(frozen=True)

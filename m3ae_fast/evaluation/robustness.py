@@ -209,7 +209,8 @@ def _predictions(job: Job, each: Pass, title: str, whole: TimeLeft) -> Predictio
         batch = batch.to(ranks.device)
         assert batch.labels is not None
         with torch.no_grad():
-            own.append(Predictions.of(batch.keys, batch.labels, each.classify(batch)))
+            logits_SK = each.classify(batch)
+            own.append(Predictions.of(batch.keys, batch.labels, logits_SK, image_hashes=batch.image_hashes))
     skipped = [some for part in ranks.gather(skipped) for some in part]
     check_skipped(skipped, min(config.samples or corpus.samples, corpus.samples), job.config.data.max_bad_fraction)
     # the batches are assigned to the ranks in turn, and all ranks have the same number of batches

@@ -36,6 +36,7 @@ from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_head
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
+from m3ae_fast.evaluation.significance import image_clusters
 from m3ae_fast.evaluation.stacked_optimizers import AdamW
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.ranks import Ranks
@@ -119,7 +120,7 @@ def run(job: Job) -> dict[str, Any]:
     if untrained := val_ids - known:
         names = ", ".join(map(str, sorted(untrained)))
         job.print(f"note: no training image has pixels of the classes {names}, whose IoU therefore counts as 0")
-    result = measured(counts, job.config.run.seed)
+    result = measured(counts, job.config.run.seed, val.bank.image_hashes)
     return result | {
         "head": config.head,
         "train_samples": len(train.bank.keys),
@@ -290,7 +291,7 @@ def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int |
     return torch.stack(found)
 
 
-def measured(counts: Mapping[str, Counts], seed: int) -> dict[str, Any]:
+def measured(counts: Mapping[str, Counts], seed: int, hashes: Sequence[str] = ()) -> dict[str, Any]:
     """Return the entries of result.json. The model is compared with the baselines and with always predicting the
     largest class. Standard errors and the intervals of the differences are computed by a bootstrap over images.
 
@@ -298,9 +299,10 @@ def measured(counts: Mapping[str, Counts], seed: int) -> dict[str, Any]:
         counts: the counts of the model and of each baseline on the same images; the keys are MODEL and the names of
             the baselines.
         seed: random seed of the bootstrap.
+        hashes: hash of each image; the bootstrap draws images with equal hashes together. Empty: all images differ.
     """
     model, largest = counts[MODEL], counts[MODEL].largest()
-    weights_BM = bootstrap_weights(len(model.truth_MC), _RESAMPLES, seed)
+    weights_BM = bootstrap_weights(image_clusters(hashes or [""] * len(model.truth_MC)), _RESAMPLES, seed)
     weights_BM = weights_BM[weights_BM @ model.truth_MC.sum(1) > 0]  # a bootstrap sample may have only ignored pixels
     found = {
         name: Resampled(np.array([each.miou(weights_M) for weights_M in weights_BM])) for name, each in counts.items()

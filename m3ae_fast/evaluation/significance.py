@@ -1,6 +1,11 @@
 """Standard errors of accuracies, and significance tests between two accuracies on the same samples.
 
-Shapes: N samples, B bootstrap samples.
+Samples with the same image form a cluster, because a model gives copies of an image the same features. The standard
+errors are the cluster-robust ones of a mean (Liang and Zeger 1986, "Longitudinal data analysis using generalized linear
+models"; for evaluations: Miller 2024, arXiv 2411.00640). The bootstrap draws clusters, and McNemar's test tosses a coin
+for each cluster. If no image occurs twice, these are the usual formulas for independent samples.
+
+Shapes: N samples, C clusters, B bootstrap samples.
 """
 
 from __future__ import annotations
@@ -16,22 +21,51 @@ _RESAMPLES = 10_000  # number of bootstrap samples
 LEVEL = 0.05  # significance level of the tests; 1 minus the coverage of the intervals
 
 
-def standard_error(accuracy: float, samples: int) -> float:
+def image_clusters(hashes: Sequence[str]) -> np.ndarray:
+    """Return the cluster of each sample, int64 [N], numbered in the order of first occurrence: samples whose images
+    have the same hash are in one cluster. A sample without a hash ("") is alone in its cluster."""
+    seen: dict[Any, int] = {}
+    keys = (image or number for number, image in enumerate(hashes))
+    return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
+
+
+def effective_samples(clusters_N: np.ndarray) -> float:
+    """Return the effective number of samples if all samples of a cluster have the same result: N^2 / (sum of squared
+    cluster sizes) (Kish 1965, "Survey Sampling")."""
+    sizes_C = np.bincount(clusters_N)
+    return len(clusters_N) ** 2 / float(sizes_C @ sizes_C)
+
+
+def error_of_accuracy(correct_N: np.ndarray, clusters_N: np.ndarray | None = None) -> float:
+    """Return the cluster-robust standard error of an accuracy.
+
+    Args:
+        correct_N: whether each sample is classified correctly, bool, or the fraction of trials in which it is.
+        clusters_N: cluster of each sample, int64; None: every sample is its own cluster.
+    """
+    clusters_N = np.arange(len(correct_N)) if clusters_N is None else clusters_N
+    mean = float(correct_N.mean())
+    if not 0 < mean < 1 or not clusters_N.any():  # the residuals of all clusters are 0
+        return standard_error(mean, effective_samples(clusters_N))
+    residuals_C = np.bincount(clusters_N, correct_N - mean)
+    return math.sqrt(residuals_C @ residuals_C) / len(correct_N)
+
+
+def standard_error(accuracy: float, samples: float) -> float:
     """Return the standard error of an accuracy on this number of samples. If the accuracy is 0 or 1, Laplace's estimate
     is used in its place, so that the standard error is not 0."""
     likely = accuracy if 0 < accuracy < 1 else (accuracy * samples + 1) / (samples + 2)
     return math.sqrt(likely * (1 - likely) / samples)
 
 
-def mean_accuracy(correct_DN: np.ndarray) -> tuple[float, float]:
+def mean_accuracy(correct_DN: np.ndarray, clusters_N: np.ndarray | None = None) -> tuple[float, float]:
     """Return the mean accuracy of D trials on the same samples, and its standard error over samples and trials.
-    `correct_DN`: whether each sample was classified correctly in each trial, bool."""
-    trials, samples = correct_DN.shape
+    `correct_DN`: whether each sample was classified correctly in each trial, bool. `clusters_N`: see
+    `error_of_accuracy`."""
+    trials = len(correct_DN)
     accuracies_D, shares_N = correct_DN.mean(1), correct_DN.mean(0)
     of_trials = accuracies_D.var(ddof=1) / trials if trials > 1 else 0.0
-    mean = float(shares_N.mean())
-    of_samples = shares_N.var() / samples if 0 < mean < 1 else standard_error(mean, samples) ** 2
-    return mean, math.sqrt(of_samples + of_trials)
+    return float(shares_N.mean()), math.hypot(error_of_accuracy(shares_N, clusters_N), math.sqrt(of_trials))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -104,36 +138,69 @@ def middle(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def difference(first_N: np.ndarray, second_N: np.ndarray, seed: int = 0) -> Difference:
+def difference(
+    first_N: np.ndarray, second_N: np.ndarray, clusters_N: np.ndarray | None = None, seed: int = 0
+) -> Difference:
     """Return the difference between two classifiers on the same samples.
 
     Args:
         first_N, second_N: whether each sample is classified correctly, bool; or the fraction of seeds with which it is
             classified correctly. For McNemar's test, fractions above one half count as correct, and samples with
             fractions of exactly one half are excluded.
+        clusters_N: see `error_of_accuracy`.
         seed: random seed of the bootstrap.
     """
     apart_N = first_N.astype(np.float64) - second_N.astype(np.float64)
-    interval = middle(_bootstrap_means(apart_N, seed))
+    clusters_N = np.arange(len(apart_N)) if clusters_N is None else clusters_N
+    interval = middle(_bootstrap_means(apart_N, clusters_N, seed))
     decided_N = (first_N != 0.5) & (second_N != 0.5)
-    return Difference(apart_N.mean().item(), *interval, mcnemar(first_N[decided_N] > 0.5, second_N[decided_N] > 0.5))
+    p = mcnemar(first_N[decided_N] > 0.5, second_N[decided_N] > 0.5, clusters_N[decided_N])
+    return Difference(apart_N.mean().item(), *interval, p)
 
 
-def mcnemar(first_N: np.ndarray, second_N: np.ndarray) -> float:
+def mcnemar(first_N: np.ndarray, second_N: np.ndarray, clusters_N: np.ndarray | None = None) -> float:
     """Return the p-value of McNemar's exact two-sided test: if two classifiers are equally good, each sample that only
-    one of them classifies correctly is equivalent to the toss of a fair coin. `first_N`, `second_N`: whether each
-    sample is classified correctly, bool."""
-    fewer, more = sorted((int((first_N & ~second_N).sum()), int((second_N & ~first_N).sum())))
-    tosses = fewer + more
+    one of them classifies correctly is equivalent to the toss of a fair coin.
+
+    With clusters, it is the toss of one coin for each cluster, which decides the sign of the difference between the
+    numbers of correct samples of the two classifiers: Fisher's randomisation test (Fisher 1935, "The Design of
+    Experiments", section 21) of the cluster totals. The normal approximation of this test is that of Yang, Sun and
+    Hardin (2010, "A note on the tests for clustered matched-pair binary data").
+
+    Args:
+        first_N, second_N: whether each sample is classified correctly, bool.
+        clusters_N: see `error_of_accuracy`.
+    """
+    apart_N = first_N.astype(np.int64) - second_N
+    apart_C = apart_N if clusters_N is None else np.bincount(clusters_N, apart_N).round().astype(np.int64)
+    apart_C = apart_C[apart_C != 0]
+    if not len(apart_C):
+        return 1.0
+    apart_C = apart_C // np.gcd.reduce(apart_C)
+    fewer = int(min(apart_C[apart_C > 0].sum(), -apart_C[apart_C < 0].sum()))
+    # probability that the clusters whose coins show heads have a total of 0, 1, ..., `fewer`
+    chances = np.zeros(fewer + 1)
+    chances[0] = 1
+    for size, tosses in zip(*(each.tolist() for each in np.unique(abs(apart_C), return_counts=True))):
+        before, chances = chances, np.zeros(fewer + 1)
+        for heads, chance in enumerate(_coins(tosses, min(tosses, fewer // size)).tolist()):
+            chances[heads * size :] += chance * before[: fewer + 1 - heads * size]
+    return min(1.0, 2 * float(chances.sum()))
+
+
+def _coins(tosses: int, most: int) -> np.ndarray:
+    """Return the probabilities of 0, 1, ..., `most` heads among this number of tosses of a fair coin."""
     log_factorials = np.concatenate(([0.0], np.log(np.arange(1, tosses + 1)).cumsum()))
-    heads = np.arange(fewer + 1)
+    heads = np.arange(most + 1)
     logs = log_factorials[tosses] - log_factorials[heads] - log_factorials[tosses - heads] - tosses * math.log(2)
-    return min(1.0, 2 * float(np.exp(logs).sum()))
+    return np.exp(logs)
 
 
-def _bootstrap_means(values_N: np.ndarray, seed: int) -> np.ndarray:
-    """Return the means of the bootstrap samples of N values, [B]."""
-    count, generator = len(values_N), np.random.default_rng(seed)
-    found, counts = np.unique(values_N, return_counts=True)  # there are few distinct values, so only counts are drawn
+def _bootstrap_means(values_N: np.ndarray, clusters_N: np.ndarray, seed: int) -> np.ndarray:
+    """Return the means of N values in bootstrap samples of their clusters, [B]."""
+    clusters_C = np.stack((np.bincount(clusters_N, values_N), np.bincount(clusters_N)), 1)  # sum and size
+    count, generator = len(clusters_C), np.random.default_rng(seed)
+    # there are few distinct clusters, so only counts are drawn
+    found, counts = np.unique(clusters_C, axis=0, return_counts=True)
     drawn = generator.multinomial(count, counts / count, size=_RESAMPLES)
-    return drawn @ found / count
+    return (drawn @ found[:, 0]) / (drawn @ found[:, 1])

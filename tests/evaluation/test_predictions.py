@@ -47,7 +47,7 @@ def test_a_task_stores_the_predictions_behind_its_accuracy(transfer, tmp_path, t
     quick = settings(*(f"{task}.{key}" for key in ("steps=3", "global_batch=16", "warmup_epochs=0")))
     result = transfer(task, "--labels", "json.name", *(quick if task != "knn" else ()))
     table = _columns(tmp_path / "out")
-    assert list(table) == ["key", "label", "prediction", "score"]
+    assert list(table) == ["key", "label", "prediction", "score", "image_hash"]
     assert len({*table["key"]}) == 18 and {*table["label"]} == {"blue", "green", "red"}
     right = np.mean([label == made for label, made in zip(table["label"], table["prediction"])])
     assert result["top1"] == pytest.approx(right)
