@@ -43,7 +43,7 @@ def test_attention_maps_equal_the_weights_of_the_attention_op():
     with block.attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs)), torch.no_grad():
         model.forward_encoder(batch)
     x_TD, keys, *_ = seen[0]
-    kv = block.attn.qkv(x_TD)[1].unflatten(-1, (3, 4, -1)).detach().requires_grad_()
+    kv = block.attn.qkv(x_TD).unflatten(-1, (3, 4, -1)).detach().requires_grad_()
     out_THd = attend(None, kv, keys, keys)
     for row, found_L in zip((0, 17, 20), attention_to_patches(model, sample, [0, 17, 20])):
         (grad,) = torch.autograd.grad(out_THd[row].sum(), kv, retain_graph=True)

@@ -256,7 +256,7 @@ def test_a_block_equals_plain_modules(gelu):
         return branch * factors_S.repeat_interleave(lengths)[:, None]
 
     got = block(x, keys, factors_2S=factors)
-    _, qkv = block.attn.qkv(block.norm1(x))
+    qkv = block.attn.qkv(block.norm1(x))
     attended = attend(None, qkv.view(16, 3, 2, 8), keys, keys).flatten(1)
     x = x + dropped(block.attn.proj(attended), factors[0])
     hidden = F.gelu(block.mlp.fc1(block.norm2(x)), approximate="none" if gelu == "exact" else "tanh")

@@ -61,7 +61,7 @@ def attention_weights(model: M3AE, sample: Sample, queries: Sequence[int], choic
     with block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
         model.forward_encoder(pack([sample], model.geometry))
     heads = block.attn.num_heads
-    _, qkv = block.attn.qkv(block.norm1(seen[0]))
+    qkv = block.attn.qkv(block.norm1(seen[0]))
     q_THd, k_THd, _ = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
     scores_HRT = torch.einsum("rhd,thd->hrt", q_THd[list(queries)], k_THd) / math.sqrt(q_THd.shape[-1])
     weights_HRT = scores_HRT.softmax(-1)

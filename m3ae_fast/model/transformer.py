@@ -18,10 +18,11 @@ import torch._functorch.config
 import torch.nn.functional as F
 from m3ae_kernels import gather_tokens, packed_attention
 from m3ae_kernels.attention import Segments
-from m3ae_kernels.cpu.linear import Linear, linear
+from m3ae_kernels.cpu.linear import Linear, is_plain, linear
 from m3ae_kernels.cpu.mlp import mlp
 from m3ae_kernels.cpu.norm import LayerNorm
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 EPS = 1e-6  # for all LayerNorms; flax's default
@@ -37,11 +38,11 @@ class QKV(Linear):
 
     def forward(  # type: ignore[override]
         self, x_TD: Tensor, rows_R: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return the queries [R, D] of `rows_R` and the keys and values [T, 2 D]. Without `rows_R`, return None and the
-        queries, keys and values [T, 3 D]."""
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the queries, keys and values [T, 3 D] or, with `rows_R`, the queries [R, D] of these rows and the keys
+        and values [T, 2 D]."""
         if rows_R is None:
-            return None, super().forward(x_TD)
+            return super().forward(x_TD)
         dim = self.in_features
         q_RD = linear(gather_tokens(x_TD, rows_R), self.weight[:dim], self.bias[:dim])
         return q_RD, linear(x_TD, self.weight[dim:], self.bias[dim:])
@@ -59,7 +60,7 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, keys: Segments, rows_R: Tensor | None, queries: Segments) -> Tensor:
         """Map [T, D] to [R, D]. `keys`: the samples' segments of `x_TD`; `rows_R`: int, the rows that are queries
         (None: all rows); `queries`: their segments."""
-        q_RD, kv = self.qkv(x_TD, rows_R)
+        q_RD, kv = self._projected(x_TD, rows_R)
         kv_TnHd = kv.unflatten(-1, (3 if q_RD is None else 2, self.num_heads, -1))
         options: dict[str, Any] = {}
         if q_RD is not None:
@@ -68,10 +69,21 @@ class Attention(nn.Module):
         out_RHd = packed_attention(kv_TnHd, keys.cu_seqlens, keys.max_seqlen, **options)
         return self.proj(out_RHd.flatten(1))
 
+    def _projected(self, x_TD: Tensor, rows_R: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Return the queries [R, D] of `rows_R` and the keys and values [T, 2 D]. Without `rows_R`, return None and the
+        queries, keys and values [T, 3 D]."""
+        if rows_R is None:
+            return None, self.qkv(x_TD)
+        if is_plain(self.qkv, QKV):
+            return self.qkv(x_TD, rows_R)
+        q_TD, kv_TX = self.qkv(x_TD).tensor_split([x_TD.shape[1]], 1)  # adapters and hooks expect a linear layer
+        return gather_tokens(q_TD, rows_R), kv_TX
+
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them. This module reads the layers' parameters itself, so the engine must
-    configure ZeRO-3 to gather them for this module instead of for the layers."""
+    """Two linear layers with a GELU between them. Unless the layers have been replaced or have hooks, this module reads
+    their parameters itself, so the engine must configure ZeRO-3 to gather them for this module instead of for the
+    layers."""
 
     def __init__(self, dim: int, hidden_dim: int, gelu: Gelu) -> None:
         super().__init__()
@@ -80,11 +92,13 @@ class MLP(nn.Module):
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """Map [R, D] to [R, D]."""
-        if self.gelu == "tanh":
-            out_RD = mlp(x_RD, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        fc1, fc2 = self.fc1, self.fc2
+        plain = is_plain(fc1, Linear) and is_plain(fc2, Linear) and not _has_any_global_hook()
+        if self.gelu == "tanh" and plain:
+            out_RD = mlp(x_RD, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
             if out_RD is not None:
                 return out_RD
-        return self.fc2(gelu(self.fc1(x_RD), self.gelu))
+        return fc2(gelu(fc1(x_RD), self.gelu))
 
 
 def gelu(x: Tensor, kind: Gelu) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dispatch import as_rows, with_lead
 from ..registry import Op
 from .build import BF16, TILES, load, may_use_tiles
 from .processor import this_cpu
@@ -35,34 +36,43 @@ PANEL_BYTES = 1 << 20  # maximum bytes of the sums that a thread of weight_gradi
 class Linear(nn.Linear):
     """A torch.nn.Linear that is computed by `linear`."""
 
-    def forward(self, x_RI: Tensor) -> Tensor:
-        """Return the output [R, O]; dtypes follow autocast."""
-        return linear(x_RI, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output [..., O] for x [..., I]; dtypes follow autocast."""
+        return linear(x, self.weight, self.bias)
 
 
-def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """Return the result of torch.nn.functional.linear, [R, O], including the behaviour of autocast.
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Return whether a call of `layer` runs `kind.forward` and nothing else. It does not if the layer is of another
+    class, such as an adapter or a parametrised layer, or has a hook or a forward of its own."""
+    if type(layer) is not kind or "forward" in layer.__dict__:
+        return False
+    before = layer._forward_pre_hooks or layer._backward_pre_hooks
+    return not (before or layer._forward_hooks or layer._backward_hooks)
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return the result of torch.nn.functional.linear, [..., O] for x [..., I], including the behaviour of autocast.
 
     For float32 on AMD CPUs, oneDNN is used, which is twice as fast as torch's choice, MKL; on Intel CPUs, MKL is
     10 % faster. For bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c and
     weight_gradient.c are used, which do not round the bias and the gradients of parameters to bf16.
     """
-    dtype = matmul_dtype(x_RI, weight_OI)
+    dtype = matmul_dtype(x, weight_OI)
     if dtype is None or not (_by_onednn(dtype, weight_OI) or by_kernels(dtype, weight_OI)):
-        return F.linear(x_RI, weight_OI, bias_O)
-    return linear_op(x_RI.to(dtype), weight_OI, bias_O)
+        return F.linear(x, weight_OI, bias_O)
+    return with_lead(linear_op(as_rows(x.to(dtype), 1), weight_OI, bias_O), x.shape[:-1])
 
 
-def matmul_dtype(x_RI: Tensor, weight_OI: Tensor) -> torch.dtype | None:
+def matmul_dtype(x: Tensor, weight_OI: Tensor) -> torch.dtype | None:
     """Return the dtype in which `linear` multiplies; None if torch's own function is used, for example on a GPU or for
     two different dtypes. The result does not depend on the number of rows. If it did, compiled graphs could differ
     between ranks, and the ranks would compute gradients in different orders. With ZeRO, the order must be the same on
     all ranks, because gradients are reduced in the order in which they are computed."""
-    if x_RI.device.type != "cpu":
+    if x.device.type != "cpu":
         return None
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu")
-    return x_RI.dtype if x_RI.dtype == weight_OI.dtype else None
+    return x.dtype if x.dtype == weight_OI.dtype else None
 
 
 def _by_onednn(dtype: torch.dtype, weight_OI: Tensor) -> bool:
@@ -82,6 +92,7 @@ def linear_forward(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Te
     if not len(x_RI):
         return x_RI.new_empty(0, weight_OI.shape[0])
     if _by_onednn(dtype, weight_OI):
+        bias_O = None if bias_O is None else bias_O.contiguous()  # oneDNN ignores the stride
         return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, bias_O, "none", [], "")
     if multiplies(x_RI, weight_OI):
         return product(x_RI, weight_OI, bias_O, transposed=True)[0]
@@ -131,7 +142,8 @@ def product(
     hidden_RN = None if hidden_RN is None else hidden_RN.contiguous()
     y_RN = torch.empty_like(out_RN) if before_gelu or hidden_RN is not None else None
     packed = x_RK.new_empty(weight.numel())
-    tensors = x_RK, weight, None if bias_N is None else bias_N.float(), hidden_RN, packed, out_RN, y_RN
+    bias_N = None if bias_N is None else bias_N.float().contiguous()
+    tensors = x_RK, weight, bias_N, hidden_RN, packed, out_RN, y_RN
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     wide, threads = weight.dtype == torch.float32, torch.get_num_threads()
     done = library.linear(*pointers, rows, depth, width, x_RK.stride(0), transposed, wide, threads)

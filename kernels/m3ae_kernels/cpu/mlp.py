@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import as_rows, with_lead
 from ..registry import Op
 from .build import BF16, DTYPES, load
 from .linear import (
@@ -31,13 +32,13 @@ from .linear import (
 )
 
 
-def mlp(x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor) -> Tensor | None:
-    """Return fc2(gelu(fc1(x))), [R, O], with the tanh approximation of GELU. Dtypes follow autocast. Return None if
-    there is no kernel for this device, CPU or dtype."""
-    dtype = matmul_dtype(x_RI, weight_HI)
+def mlp(x: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor) -> Tensor | None:
+    """Return fc2(gelu(fc1(x))), [..., O] for x [..., I], with the tanh approximation of GELU. Dtypes follow autocast.
+    Return None if there is no kernel for this device, CPU or dtype."""
+    dtype = matmul_dtype(x, weight_HI)
     if dtype not in DTYPES:
         return None
-    return mlp_op(x_RI.to(dtype), weight_HI, bias_H, weight_OH, bias_O)[0]
+    return with_lead(mlp_op(as_rows(x.to(dtype), 1), weight_HI, bias_H, weight_OH, bias_O)[0], x.shape[:-1])
 
 
 def _forward(

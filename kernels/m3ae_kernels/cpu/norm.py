@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dispatch import as_rows, with_lead
 from ..registry import NAMESPACE, once
 from .build import BF16, DTYPES, load
 
@@ -20,35 +21,38 @@ BLOCK_ROWS = 64  # rows that norm.c sums at once
 
 
 class LayerNorm(nn.LayerNorm):
-    """A torch.nn.LayerNorm that is computed by `layer_norm`."""
+    """A torch.nn.LayerNorm that is computed by `layer_norm` if it has a weight [D]."""
 
-    def forward(self, x_RD: Tensor) -> Tensor:
-        """Return the normalised rows [R, D]."""
-        return layer_norm(x_RD, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised rows [..., D]."""
+        if self.weight is None or self.weight.dim() != 1:
+            return super().forward(x)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def layer_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """Return the result of torch.nn.functional.layer_norm, [R, D] in the dtype of x, with gradients that are
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+    """Return the result of torch.nn.functional.layer_norm, [..., D] in the dtype of x, with gradients that are
     accumulated in float32. Under torch.compile, torch's own function is used, because its compiled code accumulates in
     float32."""
-    low = x_RD.device.type == "cpu" and x_RD.dtype in (torch.bfloat16, torch.float16)
+    low = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
     if torch.compiler.is_compiling() or not low:
-        return F.layer_norm(x_RD, weight_D.shape, weight_D, bias_D, eps)
-    return _LayerNorm.apply(x_RD, weight_D, bias_D, eps)[0]
+        return F.layer_norm(x, weight_D.shape, weight_D, bias_D, eps)
+    return with_lead(_LayerNorm.apply(as_rows(x, 1), weight_D, bias_D, eps)[0], x.shape[:-1])
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return output, mean and reciprocal standard deviation."""
-        return torch.native_layer_norm(x_RD, weight_D.shape, weight_D.float(), bias_D.float(), eps)
+        shift_D = None if bias_D is None else bias_D.float()
+        return torch.native_layer_norm(x_RD, weight_D.shape, weight_D.float(), shift_D, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         x_RD, weight_D, bias_D, _ = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x_RD, weight_D, *output[1:])
-        ctx.dtypes = x_RD.dtype, weight_D.dtype, bias_D.dtype
+        ctx.dtypes = x_RD.dtype, weight_D.dtype, weight_D.dtype if bias_D is None else bias_D.dtype
 
     @staticmethod
     def backward(ctx, *grads):
@@ -75,8 +79,8 @@ def layer_norm_gradients(
         wide = grad_RD.float(), x_RD.float(), weight_D.shape, mean_R1, rstd_R1, weight_D, weight_D
         dx, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(*wide, [True] * 3)
         return dx.to(x_RD.dtype), of_weight, of_bias
-    grad_RD, x_RD = grad_RD.contiguous(), x_RD.contiguous()
-    rows, width = x_RD.numel() // len(weight_D), len(weight_D)
+    grad_RD, x_RD, weight_D = grad_RD.contiguous(), x_RD.contiguous(), weight_D.contiguous()
+    rows, width = x_RD.shape
     dx = torch.empty_like(x_RD)
     sums_B2D = weight_D.new_zeros(-(-rows // BLOCK_ROWS), 2, width)
     tensors = grad_RD, x_RD, weight_D, mean_R1, rstd_R1, dx, sums_B2D
