@@ -82,7 +82,7 @@ def test_splits_and_classes_are_taken_from_folder_names(tmp_path, capsys, layout
     assert all(f'"{split}": [{{"shards": "{tmp_path}/out/{split}-*.tar"}}]' in output for split, _, _ in expected)
 
 
-@pytest.mark.parametrize(("name", "split"), [("val", "val"), ("validation", "val"), ("Test", "test"), ("dev", "train")])
+@pytest.mark.parametrize(("name", "split"), [("val", "val"), ("validation", "val"), ("Test", "test"), ("Dev", "train")])
 def test_a_folder_named_val_becomes_held_out_shards(tmp_path, name, split):
     """A folder called dev is not a split, because many users keep their projects in ~/dev."""
     tree(tmp_path / name, "cat/0.png", "dog/0.png")
@@ -205,7 +205,7 @@ def test_pretraining_keeps_the_splits(tmp_path):
     ("name", "split"),
     [
         *((f"{name}.tar", "val") for name in ("food-val-0", "imagenet1k-validation-00", "VAL_0", "valid3", "x.val")),
-        *((f"{name}.tar", "test") for name in ("test", "my_test_01", "train-test-0")),
+        *((f"{name}.tar", "test") for name in ("test", "my_test_01", "train-test-0", "A-TEST")),
         *(
             (f"{name}.tar", None)
             for name in ("trainval-0", "validated", "contest1", "0", "train-0", "test\u00e9", "dev-0")

@@ -95,6 +95,19 @@ def test_a_folder_with_classes_and_captions_is_converted(tmp_path, pictures, cap
     assert len(list(out.glob("*" + INDEX_SUFFIX))) == 3
 
 
+def test_suffixes_and_names_of_splits_may_be_written_in_capitals(tmp_path):
+    for number, name in enumerate(["TRAIN/cat/0.JPG", "TRAIN/dog/1.Png", "TRAIN/dog/2.jpeg", "Val/cat/3.JPEG"]):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number, fmt="PNG" if name.endswith("Png") else "JPEG"))
+        path.with_suffix(".TXT").write_text(f"caption {number}")
+    assert make(tmp_path / "in", tmp_path / "out") == 0
+    for pattern, captions in (("train-*.tar", {"caption 0", "caption 1", "caption 2"}), ("val-*.tar", {"caption 3"})):
+        samples = contents(tmp_path / "out", pattern)
+        assert {sample["txt"].decode() for sample in samples} == captions
+        assert all({"jpg", "jpeg", "png"} & sample.keys() for sample in samples)
+
+
 def test_the_same_input_gives_bitwise_identical_shards(tmp_path, pictures):
     options = ("--samples-per-shard", "3", "--held-out", "0.2")
     assert make(pictures, tmp_path / "one", *options) == 0
@@ -381,6 +394,15 @@ def test_a_saved_hugging_face_dataset_is_converted(tmp_path, dataset):
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["cat", "dog"]
 
 
+def test_the_case_of_column_names_does_not_matter(tmp_path, dataset):
+    dataset.save_to_disk(tmp_path / "usual")
+    dataset.rename_columns({"image": "Image", "caption": "CAPTION", "label": "Label"}).save_to_disk(tmp_path / "other")
+    for name in ("usual", "other"):
+        assert make(tmp_path / name, tmp_path / f"from {name}") == 0
+    found = contents(tmp_path / "from other")
+    assert len(found) == 7 and found == contents(tmp_path / "from usual")
+
+
 def test_a_row_with_an_empty_image_becomes_a_text_only_sample(tmp_path):
     rows = {"image": [{"bytes": None, "path": None}], "caption": ["a cat"]}
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
@@ -536,7 +558,13 @@ def test_the_type_of_a_source_is_recognised(tmp_path, pictures):
     (tmp_path / "linked/cat").symlink_to(pictures / "cat")
     (tmp_path / "linked/captions.csv").touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "capitals").mkdir()
+    (tmp_path / "capitals/A.JPG").touch()
+    (tmp_path / "capitals/CAPTIONS.CSV").touch()
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables/TRAIN.PARQUET").touch()
     (tmp_path / "a.h5").touch()
+    (tmp_path / "B.H5").touch()
     _hdf5(tmp_path / "without a suffix", jpg=[1, 2])
     (tmp_path / "notes").write_text("no source")
     for name, kind in (
@@ -545,7 +573,10 @@ def test_the_type_of_a_source_is_recognised(tmp_path, pictures):
         ("saved", "huggingface"),
         ("linked", "folder"),
         ("empty", "folder"),
+        ("capitals", "folder"),
+        ("tables", "huggingface"),
         ("a.h5", "hdf5"),
+        ("B.H5", "hdf5"),
         ("none.hdf5", "hdf5"),
         ("without a suffix", "hdf5"),
     ):
@@ -554,6 +585,8 @@ def test_the_type_of_a_source_is_recognised(tmp_path, pictures):
     for name in ("images/", "./images", str(tmp_path / "none"), str(tmp_path / "notes")):
         with pytest.raises(UserError, match="is neither a folder, nor an HDF5 file"):
             kind_of_source(name)
+    with pytest.raises(UserError, match="add --captions .*CAPTIONS.CSV"):
+        kind_of_source(str(tmp_path / "capitals/CAPTIONS.CSV"))
     with pytest.raises(UserError, match="SOURCE is empty"):
         kind_of_source("")
 
