@@ -585,7 +585,7 @@ def test_the_type_of_a_source_is_recognised(tmp_path, pictures):
     for name in ("images/", "./images", str(tmp_path / "none"), str(tmp_path / "notes")):
         with pytest.raises(UserError, match="is neither a folder, nor an HDF5 file"):
             kind_of_source(name)
-    with pytest.raises(UserError, match="add --captions .*CAPTIONS.CSV"):
+    with pytest.raises(UserError, match=r"add --captions .*CAPTIONS\.CSV"):
         kind_of_source(str(tmp_path / "capitals/CAPTIONS.CSV"))
     with pytest.raises(UserError, match="SOURCE is empty"):
         kind_of_source("")
