@@ -333,7 +333,7 @@ def test_frozen_inputs_of_an_mlp_require_no_computation_and_do_not_change_other_
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_models_mlp_equals_float64(autocast, gelu):
     torch.manual_seed(0)
-    module = MLP(64, 40, gelu, 0.0)
+    module = MLP(64, 40, gelu)
     x, grad = torch.randn(90, 64), torch.randn(90, 64)
 
     def exact(x):

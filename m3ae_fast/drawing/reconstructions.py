@@ -23,6 +23,7 @@ from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.images.patch_grid import Grid, patch_rows
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import load_weights
+from m3ae_fast.model.transformer import whole_depth
 from m3ae_fast.vqgan.model import VQGAN
 
 SIDE = 160  # side of a displayed image in pixels
@@ -102,16 +103,14 @@ def draw_reconstructions(
     the reconstructions is written as a fraction of its error.
 
     Args:
-        model: model on any device; its mode is restored.
+        model: model on any device, in any mode.
         samples: samples with masks and images [C, H, W].
         tokenizer: tokenizer of the captions; None: tokens are shown as ids.
         vqgan: the frozen image tokenizer, on the CPU; None if pixels are predicted.
         channels: displayed channels, as in `figures.levels`.
     """
-    was_training = model.training
-    model.eval()
-    rows = [_row(model, sample, tokenizer, vqgan, channels) for sample in samples]
-    model.train(was_training)
+    with whole_depth():
+        rows = [_row(model, sample, tokenizer, vqgan, channels) for sample in samples]
     titles = ["original", "masked", "reconstruction"] + ["zero prediction"] * model.loss_config.norm_pix
     left = len(titles) * (SIDE + GAP)
     notes = _notes(rows) if model.loss_config.norm_pix else []

@@ -252,7 +252,9 @@ class MultimodalEncoder(nn.Module):
         batch_size: int = 64,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> Tensor:
-        """Return pooled features of images, texts, or pairs of them, unmasked and without gradients.
+        """Return pooled features of images, texts, or pairs of them, unmasked, and without gradients and stochastic
+        depth, whatever the mode of the model. Modules that you have added, such as dropout in adapters, follow the
+        mode.
 
         Args:
             images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, or a floating-point

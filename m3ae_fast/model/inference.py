@@ -10,24 +10,25 @@ from torch import Tensor, nn
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, fast_precision
+from m3ae_fast.model.transformer import whole_depth
 
 _ROWS = 16_384  # number of rows that are checked at a time
 
 
 @contextmanager
 def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator[None]:
-    """Enter a context in which the model is in inference mode, without gradients. Its weights are cast once for all
-    batches. `precision`: "bf16" (autocast), "fp32", or "auto" for the faster one on the device."""
-    was_training = model.training
-    model.eval()
+    """Enter a context without gradients and without stochastic depth. The train and eval modes of modules are neither
+    read nor changed, so other threads may train the same model. The weights are cast once for all batches.
+    `precision`: "bf16" (autocast), "fp32", or "auto" for the faster one on the device."""
     dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
     # autocast on a CPU raises an error for float16
     known = device.type != "cpu" or next(model.parameters()).dtype != torch.float16
-    try:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=known and dtype == torch.bfloat16):
-            yield
-    finally:
-        model.train(was_training)
+    with (
+        whole_depth(),
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=known and dtype == torch.bfloat16),
+    ):
+        yield
 
 
 def check_finite(values: Tensor, keys: Sequence[str]) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -197,6 +199,23 @@ def _source_tag() -> str:
     return f"m3ae_fast-{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]}"
 
 
+class _Depth(threading.local):
+    whole = False  # whether this thread computes all branches, whatever the mode of the model
+
+
+_depth = _Depth()
+
+
+@contextmanager
+def whole_depth() -> Iterator[None]:
+    """Enter a context in which this thread computes no stochastic depth, whatever the mode of the model."""
+    before, _depth.whole = _depth.whole, True
+    try:
+        yield
+    finally:
+        _depth.whole = before
+
+
 class Blocks(nn.Module):
     """A stack of blocks, which can be compiled and checkpointed, and a final norm, which the caller applies to selected
     rows."""
@@ -223,8 +242,8 @@ class Blocks(nn.Module):
 
     def factors(self, draws_S: Tensor) -> list[Tensor | None]:
         """Return the factors of stochastic depth for the two branches of each block, [2, S], or None without stochastic
-        depth."""
-        if not (self.drop_path and self.training):
+        depth, as in eval mode and in `whole_depth`."""
+        if not (self.drop_path and self.training) or _depth.whole:
             return [None] * len(self.blocks)
         return list(drop_path_factors(draws_S, 2 * len(self.blocks), self.drop_path, self.drop_key).split(2))
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 
 import numpy as np
@@ -392,16 +393,32 @@ def test_a_dataset_is_encoded_in_file_order_with_labels_and_without_broken_sampl
     torch.testing.assert_close(found.features_RD, model.encode(images=pil, precision="fp32"), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_encoding_restores_the_mode_of_every_module(run, training):
-    """The mode of every module is restored, even if the samples cannot be encoded."""
-    model = open_model(str(run), text=False).train(training)
-    model.encode(images=list(images(1)))
-    assert {part.training for part in model.modules()} == {training}
-    with pytest.raises(ValueError, match="not finite"), encoding(model, "auto", torch.device("cpu")):
-        assert not any(part.training for part in model.modules())
+@pytest.fixture
+def deep():
+    """Return a model in train mode with stochastic depth, whose encoder is in eval mode."""
+    model = M3AE(ModelConfig.model_validate({**TINY["model"], "depth": 3, "drop_path": 0.5}, strict=False)).train()
+    model.encoder.blocks[0].eval()
+    return model
+
+
+def test_encoding_ignores_and_keeps_the_modes_of_modules(deep):
+    pictures, modes = list(images(4)), [part.training for part in deep.modules()]
+    features = deep.encode(pictures), deep.patch_features(pictures)
+    with pytest.raises(ValueError, match="not finite"), encoding(deep, "auto", torch.device("cpu")):
         raise ValueError("not finite")
-    assert {part.training for part in model.modules()} == {training}
+    assert [part.training for part in deep.modules()] == modes
+    assert not torch.equal(*(deep.representation(torch.stack(pictures)) for _ in range(2))), "training drops branches"
+    deep.eval()
+    assert torch.equal(features[0], deep.encode(pictures)) and torch.equal(features[1], deep.patch_features(pictures))
+
+
+def test_encoding_does_not_affect_other_threads(deep):
+    """While one thread encodes, another one trains with stochastic depth."""
+    batch = torch.stack(list(images(4)))
+    with encoding(deep, "fp32", torch.device("cpu")), ThreadPoolExecutor(1) as other:
+        first, second = (other.submit(deep.representation, batch).result() for _ in range(2))
+        assert first.requires_grad and not torch.equal(first, second)
+        assert torch.equal(deep.representation(batch), deep.representation(batch))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
