@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 from m3ae_fast.base.environment import DEVICES, Device
 from m3ae_fast.base.errors import ErrorElsewhere, UserError
-from m3ae_fast.cli.option_hints import hint
 from m3ae_fast.process.launchers import is_first_rank
 
 _FIRST_S = 10.0  # seconds that other ranks wait for rank 0 to report a mistake, because rank 0 may start later
@@ -32,6 +31,8 @@ class _Parser(argparse.ArgumentParser):
         except UserError as error:  # raised by the function that parses a value
             refuse(str(error))
         if unknown:
+            from m3ae_fast.cli.option_hints import hint  # the config takes a while to import
+
             instead = hint(self.prog, unknown)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{instead and f'; {instead}'}")
         return found, []
