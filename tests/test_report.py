@@ -94,12 +94,12 @@ def test_results_show_standard_errors_and_the_fraction_of_the_largest_class(run)
     assert f"<table><tr>{heads}</tr><tr><td>" in page
     row = "<tr><td>knn</td><td>random weights of &lt;run&gt;</td><td>{}</td>" + 2 * '<td class="number">{}</td>'
     assert row.format("top1", "50.0% ± 5.1%", "") in page  # the result of an earlier version, which did not record it
-    for model in ("pixels:<run>", "random:<run>"):
+    for model in ("pixels", "random:<run>"):
         more = {"top1_se": 0.07, "top5_se": 0.0, "model": model} | shares  # as tasks write them
         (run / "probe/result.json").write_text(json.dumps(result | more))
         write_report(run, run / "report.html")
         page = (run / "report.html").read_text()
-        own = row if model.startswith("random") else row.replace("random weights", "downscaled pixels")
+        own = row if model.startswith("random") else row.replace("random weights of &lt;run&gt;", "downscaled pixels")
         assert own.format("top1", "50.0% ± 7.0%", "40.0%") in page
         assert own.format("top5", "100.0% ± 1.0%", "80.0%") in page
     assert "_se" not in page and "<td>chance" not in page
@@ -114,7 +114,7 @@ def test_results_show_standard_errors_and_the_fraction_of_the_largest_class(run)
 def test_a_result_not_above_the_largest_class_is_marked_in_the_report(run):
     """The report also compares the result with random weights and with pixels, if their accuracies were measured."""
     labels = ["a"] * 70 + ["b"] * 30
-    predicted = {"m": ["a"] * 100, "random:m": ["b"] * 100, "pixels:m": labels}
+    predicted = {"m": ["a"] * 100, "random:m": ["b"] * 100, "pixels": labels}
     for number, (model, predictions) in enumerate(predicted.items()):
         folder = run / f"results/{number}"
         folder.mkdir(parents=True)

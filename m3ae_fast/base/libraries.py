@@ -14,7 +14,7 @@ from m3ae_fast.base.errors import UserError
 EXTRAS = {
     "": ("tensorboard",),
     "train": ("deepspeed",),
-    "evaluate": ("sklearn", "scipy", "timm"),
+    "evaluate": ("sklearn", "scipy", "skimage", "timm"),
     "onnx": ("onnx", "onnxruntime", "timm"),
     "wandb": ("wandb",),
     "remote": ("boto3", "obstore"),
@@ -27,6 +27,7 @@ EXTRAS = {
 NAMES = {
     "sklearn": "scikit-learn",
     "scipy": "SciPy",
+    "skimage": "scikit-image",
     "deepspeed": "DeepSpeed",
 }
 

@@ -33,7 +33,7 @@ from m3ae_fast.evaluation.tasks import (
     require_for,
 )
 from m3ae_fast.process.launchers import alone
-from m3ae_fast.weights.model_name import CLASSIFIER_HELP, MODEL_HELP, PIXELS
+from m3ae_fast.weights.model_name import CLASSIFIER_HELP, IMAGE_FEATURES, MODEL_HELP
 
 DIFFERENCE = "difference"
 
@@ -62,7 +62,8 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
     )
     about = CLASSIFIER_HELP if task.classifies else MODEL_HELP
     about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
-    about += f"; or {PIXELS}MODEL for downscaled pixels in place of features" if task.takes_pixels else ""
+    if task.takes_image_features:
+        about += f"; or {', '.join(IMAGE_FEATURES)} for features that are computed from the images without a network"
     command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
     shards = "tar files (paths, brace patterns, globs, URLs or pipe: commands)"
     if task.trains:
@@ -93,8 +94,8 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
             "--no-baselines",
             dest="baselines",
             action="store_false",
-            help="do not evaluate the baselines, which are random weights and downscaled pixels (default: they are "
-            "evaluated, unless MODEL is a baseline or the encoder sees captions)",
+            help="do not evaluate the baselines, which are random weights and features that are computed without a "
+            "network (default: they are evaluated, unless MODEL is a baseline or the encoder sees captions)",
         )
     if task.resumes:
         add_resume(command, "OUT")

@@ -1,5 +1,5 @@
-"""Baselines that are evaluated on the same samples as a model: the same network with random weights, downscaled pixels,
-and a classifier that always predicts the largest class."""
+"""Baselines that are evaluated on the same samples as a model: the same network with random weights, features that are
+computed from the images without a network, and a classifier that always predicts the largest class."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import numpy as np
 
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import Difference, difference
-from m3ae_fast.weights.model_name import PIXELS, RANDOM
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
 MODEL = "the model"  # name of the evaluated model in comparisons with its baselines
-UNTRAINED, SCALED, LARGEST = "random weights", "downscaled pixels", "the largest class"
-PREFIXES = {UNTRAINED: RANDOM, SCALED: PIXELS}  # prefix that denotes each baseline in the name of a model
+UNTRAINED, LARGEST = "random weights", "the largest class"
 BASELINES = "baselines"  # key of the baselines' results in result.json
 PROBE = "probe"  # key of the description of a baseline's classifier, if it differs from the classifier of the model
 LOGISTIC = "logistic regression"
@@ -29,6 +28,16 @@ class Baseline(NamedTuple):
     chosen: Mapping[str, float] = {}  # hyper-parameters of the classifier that were selected
 
 
+def baseline_models(model: str) -> dict[str, str]:
+    """Return the names of a model's baselines on the command line, by display name."""
+    return {UNTRAINED: f"{RANDOM}{model}"} | {display: name for name, display in IMAGE_FEATURES.items()}
+
+
+def is_baseline(model: str) -> bool:
+    """Return whether the name of a model on the command line denotes a baseline."""
+    return model.startswith(RANDOM) or model in IMAGE_FEATURES
+
+
 def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
     """Return the results of the baselines as an entry of result.json; empty if there are no baselines."""
     if not baselines:
@@ -37,7 +46,11 @@ def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
         BASELINES: {
             name: ({PROBE: each.probe} if each.probe else {})
             | {**each.metrics, **each.chosen}
-            | ({"difference": each.difference.entries()} if each.difference else {})
+            | (
+                {"verdict": each.difference.words(MODEL, name), "difference": each.difference.entries()}
+                if each.difference
+                else {}
+            )
             for name, each in baselines.items()
         }
     }

@@ -24,18 +24,20 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
 from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.attentive_online import passes, predict_online
-from m3ae_fast.evaluation.baselines import LARGEST, PREFIXES, SCALED, warning
+from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.image_features import ImageFeatures, available, open_image_features
 from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.probes import PROBES, Features, Setting, attentive_recipe
 from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.pixel_baseline import SIDE, Pixels
-from m3ae_fast.weights.open_model import PIXELS, RANDOM, open_encoder, set_images
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
+from m3ae_fast.weights.open_model import open_model, set_images
 
+_BASELINES = (UNTRAINED, *IMAGE_FEATURES.values())
 _DECODING = 0.1  # approximate cost of reading an image, relative to encoding it
 TABLE_FILE = "comparison.md"
 
@@ -97,10 +99,10 @@ class ComparedPredictions:
 
     def warnings(self) -> Iterator[tuple[str, str]]:
         """Yield (probe, warning) for each model that is not significantly better than always predicting the largest
-        class, or than random weights or downscaled pixels."""
+        class, or than the other baselines."""
         worse: dict[tuple[str, str], dict[str, float]] = {}
         for probe, first, second, test in self.tests():
-            is_baseline = second == LARGEST or (second in PREFIXES and first not in PREFIXES)
+            is_baseline = second == LARGEST or (second in _BASELINES and first not in _BASELINES)
             if is_baseline and not test.is_better:
                 worse.setdefault((first, probe), {})[second] = float(self._right(second, probe).mean())
         for (model, probe), others in worse.items():
@@ -178,14 +180,23 @@ def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if a model cannot be opened, or if the memory is too
     small."""
     options, seeds = job.options, range(job.config.run.seed, job.config.run.seed + job.options.seeds)
-    names = model_names(options.models, pixels=not all(PROBES[probe].tokens for probe in options.probes))
+    own, note = job.ranks.broadcast(available)
+    if all(PROBES[probe].tokens for probe in options.probes):
+        own, note = [], ""
+    names = model_names(options.models, own)
     # report mistakes before any work
-    shapes = {name: _shape(job, open_encoder(model, text=False)) for name, model in names.items()}
+    shapes = {name: _shape(job, open_model(model, text=False)) for name, model in names.items() if model not in own}
+    if note:
+        job.print(note)
     train, val, classes = job.open_labelled()
+    features = open_image_features(own, job.config.data, job.ranks)
+    decoding = _DECODING * next(iter(shapes.values())).cost
+    shapes |= {name: _shape(job, features[model], decoding) for name, model in names.items() if model in own}
     found = ComparedPredictions(classes)
     training = cache(partial(_training, job, train.samples, len(classes)))  # measured once per shape
     work = {
-        name: ComputeCost(shape.cost, names[name].startswith(RANDOM), training(shape)) for name, shape in shapes.items()
+        name: ComputeCost(shapes[name].cost, model.startswith(RANDOM), training(shapes[name]))
+        for name, model in names.items()
     }
     whole = job.time_left(
         (train.samples + val.samples) * sum(each.cost * each.passes(len(seeds)) for each in work.values()),
@@ -198,7 +209,7 @@ def run(job: Job) -> dict[str, Any]:
         + (f"; the probes train for about {duration(whole.other_work)} in total" if whole.other_work > 1 else "")
     )
     for done, (name, model) in enumerate(names.items(), 1):
-        _measure(job, found, (work[name], whole), name, model, seeds, (train, val))
+        _measure(job, found, (work[name], whole), name, features.get(model, model), seeds, (train, val))
         job.print(f"{done} of {len(names)} models done{whole.left()}")
     job.keep(found.columns())
     page = found.page()
@@ -219,12 +230,13 @@ class Shape(NamedTuple):
     probes: tuple[str, ...]  # probes that can use its features
 
 
-def _shape(job: Job, encoder: MultimodalEncoder) -> Shape:
+def _shape(job: Job, encoder: MultimodalEncoder, decoding: float = 0.0) -> Shape:
+    """Return the properties of a model. `decoding`: cost of reading an image, which is that of `ImageFeatures`."""
     c, probes = encoder.config, tuple(job.options.probes)
-    cost = float(c.depth * c.emb_dim**2 * c.most_patches)
-    if isinstance(encoder, Pixels):
+    if isinstance(encoder, ImageFeatures):
         pooled = tuple(probe for probe in probes if not PROBES[probe].tokens)
-        return Shape(_DECODING * cost, c.channels * SIDE**2, c.num_heads, c.most_patches, pooled)
+        return Shape(decoding, encoder.width, c.num_heads, c.most_patches, pooled)
+    cost = float(c.depth * c.emb_dim**2 * c.most_patches)
     return Shape(cost, c.emb_dim, c.num_heads, c.most_patches, probes)
 
 
@@ -248,16 +260,16 @@ def _shorter(job: Job, work: Iterable[ComputeCost]) -> str:
     return " or ".join([*ways, "fewer --train shards"])
 
 
-def model_names(models: Sequence[str], pixels: bool = True) -> dict[str, str]:
+def model_names(models: Sequence[str], image_features: Sequence[str]) -> dict[str, str]:
     """Return the compared models by display name. The first ones are the baselines: the first model's network with
-    random weights and, if `pixels` is set, its downscaled pixels. Raises UserError if a model is listed twice, or if
-    pixels are listed."""
+    random weights, and `image_features`. Raises UserError if a model is listed twice, or if a model is listed that is
+    one of IMAGE_FEATURES."""
     if len({*models}) < len(models):
         raise UserError("MODEL: the same model is given twice; specify each model only once")
-    if given := [model for model in models if model.startswith(PIXELS)]:
-        raise UserError(f"{given[0]}: compare always includes downscaled pixels; leave out this model")
+    if given := [model for model in models if model in IMAGE_FEATURES]:
+        raise UserError(f"{given[0]}: compare always includes this baseline; leave it out")
     first, short = models[0].removeprefix(RANDOM), [Path(model).name for model in models]
-    baselines = {name: prefix + first for name, prefix in PREFIXES.items() if pixels or name != SCALED}
+    baselines = {UNTRAINED: f"{RANDOM}{first}"} | {IMAGE_FEATURES[name]: name for name in image_features}
     unique = len({*short, *baselines}) == len(models) + len(baselines)
     return baselines | dict(zip(short if unique else models, models))
 
@@ -267,7 +279,7 @@ def _measure(
     found: ComparedPredictions,
     planned: tuple[ComputeCost, TimeLeft],
     name: str,
-    model: str,
+    model: str | ImageFeatures,
     seeds: Sequence[int],
     corpora: tuple[Corpus, Corpus],
 ) -> None:
@@ -283,7 +295,7 @@ def _measure(
     own, parts = job, list[tuple[FeatureBank, FeatureBank] | None]()
     for number, seed in enumerate(seeds):
         if number < work.passes(len(seeds)):
-            opened = open_encoder(model, text=False, seed=seed)
+            opened = open_model(model, text=False, seed=seed) if isinstance(model, str) else model
             own, parts = _encoded(job, opened, name, corpora, planned)
         for probe, pair in zip(work.training, parts):
             if number >= work.trials(probe, len(seeds)):
@@ -311,7 +323,8 @@ def _encoded(
     """Encode the samples with a model, in one pass over the images. Return a job for this model, and the features of
     the training and held-out samples for each probe; None for a probe that will be trained online."""
     work, left = planned
-    set_images(model, job.config.data.image_settings())
+    if not isinstance(model, ImageFeatures):
+        set_images(model, job.config.data.image_settings())
     own = replace(job, model=model.to(job.ranks.device).eval())
     tokens = any(PROBES[probe].tokens for probe in work.training)
     tokens = tokens and not trains_online(own, [model.config.depth], corpora, f"{name}: ")

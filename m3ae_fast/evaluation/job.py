@@ -149,9 +149,9 @@ class Job:
     def encode_with_baselines(
         self, train: Corpus, val: Corpus, *, patches: bool = False
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Encode the samples with the model and with each baseline, in one pass over the samples. Return the features
-        of the training and held-out samples; the keys are MODEL and the names of the baselines. `patches`: see
-        `encode_corpus`."""
+        """Encode the samples with the model and with each baseline. Return the features of the training and held-out
+        samples; the keys are MODEL and the names of the baselines. Baselines for which too many samples cannot be read
+        are left out with a note. `patches`: see `encode_corpus`."""
         return self._encode_by_each({MODEL: self.model, **self.open_baselines()}, train, val, patches=patches)
 
     def encode_baselines(
@@ -163,10 +163,10 @@ class Job:
         layer: int | None = None,
         pool: Pool | None = None,
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Encode the samples with each baseline, in one pass over the samples. Return the features of the training and
-        held-out samples by name of the baseline; empty if the task evaluates no baselines. If too many samples cannot
-        be read, or if a rank is asked to stop, a note is printed, and the result is empty too, so that the result of
-        the training is not lost.
+        """Encode the samples with each baseline. Return the features of the training and
+        held-out samples by name of the baseline; empty if the task evaluates no baselines. Baselines for which too
+        many samples cannot be read are left out with a note. If a rank is asked to stop, all of them are, so that the
+        result of the training is not lost.
 
         Args:
             train, val: the training and the held-out samples.
@@ -179,8 +179,8 @@ class Job:
             return {}
         try:
             return self._encode_by_each(models, train, val, "baselines: ", stop=stop, layer=layer, pool=pool)
-        except (UnusableSamples, Stopped) as error:
-            reason = f"stopped ({self.stop.reason or BY_ANOTHER})" if isinstance(error, Stopped) else error
+        except Stopped:
+            reason = f"stopped ({self.stop.reason or BY_ANOTHER})"
             self.print(f"note: the result is written without baselines: {reason}")
             return {}
 
@@ -196,29 +196,41 @@ class Job:
         layer: int | None = None,
         pool: Pool | None = None,
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Return the features of the training and held-out samples by model. `prefix`: prefix of the titles in the
-        progress display. `layer`: see `encode_by_each`."""
+        """Return the features of the training and held-out samples by model, in one pass for all models that have the
+        same input. `prefix`: prefix of the titles in the progress display. `layer`: see `encode_by_each`."""
         shorter = "fewer --train shards" + (" or --no-baselines" if {*models} != {MODEL} else "")
-        whole = self.time_left(train.samples + val.samples, shorter=lambda _: shorter)
-        config, parts = self.config, []
+        inputs = list(dict.fromkeys(model.geometry for model in models.values()))
+        whole = self.time_left(len(inputs) * (train.samples + val.samples), shorter=lambda _: shorter)
+        config = self.config
         encode = config.encode.model_copy(update={"pool": pool or config.encode.pool})
-        for corpus, title in ((train, f"{prefix}encoding train"), (val, f"{prefix}encoding val")):
-            monitor = PassMonitor(title, self.heartbeats, stop, whole, corpus.samples)
-            parts.append(
-                encode_by_each(
-                    [*models.values()],
-                    corpus,
-                    config.data,
-                    encode,
-                    self.ranks,
-                    monitor,
-                    layer=layer,
-                    patches=patches,
-                    folder=self.out,
-                )
-            )
-            whole.after(corpus.samples)
-        return dict(zip(models, zip(*parts)))
+        found: dict[str, tuple[FeatureBank, FeatureBank]] = {}
+        for geometry in inputs:
+            same = {name: model for name, model in models.items() if model.geometry == geometry}
+            parts = []
+            try:
+                for corpus, title in ((train, f"{prefix}encoding train"), (val, f"{prefix}encoding val")):
+                    monitor = PassMonitor(title, self.heartbeats, stop, whole, corpus.samples)
+                    parts.append(
+                        encode_by_each(
+                            [*same.values()],
+                            corpus,
+                            config.data,
+                            encode,
+                            self.ranks,
+                            monitor,
+                            layer=layer,
+                            patches=patches,
+                            folder=self.out,
+                        )
+                    )
+                    whole.after(corpus.samples)
+            except UnusableSamples as error:
+                if MODEL in same:
+                    raise
+                self.print(f"note: the result is written without {' and '.join(same)}: {error}")
+            else:
+                found |= dict(zip(same, zip(*parts)))
+        return _of_common_samples(found)
 
     def encoder(self, passes: float) -> Callable[..., FeatureBank]:
         """Return a function that calls `encode` for one of several datasets, and reports the progress and the remaining
@@ -333,6 +345,24 @@ class Job:
         options, config = self.options, self.config.model_dump(mode="json")
         model = list(options.models) if TASKS[options.task].compares else options.model
         return {"task": options.task} | result | {"model": model, "modality": self.modality, "config": config}
+
+
+def _of_common_samples(
+    found: Mapping[str, tuple[FeatureBank, FeatureBank]],
+) -> dict[str, tuple[FeatureBank, FeatureBank]]:
+    """Return the features without the samples that the first model could not read, because models whose inputs differ
+    may read different files."""
+    first = next(iter(found.values()), None)
+    if first is None:
+        return {}
+
+    def common(bank: FeatureBank, reference: FeatureBank) -> FeatureBank:
+        if bank.keys == reference.keys:
+            return bank
+        known = {*reference.keys}
+        return bank.rows([row for row, key in enumerate(bank.keys) if key in known])
+
+    return {name: (common(train, first[0]), common(val, first[1])) for name, (train, val) in found.items()}
 
 
 def refuse_existing(out: Path) -> None:

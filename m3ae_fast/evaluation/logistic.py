@@ -25,7 +25,7 @@ def run(job: Job) -> dict[str, Any]:
         "val_samples": len(held_out.keys),
         "skipped": len(bank.skipped) + len(held_out.skipped),
     }
-    if not job.options.is_pixels:  # a saved classifier needs an encoder, which pixels do not have
+    if not job.options.is_image_features:  # a saved classifier needs a network
         job.save_probe("logistic", heads.head(0))
     job.keep(found[MODEL].columns(classes))
     for name, banks in encoded.items():

@@ -15,12 +15,20 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
 from m3ae_fast.drawing.reconstructions import GIVEN_AWAY
-from m3ae_fast.evaluation.baselines import BASELINES, PREFIXES, baseline_name, differences
+from m3ae_fast.evaluation.baselines import (
+    BASELINES,
+    UNTRAINED,
+    baseline_models,
+    baseline_name,
+    differences,
+    is_baseline,
+)
 from m3ae_fast.evaluation.difference import in_words
 from m3ae_fast.evaluation.significance import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Metrics, diagnose, verdict
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_state import status
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
 REPORT_FILE = "report.html"
 _SIZES = ("k", "inverse_strength", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
@@ -162,10 +170,9 @@ def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
 def _model(path: Path, result: dict[str, Any]) -> str:
     """Return the name of a result's model for display."""
     model = str(result.get("model", path.parent.name))
-    for words, prefix in PREFIXES.items():
-        if model.startswith(prefix):
-            return f"{words} of {model.removeprefix(prefix)}"
-    return model
+    if model.startswith(RANDOM):
+        return f"{UNTRAINED} of {model.removeprefix(RANDOM)}"
+    return IMAGE_FEATURES.get(model, model)
 
 
 def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
@@ -174,18 +181,16 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
     warning if there is one."""
     for path, result in found:
         task, model = result.get("task"), str(result.get("model"))
-        if not {"verdict", "warning", BASELINES} & result.keys() or model.startswith((*PREFIXES.values(),)):
+        if not {"verdict", "warning", BASELINES} & result.keys() or is_baseline(model):
             continue
         baselines = result.get(BASELINES, {})
         apart = {baseline_name(name, baselines[name]): each for name, each in differences(result).items()}
         own = {name: each.words(model, name) for name, each in apart.items()}
         others = {
             words: other.parent
-            for words, prefix in PREFIXES.items()
+            for words, baseline in baseline_models(model).items()
             for other, its in found
-            if words not in own
-            and "verdict" in its
-            and (its.get("task"), its.get("model")) == (task, f"{prefix}{model}")
+            if words not in own and "verdict" in its and (its.get("task"), its.get("model")) == (task, baseline)
         }
         try:
             sentences = [*own.values(), *in_words(path.parent, model, others)]

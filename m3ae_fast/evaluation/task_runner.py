@@ -11,23 +11,23 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config import Overrides, override_list
 from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
-from m3ae_fast.evaluation.baselines import BASELINES, MODEL, SCALED, UNTRAINED, baseline_name, differences
+from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
+from m3ae_fast.evaluation.image_features import available, open_image_features
 from m3ae_fast.evaluation.job import RESULT_FILE, Job, refuse_existing, show_result, summary, write_result
 from m3ae_fast.evaluation.tasks import POOLS, PROBE_NAMES, TASKS, Modality, Options, require_for
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.pixel_baseline import Pixels
+from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.run_lock import RunFolder
-from m3ae_fast.weights.open_model import open_encoder, set_images, untrained
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
+from m3ae_fast.weights.open_model import open_model, set_images, untrained
 
 
 def evaluate(
@@ -75,9 +75,8 @@ def evaluate(
         draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.
         seeds: for compare: number of random seeds of each probe and of random weights.
-        baselines: for knn, logistic, linear, attentive, multilabel, segment and finetune: whether random weights and
-            downscaled pixels are evaluated too. They are left out in any case if `model` is one of them, or if the
-            encoder sees captions.
+        baselines: for knn, logistic, linear, attentive, multilabel, segment and finetune: whether the baselines are
+            evaluated too. They are left out in any case if `model` is one of them, or if the encoder sees captions.
         ood: for ood: shards of out-of-distribution samples by the name of their set.
         corrupted: for robustness: folder of published corrupted images as shards, CORRUPTION/SEVERITY/*.tar, which
             replace the corruptions of robustness.corruptions.
@@ -157,37 +156,54 @@ def _config(options: Options, modality: Modality, out: Path, overrides: Sequence
     return evaluation_config(given, list(overrides), (options.task, sections))
 
 
-def _require_pixels(options: Options) -> None:
-    """Raise UserError if the task does not support downscaled pixels in place of a model."""
-    if not TASKS[options.task].takes_pixels:
-        *others, last = (name for name, task in TASKS.items() if task.takes_pixels)
-        raise UserError(f"{options.model}: {options.task} does not accept pixels; {', '.join(others)} and {last} do")
+def _require_image_features(options: Options) -> None:
+    """Raise UserError if the task does not support features without a network, or one of its options."""
+    if not TASKS[options.task].takes_image_features:
+        *others, last = (name for name, task in TASKS.items() if task.takes_image_features)
+        raise UserError(
+            f"{options.model}: {options.task} needs a network; {', '.join(others)} and {last} accept {options.model} "
+            f"(a folder of this name is ./{options.model})"
+        )
+    if options.modality not in (None, "image"):
+        raise UserError(f"{options.model}: is computed from images, not from captions; leave out --modality")
     if options.layers is not None or options.pools or options.resume != "no":
         raise UserError(
-            f"{options.model}: pixels have no layers, no poolings and no checkpoints; leave out --layers, --pools and "
-            "--resume"
+            f"{options.model}: has no layers, no poolings and no checkpoints; leave out --layers, --pools and --resume"
         )
 
 
-def _open(options: Options, modality: Modality, config: EvaluationConfig) -> MultimodalEncoder | Classifier | None:
+def _open(
+    options: Options, modality: Modality, config: EvaluationConfig, ranks: Ranks
+) -> MultimodalEncoder | Classifier | None:
     """Return the model in evaluation mode, on the CPU; None if the task opens models itself."""
     if TASKS[options.task].compares:
         return None
+    if options.is_image_features:
+        return open_image_features([options.model], config.data, ranks)[options.model]
     model: MultimodalEncoder | Classifier
     if _is_classifier(options):
         model = Classifier.from_pretrained(options.model)
     else:
         text = modality != "image"
-        model = open_encoder(options.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
+        model = open_model(options.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
     set_images(model.backbone if isinstance(model, Classifier) else model, config.data.image_settings())
     return model.eval()
 
 
-def _open_baselines(model: Any, seed: int, device: torch.device) -> dict[str, MultimodalEncoder]:
-    """Return the baselines of a model, in evaluation mode, on the device. The random weights are those of
-    `random:MODEL` with the same `run.seed`."""
-    found = {UNTRAINED: untrained(model.config, model.loss_config, seed), SCALED: Pixels(model.config)}
-    return {name: each.to(device).eval() for name, each in found.items()}
+def _open_baselines(task: str, model: Any, config: EvaluationConfig, ranks: Ranks) -> dict[str, MultimodalEncoder]:
+    """Return the baselines of a model by display name, in evaluation mode, on the ranks' device. The random weights are
+    those of `random:MODEL` with the same `run.seed`. Every rank must call it. A baseline whose library is missing is
+    left out with a note."""
+    random = untrained(model.config, model.loss_config, config.run.seed).to(ranks.device).eval()
+    if TASKS[task].has_masks:  # the features of patches are needed, and only pixels have some
+        grid = model.config.image_size, model.config.patch_size
+        found = open_image_features([PIXELS], config.data, ranks, *grid)
+    else:
+        names, note = ranks.broadcast(available)
+        if note and ranks.is_main:
+            print(note, flush=True)
+        found = open_image_features(names, config.data, ranks)
+    return {UNTRAINED: random} | {IMAGE_FEATURES[name]: each for name, each in found.items()}
 
 
 def _perform(
@@ -201,19 +217,19 @@ def _perform(
         session.stop.advice = "running the same command again starts over"
     ranks.require_same({**vars(options), "out": str(out), "overrides": list(overrides)})
     ranks.on_main(lambda: require_for(task, options.shards, options.shots))
-    if options.is_pixels:
-        _require_pixels(options)
+    if options.is_image_features:
+        _require_image_features(options)
     modality = ranks.broadcast(lambda: _modality(options))
     config = ranks.broadcast(lambda: _config(options, modality, out, overrides))
     ranks.on_main(lambda: refuse_existing(config.run.dir))
     started = time.perf_counter()
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    model = _open(options, modality, config)
+    model = _open(options, modality, config, ranks)
     model = model and model.to(ranks.device)
     open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
     if options.evaluates_baselines(modality):
-        open_baselines = partial(_open_baselines, model, config.run.seed, ranks.device)
+        open_baselines = partial(_open_baselines, task, model, config, ranks)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
         job = Job(options, modality, config, session, folder, model, open_baselines)
         result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{options.module}").run(job)

@@ -16,7 +16,7 @@ from m3ae_fast.base import object_store
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config.evaluation import Pool
-from m3ae_fast.weights.model_name import PIXELS, RANDOM
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
 DRAWS = 5  # default number of draws for each number of shots
 MAP_NEEDS = dict.fromkeys(("sklearn", "scipy"), "a map")  # libraries that a map requires
@@ -44,8 +44,8 @@ class Task(NamedTuple):
     has_probe_grid: bool = False  # has the options --layers and --shots
     pools: bool = False  # has the option --pools, which requires `has_probe_grid`
     compares: bool = False  # accepts several MODELs, and opens them itself
-    takes_pixels: bool = False  # MODEL may be pixels:MODEL
-    has_baselines: bool = False  # random weights and downscaled pixels are evaluated too; has the option --no-baselines
+    takes_image_features: bool = False  # MODEL may be one of IMAGE_FEATURES
+    has_baselines: bool = False  # baselines are evaluated too; has the option --no-baselines
     sections: tuple[str, ...] = ("encode",)  # sections of settings that it reads
     libraries: tuple[str, ...] = ()  # optional libraries that it requires
     example: str = "encode.pool=cls"  # an example of --set for --help
@@ -61,7 +61,7 @@ TASKS = {
         "k-nearest-neighbour accuracy of frozen features",
         has_probe_grid=True,
         pools=True,
-        takes_pixels=True,
+        takes_image_features=True,
         has_baselines=True,
         sections=("encode", "knn"),
         example="knn.k=10",
@@ -70,7 +70,7 @@ TASKS = {
         "logistic regression on frozen features, with one of five L2 penalties; the classifier is saved in OUT",
         has_probe_grid=True,
         pools=True,
-        takes_pixels=True,
+        takes_image_features=True,
         has_baselines=True,
     ),
     "linear": Task(
@@ -78,7 +78,7 @@ TASKS = {
         resumes=True,
         has_probe_grid=True,
         pools=True,
-        takes_pixels=True,
+        takes_image_features=True,
         has_baselines=True,
         sections=("encode", "linear"),
         example="linear.peak_lr=0.1",
@@ -103,7 +103,7 @@ TASKS = {
     "multilabel": Task(
         "mean average precision of frozen features on samples with lists of labels",
         has_lists=True,
-        takes_pixels=True,
+        takes_image_features=True,
         has_baselines=True,
         sections=("encode", "multilabel", "knn"),
         example="multilabel.head=knn",
@@ -113,7 +113,6 @@ TASKS = {
         "training patches",
         has_masks=True,
         modality="image",
-        takes_pixels=True,
         has_baselines=True,
         sections=("encode", "segment", "knn"),
         example="segment.head=knn",
@@ -138,8 +137,7 @@ TASKS = {
         modality="paired",
     ),
     "compare": Task(
-        "compare models, random weights and downscaled pixels with several probes, and test which of them differ "
-        "significantly",
+        "compare models and baselines with several probes, and test which of them differ significantly",
         modality="image",
         compares=True,
         sections=("encode", "knn", "linear", "attentive"),
@@ -228,22 +226,21 @@ class Options:
         return [*self.train, *self.val, *(each for named in self.ood.values() for each in named)]
 
     @property
-    def is_pixels(self) -> bool:
-        """Return whether the model is downscaled pixels in place of an encoder."""
-        return not TASKS[self.task].compares and self.model.startswith(PIXELS)
+    def is_image_features(self) -> bool:
+        """Return whether the model is one of IMAGE_FEATURES, and not a network."""
+        return not TASKS[self.task].compares and self.model in IMAGE_FEATURES
 
     def evaluates_baselines(self, modality: Modality) -> bool:
-        """Return whether the task also evaluates random weights and downscaled pixels. `modality`: the input of
-        the encoder."""
-        is_baseline = self.model.startswith((RANDOM, PIXELS))
+        """Return whether the task also evaluates baselines. `modality`: the input of the encoder."""
+        is_baseline = self.model.startswith(RANDOM) or self.is_image_features
         return self.baselines and TASKS[self.task].has_baselines and modality == "image" and not is_baseline
 
     @property
     def module(self) -> str:
         """Return the name of the module that runs the task."""
         uses_grid = self.task == "attentive" or bool(self.layers or self.pools or self.shots)
-        # a saved classifier needs an encoder, which pixels do not have
-        uses_grid = uses_grid or (self.task == "linear" and self.is_pixels)
+        # a saved classifier needs a network
+        uses_grid = uses_grid or (self.task == "linear" and self.is_image_features)
         return "probe_grid" if uses_grid else self.task
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +47,18 @@ def kind_of(data: bytes) -> Kind:
         return Kind(1 if is_grey else 3, False, "uint8", *pixels.shape[1:])
     channels = 1 if len(header.getbands()) == 1 else 3
     return Kind(channels, False, "uint8", header.height, header.width, *_spread(depth, _deep(header, depth)))
+
+
+def channels_and_dtype(kinds: Sequence[Kind]) -> tuple[int, str]:
+    """Return `model.channels` and `model.image_dtype` for images of these kinds. If there are grey and colour images,
+    the model has colour channels. If most images are arrays of bands, the settings are those of the most frequent kind
+    of array, because arrays are not converted."""
+    arrays = Counter((kind.channels, kind.dtype) for kind in kinds if kind.is_array)
+    if 2 * arrays.total() > len(kinds):
+        channels, dtype = arrays.most_common(1)[0][0]
+    else:
+        channels, dtype = (3 if any(kind.channels == 3 for kind in kinds) or not kinds else 1), "uint8"
+    return channels, dtype
 
 
 def _deep(header: Image.Image, depth: Depth) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from m3ae_fast.config import ModelConfig, Range, SourceConfig
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.data.shard_store import ShardStore
+from m3ae_fast.images.image_kind import channels_and_dtype
 from m3ae_fast.pretraining.automatic_settings import (
     TOKENIZER,
     DatasetStatistics,
@@ -24,7 +25,7 @@ from m3ae_fast.pretraining.automatic_settings import (
     continues,
     set_to,
 )
-from m3ae_fast.pretraining.image_settings import channels_and_dtype, fit_to_images, range_of
+from m3ae_fast.pretraining.image_settings import fit_to_images, range_of
 from m3ae_fast.shards.overview import describe_classes, part_of, show
 from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.statistics import collect, require_images

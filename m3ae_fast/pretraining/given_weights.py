@@ -19,7 +19,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights, missing_decoder, start_for
 from m3ae_fast.pretraining.automatic_settings import assumed_config, channels_set
 from m3ae_fast.weights.converting import convert
-from m3ae_fast.weights.model_name import PIXELS, RANDOM
+from m3ae_fast.weights.model_name import RANDOM
 
 FOLDER = "start"  # name of the export's folder in the run folder
 # model settings that are not determined by the weights
@@ -49,7 +49,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     folder = out / FOLDER
     if not model:
         raise UserError("--from: is empty; specify a model")
-    if model.startswith((RANDOM, PIXELS)):
+    if model.startswith(RANDOM):
         raise UserError(f"--from {model}: is not a trained model; to start from random weights, leave out --from")
     try:
         found = convert(model, folder)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import ModelConfig, Range
-from m3ae_fast.images.image_kind import Kind
+from m3ae_fast.images.image_kind import Kind, channels_and_dtype
 from m3ae_fast.model.widening import words
 from m3ae_fast.pretraining.automatic_settings import channels_set, set_to
 
@@ -16,18 +15,6 @@ _DTYPES = ("uint8", "uint16", "float32")  # each can represent the values of tho
 _CONVERTED = (1, 3, 4)  # numbers of channels to which ordinary images are converted
 _USED = 0.1  # minimum fraction of the value range of given weights that the images must cover
 _FILLED = 0.9  # minimum fraction of a data type's range that must occur to assume that the whole range is used
-
-
-def channels_and_dtype(kinds: Sequence[Kind]) -> tuple[int, str]:
-    """Return `model.channels` and `model.image_dtype` for images of these kinds. If there are grey and colour images,
-    the model has colour channels. If most images are arrays of bands, the settings are those of the most frequent kind
-    of array, because arrays are not converted."""
-    arrays = Counter((kind.channels, kind.dtype) for kind in kinds if kind.is_array)
-    if 2 * arrays.total() > len(kinds):
-        channels, dtype = arrays.most_common(1)[0][0]
-    else:
-        channels, dtype = (3 if any(kind.channels == 3 for kind in kinds) or not kinds else 1), "uint8"
-    return channels, dtype
 
 
 def range_of(kinds: Sequence[Kind]) -> Range | None:

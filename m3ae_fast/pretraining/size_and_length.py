@@ -28,9 +28,10 @@ _EVALUATING = 0.1  # maximum fraction of the training time for evaluations betwe
 # seconds to start the loaders of an evaluation, to start a task, and to write the report and the export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
 _REGRESSION = 5e-6  # seconds of a logistic regression per training sample and class, at a width of up to 768
-# number of evaluated models (the run and two baselines: random weights and pixels); number of these baselines, which
-# are evaluated in the same call as the run; number of tasks (k-NN, logistic regression)
+# number of passes over the images (for the run, for random weights, and for features without a network); number of
+# those that are part of the evaluation of the run; number of tasks (k-NN, logistic regression)
 _MODELS, _BASELINES, _TASKS = 3, 2, 2
+_FURTHER = 2  # number of further classifiers, because three kinds of features share the last pass
 _CONTINUED_MODELS = 4  # number of evaluated models if the run starts from given weights, which are evaluated too
 
 
@@ -72,7 +73,7 @@ class Budget:
         calls = _TASKS * (self._models - _BASELINES) * (_TASK + _START)
         encoding = _TASKS * (self._features(pace) - _START)
         regression = _REGRESSION * self.statistics.samples * self.statistics.classes
-        return calls + self._models * (encoding + regression) + _REPORT
+        return calls + self._models * encoding + (self._models + _FURTHER) * regression + _REPORT
 
     def training(self, pace: ThroughputEstimate) -> float:
         """Return the seconds that are left for training and its evaluations."""

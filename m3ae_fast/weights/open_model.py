@@ -19,10 +19,9 @@ from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import LossConfig, ModelConfig, parse
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pixel_baseline import Pixels
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.pretrained import Pretrained, build
-from m3ae_fast.weights.model_name import PIXELS, RANDOM
+from m3ae_fast.weights.model_name import RANDOM
 
 
 @dataclass(frozen=True)
@@ -162,17 +161,6 @@ def _opened(name: str, seed: int) -> tuple[M3AE, str | None]:
             model, trained = untrained(model.config, model.loss_config, seed), model
             model.tokenizer = trained.tokenizer
     return model, own
-
-
-def open_encoder(name: str, *, text: bool, tokenizer: str | None = None, seed: int = 0) -> MultimodalEncoder:
-    """Return the model of `open_model` or, for `pixels:MODEL`, the baseline `Pixels` with that model's image settings.
-    Raises UserError as `open_model` does, and for `pixels:MODEL` if `text` is set."""
-    if not name.startswith(PIXELS):
-        return open_model(name, text=text, tokenizer=tokenizer, seed=seed)
-    if text:
-        raise UserError(f"{name}: the pixel baseline has features of images, not of captions; leave out --modality")
-    source = name.removeprefix(PIXELS)
-    return Pixels(saved_run(Path(source)).config if is_run(Path(source)) else open_model(source, text=False).config)
 
 
 def untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:

@@ -14,23 +14,28 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet, write_parquet
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.config import ModelConfig
-from m3ae_fast.evaluation import encoding
-from m3ae_fast.evaluation.baselines import MODEL, PREFIXES, SCALED, UNTRAINED, accuracy_entries
+from m3ae_fast.config import DataConfig, ModelConfig
+from m3ae_fast.evaluation import encoding, image_features
+from m3ae_fast.evaluation.baselines import MODEL, UNTRAINED, accuracy_entries, baseline_models
 from m3ae_fast.evaluation.difference import against_largest_class
+from m3ae_fast.evaluation.image_features import SIDE, Histogram, OrientedGradients, Pixels, available, input_config
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference, difference
 from m3ae_fast.evaluation.tasks import Options
+from m3ae_fast.images.bands import write_npy
+from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pixel_baseline import SIDE, Pixels
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
 from tests.evaluation.conftest import settings
 from tests.helpers import task_cases
-from tests.helpers.labelled import labelled_members, labelled_tar
+from tests.helpers.labelled import coloured, labelled_members, labelled_tar, tiny_run
 from tests.helpers.shards import write_tar
 from tests.helpers.trainer import TINY
 
+SCALED = IMAGE_FEATURES[PIXELS]
+FEATURES = [IMAGE_FEATURES[name] for name in available()[0]]  # HOG needs a library
 FINETUNE = settings("finetune.steps=2", "finetune.global_batch=16", "finetune.rand_augment=null")
 SHORT = settings("linear.steps=4", "linear.peak_lr=1", "linear.global_batch=16", "linear.warmup_epochs=0")
 SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # two classes with 16 and 2 samples
@@ -76,24 +81,131 @@ def test_the_largest_class_is_determined_from_the_evaluated_samples(tmp_path):
     assert against_largest_class(tmp_path, {}) == {} == against_largest_class(tmp_path / "nothing", {})
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"resize": "native"}, {"channels": 1, "image_mean": [0.4], "image_std": [0.2]}]
-)
-def test_the_pixel_baseline_downscales_the_input_of_the_model(settings):
-    config = ModelConfig.model_validate({**TINY["model"], "vocab_size": 0, **settings}, strict=False)
-    sizes = [(16, 32), (32, 16), (32, 32)] if settings.get("resize") else [(32, 32)] * 3
+def _features(kind, images, **settings):
+    """Return the features [S, D] of images, uint8 or normalised float32 [S, C, H, W]."""
+    size, channels = images.shape[-1], images.shape[1]
+    model = {**TINY["model"], "vocab_size": 0, "image_size": size, "patch_size": size // 2, "channels": channels}
+    config = ModelConfig.model_validate(
+        {"image_mean": [0.4] * channels, "image_std": [0.2] * channels} | model | settings, strict=False
+    )
+    features = kind(config)
+    batch = pack([unmasked_sample(i, image, None, config, None) for i, image in enumerate(images)], features.geometry)
+    found = features.pooled_of_layers(batch, [1, 2])
+    assert found.shape == (len(images), 2, features.width) and torch.equal(found[:, 0], found[:, 1])
+    assert features.pooled_of_layers(pack([], features.geometry), [1]).shape == (0, 1, features.width)
+    return found[:, 0]
+
+
+def _images(channels, size=48, count=3):
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randint(256, (config.channels, *s), dtype=torch.uint8, generator=generator) for s in sizes]
-    samples = [unmasked_sample(i, image, None, config, None) for i, image in enumerate(images)]
-    pixels = Pixels(config)
-    found = pixels.pooled_of_layers(pack(samples, pixels.geometry), [1, 2])
-    assert found.shape == (3, 2, config.channels * SIDE**2) and torch.equal(found[:, 0], found[:, 1])
-    assert pixels.pooled_of_layers(pack([], pixels.geometry), [1]).shape == (0, 1, found.shape[2])
-    mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
-    for feature, sample in zip(found[:, 0], samples):
-        seen = (sample.image / 255 - mean) / std
-        expected = F.interpolate(seen[None], (SIDE, SIDE), mode="bicubic", antialias=True).flatten()
-        torch.testing.assert_close(feature, expected, rtol=0, atol=1e-5)
+    return torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_pixel_baseline_downscales_the_normalised_image(channels):
+    images = _images(channels)
+    seen = (images / 255 - 0.4) / 0.2
+    expected = F.interpolate(seen, (SIDE, SIDE), mode="bicubic", antialias=True).flatten(1)
+    torch.testing.assert_close(_features(Pixels, images), expected, rtol=0, atol=1e-5)
+
+
+def test_the_histogram_counts_combinations_of_three_channels():
+    images = torch.zeros(2, 3, 48, 48, dtype=torch.uint8)
+    images[1, 0] = 255
+    images[1, 2, :12] = 127
+    found = _features(Histogram, images).square().view(2, 4, 4, 4)
+    assert found[0, 0, 0, 0] == 1 and found.sum() == pytest.approx(2)
+    assert found[1, 3, 0, 0] == 0.75 and found[1, 3, 0, 1] == 0.25
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_the_histogram_of_other_numbers_of_channels_has_sixteen_bins_for_each(channels):
+    images = _images(channels)
+    found = _features(Histogram, images).square().view(3, channels, 16)
+    for image_CHW, own_CB in zip(images, found):
+        for pixels_HW, own_B in zip(image_CHW, own_CB):
+            expected = torch.bincount((pixels_HW / 255 * 16).long().clamp(max=15).flatten(), minlength=16) / 48**2
+            torch.testing.assert_close(own_B, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_hog_depends_on_the_orientation_of_edges_and_not_on_their_colour(channels):
+    rows = torch.zeros(channels, 48, 48, dtype=torch.uint8)
+    rows[:, ::8] = 200
+    images = torch.stack((rows, rows.mT, rows // 2))
+    found = _features(OrientedGradients, images)
+    assert found.shape == (3, 900)
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-3)
+    assert F.cosine_similarity(found[0], found[1], dim=0) < 0.5
+    if channels == 3:  # the gradient is that of the channel in which it is largest
+        images[0, 1:] = 0
+        torch.testing.assert_close(_features(OrientedGradients, images)[0], found[0], rtol=0, atol=1e-3)
+
+
+def _input_of(folder, files):
+    """Return the config of the image features of shards with these files, by name."""
+    shard = write_tar(folder / "files.tar", files.items())
+    return input_config(DataConfig.model_validate({"train": [{"shards": shard, "modality": "image"}]}))
+
+
+def test_image_features_read_the_channels_and_values_of_the_files(tmp_path):
+    """The mean and the standard deviation are those of the training images."""
+    colour = {f"{number}.png": coloured(number, "green") for number in range(4)}
+    found = _input_of(tmp_path, colour)
+    assert (found.channels, found.image_dtype, found.image_range, found.image_size) == (3, "uint8", None, 48)
+    pixels = torch.stack([decode_image(data, 3) for data in colour.values()]) / 255
+    assert found.image_mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-4)
+    assert found.image_std == pytest.approx(pixels.std((0, 2, 3)).tolist(), abs=1e-3)
+
+    values = [np.full((48, 48), 1000.0, np.float32), np.full((48, 48), 3000.0, np.float32)]
+    found = _input_of(tmp_path, {f"{number}.npy": write_npy(each) for number, each in enumerate(values)})
+    assert (found.channels, found.image_dtype, found.image_range) == (1, "float32", (1000, 3000))
+    assert (found.image_mean, found.image_std) == ((0.5,), (0.5,))
+
+    bands = {"0.npy": write_npy(np.zeros((48, 48, 5), np.uint8)), "1.npy": write_npy(np.ones((48, 48, 5), np.uint8))}
+    assert _input_of(tmp_path, bands).channels == 5
+
+
+@pytest.mark.slow
+def test_two_models_with_different_inputs_have_the_same_baselines(transfer, tmp_path):
+    """A grey model of small images does not make the baselines grey."""
+    torch.manual_seed(0)
+    grey = tiny_run(
+        tmp_path / "grey", channels=1, image_size=16, patch_size=8, image_mean=[0.7], image_std=[0.4], vocab_size=0
+    )
+    colour = transfer("knn", out="colour", baselines=True)["baselines"]
+    found = transfer("knn", model=grey, out="grey_result", baselines=True)["baselines"]
+    for name in FEATURES:
+        assert {**colour[name], "difference": 0, "verdict": 0} == {**found[name], "difference": 0, "verdict": 0}
+    assert found[SCALED]["top1"] == found["colour histogram"]["top1"] == 1
+
+
+@pytest.mark.slow
+def test_a_baseline_without_its_library_is_left_out_with_a_note(transfer, monkeypatch, capsys):
+    def missing(needs):
+        if "skimage" in needs:
+            raise UserError("the baseline HOG needs scikit-image: pip install 'm3ae-fast[evaluate]'")
+
+    monkeypatch.setattr(image_features, "require_libraries", missing)
+    result = transfer("knn", baselines=True)
+    assert [*result["baselines"]] == [UNTRAINED, SCALED, "colour histogram"]
+    output = capsys.readouterr().out
+    assert output.count("HOG is left out: the baseline HOG needs scikit-image: pip install 'm3ae-fast[evaluate]'") == 1
+
+
+@pytest.mark.slow
+def test_samples_that_the_model_cannot_read_are_left_out_of_the_baselines(transfer, tmp_path):
+    """A grey model does not read arrays with three channels. Both are compared on the same samples."""
+    grey = tiny_run(tmp_path / "grey", channels=1, image_mean=[0.7], image_std=[0.4], vocab_size=0)
+    shards = {}
+    for name, numbers in (("train", range(24)), ("val", range(100, 118))):
+        members = [(member, data) for member, data in labelled_members(numbers) if member.endswith((".png", ".cls"))]
+        members += [("x.npy", write_npy(np.zeros((32, 32, 3), np.uint8))), ("x.cls", b"1")]
+        shards[name] = write_tar(tmp_path / f"{name}.tar", members)
+    result = transfer("knn", *settings("data.max_bad_fraction=0.2"), model=grey, baselines=True, **shards)
+    assert (result["train_samples"], result["val_samples"], result["skipped"]) == (24, 18, 2)
+    assert [*result["baselines"]] == [UNTRAINED, *FEATURES]
+    assert all("difference" in each for each in result["baselines"].values())
 
 
 def test_patch_features_of_the_pixel_baseline_are_its_pixels():
@@ -115,11 +227,11 @@ def test_patch_features_of_the_pixel_baseline_are_its_pixels():
 
 
 @pytest.mark.slow
-def test_the_pixel_baseline_classifies_colours(transfer, run, capsys):
+def test_the_pixel_baseline_classifies_colours(transfer, capsys):
     longer = [*SHORT, *settings("linear.steps=100", "linear.peak_lr=30")]
     for task, options in (("knn", []), ("linear", longer), ("linear", ["--shots", "5,9", *longer])):
-        result = transfer(task, *options, model=f"pixels:{run}", out=f"{task}{len(options)}")
-        assert result["top1"] > 0.9 and result["model"] == f"pixels:{run}"
+        result = transfer(task, *options, model="pixels", out=f"{task}{len(options)}")
+        assert result["top1"] > 0.9 and result["model"] == "pixels"
     assert " layers" not in capsys.readouterr().out
 
 
@@ -130,29 +242,27 @@ def test_the_pixel_baseline_classifies_colours(transfer, run, capsys):
         ("knn", "top1", ()),
         ("logistic", "top1", ()),
         ("multilabel", "map", ("--labels", "json.tags")),
-        ("segment", "miou", settings("segment.head=knn", "segment.bank_patches=300")),
-        ("segment", "miou", settings("segment.steps=5", "segment.batch=8")),
     ],
 )
 def test_baselines_have_the_results_of_their_separate_evaluations(
     transfer, run, tmp_path, task, metric, options, capsys, monkeypatch
 ):
-    """They are encoded in the same pass, and have the bits of their own evaluations."""
+    """They have the bits of their own evaluations, and are encoded in one pass for all with the same input."""
     task_cases.write_data(tmp_path)
     opened, loader = [], encoding.encoding_loader
     monkeypatch.setattr(encoding, "encoding_loader", lambda *given: opened.append(given[1]) or loader(*given))
     shards = {"train": str(tmp_path / "train.tar"), "val": str(tmp_path / "val.tar")}
     options = (*options, *settings("data.max_bad_fraction=0.2"))  # some images cannot be read
     result = transfer(task, *options, baselines=True, **shards)
-    assert len(opened) == 2 and [*result["baselines"]] == [UNTRAINED, SCALED]
+    assert len(opened) == 4 and [*result["baselines"]] == [UNTRAINED, *FEATURES]
     output, verdicts = capsys.readouterr().out, []
-    for name, prefix in PREFIXES.items():
-        alone = transfer(task, *options, model=f"{prefix}{run}", out=prefix[:3], baselines=True, **shards)
+    models = {name: model for name, model in baseline_models(str(run)).items() if name in result["baselines"]}
+    for name, model in models.items():
+        alone = transfer(task, *options, model=model, out=name, baselines=True, **shards)
         found = result["baselines"][name]
         assert "baselines" not in alone
-        assert {key: value for key, value in found.items() if key != "difference"} == {
-            key: value for key, value in alone.items() if key in found
-        }
+        measured = {key: value for key, value in found.items() if key not in ("difference", "verdict")}
+        assert measured == {key: alone[key] for key in measured}
         if task == "multilabel":  # all scores are perfect, so that no error can be estimated
             assert found == {"map": 1.0} and f"\n{task}: {name}: map 1\n" in output and name in result["warning"]
             continue
@@ -160,8 +270,9 @@ def test_baselines_have_the_results_of_their_separate_evaluations(
         assert apart.value == pytest.approx(result[metric] - alone[metric])
         assert f"{task}: {name}: {metric} {alone[metric]:.4f} ± " in output
         assert f"; {apart.words('the model', name)}\n" in output
+        assert found["verdict"] == apart.words("the model", name)
         if metric == "top1":
-            tables = [read_parquet(tmp_path / out / "predictions.parquet") for out in ("out", prefix[:3])]
+            tables = [read_parquet(tmp_path / out / "predictions.parquet") for out in ("out", name)]
             assert apart == difference(*(np.equal(each["label"], each["prediction"]) for each in tables))
         assert (name in result.get("warning", "")) != apart.is_better
         verdicts.append(escape(f"{task}: {apart.words(str(run), name)}."))
@@ -169,7 +280,7 @@ def test_baselines_have_the_results_of_their_separate_evaluations(
     write_report(tmp_path / "out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<br>".join(verdicts) in page
-    for name in PREFIXES:
+    for name in models:
         assert f"<td>{name} of {run}</td><td>{metric}</td>" in page
 
 
@@ -193,14 +304,18 @@ def test_baselines_of_trained_heads_and_of_grids_use_logistic_regression(
     """They have the results of logistic regression (of k-NN for k-NN) on the same training samples."""
     result = transfer(task, *options, baselines=True)
     output = capsys.readouterr().out
-    assert [*result["baselines"]] == [UNTRAINED, SCALED]
-    for name, prefix in PREFIXES.items():
-        other, found = transfer(*alone, model=f"{prefix}{run}", out=prefix[:3]), result["baselines"][name]
+    assert [*result["baselines"]] == [UNTRAINED, *FEATURES]
+    for name, model in baseline_models(str(run)).items():
+        if name not in result["baselines"]:
+            continue
+        own = alone if name == UNTRAINED else [each for each in alone if each != "encode.pool=cls"]
+        own = [each for number, each in enumerate(own) if each != "--set" or number + 1 < len(own)]
+        other, found = transfer(*own, model=model, out=name), result["baselines"][name]
         assert found.get("probe", "") == ("" if alone[0] == task else "logistic regression")
         probe = "" if alone[0] == task else " (logistic regression)"
         assert f"{task}: {name}{probe}: top1 {found['top1']:.4f} ± " in output
         assert (found["top1"], found["top1_se"]) == (other["top1"], other["top1_se"])
-        assert {*found} <= {"probe", "top1", "top1_se", "difference", "k", "inverse_strength"}
+        assert {*found} <= {"probe", "top1", "top1_se", "verdict", "difference", "k", "inverse_strength"}
         apart = Difference.read(found["difference"])
         assert apart.value == pytest.approx(result["top1"] - found["top1"])
         assert (name in result.get("warning", "")) != apart.is_better
@@ -226,7 +341,9 @@ def test_samples_that_become_unreadable_for_the_baselines_do_not_prevent_the_res
     options = settings("linear.steps=1", "linear.peak_lr=1", "linear.global_batch=16", "data.max_bad_fraction=0")
     result = transfer("linear", *options, train=write_tar(tmp_path / "train.tar", members), baselines=True)
     assert result["steps"] == 1 and "top1" in result and "baselines" not in result
-    assert "note: the result is written without baselines: 1 of 48 samples cannot be used" in capsys.readouterr().out
+    assert (
+        "note: the result is written without random weights: 1 of 48 samples cannot be used" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
@@ -247,7 +364,7 @@ def test_a_report_names_the_probe_of_the_baselines(tmp_path):
     keys, better = [*map(str, range(50))], Difference(0.4, 0.3, 0.5, 0.01).entries()
     results = {
         "tuned": ("finetune", "m", {"verdict": "", "baselines": {UNTRAINED: {"probe": "probe", "difference": better}}}),
-        "scratch": ("finetune", f"{PREFIXES[UNTRAINED]}m", {"verdict": ""}),
+        "scratch": ("finetune", "random:m", {"verdict": ""}),
         "grid": ("knn", "m", {"baselines": {SCALED: {"top1": 0.5, "difference": better}}}),
     }
     for name, (task, model, more) in results.items():
@@ -298,25 +415,25 @@ def test_a_warning_names_each_baseline_that_is_not_exceeded(tmp_path):
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("attentive", (), "attentive does not accept pixels; knn, logistic, linear, multilabel and segment do"),
-        ("finetune", (), "finetune does not accept pixels; knn, logistic, linear, multilabel and segment do"),
+        ("attentive", (), "attentive needs a network; knn, logistic, linear and multilabel accept pixels"),
+        ("finetune", (), "finetune needs a network; knn, logistic, linear and multilabel accept pixels"),
         (
             "knn",
             ("--modality", "paired"),
-            "the pixel baseline has features of images, not of captions; leave out --modality",
+            "pixels: is computed from images, not from captions; leave out --modality",
         ),
         (
             "knn",
             ("--layers", "1"),
             "no poolings and no checkpoints; leave out --layers, --pools and --resume",
         ),
-        ("knn", ("--pools", "cls"), "pixels have no layers, no poolings and no checkpoints"),
-        ("linear", ("--resume", "auto"), "pixels have no layers, no poolings and no checkpoints"),
+        ("knn", ("--pools", "cls"), "pixels: has no layers, no poolings and no checkpoints"),
+        ("linear", ("--resume", "auto"), "pixels: has no layers, no poolings and no checkpoints"),
     ],
 )
-def test_tasks_that_the_pixel_baseline_does_not_support_are_refused(transfer, run, tmp_path, task, options, message):
+def test_tasks_that_the_pixel_baseline_does_not_support_are_refused(transfer, tmp_path, task, options, message):
     with pytest.raises(UserError, match=message):
-        transfer(task, *options, model=f"pixels:{run}")
+        transfer(task, *options, model="pixels")
     assert not (tmp_path / "out").exists()
 
 

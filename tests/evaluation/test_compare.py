@@ -16,13 +16,15 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import write_parquet
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.evaluation import ood
-from m3ae_fast.evaluation.baselines import LARGEST, SCALED, UNTRAINED
+from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED
 from m3ae_fast.evaluation.compare import ComparedPredictions, model_names
 from m3ae_fast.evaluation.difference import compare_results
+from m3ae_fast.evaluation.image_features import available
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.ood import SCORES
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import difference
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
 from tests.evaluation.conftest import figure_names, settings
 from tests.helpers.labelled import tiny_run
 
@@ -37,6 +39,9 @@ SHORT = settings(
 def _short(task):
     """Return the settings in SHORT that a task has."""
     return settings(*(each for each in SHORT[1::2] if each.startswith((task, "encode"))))
+
+
+SCALED = IMAGE_FEATURES[PIXELS]
 
 
 @pytest.fixture
@@ -56,13 +61,15 @@ def compared(run, shards, tmp_path):
 
 def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path, capsys):
     result = compared("--seeds", "2")
-    models, probes = [UNTRAINED, SCALED, run.name, "mae"], ["knn", "logistic", "linear", "attentive"]
+    features = [IMAGE_FEATURES[name] for name in available()[0]]
+    models, probes = [UNTRAINED, *features, run.name, "mae"], ["knn", "logistic", "linear", "attentive"]
     rows = {(row["model"], row["probe"]): row for row in result["rows"]}
     done = [(model, probe) for model in models for probe in probes]
-    done.remove((SCALED, "attentive"))  # pixels have no patch tokens
+    done = [pair for pair in done if pair not in {(name, "attentive") for name in features}]  # no patch tokens
     assert list(rows) == done
     assert {row["trials"] for (model, probe), row in rows.items() if probe in ("linear", "attentive")} == {2}
-    assert [rows[model, "knn"]["trials"] for model in models] == [2, 1, 1, 1]  # k-NN has no random draws
+    trials = [rows[model, "knn"]["trials"] for model in models]
+    assert trials == [2, *[1] * (len(models) - 1)]  # k-NN has no random draws
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     for (model, probe), row in rows.items():
         own = table[(table.model == model) & (table.probe == probe)]
@@ -77,8 +84,9 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
     output = capsys.readouterr().out
     cell = rows["mae", "linear"]
     assert page in output and f"{100 * cell['top1']:.1f} ± {100 * cell['top1_se']:.1f}" in page
-    assert "- knn: mae " in page and "4 of 4 models done" in output
-    assert re.search(rf"\n\| {SCALED} \| ([\d.]+ ± [\d.]+ \| ){{3}}- \|\n", page)
+    assert "- knn: mae " in page and f"{len(models)} of {len(models)} models done" in output
+    for name in features:
+        assert re.search(rf"\n\| {name} \| ([\d.]+ ± [\d.]+ \| ){{3}}- \|\n", page)
 
     first = result["config"]["run"]["seed"]
     random = table[(table.model == UNTRAINED) & (table.probe == "knn")].groupby("seed").score
@@ -161,14 +169,15 @@ def test_a_warning_names_the_baselines_that_a_model_does_not_exceed():
 
 def test_models_are_named_by_the_part_of_the_path_that_differs():
     own = {"a": "runs/a", "b": "runs/b"}
-    assert model_names(["runs/a", "runs/b"]) == {UNTRAINED: "random:runs/a", SCALED: "pixels:runs/a"} | own
-    assert model_names(["runs/a", "runs/b"], pixels=False) == {UNTRAINED: "random:runs/a"} | own
-    assert list(model_names(["x/run", "y/run"])) == [UNTRAINED, SCALED, "x/run", "y/run"]
-    assert model_names(["random:x"]) == {UNTRAINED: "random:x", SCALED: "pixels:x", "random:x": "random:x"}
-    with pytest.raises(UserError, match="pixels:a: compare always includes downscaled pixels; leave out this model"):
-        model_names(["a", "pixels:a"])
+    names = {UNTRAINED: "random:runs/a", SCALED: "pixels", "HOG": "hog"} | own
+    assert model_names(["runs/a", "runs/b"], ["pixels", "hog"]) == names
+    assert model_names(["runs/a", "runs/b"], []) == {UNTRAINED: "random:runs/a"} | own
+    assert list(model_names(["x/run", "y/run"], ["pixels"])) == [UNTRAINED, SCALED, "x/run", "y/run"]
+    assert model_names(["random:x"], []) == {UNTRAINED: "random:x", "random:x": "random:x"}
+    with pytest.raises(UserError, match="histogram: compare always includes this baseline; leave it out"):
+        model_names(["a", "histogram"], [])
     with pytest.raises(UserError, match="the same model is given twice"):
-        model_names(["a", "a"])
+        model_names(["a", "a"], [])
 
 
 def test_user_errors_are_reported_before_anything_is_encoded(compared, run, tmp_path):

@@ -65,7 +65,7 @@ def test_the_guide_shows_how_to_classify_images(transfer, tmp_path):
 
 @pytest.mark.parametrize("options", [["--layers", "1"], ["--shots", "5"], ["pixels"]])
 def test_evaluations_of_several_layers_or_of_pixels_save_no_classifier(transfer, run, tmp_path, options):
-    model = f"pixels:{run}" if options == ["pixels"] else run
+    model = "pixels" if options == ["pixels"] else run
     result = transfer("logistic", *([] if options == ["pixels"] else options), model=model)
     assert not (tmp_path / "out/classifier.json").exists()
     assert ("results" in result) == (options != ["pixels"]) == ("inverse_strength" not in result)

@@ -101,10 +101,11 @@ def test_segmentation_exceeds_the_baseline_on_simple_shapes(transfer, masked, tm
 
 
 @pytest.mark.slow
-def test_pixels_can_be_segmented_as_a_baseline(transfer, masked, run):
+def test_pixels_are_segmented_as_a_baseline(transfer, masked):
     train, val = masked
-    result = transfer("segment", *SHORT, model=f"pixels:{run}", train=train, val=val)
-    assert result["miou"] > 0.5 > result["chance_miou"] and result["model"] == f"pixels:{run}"
+    result = transfer("segment", *SHORT, train=train, val=val, baselines=True)
+    assert [*result["baselines"]] == ["random weights", "downscaled pixels"]
+    assert result["baselines"]["downscaled pixels"]["miou"] > 0.5 > result["chance_miou"]
 
 
 def test_metrics_equal_those_of_scikit_learn():
