@@ -46,9 +46,9 @@ class Neighbours(NamedTuple):
     number_QK: Tensor  # int64: numbers of the samples in the bank
 
 
-def nearest(bank: FeatureBank, queries: FeatureBank, k: int, title: str = "k-NN") -> Neighbours:
-    """Return the min(k, N) nearest neighbours of each of this rank's queries. Every rank must call it. `title`: title
-    of the progress display."""
+def nearest(bank: FeatureBank, queries: FeatureBank, k: int, title: str | None = "k-NN") -> Neighbours:
+    """Return the min(k, N) nearest neighbours of each of this rank's queries. Every rank of the bank must call it.
+    `title`: title of the progress display; None: progress is not displayed."""
     ranks, device = bank.ranks, bank.ranks.device if bank.ranks else bank.stored_SD.device
     k = min(k, len(bank.keys))
     own = len(queries.own)
@@ -66,7 +66,7 @@ def nearest(bank: FeatureBank, queries: FeatureBank, k: int, title: str = "k-NN"
     return Neighbours(*_decoded(torch.cat(found)))
 
 
-def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -> Tensor:
+def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str | None) -> Tensor:
     """Return the k nearest of this rank's samples for each query, as codes of `_encoded`, best first: int64 [Q, k]."""
     unit_QD = F.normalize(queries_QD.float(), dim=1)
     similarity_QC, place_QC = _candidates(bank, unit_QD, k + _MARGIN, title)
@@ -87,11 +87,13 @@ def _own_neighbours(bank: FeatureBank, queries_QD: Tensor, k: int, title: str) -
     # A list of k neighbours is uncertain if an excluded sample may be as similar as the list's last neighbour.
     unsure_Q = (place_QC[:, -1] >= 0) & (similarity_QC[:, -1] >= similarity_QC[:, k - 1] - _ROUNDING)
     if unsure_Q.any():
-        order_QK[unsure_Q] = _searched_exactly(bank, queries_QD[unsure_Q], k)
+        order_QK[unsure_Q] = _searched_exactly(
+            bank, queries_QD[unsure_Q], k, title and f"{title}, ordering equally similar samples"
+        )
     return order_QK
 
 
-def _candidates(bank: FeatureBank, unit_QD: Tensor, count: int, title: str) -> tuple[Tensor, Tensor]:
+def _candidates(bank: FeatureBank, unit_QD: Tensor, count: int, title: str | None) -> tuple[Tensor, Tensor]:
     """Return the similarities and the indices of this rank's samples with the highest float32 similarity to each query,
     best first: [Q, C] each. The index is -1 if this rank has fewer samples."""
     similarity_QC = unit_QD.new_full((len(unit_QD), count), -torch.inf)
@@ -134,20 +136,20 @@ def _best_of_block(similarity_qB: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best_qC, place_qc.gather(1, at_qC)
 
 
-def _blocks(bank: FeatureBank, device: torch.device, title: str) -> Iterator[tuple[int, Tensor]]:
+def _blocks(bank: FeatureBank, device: torch.device, title: str | None) -> Iterator[tuple[int, Tensor]]:
     """Yield this rank's features in blocks on the device, each with the index of its first row."""
     rows, size = len(bank.own), _BLOCKS[device.type].rows
-    for start in track(range(0, rows, size), title):
+    for start in track(range(0, rows, size), title or "", show=title is not None):
         yield start, bank.take(slice(start, min(start + size, rows))).to(device)
 
 
-def _searched_exactly(bank: FeatureBank, queries_QD: Tensor, k: int) -> Tensor:
+def _searched_exactly(bank: FeatureBank, queries_QD: Tensor, k: int, title: str | None) -> Tensor:
     """Return the same result as `_own_neighbours`, with all similarities computed in float64."""
     device, own_R = queries_QD.device, bank.own.to(queries_QD.device)
     at_a_time = _BLOCKS[device.type].queries
     unit_QD = F.normalize(queries_QD.double(), dim=1)
     order_QK = torch.full((len(unit_QD), k), _MISSING, device=device)
-    for start, block_BD in _blocks(bank, device, "k-NN, ordering equally similar samples"):
+    for start, block_BD in _blocks(bank, device, title):
         unit_BD, number_B = F.normalize(block_BD.double(), dim=1), own_R[start : start + len(block_BD)]
         for first in range(0, len(unit_QD), at_a_time):
             part = slice(first, first + at_a_time)

@@ -35,6 +35,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_heads
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
 from m3ae_fast.evaluation.significance import image_clusters
 from m3ae_fast.evaluation.stacked_optimizers import AdamW
@@ -43,7 +44,6 @@ from m3ae_fast.process.ranks import Ranks
 
 _SHOWN = 8  # number of held-out images in the figure
 _RESAMPLES = 1000  # number of bootstrap samples
-_QUERIES = 1024  # number of patches whose neighbours are searched at a time
 _PREDICTED = 16  # number of images that are predicted at a time
 _WARM_UP = 0.1  # fraction of the steps that belong to the warm-up
 
@@ -217,31 +217,33 @@ class Neighbours:
     """A head that uses the votes of the nearest training patches: patches [B, L, D] -> scores [B, L, C], whose sum over
     classes is 1. Each training patch votes with the fractions of its pixels that belong to each class. All training
     images contribute about the same number of voting patches. Within an image, these are evenly spaced among the
-    patches that contain at least one pixel that is not ignored. Every rank has the voting patches of all images."""
+    patches that contain at least one pixel that is not ignored. Every rank has the voting patches of all images, in the
+    order of the images, so that the result does not depend on the number of ranks."""
 
     def __init__(self, train: Images, classes: int, job: Job) -> None:
         bank, N, ranks = train.bank, len(train.bank.keys), job.ranks
         config, knn = job.config.segment, job.config.knn
         most = min(config.bank_patches, N * train.side**2)
-        own = []
+        own = {}
         for row, number in enumerate(bank.own.tolist()):
             counts_LC = patch_labels(train.masks_RSS[row, None], train.side, classes, config.ignore_label)[0]
             seen_P = counts_LC.any(1).nonzero()[:, 0]
             rows_P = _evenly(seen_P, (number + 1) * most // N - number * most // N)
-            own.append((bank.take(torch.tensor([row]))[0].cpu()[rows_P], counts_LC[rows_P]))
-        parts = [each for part in ranks.gather(own) for each in part]
-        patches_PD, counts_PC = (torch.cat(each).to(ranks.device).float() for each in zip(*parts))
+            own[number] = bank.take(torch.tensor([row]))[0].cpu()[rows_P], counts_LC[rows_P]
+        images = {number: part for parts in ranks.gather(own) for number, part in parts.items()}
+        parts = zip(*(images[number] for number in range(N)))
+        patches_PD, counts_PC = (torch.cat(each).to(ranks.device).float() for each in parts)
         self.shares_PC = counts_PC / counts_PC.sum(1, keepdim=True)
-        self.patches_PD = F.normalize(patches_PD, dim=1)
+        self.bank = FeatureBank([""] * len(patches_PD), patches_PD, None)
         self.k, self.temperature = min(knn.fixed_k, len(patches_PD)), knn.temperature
 
     def __call__(self, patches_BLD: Tensor) -> Tensor:
-        votes = []
-        for queries_QD in F.normalize(patches_BLD.flatten(0, 1), dim=1).split(_QUERIES):
-            similarity_QK, nearest_QK = (queries_QD @ self.patches_PD.T).topk(self.k, dim=1)
-            weights_QK = (similarity_QK / self.temperature).softmax(1)
-            votes.append((weights_QK[..., None] * self.shares_PC[nearest_QK]).sum(1))
-        return torch.cat(votes).unflatten(0, patches_BLD.shape[:2])
+        queries_QD = patches_BLD.flatten(0, 1)
+        found = nearest(self.bank, FeatureBank([""] * len(queries_QD), queries_QD, None), self.k, title=None)
+        similarity_QK, number_QK = (each.to(queries_QD.device) for each in found)
+        weights_QK = (similarity_QK / self.temperature).softmax(1)
+        votes_QC = (weights_QK[..., None] * self.shares_PC[number_QK]).sum(1)
+        return votes_QC.unflatten(0, patches_BLD.shape[:2])
 
 
 def _evenly(rows_P: Tensor, most: int) -> Tensor:
@@ -258,8 +260,8 @@ def _predicted(
     S], of those images whose number is in `shown`."""
     bank, ignored, size = val.bank, job.config.segment.ignore_label, job.model.config.image_size
     counts, cells = [torch.empty(0, 3, classes, dtype=torch.int64)], {}
-    batches = torch.arange(len(bank.own)).split(_PREDICTED)
-    for rows_B in track(batches, "predicting", len(batches)):
+    for first in track(range(0, len(bank.own), _PREDICTED), "predicting"):
+        rows_B = torch.arange(first, min(first + _PREDICTED, len(bank.own)))
         job.heartbeats.mark("predicting")
         scores_BLC = head(bank.take(rows_B).to(job.ranks.device).float())
         predicted_BSS, masks_BSS = upsampled(scores_BLC, val.side, size).cpu(), val.masks_RSS[rows_B]

@@ -88,6 +88,19 @@ def test_every_task_has_the_same_result_on_one_and_several_ranks(run, single_ran
             np.testing.assert_allclose(states[0][key], value, rtol=2e-3, atol=2e-3, err_msg=f"{name}, {key}")
 
 
+def test_tasks_have_the_same_result_on_ranks_without_images_and_with_repeated_images(run, tmp_path):
+    """There are two held-out images, and six training images that are repeated with different masks and labels."""
+    names = ["knn", "logistic", "linear", "attentive", "multilabel-knn", "segment", "segment-knn", "ood"]
+    task_cases.write_data(tmp_path, train=range(200, 260), val=range(300, 302), distinct=6)
+    for ranks in (1, 3):
+        arguments = [str(run), str(tmp_path), str(tmp_path / f"{ranks}"), *names]
+        code, output = run_ranks("tests.helpers.task_cases", arguments, ranks, tmp_path / f"log{ranks}")
+        assert code == 0, output
+    for name in names:
+        results = [json.loads((tmp_path / f"{ranks}/{name}/result.json").read_text()) for ranks in (3, 1)]
+        _assert_close(*results, name)
+
+
 def _fields(value):
     """Yield the names of the fields of a result and of its rows, in the form that the guide uses."""
     for name, inner in value.items():

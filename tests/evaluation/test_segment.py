@@ -197,7 +197,7 @@ def test_neighbouring_patches_vote_with_the_fractions_of_their_pixels():
     found = head(queries.float()).flatten(0, 1)
     patches, queries = (part.flatten(0, 1).double() for part in (patches, queries))
     cells = masks.unflatten(2, (4, 2)).unflatten(1, (4, 2)).permute(0, 1, 3, 2, 4).reshape(80, 4)
-    voters = (F.normalize(head.patches_PD.double(), dim=1) @ F.normalize(patches, dim=1).T).argmax(1)
+    voters = (F.normalize(head.bank.stored_SD.double(), dim=1) @ F.normalize(patches, dim=1).T).argmax(1)
     for image in range(5):
         seen = [row for row in range(16 * image, 16 * image + 16) if (cells[row] != IGNORED).any()]
         places = [seen.index(row) for row in voters.tolist() if row // 16 == image]

@@ -1,4 +1,5 @@
-"""A program that runs every evaluation task once, on the ranks on which it is started: `main([RUN, DATA, OUT])`.
+"""A program that runs evaluation tasks once, on the ranks on which it is started: `main([RUN, DATA, OUT, *CASES])`. By
+default, it runs all of them.
 
 DATA is a folder written by `write_data`. The results are written to folders in OUT, and the messages of tasks that too
 many unreadable samples end are written to OUT/refused.json.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def write_data(folder: Path) -> None:
+def write_data(
+    folder: Path, train: Iterable[int] = TRAIN, val: Iterable[int] = VAL, distinct: int | None = None
+) -> None:
     """Write shards of coloured images with captions, labels, lists of labels and masks. The images in BAD cannot be
-    read."""
-    for name, numbers in (("train", TRAIN), ("val", VAL)):
+    read. `distinct`: number of distinct images, which are repeated with different masks; None: all images differ."""
+    for name, numbers in (("train", train), ("val", val)):
         files = []
         for number in numbers:
             mask = np.zeros((40, 40), np.uint8)
@@ -79,8 +83,9 @@ def write_data(folder: Path) -> None:
             png = io.BytesIO()
             Image.fromarray(mask).save(png, "PNG")
             fields = {"tags": _LISTS[number % 3]}
+            content = number % (distinct or number + 1)
             files += [
-                (f"{number:05d}.png", b"" if number in BAD else coloured(number, NAMES[number % 3])),
+                (f"{number:05d}.png", b"" if number in BAD else coloured(content, NAMES[content % 3])),
                 (f"{number:05d}.txt", f"a {NAMES[number % 3]} picture of {number}".encode()),
                 (f"{number:05d}.cls", str(number % 3).encode()),
                 (f"{number:05d}.json", json.dumps(fields).encode()),
@@ -92,7 +97,8 @@ def write_data(folder: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run the tasks."""
-    run, data, out = map(Path, arguments)
+    run, data, out = map(Path, arguments[:3])
+    names = arguments[3:]
     with joined_program("cpu") as session:
 
         def perform(name: str, folder: str, limit: str = "data.max_bad_fraction=0.2") -> None:
@@ -110,8 +116,10 @@ def main(arguments: list[str]) -> int:
                 **options | {"overrides": ["data.workers=0", limit, *encoded, *options.get("overrides", [])]},
             )
 
-        for name in CASES:
+        for name in names or CASES:
             perform(name, name)
+        if names:
+            return 0
         refused = {}
         for name, limit in REFUSED.items():
             message = ""
