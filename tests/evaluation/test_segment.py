@@ -214,6 +214,28 @@ def test_neighbouring_patches_vote_with_the_fractions_of_their_pixels():
         torch.testing.assert_close(scores, votes / votes.sum(), rtol=1e-4, atol=1e-5)
 
 
+def test_equally_similar_patches_vote_in_the_order_of_the_images_on_any_ranks():
+    """Images are repeated with different masks, so that only some of the equally similar patches are neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(2, 16, 6, generator=generator).half().repeat(4, 1, 1)
+    masks = torch.randint(3, (8, 8, 8), generator=generator).to(torch.uint8)
+    sections = {"segment": {"bank_patches": 128}, "knn": {"k": 3, "temperature": 0.2}}
+    config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
+    found = []
+    for order in ((0, 1), (1, 0)):  # parts of two ranks, as if the first rank had the images with even or odd numbers
+
+        def gather(own, order=order):
+            return [{number: own[number] for number in own if number % 2 == rank} for rank in order]
+
+        ranks = SimpleNamespace(gather=gather, device=torch.device("cpu"))
+        bank = FeatureBank([*"abcdefgh"], patches, torch.arange(8))
+        head = Neighbours(Images(bank, masks), 3, SimpleNamespace(ranks=ranks, config=config))
+        found.append(head(patches[:2].float()))
+    assert torch.equal(*found)
+    shares = patch_labels(masks[[0, 2, 4]], 4, 3, IGNORED).mean(0) / 4
+    torch.testing.assert_close(found[0][0], shares)
+
+
 def test_the_labels_of_a_patch_are_pixel_counts_by_class():
     mask = torch.arange(32).reshape(1, 4, 8).to(torch.uint8) % 3
     mask[0, 0, 0] = IGNORED
