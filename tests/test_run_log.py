@@ -82,14 +82,14 @@ def test_a_run_folder_cannot_be_used_by_two_runs(tmp_path):
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "has it\n"
-        with pytest.raises(UserError, match="another run is using it"):
+        with pytest.raises(UserError, match="another run is using this folder"):
             RunFolder(tmp_path)
         other.kill()
     with RunFolder(tmp_path) as folder:
         (tmp_path / LOCK_FILE).unlink()  # removed by hand
         folder.keep()
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as other:
-            assert "another run is using it" in other.stderr.read()
+            assert "another run is using this folder" in other.stderr.read()
 
 
 def test_a_file_is_locked_if_the_file_system_cannot_lock_folders(tmp_path, monkeypatch):
@@ -104,6 +104,25 @@ def test_a_file_is_locked_if_the_file_system_cannot_lock_folders(tmp_path, monke
         assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 1
 
 
+def test_a_question_about_its_own_lock_does_not_release_it(tmp_path):
+    """A process loses its POSIX lock on a file when it closes another descriptor of the file."""
+    with RunFolder(tmp_path) as folder:
+        assert not run_lock.is_held(folder.path)
+        other = os.fork()
+        if other == 0:
+            os._exit(int(run_lock.is_held(folder.path)))
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 1
+
+
+def test_a_folder_to_which_nothing_was_written_is_left_as_it_was(tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/a.txt").touch()
+    for name in ("used", "new/run"):
+        with RunFolder(tmp_path / name):
+            pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "used"]
+
+
 def test_the_lock_persists_after_its_file_is_removed(tmp_path):
     program = (
         "import pathlib, sys; from m3ae_fast.training.run_lock import RunFolder; RunFolder(pathlib.Path(sys.argv[1]))"
@@ -111,7 +130,7 @@ def test_the_lock_persists_after_its_file_is_removed(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         (folder.path / LOCK_FILE).unlink()
         second = subprocess.run([sys.executable, "-c", program, str(folder.path)], capture_output=True, text=True)
-        assert "another run is using it" in second.stderr
+        assert "another run is using this folder" in second.stderr
         assert folder.keep() and not folder.keep()
         worker = os.fork()  # like a loader worker, which may outlive the run by a few seconds
         if worker == 0:

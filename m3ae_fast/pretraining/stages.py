@@ -48,7 +48,7 @@ from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.process.launchers import alone
 from m3ae_fast.training.run import pre_train
-from m3ae_fast.training.run_lock import is_held
+from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.exporting import write_export
 
@@ -175,16 +175,25 @@ def pretrain(
         began=time.monotonic(),
     )
     image_range = _check(call)
+    with RunFolder(call.out) as folder:  # no other process can write to it before this call has ended
+        return _run_stages(call, image_range, folder)
+
+
+def _run_stages(call: _Call, image_range: Range | None, folder: RunFolder) -> Outcome:
+    """Run the stages that are not completed yet, in the locked run folder. `image_range`: value range of the images;
+    None: detected. Raises UserError as `pretrain` does."""
+    _check_folder(call)
     config = _kept_config(call, image_range) if call.continues else None
     config = config or _chosen_config(call, image_range)
     if config and config.train.probe and (missing := why_no_map()):
         print(f"note: no map of the features will be drawn: {missing}", flush=True)
     outcome = Outcome(call.out, False, call.out / EXPORT, call.out / REPORT_FILE, {})
-    if dry_run or config is None:
+    device = call.device
+    if call.dry_run or config is None:
         return outcome
     with stage(device) as session:
         config = session.ranks.broadcast(call.load_config)
-        pre_train(config, session, resume="auto", make_probe=knn_probe)
+        pre_train(config, session, resume="auto", make_probe=knn_probe, folder=folder)
     if session.stop.requested or status(call.out)[0] != "finished":
         return outcome
     results = evaluate_run(config, device) if config.train.probe else {}
@@ -208,13 +217,17 @@ def _check(call: _Call) -> Range | None:
     check_field(call.labels)
     if call.out.exists() and not call.out.is_dir():
         raise UserError(f"--out {call.out}: is not a folder; specify a new or an existing folder")
+    return image_range
+
+
+def _check_folder(call: _Call) -> None:
+    """Raise UserError if the content of the run folder does not permit this call."""
     if not call.config_file.exists() and checkpoint.saved_steps(call.out):
         raise UserError(
             f"--out {call.out}: contains checkpoints, but not the {CONFIG} of their run; choose another --out"
         )
     if call.dry_run and call.config_file.exists():  # its tokenizer and shards would be replaced
         raise UserError(f"--dry-run: {call.out} contains a run, whose settings are kept; choose another --out")
-    return image_range
 
 
 def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcome, device: Device | None) -> None:
@@ -231,7 +244,6 @@ def _kept_config(call: _Call, image_range: Range | None) -> Config | None:
     """Write the shards that are missing, and return the config that an earlier call has written. If the source has
     changed before training has begun, the config is removed, and None is returned. `image_range`: value range of the
     images. Raises UserError if an override is invalid."""
-    _require_unused(call.out)
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
     kept = shard_names(call.load_config().data.train)
@@ -283,16 +295,8 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
     return plan.config
 
 
-def _require_unused(out: Path) -> None:
-    """Raise UserError if another process is training in the run folder."""
-    if is_held(out):
-        raise UserError(f"--out {out}: another run is using it; choose another folder")
-
-
 def _write(config: Config, call: _Call) -> None:
-    """Write the config of a new run. Raises UserError if another call has started a run in the folder in the
-    meantime."""
-    _require_unused(call.out)
+    """Write the config of a new run. Raises UserError if the folder cannot be written to."""
     text = json.dumps(stored_config(config), indent=2)  # includes the default values
     write_text_atomically(call.config_file, f"{text}\n")
     print(f"{call.config_file} contains all settings; --set section.key=value overrides them", flush=True)

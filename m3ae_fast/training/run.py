@@ -63,6 +63,7 @@ def pre_train(
     with_changes: bool = False,
     profile: bool = False,
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
+    folder: RunFolder | None = None,
 ) -> None:
     """Open the data, build or restore the model, and train it. Every rank must call this function.
 
@@ -73,6 +74,7 @@ def pre_train(
         with_changes: whether to resume even if data or masks differ from those of the checkpoint.
         profile: whether to write a profiler trace of some steps to the run folder.
         make_probe: function that returns an evaluation to run in addition to the held-out losses, or None.
+        folder: the run folder if the caller has locked it; None: it is locked during the call.
 
     Raises:
         UserError: data, weights or a library are missing or do not fit the config, a loss is not finite, or a
@@ -83,7 +85,8 @@ def pre_train(
     resolved = ranks.broadcast(lambda: resolve_precision(config.train, ranks.device))
     config = config.model_copy(update={"train": resolved})
     session.heartbeats.watch_over(config.run)
-    with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
+    locked = nullcontext(folder) if folder else ranks.on_main(lambda: RunFolder(config.run.dir))
+    with locked or nullcontext() as folder:
         trainer = set_up(config, resume, session, folder, with_changes, make_probe)
         trainer.train(config.run.dir if profile and ranks.is_main else None)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -14,18 +13,25 @@ from m3ae_fast.base.errors import UserError
 
 LOCK_FILE = ".lock"
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
+_OWN: set[tuple[int, int, int]] = set()  # process, device and inode of the lock files that this process has locked
 
 
 def is_held(path: Path) -> bool:
     """Return whether another process holds the lock of the run folder. The lock is not taken, because that might
     prevent a run from starting."""
     try:
+        if _identity(os.stat(path / LOCK_FILE)) in _OWN:  # closing the file would release the lock of this process
+            return False
         with (path / LOCK_FILE).open("rb") as file:
             request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             kind, *_ = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, request))
     except OSError:
         return False
     return kind != fcntl.F_UNLCK
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int]:
+    return os.getpid(), found.st_dev, found.st_ino
 
 
 class RunFolder:
@@ -36,11 +42,16 @@ class RunFolder:
     lock is not inherited by loader workers, and they release the flock. The filelock library is not used, because it
     applies flock to a file. If this file is removed, two processes can hold the lock. In versions of the library
     before 4, loader workers inherit the lock. On file systems without flock, a killed run leaves a lock file behind.
+
+    On a network file system, the POSIX lock is valid on all nodes, unless the mount options restrict it to one node
+    (`nolock` or `local_lock` of NFS, `localflock` of Lustre).
     """
 
     def __init__(self, path: Path) -> None:
         """Lock the folder. Raises UserError if `path` cannot be written to, or if another run holds the lock."""
-        self.path, self._made = path, not path.exists()
+        self.path = path
+        self._made = [each for each in (path, *path.parents) if not each.exists()]
+        self._before = {*os.listdir(path)} if path.is_dir() else set()
         self._lock: BinaryIO | None = None
         self._folder_lock: int | None = None
         os.register_at_fork(after_in_child=self._unlock_folder)
@@ -85,15 +96,17 @@ class RunFolder:
                     raise
             self._lock = (self.path / LOCK_FILE).open("wb")
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _OWN.add(_identity(os.fstat(self._lock.fileno())))
         except BlockingIOError:
             self._unlock()
-            raise UserError(f"run.dir {self.path}: another run is using it; choose another run.dir") from None
+            raise UserError(f"{self.path}: another run is using this folder; choose another one") from None
         except OSError as error:
             self._unlock()
-            raise UserError(f"run.dir {self.path}: cannot be written to ({error.strerror or error})") from None
+            raise UserError(f"{self.path}: cannot be written to ({error.strerror or error})") from None
 
     def _unlock(self) -> None:
-        if self._lock is not None:
+        if self._lock is not None and not self._lock.closed:
+            _OWN.discard(_identity(os.fstat(self._lock.fileno())))
             self._lock.close()
         self._unlock_folder()
 
@@ -106,9 +119,12 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the locks, and remove the folder if this object created it and it is otherwise empty."""
+        """Release the locks. If nothing was written to the folder, the lock file and the folders that this object
+        created are removed."""
         # If the folder was removed in the meantime, only the error that ends the run is reported.
         with contextlib.suppress(OSError):
-            if self._made and os.listdir(self.path) == [LOCK_FILE]:
-                shutil.rmtree(self.path, ignore_errors=True)
+            if {*os.listdir(self.path)} - self._before == {LOCK_FILE}:
+                (self.path / LOCK_FILE).unlink()
+                for folder in self._made:
+                    folder.rmdir()
         self._unlock()
