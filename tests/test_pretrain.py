@@ -60,6 +60,7 @@ from m3ae_fast.shards.duplicate_images import PIECE
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.train import main as start
 from m3ae_fast.training import device_clock, throughput_estimate
+from m3ae_fast.training.run_lock import LOCK_FILE
 from m3ae_fast.training.run_state import status
 from m3ae_fast.training.throughput_estimate import StepTime, ThroughputEstimate
 from tests.helpers.checkpoints import save
@@ -220,27 +221,24 @@ def test_a_moved_run_folder_remains_complete(tmp_path, monkeypatch, capsys):
     assert checkpoint.locate(tmp_path / "moved").name == "step-00000003"
 
 
-def test_a_concurrent_call_does_not_overwrite_the_config(tmp_path, monkeypatch):
-    """A config with which another call has begun to train in the meantime is not overwritten."""
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_second_call_is_refused_at_once_in_every_stage_of_the_first(tmp_path, monkeypatch, dry_run):
+    """It writes nothing. A call that is killed does not block the next one."""
     photos, run = make_pictures(tmp_path / "photos", each=2, captions=False), tmp_path / "run"
-    child = []
-
-    def hold(*_):
-        run.mkdir(exist_ok=True)
-        code = (
-            "import pathlib; from m3ae_fast.training.run_lock import RunFolder\n"
-            f"held = RunFolder(pathlib.Path({str(run)!r})); print(flush=True); input()"
-        )
-        command = [sys.executable, "-c", code]
-        child.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()))
-        child[0].stdout.readline()
-        return SimpleNamespace(config=None, lines=[], warning="")
-
-    monkeypatch.setattr(stages, "choose", hold)
-    with pytest.raises(UserError, match="another run is using it"):
-        pretrain(photos, run, hours=0.001)
-    child[0].communicate(b"\n")
-    assert not (run / "config.json").exists()
+    program = (
+        "import sys; from m3ae_fast.pretraining import stages; from m3ae_fast import pretrain\n"
+        "def hold(*_, **options): print(flush=True); input()\n"
+        "stages.find_shards = hold; pretrain(sys.argv[1], sys.argv[2])"
+    )
+    command = [sys.executable, "-c", program, str(photos), str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as first:
+        first.stdout.readline()
+        with pytest.raises(UserError, match="run: another run is using this folder; choose another one"):
+            pretrain(photos, run, dry_run=dry_run)
+        assert os.listdir(run) == [LOCK_FILE]
+        first.kill()
+    monkeypatch.setattr(stages, "choose", lambda *_: None)  # as if it was stopped
+    assert not pretrain(photos, run, dry_run=dry_run).finished and (run / "shards").is_dir()
 
 
 def test_results_are_computed_from_the_last_checkpoint(tmp_path, monkeypatch):
@@ -395,6 +393,17 @@ def test_a_run_refuses_a_source_whose_images_have_changed(tmp_path):
     overrides = ["data.workers=0", "train.steps=2", "train.probe=null", "train.pictures=0"]
     outcome = pretrain(photos, tmp_path / "run", hours=0.001, overrides=overrides)
     assert outcome.finished and outcome.report.is_file() and outcome.results == {}
+    copied = shutil.copytree(photos, tmp_path / "copied", copy_function=shutil.copyfile)
+    os.utime(copied / "red/0.png", ns=(0, 0))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/shards").glob("*.tar")}
+    assert pretrain(copied, tmp_path / "run", overrides=["train.steps=3"]).finished  # only the times have changed
+    assert checkpoint.locate(tmp_path / "run").name == "step-00000003"
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run/shards").iterdir() if path in before}
+    (photos / "red/0.txt").write_text("a red picture number 9")  # as long as before
+    with pytest.raises(UserError, match=r"has changed since the run in .* began; choose another --out"):
+        pretrain(photos, tmp_path / "run")
+    shutil.rmtree(photos)
+    copied.rename(photos)
     Image.new("RGB", (40, 40)).save(photos / "red/7.png")
     with pytest.raises(UserError, match=r"has changed since the run in .* began; choose another --out"):
         pretrain(photos, tmp_path / "run")
@@ -416,7 +425,7 @@ def test_images_with_more_than_8_bits_require_a_value_range(tmp_path, capsys):
     assert "data: 3 samples and 1 held out" in capsys.readouterr().out
 
 
-def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path, monkeypatch):
+def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path):
     photos = make_pictures(tmp_path / "photos", each=4)
     out = tmp_path / "run"
     find_shards(str(photos), out, None, [])
@@ -425,9 +434,6 @@ def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path, mo
     assert not find_shards(str(photos), out, None, []).notes
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns == first and (out / "config.json").exists()
     (photos / "red/0.txt").write_text("another caption")
-    monkeypatch.setattr(stages, "is_held", out.__eq__)  # by a run that has not saved a checkpoint yet
-    with pytest.raises(UserError, match="another run is using it"):
-        pretrain(photos, out)
     assert "the shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")

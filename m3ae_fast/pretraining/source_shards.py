@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast import checkpoint
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.config import Range
@@ -22,7 +23,7 @@ from m3ae_fast.data.shard_store import ShardStore, expand, is_remote
 from m3ae_fast.pretraining.automatic_settings import Shards
 from m3ae_fast.pretraining.image_settings import range_of
 from m3ae_fast.shards.held_out import shared_images, write_without
-from m3ae_fast.shards.output_claim import MANIFEST
+from m3ae_fast.shards.output_claim import MANIFEST, manifest_text
 from m3ae_fast.shards.overview import parts_of, show
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources.caption_table import CAPTION_OPTION, NO_CAPTIONS, READERS, NoColumns
@@ -30,7 +31,7 @@ from m3ae_fast.shards.sources.folder import ImagesMissing
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
 from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.sources.registry import kind_of_source, open_source
-from m3ae_fast.shards.writer import convert, manifest_of
+from m3ae_fast.shards.writer import are_reproduced, convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder
 # fraction and maximum number of samples that are held out if the source has no held-out split
@@ -252,7 +253,8 @@ def _made(
 ) -> Shards:
     """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
     shards were created, all shards are replaced. Raises UserError if a run has already begun with the old shards, or if
-    `pretrain` has not made them."""
+    `pretrain` has not made them. A source is unchanged if the same shards would be created from it, even if its files
+    have other modification times."""
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     image_range = image_range or range_of([kind for part in parts for kind in part.kinds])
@@ -260,12 +262,15 @@ def _made(
     now = manifest_of(source, settings)
     if before is None:
         show(name, parts)
-    if before is not None and before != json.loads(json.dumps(now)):
-        if checkpoint.saved_steps(out):
+    changed = before is not None and before != json.loads(json.dumps(now))
+    if changed and checkpoint.saved_steps(out):
+        if not are_reproduced(source, folder, settings):
             raise UserError(
                 f"{name} or --group: has changed since the run in {out} began; choose another --out, or continue with "
                 f"the old shards: m3ae-fast train --config {out / 'config.json'} --resume auto"
             )
+        write_text_atomically(folder / MANIFEST, manifest_text(now))
+    elif changed:
         if not _is_of_run(before):
             raise UserError(f"{folder}: contains shards that pretrain has not made; choose another --out")
         shutil.rmtree(folder)

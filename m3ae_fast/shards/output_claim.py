@@ -20,7 +20,7 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
     """Create the folder `out`, or reuse it if it contains shards with the same `manifest`, and lock it for this
     process. `classes`: names of the classes, which are written to classes.json; None: no such file. Raises UserError if
     the folder contains other files, is in use by another process, or cannot be written."""
-    path, text = out / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path, text = out / MANIFEST, manifest_text(manifest)
     try:
         if out.exists() and not out.is_dir():
             raise UserError(f"{out}: is a file; specify a folder for the shards")
@@ -54,6 +54,11 @@ def claimed(out: Path, manifest: dict[str, Any], classes: Sequence[str] | None) 
             f"{out}: cannot be written ({error.strerror or error}); complete shards are kept: "
             "to continue, run the same command again"
         ) from None
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """Return the content of conversion.json."""
+    return json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _difference(before: str, manifest: dict[str, Any]) -> str:

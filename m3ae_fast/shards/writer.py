@@ -6,11 +6,13 @@ OUT contains `SPLIT-00000.tar`, ... with their indexes, `conversion.json`, which
 
 from __future__ import annotations
 
+import filecmp
 import json
 import multiprocessing
 import os
 import signal
 import tarfile
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -101,6 +103,28 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
     images, captions = (sum(getattr(summary, name) for summary in found) for name in ("images", "captions"))
     left_out = sum(len(shard.numbers) for shard in plan) - samples.total()
     return Converted(shards, samples.total(), images, captions, left_out, tally, copies)
+
+
+def are_reproduced(records: Records, out: Path, settings: Settings) -> bool:
+    """Return whether `convert` would write exactly the shards that are in `out`. Each shard is written to a temporary
+    folder in `out`, compared and removed. Raises UserError if it cannot be written or read."""
+    plan = _plan(records, settings)
+    if {shard.name for shard in plan} != {path.name for path in out.glob("*.tar")}:
+        return False
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=out, prefix=".again-") as folder,
+            progress("comparing shards", sum(len(shard.numbers) for shard in plan)) as advance,
+        ):
+            for shard in plan:
+                _write(records, Path(folder), settings, shard, advance)
+                again = Path(folder) / shard.name
+                if not filecmp.cmp(again, out / shard.name, shallow=False):
+                    return False
+                again.unlink()
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: cannot be compared ({error.strerror or error})") from None
+    return True
 
 
 def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
