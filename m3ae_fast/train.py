@@ -172,6 +172,7 @@ def _load(args: argparse.Namespace) -> Config:
 def perform(args: argparse.Namespace, session: Session) -> None:
     """Run the command: a dry run or a training run. Raises UserError if the run is not possible, or if the ranks have
     different options."""
+    from m3ae_fast.base.hardware import unused_gpus
     from m3ae_fast.evaluation.knn_during_training import knn_probe
     from m3ae_fast.training.run import pre_train
 
@@ -180,6 +181,13 @@ def perform(args: argparse.Namespace, session: Session) -> None:
     if args.dry_run:
         _dry_run(config, args, session)
         return
+    if others := unused_gpus(session.ranks.world, session.ranks.device):
+        command = f"torchrun --nproc-per-node {others + 1} -m m3ae_fast train"
+        print(
+            f"note: {others} more GPUs of this machine are not used; to use all of them: {command} (or deepspeed "
+            f"--num_gpus {others + 1} m3ae_fast/train.py) with the same options",
+            flush=True,
+        )
     pre_train(
         config,
         session,

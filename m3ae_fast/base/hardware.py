@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import shutil
 import sysconfig
@@ -34,16 +35,44 @@ C = TypeVar("C", bound=HasPrecision)
 
 def uses_gpu(device: Device | None) -> bool:
     """Return whether `--device` selects a GPU. Without `--device`, a GPU is selected if there is one. Raises UserError
-    if the selected GPU does not exist, or if the name is unknown."""
+    if the selected GPU does not exist, if the name is unknown, or if the driver of the GPUs is too old for torch."""
     if device not in (None, *DEVICES):
         raise UserError(
             f"--device {device}: must be {' or '.join(DEVICES)}; to select one of several GPUs, set "
             "CUDA_VISIBLE_DEVICES"
         )
+    if device != "cpu" and (too_old := _old_driver()):
+        raise UserError(too_old)
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("--device cuda: torch finds no GPU on this machine; leave out --device to use the CPU")
     return available and device != "cpu"
+
+
+def _old_driver() -> str:
+    """Return a message if there is an NVIDIA driver, but it is too old for the installed torch; otherwise "". With
+    such a driver, torch prints a warning and uses the CPU."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda is None or hidden or torch._C._cuda_isDriverSufficient():
+        return ""
+    supported = torch._C._cuda_getDriverVersion()  # for example 12040 for CUDA 12.4; 0 without a driver
+    if not supported:
+        return ""
+    try:
+        found = re.search(r"\s(\d+\.[\d.]+)\s", _DRIVER.read_text())
+    except OSError:
+        found = None
+    driver = f"NVIDIA driver {found[1]}" if found else "NVIDIA driver"
+    return (
+        f"the {driver} supports CUDA {supported // 1000}.{supported % 1000 // 10}, but the installed torch was built "
+        f"for CUDA {torch.version.cuda}: update the driver, install a torch for an older CUDA, or add --device cpu"
+    )
+
+
+def unused_gpus(world: int, device: torch.device) -> int:
+    """Return the number of GPUs of this node that a program with `world` ranks does not use, because it runs as a
+    single process; 0 on a CPU. `device`: device of this rank."""
+    return torch.cuda.device_count() - 1 if world == 1 and device.type == "cuda" else 0
 
 
 def chosen_device(name: Device | None) -> torch.device:
@@ -71,6 +100,7 @@ _PEAKS = {
     "RTX 4090": Peaks(165e12, 1.008e12),
     "MI300X": Peaks(1307e12, 5.3e12),
 }
+_DRIVER = Path("/proc/driver/nvidia/version")  # written by the kernel module of the NVIDIA driver
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameter numbers of mallopt
 
 
