@@ -89,6 +89,19 @@ def test_without_held_out_samples_the_training_loss_is_diagnosed():
     assert verdict(still) == ""
 
 
+def test_a_run_that_its_time_limit_has_shortened_is_diagnosed():
+    config = {"train": {"steps": 542, "hours": 0.15}}
+    metrics = [{"step": 10}, {"step": 10, "total_steps": 90}, {"step": 20, "total_steps": 134}, {"step": 134}]
+    found = diagnose(metrics, config)[0]
+    assert found.name == "shorter than planned"
+    assert found.what.startswith("only 134 of the 542 planned steps fitted into train.hours=0.15")
+    for same in (
+        diagnose(metrics, {"train": {"steps": 140, "hours": 0.15}}),
+        diagnose([metrics[0], metrics[3]], config),
+    ):
+        assert "shorter than planned" not in [each.name for each in same]
+
+
 def test_a_single_held_out_sample_is_not_diagnosed_as_collapsed():
     assert diagnose([{"step": 500 * step, "val_rankme": 1.0} for step in range(2)]) == []
     (found,) = diagnose([{"step": 500 * step, "val_rankme": 9.0 - 8 * step} for step in range(2)])

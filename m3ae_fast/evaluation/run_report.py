@@ -25,7 +25,7 @@ from m3ae_fast.evaluation.baselines import (
 )
 from m3ae_fast.evaluation.difference import in_words
 from m3ae_fast.evaluation.significance import ERROR, standard_error
-from m3ae_fast.training.diagnostics import Metrics, diagnose, verdict
+from m3ae_fast.training.diagnostics import Diagnostic, Metrics, diagnose, verdict
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
@@ -113,17 +113,22 @@ def _check(path: Path, result: dict[str, Any]) -> None:
         raise UserError(f"{path}: is damaged ({type(error).__name__}: {error}); remove it") from None
 
 
-def _head(run: Path, metrics: Metrics, named: bool) -> str:
-    """Return the HTML of a run's summary, diagnostics and suggested fixes. `named`: whether to show the name of the
-    run."""
+def summary(run: Path, metrics: Metrics) -> tuple[str, list[Diagnostic]]:
+    """Return the state and the results of a run in words, and the diagnostics. Raises UserError if a checkpoint is
+    damaged."""
     try:
         state = status(run)[1]
     except UserError:  # earlier versions did not record the state of a run
         state = f"step {metrics[-1]['step']:,}"
-    words = f"{run}: {state}" if named else state
-    lines = [f"<p>{escape(_sentence(words, verdict(metrics)))}</p>"]
     saved = checkpoint.saved_steps(run)
     unusual = diagnose(metrics, checkpoint.read_info(saved[-1]).config if saved else None)
+    return _sentence(state, verdict(metrics)), unusual
+
+
+def _head(run: Path, metrics: Metrics, named: bool) -> str:
+    """Return the HTML of a run's summary. `named`: whether to show the name of the run."""
+    words, unusual = summary(run, metrics)
+    lines = [f"<p>{escape(f'{run}: {words}' if named else words)}</p>"]
     for diagnostic in unusual:
         lines.append(
             f"<p><b>{diagnostic.name}</b>: {escape(diagnostic.what)}. To try: {escape(diagnostic.suggestion)}.</p>"

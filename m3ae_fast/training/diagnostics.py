@@ -20,6 +20,8 @@ _FEW = 10
 # features have collapsed if their effective rank is below this, or below COLLAPSED_TO times the initial rank
 COLLAPSED = 2.0
 COLLAPSED_TO = 0.5
+# a run that its time limit has shortened to less than this fraction of the planned steps is reported
+SHORTENED = 0.9
 # waiting for data is reported if it takes more than this fraction of the time (median of the log lines)
 WAITING = 0.3
 
@@ -39,7 +41,17 @@ def diagnose(metrics: Metrics, config: Mapping[str, Any] | None = None) -> list[
     config, if known; settings that are already in use are not suggested."""
     config = config or {}
     learning = [few] if (few := _few_steps(metrics)) else [_collapse(metrics, config), *_learning(metrics)]
-    return [diagnostic for diagnostic in (*learning, _data(metrics, config)) if diagnostic]
+    return [each for each in (_shortened(metrics, config), *learning, _data(metrics, config)) if each]
+
+
+def _shortened(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
+    train, totals = config.get("train") or {}, series(metrics, "total_steps")
+    planned, hours = train.get("steps"), train.get("hours")
+    if not (planned and hours and totals) or totals[-1] >= SHORTENED * planned:
+        return None
+    what = f"only {totals[-1]:,.0f} of the {planned:,} planned steps fitted into train.hours={hours:g}"
+    why = "because steps or evaluations took longer than expected"
+    return Diagnostic("shorter than planned", f"{what}, {why}", "a longer time limit, or fewer other programs")
 
 
 def _few_steps(metrics: Metrics) -> Diagnostic | None:
