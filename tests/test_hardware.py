@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from m3ae_fast import train
 from m3ae_fast.base import hardware
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.train import main
 from tests.helpers.trainer import TINY
 
 
@@ -43,7 +43,7 @@ def test_training_names_the_command_that_uses_all_gpus(tmp_path, monkeypatch, ca
     monkeypatch.setattr(hardware, "unused_gpus", lambda world, device: 3)
     monkeypatch.setattr("m3ae_fast.training.run.pre_train", lambda *_, **options: None)
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    assert train.main(["--config", str(tmp_path / "tiny.json"), "--set", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert main(["--config", str(tmp_path / "tiny.json"), "--set", f"run.dir={tmp_path / 'run'}"]) == 0
     assert "3 more GPUs of this machine are not used; to use all of them: torchrun --nproc-per-node 4 -m m3ae_fast" in (
         capsys.readouterr().out
     )

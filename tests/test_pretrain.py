@@ -169,14 +169,17 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     trained = []
     monkeypatch.setattr(stages, "pre_train", lambda *_, **options: trained.append(options))
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
+    monkeypatch.setattr(stages, "unused_gpus", lambda world, device: 3)
     monkeypatch.setattr(stages, "evaluate_run", lambda *args: seen.append(args))  # returns that it was stopped
     overrides = ["train.probe.k=7", 'optim={"clip_grad": 2}']  # the other settings of the section are kept
     assert not pretrain(shards, run, val=[shards], overrides=overrides, device="cpu").finished
     train = config.train.model_copy(update={"probe": config.train.probe.model_copy(update={"k": 7})})
     changed = {"train": train, "optim": config.optim.model_copy(update={"clip_grad": 2.0})}
     assert seen == [(config.model_copy(update=changed), "cpu")]
+    assert trained[0].pop("folder").path == run
     assert trained == [{"resume": "auto", "make_probe": stages.knn_probe}]
     out = capsys.readouterr().out
+    assert "note: 3 more GPUs of this machine are not used: pretrain runs as a single process" in out
     assert "config.json already exists: its settings are kept" in out
     assert "\nto train longer, add --set train.steps=N, where N is the total, now 9, before the run is finished" in out
     other = write_tar(tmp_path / "b.tar", members(range(3), "image"))
@@ -221,6 +224,7 @@ def test_a_moved_run_folder_remains_complete(tmp_path, monkeypatch, capsys):
     assert checkpoint.locate(tmp_path / "moved").name == "step-00000003"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_second_call_is_refused_at_once_in_every_stage_of_the_first(tmp_path, monkeypatch, dry_run):
     """It writes nothing. A call that is killed does not block the next one."""
@@ -380,8 +384,14 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_is_finished_by_the_next
     assert status(trained) == ("finished", "finished at step 2 of 2")
     capsys.readouterr()
     outcome = pretrain(photos, run, overrides=["data.workers=0"])
-    assert "training is complete" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "training is complete" in printed
     assert outcome.finished and outcome.report.is_file() and outcome.export.is_dir() and outcome.results
+    told = "2 steps are too few to judge what the model learns"
+    assert (
+        f"warning: too few steps: {told}" in printed and f"<b>too few steps</b>: {told}" in outcome.report.read_text()
+    )
+    assert printed.count("Finished at step 2 of 2. The image loss on held-out samples is") == 1
     assert status(run) == ("finished", "finished at step 2 of 2") and (run / "reconstructions.png").is_file()
     drawn = (run / "reconstructions.png").stat().st_mtime_ns
     assert pretrain(photos, run, overrides=["data.workers=0"]).finished

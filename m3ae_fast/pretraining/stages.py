@@ -16,7 +16,7 @@ from m3ae_fast.base import object_store
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.hardware import uses_gpu
+from m3ae_fast.base.hardware import unused_gpus, uses_gpu
 from m3ae_fast.config import (
     Config,
     Overrides,
@@ -29,7 +29,7 @@ from m3ae_fast.config import (
 )
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
-from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report
+from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
 from m3ae_fast.pretraining import SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import assumed_config, by_setting, check_overrides
 from m3ae_fast.pretraining.dataset_statistics import inspect
@@ -47,6 +47,7 @@ from m3ae_fast.pretraining.recipes import ChosenRecipe, Recipe, check_recipe, ch
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.process.launchers import alone
+from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import status
@@ -193,6 +194,8 @@ def _run_stages(call: _Call, image_range: Range | None, folder: RunFolder) -> Ou
         return outcome
     with stage(device) as session:
         config = session.ranks.broadcast(call.load_config)
+        if others := unused_gpus(session.ranks.world, session.ranks.device):
+            print(f"note: {others} more GPUs of this machine are not used: {SEVERAL_RANKS}", flush=True)
         pre_train(config, session, resume="auto", make_probe=knn_probe, folder=folder)
     if session.stop.requested or status(call.out)[0] != "finished":
         return outcome
@@ -231,7 +234,12 @@ def _check_folder(call: _Call) -> None:
 
 
 def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcome, device: Device | None) -> None:
-    """Print the results of the evaluations, draw the map of the features, and write the report and the export."""
+    """Print the summary of the run and the results of the evaluations, draw the map of the features, and write the
+    report and the export."""
+    words, unusual = summary(outcome.run, read_metrics(outcome.run))
+    print(words)
+    for name, what, suggestion in unusual:
+        print(f"warning: {name}: {what}; to try: {suggestion}")
     if results:
         print("\n".join([*table(results), *verdicts(outcome.run, results)]))
         draw_map(config, device)
