@@ -345,7 +345,7 @@ def test_the_same_command_resumes_a_run_stopped_in_any_stage(tmp_path):
         ), output
         interrupted = stage in ("shards", "report", "export")
         assert code == ("130" if interrupted else "0"), (stage, output)
-    assert "stopped at step 1 (SIGINT)" in stopped[4][1]
+    assert "stopped at step 1 (SIGINT); the same command continues" in stopped[4][1]
     assert (
         whole[2] == "0" and "this run" in whole[1] and "step 3" not in whole[1] and (tmp_path / "run/export").is_dir()
     )

@@ -8,7 +8,9 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.status import CODES, main
+from m3ae_fast.pretraining.final_evaluation import stage
 from m3ae_fast.process.failure_messages import explain, rank_lost
+from m3ae_fast.process.how_to_resume import how_to_resume, resumed_by
 from m3ae_fast.training import run_state
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import Recorder, status
@@ -106,3 +108,17 @@ def test_a_training_run_updates_its_status_record(trainer):
     out = trainer("run", "--resume", "auto", "--set", "train.steps=4", "--set", "model.emb_dim=64", code=2)
     assert "was made with" in out and status(trainer.folder / "run")[0] == "finished"
     assert json.loads((trainer.folder / "run/status.json").read_text())["total_steps"] == 2
+
+
+def test_messages_name_what_continues_a_run_of_this_program():
+    def messages():
+        return str(rank_lost("rank 1")), str(explain(RuntimeError("DataLoader worker (pid 1) is killed by signal")))
+
+    with resumed_by("the same command"):
+        assert all("the same command continues from the last checkpoint" in each for each in messages())
+    assert all("--resume auto continues from the last checkpoint" in each for each in messages())
+
+
+def test_the_stages_of_pretrain_are_resumed_by_the_same_command():
+    with stage("cpu"):
+        assert how_to_resume() == "the same command"

@@ -53,9 +53,10 @@ def _old_driver() -> str:
     """Return a message if there is an NVIDIA driver, but it is too old for the installed torch; otherwise "". With
     such a driver, torch prints a warning and uses the CPU."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.version.cuda is None or hidden or torch._C._cuda_isDriverSufficient():
+    cuda: Any = torch._C  # the stubs of the module lack these functions
+    if torch.version.cuda is None or hidden or cuda._cuda_isDriverSufficient():
         return ""
-    supported = torch._C._cuda_getDriverVersion()  # for example 12040 for CUDA 12.4; 0 without a driver
+    supported = cuda._cuda_getDriverVersion()  # for example 12040 for CUDA 12.4; 0 without a driver
     if not supported:
         return ""
     try:

@@ -26,6 +26,7 @@ from m3ae_fast.evaluation.run_figures import feature_map
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.pretraining import RESUME_NOTE
+from m3ae_fast.process.how_to_resume import resumed_by
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.loggers import show
 
@@ -52,7 +53,7 @@ def _models(config: Config) -> dict[str, str]:
 def stage(device: Device | None) -> Iterator[Session]:
     """Yield a session as `joined_program` does, for one of several stages of a program. After the stage,
     `stop.requested` states whether a stop was requested, even if the stage has completed."""
-    with joined_program(device) as session:
+    with resumed_by("the same command"), joined_program(device) as session:
         session.stop.advice = RESUME_NOTE
         yield session
 

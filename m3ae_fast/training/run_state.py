@@ -98,7 +98,10 @@ def status(run: Path) -> tuple[str, str]:
     if held or is_held(run):  # the run may have ended or begun while its record was read
         return "running", f"running, {of} logged"
     if record.state == RUNNING:
-        return "failed", f"failed: killed after {of} was logged; --resume auto continues from its last checkpoint"
+        return (
+            "failed",
+            f"failed: killed after {of} was logged; to continue, repeat the command (train: with --resume auto)",
+        )
     reason = f" ({record.reason})" if record.reason else ""
     return record.state, f"{record.state} at {of}{reason}"
 

@@ -23,6 +23,7 @@ from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.garbage_collection import GarbageCollection
+from m3ae_fast.process.how_to_resume import how_to_resume
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stop_request import BY_ANOTHER
 from m3ae_fast.training.loss_watch import LossWatch
@@ -251,7 +252,7 @@ class Trainer:
 
     def cut_short(self) -> None:
         """Log that a stop request has interrupted an evaluation, which is repeated when the run resumes."""
-        self.log.print(f"the evaluation after step {self.step} was interrupted; --resume auto repeats it")
+        self.log.print(f"the evaluation after step {self.step} was interrupted; {how_to_resume()} repeats it")
 
     def stop_if_diverged(self) -> None:
         """Raise UserError on all ranks if a step of any rank had a loss or gradient norm that is not finite."""
@@ -323,7 +324,7 @@ class Trainer:
             self.saver.wait()
         reason = self.stop.reason or BY_ANOTHER
         saved = "" if self.step > self.start else "; nothing to save"
-        self.log.print(f"stopped at step {self.step} ({reason}){saved}; --resume auto continues")
+        self.log.print(f"stopped at step {self.step} ({reason}){saved}; {how_to_resume()} continues")
 
     def _complete(self) -> None:
         """Draw the figures and start the record of a run that had taken its last step before this call, unless the
