@@ -3,6 +3,7 @@
 from .attention import flash_attn_varlen_func, packed_attention
 from .gather import GatherNorm, gather_tokens
 from .hugging_face import patch
+from .ids import flat_ids
 from .m3ae_loss import M3AEHeads, M3AELoss, head_inputs, m3ae_loss
 from .patch_embed import PatchEmbed, patch_embed
 from .pixel_loss import MaskedPixelLoss, masked_pixel_loss
@@ -19,6 +20,7 @@ __all__ = [
     "PatchEmbed",
     "__version__",
     "flash_attn_varlen_func",
+    "flat_ids",
     "gather_tokens",
     "head_inputs",
     "m3ae_loss",

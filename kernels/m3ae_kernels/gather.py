@@ -30,7 +30,7 @@ def gather_tokens(
     Args:
         x: [..., D] floating-point; T rows in total.
         rows: [...] int32 or int64, from 0 to T - 1. Each row must occur at most once, so that the backward pass is a
-            scatter without atomics.
+            scatter without atomics. `flat_ids` converts rows that are numbered per image.
         norm_weight: [D] floating-point, or None for no LayerNorm.
         norm_bias: [D] floating-point, or None for no bias.
         eps: added to the (biased) variance.

@@ -10,6 +10,9 @@ import os
 import torch
 from torch import Tensor
 
+from .dispatch import check_index
+from .registry import traced
+
 ENV = "M3AE_KERNELS_CHECK"
 
 
@@ -46,7 +49,39 @@ def check_distinct(op: str, name: str, ids: Tensor) -> None:
         return
     first = int(equal.nonzero()[0])
     at, again = int(places[first]), int(places[first + 1])
-    raise IndexError(f"{op}: {name} is {int(ids[at])} at row {at} and again at row {again}: values must be distinct")
+    raise IndexError(
+        f"{op}: {name} is {int(ids[at])} at row {at} and again at row {again}: values must be distinct; ids that are "
+        "numbered per image are converted by m3ae_kernels.flat_ids"
+    )
+
+
+def without_padding(ids: Tensor) -> Tensor:
+    """Return ids [T] without a run of equal ids at the end, such as the ids of rows that pad a batch."""
+    ends = (ids != ids[-1:]).nonzero()
+    used = int(ends[-1]) + 1 if len(ends) else 0
+    return ids if len(ids) - used == 1 else ids[:used]
+
+
+def flat_ids(ids: Tensor, patches_per_image: int) -> Tensor:
+    """Return the ids that the ops expect, image * patches_per_image + id, for ids that are numbered per image, such as
+    MAE's `ids_keep`.
+
+    Args:
+        ids: [B, ...] int32 or int64, from 0 to patches_per_image - 1; B images.
+        patches_per_image: number of patches of an image or, for `rows` of `gather_tokens`, of rows of x per image.
+
+    Returns:
+        The ids with the shape and dtype of `ids`.
+
+    Raises:
+        TypeError, ValueError: the dtype or shape of `ids` is wrong.
+        IndexError: an id is out of range (checked on a CPU, and everywhere with M3AE_KERNELS_CHECK=1).
+    """
+    check_index("ids", ids, (*[None] * max(1, ids.dim()),), ids)
+    if checked(ids, "torch") and not traced(ids):
+        check_range("flat_ids", "ids", ids.flatten(), patches_per_image)
+    images = torch.arange(len(ids), dtype=ids.dtype, device=ids.device)
+    return ids + patches_per_image * images.view(-1, *[1] * (ids.dim() - 1))
 
 
 def check_ends(op: str, name: str, ends: Tensor, rows: int, longest: int) -> None:

@@ -19,7 +19,7 @@ from .dispatch import (
     wants_grad,
     with_lead,
 )
-from .ids import check_range, checked
+from .ids import check_distinct, check_range, checked, checks_enabled
 from .loss import (
     check_linear,
     chosen_reduction,
@@ -71,7 +71,9 @@ def masked_pixel_loss(
             std, or not at all if mean and std are None. Images that require a gradient are rejected, because none is
             computed for them.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch. The patches of an
-            image are numbered in row-major order.
+            image are numbered in row-major order. `flat_ids` converts ids that are numbered per image. Equal ids are
+            counted correctly, but are refused with M3AE_KERNELS_CHECK=1 (except in rows of weight 0), because they are
+            usually a mistake.
         bias: [P * P * C] floating-point, or None for no bias.
         row_weight: [...] floating-point, or None for ones.
         patch_size: P.
@@ -92,8 +94,8 @@ def masked_pixel_loss(
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
-        IndexError: an id is out of range. Ids are checked by torch's implementation on a CPU, and everywhere with
-            M3AE_KERNELS_CHECK=1.
+        IndexError: an id is out of range (checked by torch's implementation on a CPU, and everywhere with
+            M3AE_KERNELS_CHECK=1), or occurs twice (checked only with M3AE_KERNELS_CHECK=1).
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
     if wants_grad(images):
@@ -140,6 +142,8 @@ def _forward(
     divided by the unit."""
     if checked(patch_ids, impl):
         check_range("masked_pixel_loss", "patch_ids", patch_ids, count_patches(images, patch_size))
+    if checks_enabled():
+        check_distinct("masked_pixel_loss", "patch_ids", torch.where(row_weight == 0, -1, patch_ids))
     unit_weight_M, unit = unit_weights(row_weight)
     row_loss_M = torch.empty_like(unit_weight_M)
     grads = empty_gradients(hidden, weight, dtype, needs)

@@ -64,7 +64,13 @@ def test_invalid_sample_boundaries_are_named(check, case, name, at, value, found
         call(m3ae_kernels, case, wrong(case, name, at, value))
 
 
-@pytest.mark.parametrize("case, name", [("gather-some", "rows"), ("norm-some", "rows"), ("scatter-mask", "src")])
+@pytest.mark.parametrize(
+    "case, name",
+    [
+        ("gather-some", "rows"), ("norm-some", "rows"), ("scatter-mask", "src"), ("embed-p16", "patch_ids"),
+        ("pixel-p16", "patch_ids"),
+    ],
+)  # fmt: skip
 def test_duplicate_rows_are_named_if_rows_must_be_distinct(check, case, name):
     inputs = make(case, torch.float32)
     named = inputs.tensors[name]
@@ -128,3 +134,48 @@ def test_compiled_code_checks_ids_too(check):
     assert torch.equal(compiled(x, torch.tensor([4, 0])), x[[4, 0]])
     with pytest.raises(IndexError, match=r"^gather_tokens: rows is out of range at row 1: it is 5"):
         compiled(x, torch.tensor([4, 5]))
+
+
+def test_ids_numbered_per_image_are_named_and_converted(check):
+    """MAE numbers visible patches per image. Without the conversion, the ops would read only the first image."""
+    torch.manual_seed(0)
+    kept, patches = torch.rand(4, 16).argsort(1)[:, :8], 16
+    images, x = torch.randn(4, 3, 16, 16), torch.randn(4, patches, 12)
+    embed, loss = (
+        m3ae_kernels.PatchEmbed(12, patch_size=4),
+        m3ae_kernels.MaskedPixelLoss(12, patch_size=4, reduction="sum"),
+    )
+    calls = {
+        "gather_tokens": lambda ids: m3ae_kernels.gather_tokens(x, ids),
+        "patch_embed": lambda ids: embed(images, ids),
+        "masked_pixel_loss": lambda ids: loss(torch.ones(4, 8, 12), images, ids),
+    }
+    found = {}
+    for op, call_op in calls.items():
+        with pytest.raises(IndexError, match=rf"^{op}: .* again at row .* converted by m3ae_kernels.flat_ids$"):
+            call_op(kept)
+        found[op] = call_op(m3ae_kernels.flat_ids(kept, patches))
+    torch.testing.assert_close(found["gather_tokens"], x.gather(1, kept[..., None].expand(-1, -1, 12)))
+    alone = [embed(image[None], ids) for image, ids in zip(images, kept)]
+    torch.testing.assert_close(found["patch_embed"], torch.stack(alone))
+    losses = [loss(torch.ones(8, 12), image[None], ids) for image, ids in zip(images, kept)]
+    torch.testing.assert_close(found["masked_pixel_loss"], sum(losses))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_flat_ids_number_the_patches_of_a_batch(dtype):
+    ids = torch.tensor([[2, 0], [1, 2]], dtype=dtype)
+    flat = m3ae_kernels.flat_ids(ids, 3)
+    assert flat.tolist() == [[2, 0], [4, 5]] and flat.dtype == dtype
+    assert m3ae_kernels.flat_ids(ids[:, 0], 3).tolist() == [2, 4]
+    with pytest.raises(IndexError, match=r"^flat_ids: ids is out of range at row 3: it is 2, but must be from 0 to 1$"):
+        m3ae_kernels.flat_ids(torch.tensor([[0, 1], [0, 2]], dtype=dtype), 2)
+    with pytest.raises(TypeError, match=r"^ids must be int32 or int64"):
+        m3ae_kernels.flat_ids(ids.float(), 3)
+
+
+def test_equal_patch_ids_are_accepted_as_padding(check):
+    images, ids = torch.randn(1, 3, 8, 8), torch.tensor([2, 0, 3, 0, 0])
+    m3ae_kernels.PatchEmbed(12, patch_size=4)(images, ids)
+    loss = m3ae_kernels.MaskedPixelLoss(12, patch_size=4, reduction="sum")
+    loss(torch.ones(5, 12), images, ids, torch.tensor([1.0, 1, 1, 0, 0]))
