@@ -14,6 +14,7 @@ from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.compare import ComparedPredictions
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.run_report import write_report
+from m3ae_fast.evaluation.significance import standard_error
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import labelled_tar
 
@@ -50,6 +51,8 @@ def test_classes_that_do_not_occur_among_the_held_out_samples_do_not_count(tmp_p
     _table(tmp_path, ["a", "a", "b"], ["a", "c", "b"])
     found = class_metrics(tmp_path, ["a", "b", "c"], ["a", "b", "c"], {})
     assert found["balanced_accuracy"] == 0.75 and not {"auroc", "auroc_se"} & found.keys()
+    errors = standard_error(0.5, 2), standard_error(1, 1)
+    assert found["balanced_accuracy_se"] == pytest.approx(np.hypot(*errors) / 2)
     assert [(row["class"], row["samples"], row["accuracy"]) for row in found["per_class"]] == [
         ("a", 2, 0.5),
         ("b", 1, 1),

@@ -83,6 +83,8 @@ def test_validation_labels_use_the_class_ids_of_training(opened):
     assert found.sources[0].labels.tolist() == [1, 2]
     with pytest.raises(UserError, match="no training sample has the label 'green'"):
         label_corpus(opened((range(2),)), "json.name", ["amber", "blue"])
+    with pytest.raises(UserError, match="no training sample has the label 1"):
+        label_corpus(opened((range(2),)), "cls", [0, 2])
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,22 @@ def test_segmentation_exceeds_the_baseline_on_simple_shapes(transfer, masked, tm
 
 
 @pytest.mark.slow
+def test_a_class_that_occurs_only_in_held_out_masks_has_an_iou_of_0(transfer, masked, tmp_path, capsys):
+    members = []
+    for number in range(8):
+        image, mask = shapes(number)
+        ids = np.array(Image.open(io.BytesIO(mask)))
+        ids[ids == 2] = IGNORED
+        members += [(f"{number:03}.png", image), (f"{number:03}.mask.png", png(ids))]
+    train = write_tar(tmp_path / "train.tar", members)
+    result = transfer("segment", *settings("segment.head=knn"), train=train, val=masked[1])
+    note = "note: no training image has pixels of the classes 2, whose IoU therefore counts as 0"
+    assert note in capsys.readouterr().out
+    found = [row["iou"] for row in result["per_class"]]
+    assert result["classes"] == 3 and found[2] == 0 and result["miou"] == pytest.approx(sum(found) / 3)
+
+
+@pytest.mark.slow
 def test_pixels_are_segmented_as_a_baseline(transfer, masked):
     train, val = masked
     result = transfer("segment", *SHORT, train=train, val=val, baselines=True)
