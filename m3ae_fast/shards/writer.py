@@ -108,7 +108,7 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
 def are_reproduced(records: Records, out: Path, settings: Settings) -> bool:
     """Return whether `convert` would write exactly the shards that are in `out`. Each shard is written to a temporary
     folder in `out`, compared and removed. Raises UserError if it cannot be written or read."""
-    plan = _plan(records, settings)
+    plan, _ = _plan(records, settings)
     if {shard.name for shard in plan} != {path.name for path in out.glob("*.tar")}:
         return False
     try:
