@@ -30,7 +30,7 @@ def stopped(run, shards, tmp_path):
             time.sleep(0.05)
         os.kill(processes[to].pid, signal.SIGTERM)
         code, text = await_ranks(processes, log)
-        assert code == 0 and not [*out.glob("*.json"), *out.glob("*.parquet")], text
+        assert code == 0 and not [*out.glob("result*"), *out.glob("*.parquet")], text
         return text
 
     return perform
