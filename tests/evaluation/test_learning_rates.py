@@ -161,6 +161,14 @@ def test_a_learning_rate_that_diverges_is_never_the_best():
     assert best([RateTrial(1, 0.0, None), RateTrial(2, 0.0, 3.0)]).peak_lr == 2
 
 
+def test_copies_of_an_image_are_on_one_side_of_the_split():
+    images = [str(number // 7) for number in range(700)]
+    bank = FeatureBank([f"a.tar/{number}" for number in range(700)], torch.zeros(700, 1), None, image_hashes=images)
+    train, held_out = ({images[row] for row in rows} for rows in split(bank))
+    assert train.isdisjoint(held_out) and len(held_out) == 10
+    assert not split(replace(bank, image_hashes=["same"] * 700)).held_out
+
+
 def test_one_non_finite_logit_shows_that_a_head_has_diverged():
     logits_SHK = torch.zeros(2, 3, 4)
     logits_SHK[1, 2, 0] = math.inf
