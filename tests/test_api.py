@@ -240,7 +240,6 @@ def test_the_python_api_chooses_the_device_as_the_command(run, images, tmp_path,
         lambda: m3ae_fast.embed(run, images, device=device),
         lambda: m3ae_fast.evaluate("knn", run, device=device, **where),
         lambda: m3ae_fast.pretrain(images, tmp_path / "run", device=device),
-        lambda: m3ae_fast.shards.image_tokens("a.tar", tmp_path / "out", vqgan="vqgan", device=device),
     ):
         with pytest.raises(UserError, match=f"--device {device}: {message}"):
             call()
@@ -316,11 +315,6 @@ def test_shards_are_made_counted_and_described_through_the_python_api(images, tm
         (lambda shards: shards.stats("a.tar", channels=0), "--channels 0: must be from 1"),
         (lambda shards: shards.stats("a.tar", dtype="int8"), "--dtype int8: must be one of uint8, uint16, float32"),
         (lambda shards: shards.stats("a.tar", image_range="uint16"), "--range uint16: must be dtype"),
-        (
-            lambda shards: shards.image_tokens("a.tar", "out", vqgan="vqgan", image_range=(0, float("inf"))),
-            r"--range \(0, inf\): must be dtype",
-        ),
-        (lambda shards: shards.image_tokens("a.tar", "out", vqgan="vqgan", views=0), "--views 0: must be 1 or more"),
     ],
 )
 def test_invalid_arguments_for_making_shards_are_refused(tmp_path, monkeypatch, call, message):

@@ -1,10 +1,7 @@
-"""Image targets that are ids of a VQGAN: the official tokenizer, and the three places where ids are computed."""
+"""Image targets that are ids of a VQGAN: the official tokenizer, and the two places where ids are computed."""
 
 import json
-import tarfile
 from contextlib import nullcontext
-from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import msgpack
@@ -15,23 +12,19 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.cli.convert import main as convert
-from m3ae_fast.cli.shards import main as data
 from m3ae_fast.config import Config, DataConfig, LossConfig, MaskingConfig, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Preparation, ShardStore, Share, eval_loader, open_corpus, train_loader
 from m3ae_fast.drawing.reconstructions import decode_predicted, draw_reconstructions
-from m3ae_fast.images.crops import centre_crop
-from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.shards.image_token_shards import QUALITY, Crops
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.verify.vqgan import quantities
 from m3ae_fast.vqgan.flax import convert_vqgan, from_flax
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig, with_image_targets
-from tests.helpers.shards import caption, members, picture, write_tar
+from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import TINY
 
 pytestmark = pytest.mark.slow
@@ -252,111 +245,6 @@ def test_ids_computed_in_workers_and_on_the_device_agree(tmp_path, vqgan):
     for one, other in zip(here, later, strict=True):
         assert len(one.image_targets) == len(one.image_rows) and not len(other.image_targets)
         assert torch.equal(with_image_targets(other, vqgan, MODEL).image_targets, one.image_targets)
-
-
-def test_ids_can_be_computed_in_advance(tmp_path, vqgan, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    vqgan.save_pretrained(tmp_path / "vqgan")
-    files = [*members(range(5)), *members(range(5, 6), "text"), ("6.jpg", picture(6)[:-300]), ("6.cls", b"3")]
-    shards = write_tar(
-        tmp_path / "a.tar", [*files, ("7.png", picture(7, fmt="PNG")), ("7.cls", b"4"), ("7.json", b"{}")]
-    )
-    arguments = ["image-tokens", shards, "--vqgan", str(tmp_path / "vqgan"), "--image-size", "32"]
-    for name, options in (("train", ["--views", "3", "--samples-per-shard", "7"]), ("val", ["--centre"])):
-        assert data([*arguments, *options, "--out", str(tmp_path / name), "--workers", "2"]) == 0
-    assert "18 samples in 3 shards (15 paired, 3 image-only)" in capsys.readouterr().out
-
-    found = {}
-    for path in sorted((tmp_path / "train").glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                found.setdefault(key, {})[suffix] = tar.extractfile(member).read()
-    assert len(found) == 18
-    for number, sample in enumerate(found.values()):
-        assert sample.get("txt") == (caption(number // 3).encode() if number < 15 else None)
-        assert sample.get("cls") == (b"4" if number >= 15 else None)
-        ids = vqgan.encode(decode_image(sample["jpg"], 3)[None])[0]
-        assert np.frombuffer(sample["ids"], "<i4").tolist() == ids.tolist()
-    assert len({sample["jpg"] for sample in found.values()}) == 18  # every view is a different crop
-
-    for name in ("train", "val"):
-        stored = list(_loader(tmp_path, tmp_path / name / "*.tar", name == "train", stored_codebook=16))
-        assert not any(batch.skipped for batch in stored)
-        for batch in stored:
-            assert torch.equal(with_image_targets(batch, vqgan, MODEL).image_targets, batch.image_targets)
-    others = (shards, 16, "no image ids"), (tmp_path / "val/*.tar", 2, "outside the codebook of 2")
-    for wrong, codes, reason in others:
-        (batch, *_) = _loader(tmp_path, wrong, False, stored_codebook=codes)
-        assert not batch.keys and all(reason in str(item) for item in batch.skipped)
-
-    out = tmp_path / "none"
-    for option, message in (("--image-size=30", "not a multiple of 8"), ("--views=0", "1 or more")):
-        assert exit_cleanly(partial(data, [*arguments, option, "--out", str(out)])) == 2
-        assert message in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_each_view_of_each_image_has_a_different_crop(tmp_path, vqgan):
-    shards = [write_tar(tmp_path / f"{name}.tar", [("0.jpg", picture(0)), ("1.jpg", picture(0))]) for name in "ab"]
-    records = Crops(shards, ShardStore(tmp_path), vqgan, 32, 2, (0.2, 1.0), flip=False, seed=0, threads=1)
-    assert len({records.read("tokenized", number).image for number in range(8)}) == 8
-
-
-def test_ids_of_changed_crops_are_not_taken_for_the_same_conversion(tmp_path, vqgan):
-    shards = write_tar(tmp_path / "a.tar", members(range(2), "image"))
-    usual = {"size": 32, "views": 2, "scale": (0.2, 1.0), "flip": True, "seed": 0, "threads": 1, "image_range": None}
-    others = {"size": 64, "views": None, "scale": (0.3, 1.0), "flip": False, "seed": 1, "image_range": "dtype"}
-
-    def crops(**changed):
-        return Crops([shards], ShardStore(tmp_path / "cache"), vqgan, **usual | changed)
-
-    def identity(**changed):
-        return json.dumps(crops(**changed).identity)
-
-    assert crops().images("tokenized").tolist() == [0, 0, 1, 1]
-
-    assert len({identity(), *(identity(**{name: value}) for name, value in others.items())}) == 1 + len(others)
-    assert identity(threads=2) == identity()
-    before = identity()
-    with torch.no_grad():
-        vqgan.encoder.conv_out.bias[0] += 1  # the ids change, but the codebook does not
-    assert identity() != before
-    before = identity()
-    write_tar(tmp_path / "a.tar", [(f"{i}.jpg", picture(i + 2)[:-1] + b"\0") for i in range(2)])
-    assert identity() != before
-
-
-@pytest.mark.parametrize("options", [[], ["--no-flip"]])
-def test_half_of_the_crops_are_flipped_unless_flipping_is_disabled(tmp_path, vqgan, options):
-    """The image is dark on its left."""
-    vqgan.save_pretrained(tmp_path / "vqgan")
-    file = BytesIO()
-    Image.linear_gradient("L").rotate(90).save(file, "PNG")
-    shards = write_tar(tmp_path / "a.tar", [("0.png", file.getvalue())])
-    arguments = ["--vqgan", str(tmp_path / "vqgan"), "--image-size", "32", "--cache-dir", str(tmp_path / "cache")]
-    arguments += ["--views", "12", "--out", str(tmp_path / "out"), "--workers", "1"]
-    assert data(["image-tokens", shards, *arguments, *options]) == 0
-    with tarfile.open(tmp_path / "out/tokenized-00000.tar") as tar:
-        files = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
-    crops = [decode_image(each, 3).float() for each in files]
-    mirrored = sum((crop[..., :16].mean() > crop[..., 16:].mean()).item() for crop in crops)
-    assert mirrored == 0 if options else 0 < mirrored < 12
-
-
-def test_held_out_ids_are_computed_from_the_centre_crop(tmp_path, vqgan):
-    vqgan.save_pretrained(tmp_path / "vqgan")
-    shards = write_tar(tmp_path / "a.tar", members(range(2), "image"))
-    arguments = ["--vqgan", str(tmp_path / "vqgan"), "--image-size", "32", "--cache-dir", str(tmp_path / "cache")]
-    out = tmp_path / "out"
-    assert data(["image-tokens", shards, *arguments, "--centre", "--out", str(out), "--workers", "1"]) == 0
-    with tarfile.open(out / "tokenized-00000.tar") as tar:
-        found = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
-    assert len(found) == 2
-    for number, crop in enumerate(found):
-        square, expected = centre_crop(decode_image(picture(number), 3), 32), BytesIO()
-        Image.fromarray(square.permute(1, 2, 0).numpy()).save(expected, "JPEG", quality=QUALITY)
-        assert torch.equal(decode_image(crop, 3), decode_image(expected.getvalue(), 3))
 
 
 def test_reconstructions_are_drawn_with_the_vqgan_decoder(tmp_path, vqgan, model):

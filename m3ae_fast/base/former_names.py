@@ -21,7 +21,6 @@ RENAMED = {
     "data stats": "shards stats",
     "data manifest": "shards manifest",
     "data train-tokenizer": "shards tokenizer",
-    "data tokenize-images": "shards image-tokens",
 }
 # further modules that could formerly be started as `python -m m3ae_fast.NAME`
 _MODULES = ("convert", "export", "report", "status", "verify", "config", "pretrain")

@@ -5,7 +5,6 @@ m3ae-fast shards index 'shards/*.tar'
 m3ae-fast shards stats 'shards/*.tar' --write mine.json
 m3ae-fast shards manifest 's3://bucket/{00000..01242}.tar' --out cc12m.npy
 m3ae-fast shards tokenizer 'shards/train-*.tar' --vocab-size 4096 --out tokenizer.json
-m3ae-fast shards image-tokens 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.base.errors import UserError, exit_cleanly
-from m3ae_fast.cli.command_line import GROUP_HELP, add_columns, add_device, add_labels, command, output, program, seed
+from m3ae_fast.cli.command_line import GROUP_HELP, add_columns, add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources import SOURCE_KINDS
@@ -61,13 +60,6 @@ statistics are printed as well; --write also writes them into a config.
   m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write mine.json
   m3ae-fast shards stats 'shards/train-*.tar' --sizes sizes.json   # for m3ae-fast train --dry-run --sizes
 """
-IMAGE_TOKENS = """Make shards of image crops and their VQGAN token ids, for model.image_targets=vqgan with
-data.image_tokens=shards. Each image is cropped at random --views times or, with --centre, once to its central square
-(for held-out data). Captions, classes and json are copied; samples without an image are left out.
-
-  m3ae-fast shards image-tokens 'shards/train-*.tar' --vqgan vqgan/ --out ids/train --views 4
-  m3ae-fast shards image-tokens 'shards/val-*.tar' --vqgan vqgan/ --out ids/val --centre
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.add_argument("shards", nargs="+", metavar="SHARDS", help=help_text)
     cache = "folder for copies of remote shards (default: ~/.cache/m3ae_fast)"
     common.add_argument("--cache-dir", type=Path, help=cache)
-    for add in (_add_index, _add_stats, _add_manifest, _add_tokenizer, _add_image_tokens):
+    for add in (_add_index, _add_stats, _add_manifest, _add_tokenizer):
         add(commands, common)
     args = parser.parse_args(argv)
     args.perform(args)
@@ -277,58 +269,6 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
     trained = tokenizer(args.shards, args.out, vocab_size=args.vocab_size, cache_dir=args.cache_dir)
     print(*describe_tokenizer(trained, args.vocab_size), sep="\n")
-
-
-def _add_image_tokens(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "make shards of image crops and their VQGAN token ids"
-    parser = command(commands, "image-tokens", summary, IMAGE_TOKENS, _image_tokens, common)
-    parser.add_argument("--vqgan", type=Path, required=True, metavar="FOLDER", help="folder of a converted VQGAN")
-    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help=OUT_HELP)
-    text = "side of the crops in pixels (default: 256)"
-    parser.add_argument("--image-size", type=int, default=256, metavar="S", help=text)
-    text = "number of random crops of each image (default: 1)"
-    parser.add_argument("--views", type=int, default=1, metavar="N", help=text)
-    parser.add_argument("--centre", action="store_true", help="use the central square instead of random crops")
-    text = "smallest and largest area of a crop, as fractions of the image's area (default: 0.2 1.0)"
-    parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.2, 1.0), metavar=("LOW", "HIGH"), help=text)
-    parser.add_argument(
-        "--no-flip", action="store_true", help="do not flip crops horizontally (default: flip half of them, at random)"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="random seed of the crops (default: 0)")
-    add_range_option(parser)
-    text = "maximum number of samples per shard (default: 2000)"
-    parser.add_argument("--samples-per-shard", type=int, default=2000, metavar="N", help=text)
-    add_device(parser)
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=cores,
-        metavar="N",
-        help=f"number of worker processes, or of threads if the GPU is used (default: {cores})",
-    )
-
-
-def _image_tokens(args: argparse.Namespace) -> None:
-    from m3ae_fast.shards import image_tokens
-    from m3ae_fast.shards.writer import describe_conversion
-
-    made = image_tokens(
-        args.shards,
-        args.out,
-        vqgan=args.vqgan,
-        image_size=args.image_size,
-        views=None if args.centre else args.views,
-        crop_scale=tuple(args.crop_scale),
-        flip=not args.no_flip,
-        seed=args.seed,
-        image_range=args.range,
-        samples_per_shard=args.samples_per_shard,
-        device=args.device,
-        workers=args.workers,
-        cache_dir=args.cache_dir,
-    )
-    print(describe_conversion(args.out, made))
 
 
 if __name__ == "__main__":

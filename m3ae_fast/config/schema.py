@@ -346,9 +346,8 @@ class DataConfig(Section):
     """Maximum size of the shard cache per node, in GB; null: the cache grows until only a tenth of the disk is free."""
     image_tokenizer: NamedPath | None = None
     """Folder of the converted VQGAN whose token ids are the image targets (`model.image_targets: vqgan`)."""
-    image_tokens: Literal["device", "workers", "shards"] = "device"
-    """Place of the computation of the image token ids. `device`: on the training device; `workers`: in the data-loader
-    workers; `shards`: in advance, by `m3ae-fast shards image-tokens`."""
+    image_tokens: Literal["device", "workers"] = "device"
+    """Place of the computation of the image token ids: on the training device, or in the data-loader workers."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
     """Maximum fraction of unusable samples. If it is exceeded, the run stops with an error."""
 
@@ -614,11 +613,6 @@ class Config(Section):
             raise ValueError(
                 f"optim.name muon needs whole matrices on the GPU, but {what} of ZeRO partitions or offloads them: "
                 "set zero_optimization.stage to 0, 1 or 2 without offload_optimizer, or optim.name to adamw"
-            )
-        if self.data.image_tokens == "shards" and self.data.repeats > 1:
-            raise ValueError(
-                "data.repeats: must be 1 with data.image_tokens=shards, because each stored image has token "
-                "ids for one crop only; use m3ae-fast shards image-tokens --views to create more crops"
             )
         shown = self.data.show_channels or (0,)
         if not 0 <= min(shown) <= max(shown) < self.model.channels:

@@ -55,7 +55,6 @@ class Preparation:
     tokenizer: CaptionTokenizer | None  # None if there are no captions
     seed: int  # seed of the run
     image_tokenizer: VQGAN | None = None  # computes the images' token ids in the loader
-    stored_codebook: int | None = None  # size of the codebook, if the shards contain the images' token ids
     # the loader counts the FLOPs of this model for each batch; None: they are not counted
     counted_for: ModelConfig | None = None
 
@@ -119,7 +118,6 @@ class Samples(Dataset[Sample | Skipped]):
         try:
             key = reader.key(shard, row)
             image, caption = reader.read(shard, row)
-            ids = None if image is None else self._stored_ids(reader, shard, row)
             tokens = None if caption is None else self._tokens(caption)
         except (BadSample, OSError) as error:
             return [Skipped(name, key, str(error))] * len(positions)
@@ -141,7 +139,6 @@ class Samples(Dataset[Sample | Skipped]):
                 loss_weight=source.loss_weight,
                 draw=self._streams.seed(Purpose.FORWARD, *key_of_view) >> 33,
                 position=position,
-                image_ids=ids,
             )
             if self.augment is not None:
                 sample.text_predicted = self._masks.predicted_tokens(sample.text_mask, key_of_view)
@@ -154,11 +151,6 @@ class Samples(Dataset[Sample | Skipped]):
         try:
             geometry = self.preparation.geometry
             image = decode_image(draft.image, geometry.channels, geometry.image_range, geometry.image_dtype)
-            if self.preparation.stored_codebook and image.shape[-2:] != (size := geometry.image_size, size):
-                raise BadSample(
-                    f"the image has {image.shape[-1]} x {image.shape[-2]} pixels, but its token ids were computed from "
-                    f"{size} x {size}"
-                )
         except BadSample as error:
             return [draft.skip(str(error))] * len(draft.samples)
         for sample, view in zip(draft.samples, draft.views):
@@ -178,18 +170,6 @@ class Samples(Dataset[Sample | Skipped]):
         assert self.preparation.tokenizer is not None  # the loader requires one
         return torch.from_numpy(self.preparation.tokenizer.encode(caption))
 
-    def _stored_ids(self, reader: Reader, shard: int, row: int) -> Tensor | None:
-        """Return an image's stored token ids. Raises BadSample if there are none, or if they do not fit the model."""
-        codes, length = self.preparation.stored_codebook, self.preparation.geometry.patches_per_image
-        if codes is None:
-            return None
-        ids = torch.from_numpy(reader.image_ids(shard, row))
-        if len(ids) != length:
-            raise BadSample(f"the sample has {len(ids)} image ids, but the model has {length} patches")
-        if not 0 <= ids.min() <= ids.max() < codes:
-            raise BadSample(f"the sample has image ids outside the codebook of {codes} codes")
-        return ids
-
     def _add_ids(self, samples: list[Sample]) -> None:
         if samples and (vqgan := self.preparation.image_tokenizer):
             images = torch.stack([sample.image for sample in samples if sample.image is not None])
@@ -202,8 +182,6 @@ class Samples(Dataset[Sample | Skipped]):
 
     def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
         frame = self.preparation.geometry.frame
-        if self.preparation.stored_codebook:
-            return image  # the stored ids were computed from this crop
         if self.augment is None:
             return whole_view(image, frame)
         generator = self._streams.generator(Purpose.CROP, *key)

@@ -34,11 +34,11 @@ from m3ae_fast.data.tar import Member, scan_tar
 
 Modality = Literal["any", "paired", "image", "text"]
 
-VERSION = 6
+VERSION = 7
 # suffixes of images; if a sample has several images, the one whose suffix comes first in this list is used
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "npy")
 MASK_SUFFIX = "mask.png"
-_OTHER_SUFFIXES = ("txt", "json", "cls", "ids", MASK_SUFFIX)
+_OTHER_SUFFIXES = ("txt", "json", "cls", MASK_SUFFIX)
 _MOST_IGNORED = 20  # maximum number of suffixes in a summary
 MISSING = -1
 MAX_IMAGE_BYTES = 1 << 28
@@ -46,8 +46,8 @@ _MAX_KEY = 128  # maximum number of bytes of a stored key; only the end of a lon
 _MAX_JSON = 1 << 20  # bytes
 _MAX_SUMMARY = 1 << 16  # bytes
 _MAX_HEADER = 1 << 17  # bytes of NumPy's header
-_OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json", "ids") for what in ("offset", "size"))
-_CHECKSUMS = tuple(f"{part}_crc" for part in ("image", "text", "ids"))
+_OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json") for what in ("offset", "size"))
+_CHECKSUMS = tuple(f"{part}_crc" for part in ("image", "text"))
 _MAX_FILE = 1 << 60  # bytes
 _THREADS = 8
 # The key is defined as in WebDataset: the path up to the first dot of the basename.
@@ -97,10 +97,10 @@ class IndexedShard:
 
     def table(self) -> np.ndarray:
         """Return the table of the samples: a structured array [samples]. For each of the members image, text (the
-        caption), cls and json (which may contain a label) and ids (the token ids of the image), `NAME_offset` and
-        `NAME_size` are the offset and the size in bytes; the offset is MISSING if there is no such member. `json` is
-        true if the text is a JSON member, whose "caption" field is the caption. `image_crc`, `text_crc` and `ids_crc`
-        are the CRC-32 of these members (0: unknown), and `key` is the key of the sample in UTF-8.
+        caption), cls and json (which may contain a label), `NAME_offset` and `NAME_size` are the offset and the size in
+        bytes; the offset is MISSING if there is no such member. `json` is true if the text is a JSON member, whose
+        "caption" field is the caption. `image_crc` and `text_crc` are the CRC-32 of these members (0: unknown), and
+        `key` is the key of the sample in UTF-8.
 
         Raises OSError if the sidecar cannot be read."""
         with open_regular(self.sidecar) as file:
@@ -245,9 +245,9 @@ def _tabulate(members: list[Member], fd: int, checked: bool) -> tuple[np.ndarray
             text, from_json = files["json"], True
         if images or text:
             image = files[images[0]] if images else None
-            parts = [member or _NOTHING for member in (image, text, *map(files.get, ("cls", "json", "ids")))]
+            parts = [member or _NOTHING for member in (image, text, *map(files.get, ("cls", "json")))]
             places = [number for part in parts for number in (part.offset, part.size)]
-            sums = [_checksum(fd, part) if checked else 0 for part in (parts[0], parts[1], parts[4])]
+            sums = [_checksum(fd, part) if checked else 0 for part in parts[:2]]
             shown = printable(key[-_MAX_KEY:]).encode("utf-8", "replace")[-_MAX_KEY:]
             rows.append((*places, from_json, *sums, shown))
     table = np.array(rows, dtype=_row(max([1, *(len(row[-1]) for row in rows)])))
@@ -280,7 +280,7 @@ def _parse_table(data: memoryview, samples: int) -> np.ndarray:
     if not fits or shape != (samples,) or len(rest) != samples * dtype.itemsize:
         raise ValueError("its table does not match its number of samples")
     table = np.frombuffer(rest, dtype)
-    if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 5)):
+    if any(((table[name] < low) | (table[name] > _MAX_FILE)).any() for name, low in zip(_OFFSETS, (MISSING, 0) * 4)):
         raise ValueError("it has impossible offsets or sizes")
     return table
 

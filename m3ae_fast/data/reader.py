@@ -21,7 +21,6 @@ from m3ae_fast.data.shard_store import ShardStore
 
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a larger JSON member is an error
-IDS_DTYPE = np.dtype("<i4")  # dtype of the member KEY.ids
 # number of shards that are kept open: twice the default of data.shuffle_shards; each has two open files
 _OPEN_SHARDS = 256
 _RETRY_S = 60  # seconds until a failed shard is retried
@@ -80,21 +79,6 @@ class Reader:
         if wanted and (image is None or keeps_caption(entry["key"], self.source.caption_fraction)):
             caption = _read_caption(file.fileno(), entry)
         return Raw(image, caption)
-
-    def image_ids(self, shard: int, row: int) -> np.ndarray:
-        """Return the stored token ids of a sample's image, int64 [patches]. Raises BadSample if they are missing or
-        truncated, and OSError as `read` does."""
-        return self._whole(shard, lambda: self._read_ids(shard, row))
-
-    def _read_ids(self, shard: int, row: int) -> np.ndarray:
-        file, table = self._get(shard)
-        entry = table[row]
-        if entry["ids_offset"] == MISSING:
-            raise BadSample("the sample has no image ids; create them with m3ae-fast shards image-tokens")
-        data = _read(file.fileno(), entry, "ids", MAX_IMAGE_BYTES, "ids")
-        if len(data) % IDS_DTYPE.itemsize:
-            raise BadSample("the image ids are truncated")
-        return np.frombuffer(data, IDS_DTYPE).astype(np.int64)
 
     def _whole(self, shard: int, read: Callable[[], T]) -> T:
         """Return the result of `read`. If the cached shard is damaged, download it again and repeat the call."""

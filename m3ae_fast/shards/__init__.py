@@ -8,17 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m3ae_fast.shards.image_token_shards import image_tokens
     from m3ae_fast.shards.index_table import index
     from m3ae_fast.shards.making import make
     from m3ae_fast.shards.manifest_writing import manifest
     from m3ae_fast.shards.statistics import stats
     from m3ae_fast.shards.tokenizer_training import tokenizer
 
-__all__ = ["image_tokens", "index", "make", "manifest", "stats", "tokenizer"]
+__all__ = ["index", "make", "manifest", "stats", "tokenizer"]
 
 _MODULES = {
-    "image_tokens": "image_token_shards",
     "index": "index_table",
     "make": "making",
     "manifest": "manifest_writing",

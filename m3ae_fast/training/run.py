@@ -252,6 +252,5 @@ def preparation_of(config: Config, model: M3AE, data: Data) -> Preparation:
         data.tokenizer,
         config.run.seed,
         image_tokenizer=vqgan if tokens == "workers" else None,
-        stored_codebook=config.model.codebook_size if vqgan and tokens == "shards" else None,
         counted_for=config.model,
     )

@@ -10,20 +10,18 @@ import tempfile
 import textwrap
 import threading
 import time
-from argparse import Namespace
 from contextlib import nullcontext
 from itertools import chain, islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m3ae_fast.base.bad_samples import BadSample, BadSamples, Skipped
+from m3ae_fast.base.bad_samples import BadSamples, Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.randomness import RandomStreams
 from m3ae_fast.batch.inputs import unmasked_sample
@@ -434,23 +432,6 @@ def test_repeated_views_do_not_depend_on_ranks_workers_or_interruptions(load, pa
         assert by_step(load, paired, 4, config=config, **options) == reference
     assert by_step(load, paired, 4, micro_batch=12, config={**config, "workers": 2}) == reference
     assert by_step(load, paired, 4, micro_batch=12, config=config, start=2) == reference[2:]
-
-
-def test_image_token_ids_are_codebook_indices_with_one_per_patch():
-    def stored(*ids):
-        geometry = Namespace(patches_per_image=4)
-        samples = Namespace(preparation=Namespace(stored_codebook=16, geometry=geometry))
-        reader = Namespace(image_ids=lambda shard, row: np.array(ids))
-        return Samples._stored_ids(samples, reader, 0, 0).tolist()
-
-    assert stored(0, 15, 0, 15) == [0, 15, 0, 15]
-    for outside in (16, -1):
-        for place in range(4):
-            with pytest.raises(BadSample, match="outside the codebook of 16"):
-                stored(*[3] * place, outside, *[3] * (3 - place))
-    for ids in ((1, 2, 3), (1, 2, 3, 4, 5)):
-        with pytest.raises(BadSample, match=f"{len(ids)} image ids, but the model has 4 patches"):
-            stored(*ids)
 
 
 def test_image_only_and_text_only_shards_are_read(load, tmp_path):

@@ -17,7 +17,7 @@ from m3ae_kernels.triton_impl.common import precision
 from m3ae_kernels.triton_impl.matmul import add_product
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from m3ae_fast.cli.shards import main as data
+from m3ae_fast.cli.verify import main as verify
 from tests.helpers.trainer import ROOT
 from tests.rehearsal.fake_cuda import CUDA, FakeCuda
 
@@ -139,7 +139,7 @@ def test_float32_matmuls_follow_the_precision_setting_of_torch():
 
 def test_the_help_of_a_tool_lists_the_device_option(cuda, capsys):
     with pytest.raises(SystemExit):
-        data(["image-tokens", "--help"])
+        verify(["--help"])
     assert "--device" in capsys.readouterr().out
 
 
