@@ -6,7 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from m3ae_fast.base.environment import configure_home, configure_libraries
-from m3ae_fast.base.former_names import refuse_former_module
 from m3ae_fast.base.memory import refuse_too_few_addresses, shown_in_one_line
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ _MODULES = {
 
 _folder = os.path.dirname(os.path.realpath(__file__))
 if sys.argv[:1] == ["-m"] or os.path.dirname(os.path.realpath(sys.argv[0])) == _folder:
-    refuse_former_module()
     sys.excepthook = shown_in_one_line  # a command of this package is being started
     refuse_too_few_addresses()
     configure_libraries()

@@ -7,7 +7,6 @@ import sys
 
 from m3ae_fast.base.environment import configure_libraries
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.base.former_names import present_name
 
 COMMANDS = {
     "pretrain": "train a model on your images with one command: make shards, choose settings, train, evaluate, export",
@@ -64,11 +63,10 @@ def _run() -> int:
 
         print(f"m3ae-fast {__version__}")
         return 0
-    former = present_name(sys.argv[1:])
-    if former or name not in MODULES:
+    if name not in MODULES:
         from m3ae_fast.cli.command_line import refuse
 
-        refuse(former or f"there is no command {name!r}; m3ae-fast --help lists the commands")
+        refuse(f"there is no command {name!r}; m3ae-fast --help lists the commands")
     configure_libraries()
     is_module = any(pair == ("-m", "m3ae_fast") for pair in zip(sys.orig_argv, sys.orig_argv[1:]))
     sys.argv = [f"{'python -m m3ae_fast' if is_module else 'm3ae-fast'} {name}", *sys.argv[2:]]

@@ -1,9 +1,13 @@
-"""Text is read and written as UTF-8 everywhere, regardless of the locale."""
+"""Text is read and written as UTF-8 everywhere, regardless of the locale, and no file names folders of the machine on
+which it was written."""
 
 import ast
+import sys
 
 from tests.helpers.trainer import ROOT
 
+FOLDERS = ("m3ae_fast", "kernels", "lab", "benchmarks", "examples", "docs", "configs", "tests")
+KINDS = {".py", ".md", ".sh", ".ipynb", ".json", ".toml", ".yaml", ".yml", ".sbatch", ".c", ".h", ".cpp"}
 MODES = {"r", "w", "a", "x", "r+", "w+", "a+"}
 
 
@@ -33,3 +37,12 @@ def test_text_files_are_always_opened_with_an_explicit_encoding():
     assert {
         place: encodings for place, encodings in found.items() if encodings not in (["'utf-8'"], ["'utf-8-sig'"])
     } == {}
+
+
+def test_no_file_contains_a_path_of_this_machine():
+    """Stored results and outputs of the notebook are the likeliest to contain one."""
+    own = (f"{ROOT}/", f"{sys.prefix}/")
+    paths = [path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.suffix in KINDS]
+    paths += [path for path in ROOT.glob("*.*") if path.suffix in KINDS]
+    assert {".py", ".md", ".json", ".ipynb"} <= {path.suffix for path in paths}
+    assert [path for path in paths if any(each in path.read_text(encoding="utf-8") for each in own)] == []

@@ -60,7 +60,7 @@ def _old_driver() -> str:
     if not supported:
         return ""
     try:
-        found = re.search(r"\s(\d+\.[\d.]+)\s", _DRIVER.read_text())
+        found = re.search(r"\s(\d+\.[\d.]+)\s", _DRIVER.read_text(encoding="utf-8"))
     except OSError:
         found = None
     driver = f"NVIDIA driver {found[1]}" if found else "NVIDIA driver"
