@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a model on shards with a config; on several GPUs: torchrun --nproc-per-node N -m m3ae_fast train",
     "shards": "make shards from folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "embed": "write the features of shards or of a folder of images as .npz or .parquet",
-    "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, retrieval, out-of-distribution, ...",
+    "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, out-of-distribution, ...",
     "draw": "draw reconstructions, attention maps and feature maps; fill in masked words and patches",
     "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
     "export": "export the weights of a run: safetensors with config.json, timm or ONNX",

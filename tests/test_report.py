@@ -103,12 +103,6 @@ def test_results_show_standard_errors_and_the_fraction_of_the_largest_class(run)
         assert own.format("top1", "50.0% ± 7.0%", "40.0%") in page
         assert own.format("top5", "100.0% ± 1.0%", "80.0%") in page
     assert "_se" not in page and "<td>chance" not in page
-    found = {"task": "retrieval", "image_to_text_recall5": 0.5, "text_to_image_recall1": 0.25, "model": "m"}
-    (run / "probe/result.json").write_text(json.dumps(found | {"chance_recall1": 0.01, "chance_recall5": 0.05}))
-    write_report(run, run / "report.html")
-    page = (run / "report.html").read_text()
-    for name, value, chance in (("image_to_text_recall5", 0.5, 5), ("text_to_image_recall1", 0.25, 1)):
-        assert f'<td>{name}</td><td class="number">{value}</td><td class="number">{chance}.0%</td>' in page
 
 
 def test_a_result_not_above_the_largest_class_is_marked_in_the_report(run):

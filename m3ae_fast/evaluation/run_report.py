@@ -240,8 +240,7 @@ def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
 def _chance(name: str, result: dict[str, Any]) -> str:
     """Return the chance level of a metric as text: its value for random scores, or for always predicting the largest
     class (or the five largest classes); "" if it is unknown."""
-    chance = f"chance_{name.rpartition('_')[2]}" if "recall" in name else f"chance_{name}"
-    value = result.get({"top1": "chance"}.get(name, chance))
+    value = result.get({"top1": "chance"}.get(name, f"chance_{name}"))
     if name == "auroc":
         value = 0.5
     elif name == "balanced_accuracy" and result.get("per_class"):

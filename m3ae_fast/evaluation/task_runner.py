@@ -56,13 +56,13 @@ def evaluate(
     """Evaluate a model with a task, and write the result, predictions and figures to a folder.
 
     Args:
-        task: "knn", "logistic", "linear", "attentive", "finetune", "multilabel", "segment", "robustness", "ood",
-            "retrieval" or "compare"; see `TASKS`.
+        task: "knn", "logistic", "linear", "attentive", "finetune", "multilabel", "segment", "robustness", "ood"
+            or "compare"; see `TASKS`.
         model: name of a model; see `model_name.MODEL_HELP`. For robustness, the folder of a classifier; ood also
             accepts one. For compare, one or several models.
         val: held-out shards: paths, brace patterns, globs, URLs or pipe: commands.
         out: folder for the result, which must not contain a result.
-        train: shards of training samples; not used by robustness and retrieval.
+        train: shards of training samples; not used by robustness.
         labels: source of the labels: "cls", or "json." and the name of a field.
         modality: input of the encoder: "image", "text" or "paired"; None: the modality of the classifier or of the
             task, otherwise "image".

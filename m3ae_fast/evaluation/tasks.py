@@ -131,11 +131,6 @@ TASKS = {
         sections=("encode", "knn"),
         libraries=("sklearn",),
     ),
-    "retrieval": Task(
-        "find the matching caption of each image, and the matching image of each caption",
-        trains=False,
-        modality="paired",
-    ),
     "compare": Task(
         "compare models and baselines with several probes, and test which of them differ significantly",
         modality="image",

@@ -51,7 +51,7 @@ def test_neighbours_equal_those_of_a_stable_sort(monkeypatch, samples, width, k,
 
 @pytest.mark.slow
 def test_neighbours_do_not_depend_on_the_number_of_ranks(tmp_path):
-    """Neighbours, votes, retrieval ranks, scores and trained heads are the same for banks that are split over ranks."""
+    """Neighbours, votes, scores and trained heads are the same for banks that are split over ranks."""
     alone = bank_cases.found(None)
     with join_ranks() as ranks:
         segments = bank_cases.segmented(ranks)
@@ -63,7 +63,7 @@ def test_neighbours_do_not_depend_on_the_number_of_ranks(tmp_path):
         each = torch.load(tmp_path / "found.pt", weights_only=False)
         assert len(each) == count
         for found in each:
-            for name in ("similarity", "number", "best", "scores", "ranks", "rows"):
+            for name in ("similarity", "number", "best", "scores", "rows"):
                 assert torch.equal(found[name], alone[name]), name
             assert found["keys"] == alone["keys"]
             for name, expected in heads.items():

@@ -15,9 +15,9 @@ from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import LinearProbeConfig
 from m3ae_fast.drawing import figures
-from m3ae_fast.drawing.figures import BLACK, GREEN, RED, Cell
+from m3ae_fast.drawing.figures import GREEN, RED, Cell
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation import job, knn, labelled_task, retrieval
+from m3ae_fast.evaluation import job, knn, labelled_task
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 
 pytestmark = pytest.mark.slow
@@ -196,12 +196,12 @@ def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
         assert not any(part[-2:].any() for part in parts)
 
 
-def shown_by(samples=None, names=()):
+def shown_by(names=()):
     """Return a job whose samples are represented by their keys. Its cells record the displayed arguments."""
     return argparse.Namespace(
         out=Path("out"),
         names=names,
-        samples=lambda corpus, keys: {key: f"{corpus}{key}" for key in keys} if samples is None else samples,
+        samples=lambda corpus, keys: {key: f"{corpus}{key}" for key in keys},
         cell=lambda sample, text=None, colour=None: (sample, text, colour),
     )
 
@@ -232,30 +232,6 @@ def test_neighbour_figures_show_the_most_similar_samples_with_those_of_the_same_
         nearest = torch.cos(angles[0] - angles[1][mine]).argsort(descending=True)[:7].tolist()
         expected = [(f"train{i}", classes[labels[0][i]], GREEN if labels[0][i] == own else RED) for i in nearest]
         assert found == expected
-
-
-def test_retrieval_figures_show_the_most_similar_samples_with_correct_ones_in_green(monkeypatch):
-    sheets = {}
-    monkeypatch.setattr(retrieval, "draw_sheet", lambda path, rows, titles: sheets.__setitem__(path.stem, rows))
-    random = np.random.RandomState(0)
-    images, texts = (torch.from_numpy(random.rand(12) * 6.28) for _ in range(2))
-    texts[:6] = images[:6]  # each text is most similar to its own image
-    keys = [f"{number:02d}" for number in range(12)]
-    features = [FeatureBank(keys, on_a_circle(angles), None) for angles in (images, texts)]
-    samples = {key: Sample(key, torch.zeros(1), tokens=torch.zeros(1)) for key in keys}
-    shown = {name: retrieval._shown(*way) for name, way in retrieval._ways(*features).items()}
-    retrieval._draw(shown_by(samples), None, keys, shown)
-    assert {*sheets} == {"text_to_image", "image_to_text"}
-    for name, (asked, candidates) in {"image_to_text": (images, texts), "text_to_image": (texts, images)}.items():
-        assert [row[0][0].key for row in sheets[name]] == [keys[12 * number // 5] for number in range(5)]
-        for number, ((sample, _, _), *found) in enumerate(sheets[name]):
-            row = 12 * number // 5
-            best = torch.cos(candidates - asked[row]).argsort(descending=True)[:5].tolist()
-            text = {True: "its own", False: ""} if name == "text_to_image" else {True: None, False: None}
-            expected = [(keys[i], text[i == row], GREEN if i == row else BLACK) for i in best]
-            assert [(cell[0].key, *cell[1:]) for cell in found] == expected
-            assert (sample.image is not None) == (name == "image_to_text")
-            assert all((cell[0].image is None) == (name == "image_to_text") for cell in found)
 
 
 def test_a_cell_shows_the_image_or_otherwise_the_caption_and_a_text():

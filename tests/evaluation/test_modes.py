@@ -46,7 +46,7 @@ def test_every_task_requires_an_output_folder(task):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("task", ["knn", "logistic", "ood", "retrieval", "linear", "attentive", "finetune"])
+@pytest.mark.parametrize("task", ["knn", "logistic", "ood", "linear", "attentive", "finetune"])
 def test_tasks_encode_in_the_configured_precision_without_gradients_unless_they_train_the_encoder(
     transfer, shards, encoder_modes, task, precision
 ):
@@ -57,8 +57,7 @@ def test_tasks_encode_in_the_configured_precision_without_gradients_unless_they_
         "attentive": settings("attentive.steps=2"),
         "finetune": [*TUNE, *settings(f"finetune.precision={precision}", "finetune.rand_augment=null")],
     }
-    more = {"train": None} if task == "retrieval" else {}
-    transfer(task, *options.get(task, []), *encode, **more)
+    transfer(task, *options.get(task, []), *encode)
     expected = {TRAINS, EVALUATES} if task == "finetune" else {EVALUATES}
     assert {modes[:2] for modes in encoder_modes} == expected
     assert {modes[2] for modes in encoder_modes} == {precision == "bf16"}
@@ -81,7 +80,6 @@ def test_these_tests_cover_all_tasks(encoder_modes):
     assert {*TASKS} == {
         "knn",
         "ood",
-        "retrieval",
         "logistic",
         "linear",
         "attentive",

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from m3ae_fast.drawing.figures import MapPanel, draw_confusion, draw_map
-from m3ae_fast.evaluation import class_metrics, job, knn, labelled_task, ood, retrieval
+from m3ae_fast.evaluation import class_metrics, job, knn, labelled_task, ood
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import write_tar
@@ -21,7 +21,6 @@ ODD = ["$\\frac{$", "_hidden", "a\\b{c}"]
 QUICK = {
     "knn": (),
     "ood": (),
-    "retrieval": (),
     "logistic": (),
     "linear": settings("linear.steps=2", "linear.global_batch=16", "linear.warmup_epochs=0"),
     "finetune": settings("finetune.steps=1", "finetune.global_batch=16", "finetune.micro_batch=16"),
@@ -81,9 +80,9 @@ def test_a_failed_figure_does_not_prevent_the_result(transfer, shards, tmp_path,
         raise ValueError("no such glyph")
 
     for name in ("draw_confusion", "draw_training", "draw_detection", "draw_sheet"):
-        for module in (class_metrics, knn, ood, retrieval, labelled_task):
+        for module in (class_metrics, knn, ood, labelled_task):
             monkeypatch.setattr(module, name, fails, raising=False)
     more = ["--ood", shards[1]] if task == "ood" else []
     with pytest.raises(ValueError, match="no such glyph"):
-        transfer(task, *more, *QUICK[task], **({"train": None} if task == "retrieval" else {}))
+        transfer(task, *more, *QUICK[task])
     assert json.loads((tmp_path / "out" / job.RESULT_FILE).read_text())["task"] == task

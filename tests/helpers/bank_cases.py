@@ -18,7 +18,6 @@ from m3ae_fast.evaluation.logistic_regression import fit_chosen
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.ood import Scores
 from m3ae_fast.evaluation.probes import PROBES, Setting, train_heads
-from m3ae_fast.evaluation.retrieval import own_ranks
 from m3ae_fast.evaluation.segment import Images, Neighbours, fit
 from m3ae_fast.process.ranks import Ranks, join_ranks
 
@@ -47,7 +46,6 @@ def split(features_ND: Tensor, labels_N: Tensor | None, ranks: Ranks | None, bat
 def found(ranks: Ranks | None) -> dict[str, object]:
     """Return the results, which must be the same on every rank."""
     bank, queries = split(*features(SAMPLES, 0), ranks), split(*features(QUERIES, 1), ranks, batch=7)
-    others = split(features(QUERIES, 2)[0], None, ranks, batch=7)
     few = bank.rows([*range(0, SAMPLES, 2)])
     near = nearest(bank, queries, 20)
     predictions = queries.predictions(knn_scores(few, queries, CLASSES, 5, 0.07), votes=True)
@@ -57,7 +55,6 @@ def found(ranks: Ranks | None) -> dict[str, object]:
         "keys": predictions.keys,
         "best": predictions.best_NK,
         "scores": predictions.scores_N,
-        "ranks": own_ranks(queries, others),
         "ood": Scores(bank, 4)(queries),
         "regressions": regressions(bank, queries),
         "rows": few.gathered().stored_SD,

@@ -62,7 +62,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ood": ("ood", {}),
-    "retrieval": ("retrieval", {}),
     "compare": (
         "compare",
         {"seeds": 1, "probes": ["knn", "attentive"], "overrides": [*_SHORT[:2], "attentive.online=true"]},
@@ -103,7 +102,7 @@ def main(arguments: list[str]) -> int:
 
         def perform(name: str, folder: str, limit: str = "data.max_bad_fraction=0.2") -> None:
             task, options = CASES[name]
-            trains = {} if task in ("robustness", "retrieval") else {"train": str(data / "train.tar")}
+            trains = {} if task == "robustness" else {"train": str(data / "train.tar")}
             encoded = [] if task in ("finetune", "robustness") else ["encode.precision=fp32", "encode.batch=4"]
             evaluate(
                 task,
