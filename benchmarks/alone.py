@@ -34,7 +34,6 @@ class Alone:
             see `implementations.build`.
     """
 
-    startup: float  # seconds from the start of the process to the end of its first step: imports, model, compilation
     losses: list[float]  # losses of the first two steps
 
     def __init__(self, name: str, model: dict, samples: int, *, env: dict[str, str] | None = None, **options) -> None:
@@ -47,16 +46,11 @@ class Alone:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.startup, self.losses = self._answer()
+        self.losses = self._answer()
 
     def step(self) -> float:
         """Take a step and return its duration in seconds."""
         return self._ask("step")
-
-    def peak_bytes(self) -> int:
-        """Take a step and return its peak memory in bytes, without parameters, gradients and optimiser state: the
-        resident memory of the process on a CPU, the memory of torch's allocator on a GPU."""
-        return self._ask("peak")
 
     def held_bytes(self) -> int:
         """Return the peak of the process's total memory in bytes. The trainer logs the same quantity as its peak
@@ -115,15 +109,9 @@ def _status(process: str) -> dict[str, int]:
     return {words[0].removesuffix(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 
 
-def _age() -> float:
-    """Return the age of this process in seconds."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return float(Path("/proc/uptime").read_text().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-
-
 def serve(spec: dict) -> None:
-    """Build the implementation, print its start-up time, and then answer each request with one line. This function runs
-    in the other process."""
+    """Build the implementation, print the losses of its first two steps, and then answer each request with one line.
+    This function runs in the other process."""
     from m3ae_fast.process.ranks import join_ranks
 
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -132,22 +120,15 @@ def serve(spec: dict) -> None:
 
 
 def _serve(spec: dict, ranks, answers) -> None:
-    import torch
-
     from benchmarks.implementations import build
     from m3ae_fast.base.hardware import peak_memory
     from m3ae_fast.config import MaskingConfig, ModelConfig, PretrainingOptimConfig
-    from m3ae_fast.model.m3ae import M3AE
 
-    model, options = ModelConfig(**spec["model"]), spec["options"]
+    options = spec["options"]
     options["masking"] = MaskingConfig(**options.get("masking", {}))
     options["optim"] = PretrainingOptimConfig(**options.get("optim", {}))
-    step = build(spec["name"], model, spec["samples"], ranks, **options)
-    first = step().item()
-    startup = _age()
-    answer = (startup, (first, step().item()))
-    with torch.device("meta"):
-        gradients = 4 * sum(p.numel() for p in M3AE(model).parameters())  # allocated and freed in every step
+    step = build(spec["name"], ModelConfig(**spec["model"]), spec["samples"], ranks, **options)
+    answer = [step().item() for _ in range(2)]
     while True:
         print(json.dumps(answer), file=answers, flush=True)
         what = sys.stdin.readline().strip()
@@ -155,8 +136,6 @@ def _serve(spec: dict, ranks, answers) -> None:
             start = time.perf_counter()
             step().item()
             answer = time.perf_counter() - start
-        elif what == "peak":
-            answer = peak_above(step, ranks.device) - gradients
         elif what == "held":
             answer = peak_memory(ranks.device)
         else:

@@ -40,13 +40,6 @@ def make_shards(
                     add_member(tar, f"{i:05}.{ending}", data)
 
 
-def make_jpegs(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Write images FOLDER/00000.jpg and so on, of height and width `size`."""
-    rng = torch.Generator().manual_seed(0)
-    for i in range(count):
-        (folder / f"{i:05}.jpg").write_bytes(_jpeg(size, rng))
-
-
 def _jpeg(size: tuple[int, int], rng: torch.Generator) -> bytes:
     """Return a JPEG of blurred shapes with noise, which takes about 50 kB at 400 x 500 pixels."""
     blurred = torch.rand(1, 3, 25, 32, generator=rng) * 255

@@ -1,8 +1,6 @@
 """The benchmarks compare like with like."""
 
-import argparse
 import gzip
-import io
 import json
 import re
 from dataclasses import replace
@@ -11,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import baselines, results, table, test_faster, test_ops
-from benchmarks.alone import Alone, _serve
+from benchmarks import baselines, results, table, test_ops, test_step
+from benchmarks.alone import Alone
 from benchmarks.gpu import step as gpu_step
 from benchmarks.gpu import trace
 from benchmarks.reference import ReferenceM3AE, ReferenceTrainer
@@ -58,17 +56,16 @@ def test_a_batch_of_the_faster_recipe_fits_its_model():
 
 
 def test_faster_steps_have_the_flops_stated_in_the_guide():
-    usual, cheap, fast = (test_faster.step_flops(name, 8) for name in test_faster.ARMS)
+    usual, cheap, fast = (test_step.step_flops(name, 8) for name in test_step.RECIPES)
     assert cheap[0] == fast[0] < 0.38 * usual[0] and usual[1] == cheap[1] == 0 < fast[1]
-    rows = test_faster.muon_rows(0.5)
-    assert [row["additional seconds per step compared with AdamW"] for row in rows] == [0.5, None, None]
-    assert [round(row["fraction of the step's FLOPs"], 3) for row in rows] == [0.502, 0.112, 0.008]
+    of_muon = [test_step.step_flops(test_step.FAST, samples) for samples in (32, 256, 4096)]
+    assert [round(muon / (passes + muon), 3) for passes, muon in of_muon] == [0.502, 0.112, 0.008]
 
 
 @pytest.mark.parametrize(("size", "most"), [("small", 0.38), ("base", 0.59), ("large", 0.81)])
 def test_a_cross_decoder_that_predicts_a_third_reduces_the_flops_of_the_workload(size, most):
     flops = []
-    for model, masking in (({}, {}), ({"dec_attention": "cross"}, test_faster.THIRD)):
+    for model, masking in (({}, {}), ({"dec_attention": "cross"}, test_step.THIRD)):
         config = make_config(ModelConfig(size=size, **model), 8, masking=MaskingConfig(**masking))
         flops.append(executed_flops(config.model, make_batch(config, 8)[0]))
     assert 0.9 * most * flops[0] < flops[1] <= most * flops[0]
@@ -92,16 +89,6 @@ def test_the_reference_takes_the_same_steps_as_the_engine():
     for name in start.keys() - {n for n in start if n.endswith("qkv.bias")}:
         moved = model.get_parameter(name) - start[name]
         assert (weights[name] - model.get_parameter(name)).norm() < 2e-3 * moved.norm(), name
-
-
-def test_memory_is_reported_without_the_gradients(monkeypatch):
-    monkeypatch.setattr("benchmarks.implementations.build", lambda *_, **__: lambda: torch.tensor(1.0))
-    monkeypatch.setattr("benchmarks.alone.peak_above", lambda step, device: 10**9)
-    monkeypatch.setattr("sys.stdin", io.StringIO("peak\n"))
-    answers, ranks = io.StringIO(), argparse.Namespace(device=torch.device("cpu"))
-    _serve({"name": "engine", "model": TINY.model_dump(mode="json"), "samples": 2, "options": {}}, ranks, answers)
-    weights = sum(p.numel() for p in M3AE(TINY).parameters())
-    assert json.loads(answers.getvalue().splitlines()[-1]) == 10**9 - 4 * weights
 
 
 def test_results_are_written_to_the_tables_of_the_readme(tmp_path):
@@ -168,10 +155,7 @@ def test_an_implementation_is_measured_in_its_own_process():
     with Alone("reference", TINY.model_dump(mode="json"), 2, batches=1, words=(1, 12)) as process:
         first, second = process.losses
         assert first > second  # the loss decreases
-        assert process.startup > process.step() > 0
-        peak = process.peak_bytes()
-        assert peak > -4 * 200_000  # minus the gradients
-        assert process.held_bytes() > peak  # as in the trainer's log, including weights and all other memory
+        assert process.step() > 0 and process.held_bytes() > 50e6
 
 
 def test_the_shipped_trainer_is_timed(tmp_path, monkeypatch):
