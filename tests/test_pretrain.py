@@ -608,6 +608,29 @@ def test_groups_of_images_are_in_the_same_split_and_a_run_keeps_its_groups(tmp_p
         find_shards(str(out / "shards"), tmp_path / "other", None, [], group="folder")
 
 
+def test_a_note_counts_held_out_images_that_are_also_in_the_folder_of_training_images(tmp_path):
+    for split, numbers in {"train": range(6), "val": range(4, 8)}.items():
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for number in numbers:
+            (tmp_path / "photos" / split / f"{split} {number}.jpg").write_bytes(picture(number))
+    notes = find_shards(str(tmp_path / "photos"), tmp_path / "run", None, []).notes
+    assert "held-out samples whose image also occurs in training shards: 2" in notes
+
+
+def test_values_of_a_group_that_are_not_written_uniformly_are_the_same_group(tmp_path):
+    photos, rows = tmp_path / "photos", []
+    photos.mkdir()
+    for number in range(20):
+        (photos / f"{number}.jpg").write_bytes(picture(number))
+        patient = number // 4
+        patient = [patient, float(patient), str(patient), f" {patient} "][number % 4]
+        rows.append(json.dumps({"file_name": f"{number}.jpg", "caption": "a", "patient": patient}) + "\n")
+    (photos / "table.jsonl").write_text("".join(rows))
+    find_shards(str(photos), tmp_path / "run", None, [], group="patient")
+    held = {int(Path(name).stem) for name in _paths(tmp_path / "run/shards", "val")}
+    assert len(held) == 4 and len({number // 4 for number in held}) == 1
+
+
 def test_at_most_5000_samples_of_a_large_source_are_held_out():
     source = SimpleNamespace(splits={"train": 100_000})
     assert source_shards._settings(source, None).held_out * 100_000 == 5000

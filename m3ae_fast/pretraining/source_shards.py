@@ -286,6 +286,8 @@ def _made(
     if not held:
         lines.append("no samples are held out: all reported losses and accuracies will be on training data")
     kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))
+    if not settings.held_out:  # otherwise, all samples of an image are in the same split
+        lines += overlap(kept, val)
     return Shards(kept, val, lines, shown=True, image_range=image_range)
 
 

@@ -174,8 +174,16 @@ def _groups(records: Records, split: str, field: str) -> np.ndarray:
     for number, value in enumerate(records.values(split, field)):
         if value is None:
             raise UserError(f"--group {field}: the sample {records.name(split, number)} does not have this field")
-        numbers.append(seen.setdefault(json.dumps(value, sort_keys=True, default=str), len(seen)))
+        numbers.append(seen.setdefault(_group_name(value), len(seen)))
     return np.array(numbers, dtype=np.int64)
+
+
+def _group_name(value: Any) -> str:
+    """Return the text of a group. Values that differ only in their type, such as 7, 7.0 and "7", or in surrounding
+    spaces have the same text, so that a field that is not written uniformly does not divide a group."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
 def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard], workers: int) -> Tally:
