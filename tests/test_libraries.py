@@ -28,7 +28,6 @@ PROBE = json.dumps({name: [{"shards": "gs://bucket/{0..9}.tar"}] for name in ("t
 CASES = [
     ("sklearn", f"evaluate ood {TRAINS} --ood other.tar", "ood"),
     ("timm", f"evaluate finetune {TRAINS}", "finetune"),
-    ("scipy", f"evaluate robustness {EVALUATE}", "robustness"),
     ("scipy", f"evaluate linear {TRAINS} --shots 1,5", "--shots"),
     ("tensorboard", f"evaluate knn {TRAINS}", "knn"),
     ("obstore", f"evaluate knn {TRAINS} s3://bucket/a.tar", "s3://bucket/a.tar"),

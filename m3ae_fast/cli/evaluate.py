@@ -83,8 +83,6 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
     add_settings(command, task.example)
     if name == "ood":
         _add_outside_sets(command)
-    if name == "robustness":
-        _add_corrupted(command)
     if task.compares:
         _add_comparison(command)
     if task.has_probe_grid:
@@ -109,16 +107,6 @@ def _add_outside_sets(command: argparse.ArgumentParser) -> None:
         required=True,
         metavar="[NAME=]SHARDS",
         help="out-of-distribution samples; for several sets, repeat the option with a different NAME for each set",
-    )
-
-
-def _add_corrupted(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--corrupted",
-        type=Path,
-        metavar="FOLDER",
-        help="published corrupted images, such as ImageNet-C, as shards in FOLDER/CORRUPTION/SEVERITY/*.tar "
-        "(default: the corruptions of robustness.corruptions are applied to --val)",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,24 +26,6 @@ from m3ae_fast.config.schema import (
     TransformerLoopConfig,
 )
 
-CommonCorruption = Literal[
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic",
-    "pixelate",
-    "jpeg",
-]
-ExtraCorruption = Literal["speckle_noise", "gaussian_blur", "spatter", "saturate"]
 Pool = Literal["mean", "cls"]
 
 _COMMON = ("run", "data")  # sections that every task reads
@@ -179,7 +161,7 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
 
 
 class RobustnessConfig(Section):
-    """Accuracy on adversarial examples (PGD) and on corrupted images."""
+    """Accuracy on adversarial examples (PGD)."""
 
     epsilons: list[Annotated[float, Field(gt=0, le=255)]] = [0.5, 1, 2, 4]
     """L-infinity bounds of the perturbations of PGD, in units of 1/255."""
@@ -187,11 +169,6 @@ class RobustnessConfig(Section):
     """Number of PGD steps."""
     step_size: float = Field(0.25, gt=0)
     """Step size of PGD, as a fraction of epsilon."""
-    corruptions: list[CommonCorruption | ExtraCorruption] = list(get_args(CommonCorruption))
-    """ImageNet-C corruptions to evaluate. The default is the fifteen corruptions of the benchmark's mean corruption
-    error. Frost uses a procedural texture instead of ImageNet-C's photographs."""
-    severities: list[Annotated[int, Field(ge=1, le=5)]] = [1, 2, 3, 4, 5]
-    """Severities of the corruptions to evaluate, from 1 to 5."""
     samples: Count | None = None
     """Number of held-out samples to use, spread evenly over the dataset; null: all samples."""
     batch: Batch = 64
@@ -199,14 +176,9 @@ class RobustnessConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> RobustnessConfig:
-        if not self.severities:
-            raise ValueError(
-                "severities must contain at least one value; to evaluate no corruptions, set corruptions to []"
-            )
-        for name in ("epsilons", "corruptions", "severities"):
-            shown = [each if isinstance(each, str) else f"{each:g}" for each in getattr(self, name)]
-            if twice := [each for each in shown if shown.count(each) > 1]:
-                raise ValueError(f"{name} contains {twice[0]} twice; remove one of the two")
+        shown = [f"{each:g}" for each in self.epsilons]
+        if twice := [each for each in shown if shown.count(each) > 1]:
+            raise ValueError(f"epsilons contains {twice[0]} twice; remove one of the two")
         return self
 
 

@@ -129,7 +129,6 @@ def eval_loader(
     share: Share,
     samples: int | None = None,
     *,
-    transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
     """Return a loader that yields every sample once, or `samples` evenly spaced samples, in file order. Images are
@@ -139,7 +138,7 @@ def eval_loader(
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))
     # if `masking.per` is "batch", all samples share their masks, regardless of the number of ranks
-    dataset = Samples(corpus, order, preparation, None, order.samples, transform=transform)
+    dataset = Samples(corpus, order, preparation, None, order.samples)
     return _loader(config, dataset, MicroBatches(steps, share, end=order.samples), pin_memory)
 
 

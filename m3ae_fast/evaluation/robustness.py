@@ -1,13 +1,12 @@
-"""Accuracy of a fine-tuned classifier or a probe on adversarial and on corrupted images, computed in float32.
+"""Accuracy of a fine-tuned classifier or a probe on adversarial images, computed in float32.
 
 Shapes: S samples, K classes, C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -20,20 +19,16 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import TimeLeft, track
 from m3ae_fast.base.randomness import seed32
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import RobustnessConfig
-from m3ae_fast.data import Corpus, Share, eval_loader, eval_samples
-from m3ae_fast.data.labels import Classes, class_names, label_corpus
-from m3ae_fast.drawing.figures import Cell, draw_attack, draw_sheet
+from m3ae_fast.data import Corpus, Share, eval_loader
+from m3ae_fast.data.labels import class_names, label_corpus
+from m3ae_fast.drawing.figures import draw_attack
 from m3ae_fast.evaluation.classifier import Classifier
-from m3ae_fast.evaluation.corruptions import PROCEDURAL, Corruption
-from m3ae_fast.evaluation.corruptions.published import published_sets
 from m3ae_fast.evaluation.encoding import check_skipped, key_digest
 from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.images.normalisation import from_unit, to_unit
 
-_TRIED = 8  # maximum number of samples that are searched to find an image for the figure
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
 CLEAN = "clean"
 _BACKWARD = 2  # cost of a backward pass relative to a forward pass
@@ -43,161 +38,70 @@ class Pass(NamedTuple):
     """An evaluation of all samples under one condition."""
 
     classify: Classify
-    corpus: Corpus
     cost: int = 1  # number of forward passes per sample
-    corruption: Corruption | None = None
-
-
-Severities = Mapping[str, Sequence[int]]  # severities by kind of corruption
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task and return its result. Raises UserError if the classifier, the images, or a set of corrupted images
-    cannot be used."""
+    """Run the task and return its result. Raises UserError if the classifier or the images cannot be used."""
     config, model = job.config.robustness, job.model
-    published = published_sets(Path(job.options.corrupted)) if job.options.corrupted else {}
-    if published:
-        if config.corruptions and "corruptions" in config.model_fields_set:
-            raise UserError("--corrupted provides the corruptions; leave out robustness.corruptions")
-        config = config.model_copy(update={"corruptions": []})
-    applied = {kind: config.severities for kind in config.corruptions}
-    kinds: Severities = applied | {kind: list(sets) for kind, sets in published.items()}
     if model.config.modality == "text":
         raise UserError(f"{job.options.model}: classifies texts; robustness needs an image classifier")
-    if config.corruptions and (model.config.model.channels != 3 or model.config.model.image_dtype != "uint8"):
-        raise UserError("robustness.corruptions: is supported only for 8-bit RGB images; set it to [] for other images")
     if config.epsilons and model.config.model.image_dtype == "float32":
         raise UserError(
             "robustness.epsilons: attacks require pixels in a limited range; set it to [] for image_dtype float32"
         )
-    val = _open(job, job.config.data.val)
-    corrupted = {
-        f"{kind} {severity}": _open(job, [SourceConfig(shards=shards, modality=job.modality)])
-        for kind, sets in published.items()
-        for severity, shards in sets.items()
-    }
-    job.classes, job.names = model.config.classes, class_names(val, model.config.classes)
+    classes = model.config.classes
+    val, _ = label_corpus(job.open(job.config.data.val), job.options.labels, classes, progress=job.ranks.is_main)
+    job.classes, job.names = classes, class_names(val, classes)
     if val.has_captions:
         model.backbone.require_tokenizer()
     model.requires_grad_(False)
-    passes, images = _passes(job, config, val, corrupted), min(config.samples or val.samples, val.samples)
-    job.print(_plan(config, images, passes, kinds))
+    passes, images = _passes(job, config), min(config.samples or val.samples, val.samples)
+    job.print(_plan(config, images, passes))
     found: dict[str, Predictions] = {}
     time_left = job.time_left(
         sum(each.cost for each in passes.values()),
         shorter=lambda fraction: f"--set robustness.samples={max(int(fraction * images), 1)}",
     )
     for number, (name, each) in enumerate(passes.items(), 1):
-        found[name] = _predictions(job, each, f"{name} ({number} of {len(passes)})", time_left)
+        found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})", time_left)
         left = time_left.after(each.cost)
         job.print(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
-    job.keep(_columns(found, model.config.classes))
-    result = _result(config, kinds, found)
-    job.pictures.append(lambda: _draw(job, config, passes, kinds, result))
-    return result | {"val_samples": images}
+    job.keep(stacked(((predictions, {"condition": name}) for name, predictions in found.items()), classes))
+    pgd = {f"{epsilon:g}/255": found[_attack_name(epsilon)].accuracies()["top1"] for epsilon in config.epsilons}
+    clean = found[CLEAN].accuracies()
+    if pgd:
+        picture = job.out / "attack.png"
+        job.pictures.append(lambda: draw_attack(picture, config.epsilons, list(pgd.values()), clean["top1"]))
+    return {**clean, "pgd": pgd, "val_samples": images}
 
 
-def _open(job: Job, sources: Sequence[SourceConfig]) -> Corpus:
-    """Return the labelled samples of the sources. Raises UserError if a label is not among the classifier's classes."""
-    classes = job.model.config.classes
-    return label_corpus(job.open(sources), job.options.labels, classes, progress=job.ranks.is_main)[0]
-
-
-def _passes(job: Job, config: RobustnessConfig, val: Corpus, corrupted: Mapping[str, Corpus]) -> dict[str, Pass]:
-    """Return the attacks and corruptions to run, in order, by name."""
-    model = job.model
-    passes = {CLEAN: Pass(model, val)}
-    for epsilon in config.epsilons:
-        cost = 1 + config.steps * (1 + _BACKWARD)
-        passes[_attack_name(epsilon)] = Pass(_attack(job, model, epsilon / 255), val, cost)
-    for kind in config.corruptions:
-        for severity in config.severities:
-            passes[f"{kind} {severity}"] = Pass(model, val, corruption=Corruption(kind, severity))
-    return passes | {name: Pass(model, corpus) for name, corpus in corrupted.items()}
+def _passes(job: Job, config: RobustnessConfig) -> dict[str, Pass]:
+    """Return the pass over the clean images and the attacks, in the order in which they run, by name."""
+    cost = 1 + config.steps * (1 + _BACKWARD)
+    attacks = {_attack_name(each): Pass(_attack(job, job.model, each / 255), cost) for each in config.epsilons}
+    return {CLEAN: Pass(job.model)} | attacks
 
 
 def _attack_name(epsilon: float) -> str:
     return f"pgd {epsilon:g}/255"
 
 
-def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass], kinds: Severities) -> str:
-    """Return a line that describes the attacks and corruptions to run."""
-    severities, attacks = max(map(len, kinds.values()), default=0), len(config.epsilons)
+def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass]) -> str:
+    """Return a line that describes the attacks to run."""
     forward = sum(each.cost for each in passes.values())
     return (
-        f"robustness: {images:,} images in {len(passes)} passes: clean images, {attacks} attacks of {config.steps} "
-        f"steps, {len(kinds)} corruptions at {severities} severities; this is equivalent to classifying "
+        f"robustness: {images:,} images in {len(passes)} passes: clean images and "
+        f"{len(config.epsilons)} attacks of {config.steps} steps; this is equivalent to classifying "
         f"{forward * images:,} images (to use fewer images, set robustness.samples)"
     )
 
 
-def _result(config: RobustnessConfig, kinds: Severities, found: Mapping[str, Predictions]) -> dict[str, Any]:
-    """Return the entries of result.json for the completed passes; empty if there are none."""
-    if CLEAN not in found:
-        return {}
-    top1 = {name: predictions.accuracies()["top1"] for name, predictions in found.items()}
-    pgd = {f"{e:g}/255": top1[_attack_name(e)] for e in config.epsilons if _attack_name(e) in top1}
-    corruptions: dict[str, list[float]] = {
-        kind: [top1[f"{kind} {severity}"] for severity in severities if f"{kind} {severity}" in top1]
-        for kind, severities in kinds.items()
-    }
-    result: dict[str, Any] = {**found[CLEAN].accuracies(), "pgd": pgd, "corruptions": corruptions}
-    if corruptions and all(len(each) == len(kinds[kind]) for kind, each in corruptions.items()):
-        result |= corruption_errors(corruptions, top1[CLEAN])
-        result["procedural"] = [kind for kind in config.corruptions if kind in PROCEDURAL]
-    return result
-
-
-def _columns(found: Mapping[str, Predictions], classes: Classes) -> dict[str, list[Any]]:
-    """Return all predictions as the columns of a table. The column `condition` contains the name of the pass."""
-    return stacked(((predictions, {"condition": name}) for name, predictions in found.items()), classes)
-
-
-def corruption_errors(corruptions: dict[str, list[float]], clean: float) -> dict[str, Any]:
-    """Return the error of each kind of corruption (mean over severities), the mean over kinds, and the difference
-    between this mean and the error on clean images. Unlike in arXiv 1903.12261, errors are not divided by those of
-    AlexNet. `corruptions`: accuracies by kind, one for each severity."""
-    errors = {kind: 1 - sum(found) / len(found) for kind, found in corruptions.items()}
-    mean = sum(errors.values()) / len(errors)
-    return {
-        "corruption_error": errors,
-        "mean_corruption_error": mean,
-        "relative_mean_corruption_error": mean - (1 - clean),
-    }
-
-
-def _draw(
-    job: Job, config: RobustnessConfig, passes: Mapping[str, Pass], kinds: Severities, result: dict[str, Any]
-) -> None:
-    """Plot the accuracy over epsilon, and one sample with every corruption at every severity."""
-    if config.epsilons:
-        draw_attack(job.out / "attack.png", config.epsilons, list(result["pgd"].values()), result["top1"])
-    clean = _first_image(job, passes[CLEAN])
-    if clean is None or not kinds:
-        return
-    rows, columns = [], list(dict.fromkeys(number for severities in kinds.values() for number in severities))
-    for kind, severities in kinds.items():
-        cells = dict.fromkeys(columns, Cell(None))
-        for severity, top1 in zip(severities, result["corruptions"][kind]):
-            each = passes[f"{kind} {severity}"]
-            image = each.corruption(clean, job.config.run.seed) if each.corruption else _first_image(job, each)
-            cells[severity] = Cell(image, f"accuracy {top1:.1%}")
-        rows.append([Cell(clean, kind), *cells.values()])
-    draw_sheet(job.out / "corruptions.png", rows, ("without corruption", *(f"severity {number}" for number in columns)))
-
-
-def _first_image(job: Job, each: Pass) -> Tensor | None:
-    """Return the first image of a pass, preprocessed for the classifier but without the pass's corruption; None if no
-    image is found."""
-    samples = eval_samples(each.corpus, job.preparation, _TRIED)
-    return next((sample.image for sample in samples if sample.image is not None), None)
-
-
-def _predictions(job: Job, each: Pass, title: str, whole: TimeLeft) -> Predictions:
+def _predictions(job: Job, corpus: Corpus, each: Pass, title: str, whole: TimeLeft) -> Predictions:
     """Return the predictions of one pass over the samples of all ranks."""
-    config, ranks, corpus = job.config.robustness, job.ranks, each.corpus
+    config, ranks = job.config.robustness, job.ranks
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
-    batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples, transform=each.corruption)
+    batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples)
     shown: Iterable[PackedBatch] = track(batches, title, len(batches), whole=whole, part=each.cost)
     own: list[Predictions | None] = []  # by batch; None: no sample can be read
     skipped: list[Skipped] = []

@@ -48,7 +48,6 @@ def evaluate(
     seeds: int = 3,
     baselines: bool = True,
     ood: Mapping[str, Sequence[str]] | None = None,
-    corrupted: str | os.PathLike[str] | None = None,
     overrides: Overrides = (),
     device: Device | None = None,
     session: Session | None = None,
@@ -78,8 +77,6 @@ def evaluate(
         baselines: for knn, logistic, linear, attentive, multilabel, segment and finetune: whether the baselines are
             evaluated too. They are left out in any case if `model` is one of them, or if the encoder sees captions.
         ood: for ood: shards of out-of-distribution samples by the name of their set.
-        corrupted: for robustness: folder of published corrupted images as shards, CORRUPTION/SEVERITY/*.tar, which
-            replace the corruptions of robustness.corruptions.
         overrides: overrides of settings (`--set` of the command), which docs/evaluation-config.md lists:
             "section.key=value", a list of such texts, or a dict such as {"knn.k": 10}.
         device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
@@ -108,7 +105,6 @@ def evaluate(
         seeds=seeds,
         baselines=baselines,
         ood=ood or {},
-        corrupted=None if corrupted is None else os.fspath(corrupted),
     )
     given = override_list(overrides)
     if session is not None:

@@ -118,11 +118,10 @@ TASKS = {
         example="segment.head=knn",
     ),
     "robustness": Task(
-        "accuracy of a classifier on adversarial and on corrupted images",
+        "accuracy of a classifier on adversarial images",
         trains=False,
         classifies=True,
         sections=("robustness",),
-        libraries=("scipy",),
         example="robustness.samples=1000",
     ),
     "ood": Task(
@@ -160,7 +159,6 @@ class Options:
     seeds: int = 3
     baselines: bool = True
     ood: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    corrupted: str | None = None  # a folder
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -179,7 +177,6 @@ class Options:
             "seeds": task.compares,
             "baselines": task.has_baselines,
             "ood": self.task == "ood",
-            "corrupted": self.task == "robustness",
         }
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != _default(name):

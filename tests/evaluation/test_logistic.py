@@ -37,7 +37,7 @@ def test_robustness_and_ood_use_the_saved_logistic_classifier(transfer, run, sha
     assert torch.equal(classifier.backbone.patch_embed.weight, encoder.patch_embed.weight)
 
     given = {"model": tmp_path / "classifier"}
-    clean = settings("robustness.epsilons=[]", "robustness.corruptions=[]")
+    clean = settings("robustness.epsilons=[]")
     transfer("robustness", *labels, *clean, **given, train=None, out="clean")
     transfer("ood", *labels, "--ood", shards[0], *encode, **given, out="ood")
     measured, attacked, ood = (

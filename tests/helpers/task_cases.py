@@ -52,14 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "robustness": (
         "robustness",
-        {
-            "overrides": [
-                "robustness.epsilons=[2]",
-                "robustness.steps=2",
-                "robustness.batch=4",
-                'robustness.corruptions=["fog"]',
-            ]
-        },
+        {"overrides": ["robustness.epsilons=[2]", "robustness.steps=2", "robustness.batch=4"]},
     ),
     "ood": ("ood", {}),
     "compare": (
