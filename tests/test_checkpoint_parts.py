@@ -22,7 +22,7 @@ from m3ae_fast.checkpoint import resuming, state_files
 from m3ae_fast.checkpoint.saver import Saver
 from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.engine.schedule import Change
 from m3ae_fast.process import agreement
@@ -172,7 +172,7 @@ def test_averaged_weights_and_buffers_are_read_from_a_checkpoint_of_several_rank
         found = checkpoint.read_weights(path, average=average)
         assert found.keys() == {"a", "fixed"} and torch.equal(found["a"], expected)
         sizes = ModelConfig.model_validate({"size": "small", "vocab_size": 0})
-        run = SavedRun(path, None, sizes, None, None, None, ema=0.9)
+        run = SavedRun(path, None, sizes, LossConfig(), None, None, ema=0.9)
         assert ("the average of its weights" in run_weights(run, average=average).kind) == average
 
 
