@@ -193,8 +193,9 @@ def test_several_captions_of_a_row_become_several_samples(folder, tmp_path, caps
 
 
 def test_a_row_without_a_caption_has_an_empty_caption_and_an_image_without_a_row_has_none(folder, tmp_path, capsys):
-    (folder / "other.jpg").write_bytes(picture(2))
-    (tmp_path / "t.csv").write_text("image,caption\nother.jpg,\n")
+    for number, name in enumerate(("other", "third"), 2):
+        (folder / f"{name}.jpg").write_bytes(picture(number))
+    (tmp_path / "t.csv").write_text("image,caption\nother.jpg,\nthird.jpg,a third one\n")
     assert make(folder, tmp_path / "out", "--captions", tmp_path / "t.csv") == 0
     assert "2 image-only" in (text := new_output(capsys))
     assert "1 sample with an empty caption:\n    other.jpg\n" in text
