@@ -326,6 +326,8 @@ def _encoded(
     if not isinstance(model, ImageFeatures):
         set_images(model, job.config.data.image_settings())
     own = replace(job, model=model.to(job.ranks.device).eval())
+    if name not in _BASELINES:
+        own.warn_of_colours(corpora[0], name)
     tokens = any(PROBES[probe].tokens for probe in work.training)
     tokens = tokens and not trains_online(own, [model.config.depth], corpora, f"{name}: ")
     whole = []

@@ -60,7 +60,7 @@ class Job:
     config: EvaluationConfig
     session: Session
     folder: RunFolder | None  # the output folder; None on all ranks but the main rank
-    model: Any  # an M3AE, or a Classifier if the task evaluates one; on the ranks' device
+    model: Any  # an M3AE, or a Classifier if the task evaluates one, on the ranks' device; None if it opens several
     # returns the baselines that the task evaluates, by name, on the ranks' device
     open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
     classes: Classes = ()  # labels by class id; see `open_labelled`
@@ -95,7 +95,8 @@ class Job:
             found, classes = label_corpus(corpus, field, classes, progress=progress)
             labelled.append(found)
             self.print(f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes")
-        self.ranks.on_main(lambda: self._warn_of_colours(train))
+        if self.model is not None:
+            self.warn_of_colours(train)
         assert classes is not None
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
@@ -106,16 +107,17 @@ class Job:
         self.classes, self.names = classes, class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 
-    def _warn_of_colours(self, corpus: Corpus) -> None:
-        """Print a warning if the model reads the images as grey although some of them have colours. Main rank only."""
-        if getattr(self.model, "backbone", self.model).config.channels == 1:
-            kinds = part_of(corpus, "the images", "", None).kinds
-            if colours := sum(kind.channels == 3 for kind in kinds):
-                print(
-                    f"warning: the model reads grey images, so the colours of the images are ignored ({colours:,} of "
-                    f"{len(kinds):,} inspected images have colours)",
-                    flush=True,
-                )
+    def warn_of_colours(self, corpus: Corpus, name: str = "the model") -> None:
+        """Print a warning if the model reads the images as grey although some of them have colours. `name`: name of the
+        model in the warning."""
+        if getattr(self.model, "backbone", self.model).config.channels > 1:
+            return
+        kinds = self.ranks.broadcast(lambda: part_of(corpus, "the images", "", None).kinds)
+        if colours := sum(kind.channels == 3 for kind in kinds):
+            self.print(
+                f"warning: {name} reads grey images, so the colours of the images are ignored ({colours:,} of "
+                f"{len(kinds):,} inspected images have colours)"
+            )
 
     def encode(
         self,
