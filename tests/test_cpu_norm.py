@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from m3ae_kernels.cpu import norm
+from m3ae_kernels.cpu import build, norm
 from torch import Tensor
 
 EPS = 1e-6
@@ -56,14 +56,20 @@ def test_second_derivatives_are_refused():
 
 
 def test_results_do_not_depend_on_threads_or_strides():
+    """norm.c sums blocks of rows in a fixed order. Without it, torch's order depends on the number of threads, so the
+    sums differ by rounding."""
     grad, x, weight, _ = inputs(500, 64, torch.bfloat16, torch.float32)
     _, mean, rstd = torch.native_layer_norm(x, [64], weight, weight, EPS)
     expected = norm.layer_norm_gradients(grad, x, weight, mean, rstd)
+    by_kernel = torch.bfloat16 in build.DTYPES and norm._library() is not None
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert all(map(torch.equal, norm.layer_norm_gradients(grad, x, weight, mean, rstd), expected))
+            found = norm.layer_norm_gradients(grad, x, weight, mean, rstd)
+            assert torch.equal(found[0], expected[0])
+            for one, wanted in zip(found[1:], expected[1:]):
+                assert torch.equal(one, wanted) if by_kernel else relative(one, wanted.double()) < 1e-6
     finally:
         torch.set_num_threads(threads)
     across = (tensor.t().contiguous().t() for tensor in (grad, x))
