@@ -11,7 +11,7 @@ inside the ops, without intermediate tensors in memory. This example uses random
 import copy
 
 import torch
-from m3ae_kernels import patch
+from m3ae_kernels import patch_model
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the model's image processor
@@ -26,7 +26,7 @@ def main() -> tuple[float, float]:
         decoder_intermediate_size=192, norm_pix_loss=True,
     )  # fmt: skip
     model = ViTMAEForPreTraining(config).train()
-    fused = patch(copy.deepcopy(model), mean=MEAN, std=STD)
+    fused = patch_model(copy.deepcopy(model), mean=MEAN, std=STD)
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     noise = torch.rand(4, 64)  # fixes the masks
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))

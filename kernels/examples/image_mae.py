@@ -30,7 +30,7 @@ class ImageMAE(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(dim))
         self.decoder_positions = nn.Parameter(0.5 * torch.randn(GRID**2, dim))
         self.encoder, self.decoder = _transformer(dim, depth, heads), _transformer(dim, 1, heads)
-        self.loss = MaskedPixelLoss(dim, patch_size=PATCH, mean=MEAN, std=STD, reduction="mean")
+        self.loss = MaskedPixelLoss(dim, patch_size=PATCH, mean=MEAN, std=STD)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the scalar loss of images [B, 3, 64, 64] uint8."""

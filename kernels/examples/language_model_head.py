@@ -32,7 +32,7 @@ def main() -> tuple[float, float]:
         num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    head = MaskedTokenLoss.from_linear(model.lm_head, reduction="mean")
+    head = MaskedTokenLoss.from_linear(model.lm_head)
     tokens = torch.randint(0, 4096, (4, 48))
     labels = tokens.masked_fill(torch.rand(4, 48) < 0.2, -100)
     plain = model(input_ids=tokens, labels=labels).loss

@@ -28,7 +28,7 @@ class MaskedLanguageModel(nn.Module):
         self.positions = nn.Parameter(0.02 * torch.randn(LENGTH, dim))
         layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
-        self.head = MaskedTokenLoss(dim, VOCAB, reduction="mean")
+        self.head = MaskedTokenLoss(dim, VOCAB)
         self.head.weight = self.embedding.weight
 
     def forward(self, words: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Fused ops for masked autoencoders over images and text. Requires torch, and Triton on a GPU."""
 
-from .attention import flash_attn_varlen_func, packed_attention
+from .attention import packed_attention
 from .gather import GatherNorm, gather_tokens
-from .hugging_face import patch
+from .hugging_face import patch_model
 from .ids import flat_ids
 from .m3ae_loss import M3AEHeads, M3AELoss, head_inputs, m3ae_loss
 from .patch_embed import PatchEmbed, patch_embed
@@ -19,7 +19,6 @@ __all__ = [
     "MaskedTokenLoss",
     "PatchEmbed",
     "__version__",
-    "flash_attn_varlen_func",
     "flat_ids",
     "gather_tokens",
     "head_inputs",
@@ -27,8 +26,8 @@ __all__ = [
     "masked_pixel_loss",
     "masked_token_loss",
     "packed_attention",
-    "patch",
     "patch_embed",
+    "patch_model",
     "scatter_orders",
     "scatter_tokens",
 ]

@@ -2,8 +2,8 @@
 
     python -m m3ae_kernels.aot [--full] [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
-For sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands,
-masks) in bf16, and at the largest head dimension also in float32. For other architectures, each kernel is compiled in
+For sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands)
+in bf16, and at the largest head dimension also in float32. For other architectures, each kernel is compiled in
 bf16 at M3AE-Large's sizes and at the largest head dimension. Two kinds of cases use the most registers and shared
 memory and are therefore also compiled in float32: the largest head dimension, and the matmuls of images. `--full`
 compiles every kernel at every size in every dtype, which takes three times as long. The additional cases have the same
@@ -100,26 +100,23 @@ def _with_bands(*cases: Case) -> list[Case]:
     return [*cases, *several]
 
 
-def _attention(head_dim: int, keys: int, programs: int = 1, banded: bool = False) -> list[Case]:
+def _attention(head_dim: int, keys: int, programs: int = 1) -> list[Case]:
     ends, strides = "cu_queries cu_keys", ("H", "stride_q", "stride_kv")
     forward = Case(
         "attention", "attention", _pointers(x="q k v out", fp32="lse", i32=ends), strides,
-        ("Q", "blocks", "left", "right"), ("scale",), {"BANDED": banded}, matmul=True, programs=programs,
-        sample=(head_dim, keys),
+        ("Q", "blocks"), ("scale",), matmul=True, programs=programs, sample=(head_dim, keys),
     )  # fmt: skip
     pointers = _pointers(x="grad q k v out dq dk dv", fp32="lse partial", i32=ends)
     aligned, floats = (*strides, "stride_dq", "stride_dkv"), ("scale", "scale2")
-    sizes = "Q", "left", "right"
     return [
         forward,
-        replace(forward, kernel="attention_backward", pointers=pointers, aligned=aligned, sizes=sizes, floats=floats),
+        replace(forward, kernel="attention_backward", pointers=pointers, aligned=aligned, sizes=("Q",), floats=floats),
     ]
 
 
 CASES = [
     *_attention(64, 81, programs=2),  # M3AE-Large's encoder
     *_attention(DECODER, 321, programs=2),  # M3AE-Large's decoder
-    *_attention(64, 321, banded=True),  # with causal masks and windows
     # for other models: in float32, one program instance uses all registers or all shared memory of a multiprocessor
     *(case for head_dim in (80, 96, WIDEST) for case in _attention(head_dim, 321)),
     *_with_bands(
@@ -209,8 +206,7 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     module = importlib.import_module(f".triton_impl.{case.module}", __package__)
     dim, rows = case.sample
     if dim:
-        band = "banded " if (case.constants or {}).get("BANDED") else ""
-        report.settings = f"D={dim} {band}{shown}"
+        report.settings = f"D={dim} {shown}"
         tile = module.as_rows(tile, dim, rows, rows) | tile
     kernel = getattr(module, f"{case.kernel}_kernel")
     known = {

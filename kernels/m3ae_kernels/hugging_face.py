@@ -24,7 +24,7 @@ from .pixels import LARGEST
 from .scatter import scatter_tokens
 
 
-def patch(
+def patch_model(
     model: nn.Module, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None, impl: str = "auto"
 ) -> nn.Module:
     """Patch a transformers model to use the ops of this library, and return it.
@@ -48,7 +48,9 @@ def patch(
     """
     change = KNOWN.get(type(model).__name__)
     if change is None:
-        raise TypeError(f"m3ae_kernels.patch supports transformers' {' and '.join(KNOWN)}, not {type(model).__name__}")
+        raise TypeError(
+            f"m3ae_kernels.patch_model supports transformers' {' and '.join(KNOWN)}, not {type(model).__name__}"
+        )
     change(model, _Options(mean, std, impl))
     return model
 

@@ -3,8 +3,6 @@
 Shapes: M rows, D width, V outputs of the head.
 """
 
-import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -13,22 +11,13 @@ from torch import Tensor, nn
 from .dispatch import accumulator
 from .registry import unwrapped
 
-REDUCTIONS = ("sum", "mean", "none")
+REDUCTIONS = ("mean", "sum", "none")
 
 
-def chosen_reduction(op: str, reduction: str | None) -> str:
-    """Return the reduction. If none is given, return "sum" and issue one warning per op. `op` is the public name of the
-    op.
-
-    Raises:
-        ValueError: the reduction is unknown.
-    """
-    if reduction is None:
-        _warn_of_sum(op)
-        return "sum"
+def check_reduction(reduction: str) -> None:
+    """Raise ValueError if the reduction is unknown."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, but must be one of {', '.join(REDUCTIONS)}")
-    return reduction
 
 
 def check_linear(head: object) -> None:
@@ -36,20 +25,6 @@ def check_linear(head: object) -> None:
     weight.T + bias."""
     if not isinstance(head, nn.Linear):
         raise TypeError(f"the head must be a torch.nn.Linear, not {type(head).__name__}")
-
-
-# torch.compile calls this function once, at compilation, like `_on_gpu` in dispatch.py
-chosen_reduction._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _warn_of_sum(op: str) -> None:
-    warnings.warn(
-        f"m3ae_kernels: without a reduction, {op} returns the sum of the losses; from the next release on, it will "
-        'return the mean, as torch does: pass reduction="sum" to keep the sum, or reduction="mean"',
-        FutureWarning,
-        stacklevel=4,
-    )
 
 
 def row_weights(

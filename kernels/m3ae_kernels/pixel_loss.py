@@ -22,7 +22,7 @@ from .dispatch import (
 from .ids import check_distinct, check_range, checked, checks_enabled
 from .loss import (
     check_linear,
-    chosen_reduction,
+    check_reduction,
     empty_gradients,
     row_gradients,
     row_weights,
@@ -58,10 +58,10 @@ def masked_pixel_loss(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     norm_pix: bool = False,
-    reduction: str | None = None,
+    reduction: str = "mean",
     impl: str = "auto",
 ) -> Tensor:
-    """Return the sum over rows r of row_weight[r] * mean_k (hidden[r] @ weight.T + bias - target[r])[k] ** 2.
+    """Return the mean over rows r of row_weight[r] * mean_k (hidden[r] @ weight.T + bias - target[r])[k] ** 2.
 
     Args:
         hidden: [..., D] floating-point.
@@ -81,9 +81,8 @@ def masked_pixel_loss(
             For floating-point images, they are in the units of the images, and may be None.
         norm_pix: whether to standardise each target patch, with unbiased variance and eps 1e-6 (He et al., arXiv
             2111.06377, section 3; variance and eps as in their code).
-        reduction: "sum", "mean" (the sum divided by the sum of the row weights; 0 without rows) or "none" (the terms of
-            the sum, [...]). None means "sum" and issues a FutureWarning, because the default will be "mean" from the
-            next release on.
+        reduction: "mean" (the sum divided by the sum of the row weights; 0 without rows), "sum" or "none" (the terms of
+            the sum, [...]).
         impl: "auto", "triton" or "torch".
 
     Returns:
@@ -110,7 +109,7 @@ def masked_pixel_loss(
     if row_weight is not None:
         check_float("row_weight", row_weight, lead, hidden)
         row_weight = as_rows(row_weight, 0)
-    reduction = chosen_reduction("masked_pixel_loss", reduction)
+    check_reduction(reduction)
     hidden, patch_ids = as_rows(hidden, 1), as_rows(patch_ids, 0)
     dtype = compute_dtype(hidden, weight)
     impl = choose_impl(impl, hidden.device, dtype)
@@ -275,13 +274,14 @@ class MaskedPixelLoss(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         norm_pix: bool = False,
-        reduction: str | None = None,
+        reduction: str = "mean",
         impl: str = "auto",
     ):
         super().__init__()
         check_patch_size(patch_size)
         self.patch_size, self.mean, self.std, self.norm_pix = patch_size, mean, std, norm_pix
-        self.reduction, self.impl = chosen_reduction("MaskedPixelLoss", reduction), impl
+        check_reduction(reduction)
+        self.reduction, self.impl = reduction, impl
         self.weight = nn.Parameter(torch.empty(patch_size**2 * channels, dim))
         self.bias = nn.Parameter(torch.empty(patch_size**2 * channels)) if bias else None
         self.reset_parameters()

@@ -5,7 +5,6 @@ Sums are computed in the dtype of the inputs, so use float64 inputs to obtain re
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -141,37 +140,6 @@ def packed_attention(
     rows = torch.arange(len(q), device=q.device)
     sample = torch.bucketize(rows, cu_queries[1:], right=True)
     return (weights @ v_SHMD).transpose(1, 2)[sample, rows - cu_queries[sample]]
-
-
-def flash_attn_varlen_func(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-) -> tuple[Tensor, Tensor]:
-    """See `m3ae_kernels.flash_attn_varlen_func` with return_attn_probs=True. Samples are processed one after
-    another."""
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    left, right = (side if side >= 0 else max(len(q), len(k)) for side in window_size)
-    right = 0 if causal else right
-    outs, sums = [q[:0]], [q[:0, :, 0].t()]
-    for (a, b), (c, d) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist())):
-        k_HND, v_HND = (x[c:d].repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1) for x in (k, v))
-        scores = q[a:b].transpose(0, 1) @ k_HND.mT * scale
-        distance = torch.arange(d - c) - torch.arange(b - a)[:, None] - (d - c) + (b - a)
-        seen = (distance >= -left) & (distance <= right)
-        weights = torch.where(seen, scores, torch.finfo(scores.dtype).min).softmax(-1) * seen.any(-1)[:, None]
-        outs.append((weights @ v_HND).transpose(0, 1))
-        lse = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
-        sums.append(torch.where(seen.any(-1), lse, torch.inf))
-    return torch.cat(outs), torch.cat(sums, 1)
 
 
 def _padded_rows(cu_seqlens: Tensor, longest: int, rows: int) -> Tensor:

@@ -26,7 +26,7 @@ from .dispatch import (
 from .ids import check_range, checked
 from .loss import (
     check_linear,
-    chosen_reduction,
+    check_reduction,
     empty_gradients,
     row_gradients,
     row_weights,
@@ -52,7 +52,7 @@ def masked_token_loss(
     *,
     bias: Tensor | None = None,
     row_weight: Tensor | None = None,
-    reduction: str | None = None,
+    reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -60,8 +60,8 @@ def masked_token_loss(
     workspace: int | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the sum over rows of row_weight[r] * (cross-entropy(logits[r], targets[r]) + z_loss * logsumexp(logits[r])
-    ** 2) with logits = hidden @ weight.T + bias.
+    """Return the mean over rows r of row_weight[r] * (cross-entropy(logits[r], targets[r]) + z_loss *
+    logsumexp(logits[r]) ** 2) with logits = hidden @ weight.T + bias.
 
     Args:
         hidden: [..., D] floating-point.
@@ -69,9 +69,8 @@ def masked_token_loss(
         targets: [...] int32 or int64 in [0, V), or `ignore_index`.
         bias: [V] floating-point, or None for no bias.
         row_weight: [...] floating-point, or None for ones.
-        reduction: "sum", "mean" (the sum divided by the total weight of the rows that are not ignored; 0 if there are
-            none) or "none" (the terms of the sum, [...]). None means "sum" and issues a FutureWarning, because the
-            default will be "mean" from the next release on.
+        reduction: "mean" (the sum divided by the total weight of the rows that are not ignored; 0 if there are none),
+            "sum" or "none" (the terms of the sum, [...]).
         ignore_index: rows with this target have a loss of 0 and no gradient, and never count as correct.
         label_smoothing: as in torch.nn.functional.cross_entropy.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
@@ -109,7 +108,7 @@ def masked_token_loss(
     check_number("z_loss", z_loss)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, but must be from 0 to 1")
-    reduction = chosen_reduction("masked_token_loss", reduction)
+    check_reduction(reduction)
     if not is_integer(ignore_index):
         raise TypeError(f"ignore_index is {ignore_index}, but must be an integer")
     if targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
@@ -315,7 +314,7 @@ class MaskedTokenLoss(nn.Module):
         vocab: int,
         *,
         bias: bool = True,
-        reduction: str | None = None,
+        reduction: str = "mean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
@@ -323,11 +322,12 @@ class MaskedTokenLoss(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
+        check_reduction(reduction)
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
-            "reduction": chosen_reduction("MaskedTokenLoss", reduction),
+            "reduction": reduction,
             "workspace": workspace,
             "impl": impl,
         }

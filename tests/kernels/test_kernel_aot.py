@@ -210,7 +210,7 @@ def test_pointers_with_different_alignments_compile_once():
         "ids", "rows", "places", "src", "fill_ids", "table_ids", "targets", "order", "unit_weight", "row_loss",
         "correct", "cu_queries", "cu_keys",
     }  # fmt: skip
-    numbers = "M", "N", "T", "Q", "blocks", "program_rows", "splits", "split_rows", "ignore_index", "left", "right"
+    numbers = "M", "N", "T", "Q", "blocks", "program_rows", "splits", "split_rows", "ignore_index"
     seen = set()
     for case in CASES:
         kernel = getattr(importlib.import_module(f"m3ae_kernels.triton_impl.{case.module}"), f"{case.kernel}_kernel")

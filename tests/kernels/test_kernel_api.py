@@ -6,7 +6,6 @@ import inspect
 import os
 import subprocess
 import sys
-import warnings
 from types import SimpleNamespace
 
 import m3ae_kernels
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from m3ae_kernels import reference
 from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.attention.padded import PADDED
-from m3ae_kernels.loss import _warn_of_sum
 from m3ae_kernels.pixels import _per_element
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -150,16 +148,8 @@ def test_a_head_without_bias_equals_one_with_zero_bias():
         torch.testing.assert_close(found, expected)
 
 
-@pytest.fixture
-def reset_warning():
-    """Reset the warning about the default reduction, which is issued only once."""
-    _warn_of_sum.cache_clear()
-    yield
-    _warn_of_sum.cache_clear()
-
-
 def token_and_pixel_loss() -> dict:
-    """Return calls of each loss on one input, as a function and as a module, by its name in warnings."""
+    """Return calls of each loss on one input, as a function and as a module, by its name."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(4, 12), torch.tensor([3, -100, 0, 30])
     images, ids = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8), torch.arange(4)
@@ -181,33 +171,13 @@ def token_and_pixel_loss() -> dict:
 
 
 @pytest.mark.parametrize("name", token_and_pixel_loss())
-def test_a_loss_without_reduction_argument_sums_and_warns_once(name, reset_warning):
-    """The default will be the mean from the next release on, as in torch. Without the warning, the losses of callers
-    would be rescaled silently."""
+def test_the_default_reduction_is_the_mean_as_in_torch(name):
     compute = token_and_pixel_loss()[name]
-    with pytest.warns(
-        FutureWarning, match=f'^m3ae_kernels: without a reduction, {name} returns the sum .* pass reduction="sum"'
-    ) as warned:
-        losses = [compute() for _ in range(2)]
-    assert len(warned) == 1 and warned[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        expected, rows = compute(reduction="sum"), compute(reduction="none")
-        mean = compute(reduction="mean")
-    assert all(torch.equal(each, expected) for each in losses)
+    mean, total, rows = compute(), compute(reduction="sum"), compute(reduction="none")
     counted = 3 if "oken" in name else 4
-    torch.testing.assert_close(rows.sum(), expected)
-    torch.testing.assert_close(mean, expected / counted)
-
-
-def test_compiled_code_warns_about_the_default_reduction(reset_warning):
-    torch._dynamo.reset()
-    compute = token_and_pixel_loss()["masked_token_loss"]
-    with pytest.warns(FutureWarning, match="masked_token_loss returns the sum") as warned:
-        compiled = [torch.compile(compute, fullgraph=True, backend="aot_eager")() for _ in range(2)]
-    # torch may warn too, of its own functions, when it compiles for the first time in a process
-    assert sum("masked_token_loss returns the sum" in str(each.message) for each in warned) == 1
-    assert all(torch.equal(each, compute(reduction="sum")) for each in compiled)
+    torch.testing.assert_close(rows.sum(), total)
+    torch.testing.assert_close(mean, total / counted)
+    assert torch.equal(mean, compute(reduction="mean"))
 
 
 def test_positional_arguments_have_the_order_of_torch():

@@ -1,11 +1,11 @@
-"""`m3ae_kernels.patch`, applied to a small transformers ViT-MAE with random weights."""
+"""`m3ae_kernels.patch_model`, applied to a small transformers ViT-MAE with random weights."""
 
 import copy
 
 import m3ae_kernels
 import pytest
 import torch
-from m3ae_kernels import patch
+from m3ae_kernels import patch_model
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
@@ -44,7 +44,7 @@ def step(model: nn.Module, pixels: Tensor, seed: int = 2):
 @pytest.mark.parametrize("changes", [{}, {"norm_pix_loss": True}, {"mask_ratio": 0.5}, {"qkv_bias": False}], ids=str)
 def test_loss_and_gradients_equal_those_of_transformers(changes):
     plain = vit_mae(**changes)
-    fused = patch(copy.deepcopy(plain))
+    fused = patch_model(copy.deepcopy(plain))
     floating = images()[1]
     (expected, true), (found, grads) = step(plain, floating), step(fused, floating)
     assert abs(found.loss - expected.loss) <= 1e-6 * expected.loss
@@ -57,7 +57,7 @@ def test_loss_and_gradients_equal_those_of_transformers(changes):
 
 def test_raw_and_normalised_images_give_the_same_loss():
     raw, floating = images()
-    fused = patch(vit_mae(), mean=MEAN, std=STD)
+    fused = patch_model(vit_mae(), mean=MEAN, std=STD)
     of_floating = step(fused, floating)[0].loss
     finer = (raw.to(torch.int32) * 257).to(torch.uint16)  # the same values with 16 bits
     for pixels in (raw, finer):
@@ -71,7 +71,7 @@ def test_raw_and_normalised_images_give_the_same_loss():
 def test_patched_models_do_not_embed_masked_patches():
     """The models do not predict visible patches either. The ops receive only the required rows."""
     seen = []
-    fused = patch(vit_mae())
+    fused = patch_model(vit_mae())
     fused.vit.embeddings.patch_embeddings.projection.register_forward_hook(lambda _, __, out: seen.append(out.shape))
     fused.decoder.decoder_norm.register_forward_hook(lambda _, __, out: seen.append(out.shape))
     step(fused, images()[1])
@@ -80,7 +80,7 @@ def test_patched_models_do_not_embed_masked_patches():
 
 def test_patching_does_not_change_evaluation():
     plain = vit_mae().eval()
-    fused = patch(copy.deepcopy(plain))
+    fused = patch_model(copy.deepcopy(plain))
     floating, noise = images()[1], torch.rand(4, 16)
     expected, found = plain(floating, noise=noise), fused(floating, noise=noise)
     torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-6)
@@ -94,14 +94,14 @@ def test_patching_does_not_change_evaluation():
 
 def test_training_on_other_image_sizes_uses_the_unpatched_code():
     plain = vit_mae()
-    fused = patch(copy.deepcopy(plain))
+    fused = patch_model(copy.deepcopy(plain))
     wide, options = torch.randn(2, 3, 48, 48), {"noise": torch.rand(2, 36), "interpolate_pos_encoding": True}
     assert torch.equal(fused(wide, **options).loss, plain(wide, **options).loss)
 
 
 def test_autocast_keeps_the_residual_stream_in_float32():
     plain = vit_mae()
-    fused = patch(copy.deepcopy(plain))
+    fused = patch_model(copy.deepcopy(plain))
     with torch.autocast("cpu", torch.bfloat16):
         (expected, _), (found, _) = (step(model, images()[1]) for model in (plain, fused))
         assert fused.vit.embeddings(images()[1])[0].dtype == torch.float32
@@ -110,7 +110,7 @@ def test_autocast_keeps_the_residual_stream_in_float32():
 
 def test_parameters_and_outputs_keep_their_names():
     plain = vit_mae()
-    fused = patch(copy.deepcopy(plain))
+    fused = patch_model(copy.deepcopy(plain))
     own = fused.state_dict()
     assert own.keys() == plain.state_dict().keys()
     assert all(torch.equal(own[name], value) for name, value in plain.state_dict().items())
@@ -121,7 +121,7 @@ def test_parameters_and_outputs_keep_their_names():
 
 
 def test_a_copy_of_a_patched_model_reads_its_own_weights():
-    fused = patch(vit_mae())
+    fused = patch_model(vit_mae())
     other = copy.deepcopy(fused)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -133,7 +133,7 @@ def test_a_copy_of_a_patched_model_reads_its_own_weights():
 def test_a_patched_encoder_equals_the_plain_one():
     torch.manual_seed(0)
     plain = ViTMAEModel(vit_mae().config)
-    fused = m3ae_kernels.patch(copy.deepcopy(plain))
+    fused = m3ae_kernels.patch_model(copy.deepcopy(plain))
     floating, noise = images()[1], torch.rand(4, 16)
     expected, found = (model(floating, noise=noise).last_hidden_state for model in (plain, fused))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -141,6 +141,6 @@ def test_a_patched_encoder_equals_the_plain_one():
 
 def test_unsupported_models_are_refused_by_name():
     with pytest.raises(
-        TypeError, match=r"^m3ae_kernels\.patch supports .*ViTMAEForPreTraining and ViTMAEModel, not Linear$"
+        TypeError, match=r"^m3ae_kernels\.patch_model supports .*ViTMAEForPreTraining and ViTMAEModel, not Linear$"
     ):
-        patch(nn.Linear(2, 3))
+        patch_model(nn.Linear(2, 3))

@@ -2,6 +2,5 @@
 
 from .kernel import Kernel, Segments
 from .op import packed_attention
-from .varlen import flash_attn_varlen_func
 
-__all__ = ["Kernel", "Segments", "flash_attn_varlen_func", "packed_attention"]
+__all__ = ["Kernel", "Segments", "packed_attention"]

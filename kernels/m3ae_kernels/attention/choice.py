@@ -12,16 +12,6 @@ from .padded import PADDED
 from .per_sample import PER_SAMPLE
 
 
-def own_kernel(impl: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return this package's kernel, which supports `Scores` of any kind and is bitwise deterministic on CUDA. `impl`
-    has the same meaning as in `kernel_for`."""
-    if choose_impl(impl, device, dtype) == "torch":
-        return PADDED
-    from ..triton_impl.attention import TRITON
-
-    return TRITON
-
-
 def kernel_for(impl: str, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return the kernel for attention of samples with about `length` keys. `impl` is "auto", "triton" or "torch".
 

@@ -5,14 +5,13 @@ Shapes: S samples, Q query rows, K key rows, H heads, D values per head.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .. import ids
-from ..dispatch import check_number, is_integer
+from ..dispatch import is_integer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +32,10 @@ def check_segments(op: str, **segments: Segments) -> None:
             ids.check_ends(op, name, each.cu_seqlens, each.rows, each.max_seqlen)
 
 
-def check_sizes(name: str, heads: int, dim: int, dropout_p: float = 0.0) -> None:
-    """Raise ValueError if the number of heads or the head dimension is 0, or if `dropout_p` is negative or at least 1.
-    Raise TypeError if `dropout_p` is not a number."""
+def check_sizes(name: str, heads: int, dim: int) -> None:
+    """Raise ValueError if the number of heads or the head dimension is 0."""
     if not heads or not dim:
         raise ValueError(f"{name} has {heads} heads of dimension {dim}, but both must be at least 1")
-    check_number("dropout_p", dropout_p)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}, but must be at least 0 and below 1")
 
 
 def as_length(name: str, length: int | Tensor) -> int:
@@ -60,39 +55,13 @@ def as_length(name: str, length: int | Tensor) -> int:
     return length
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """The definition of the scores: `scale` times q k^T, for the keys in a band around each query's position.
-
-    The last query of a sample has the position of its last key: with M queries and N keys, query m has the position of
-    key m + N - M. A query attends to `left` keys before and `right` keys after its position; a negative number means
-    all keys.
-    """
-
-    scale: float
-    left: int = -1
-    right: int = -1
-
-    @property
-    def reach(self) -> tuple[int, int]:
-        """Return (left, right), both limited to ALL_KEYS, which is larger than any sample. Negative numbers are
-        replaced by ALL_KEYS."""
-        left, right = (min(side, ALL_KEYS) if side >= 0 else ALL_KEYS for side in (self.left, self.right))
-        return left, right
-
-
-ALL_KEYS = 1 << 29  # small enough that its sums with positions of queries or keys fit into 32 bits
-NATS = math.log(2)  # nats per bit, which is the unit of base-2 logarithms
-
-
 @dataclass(frozen=True)
 class Kernel:
     """An implementation of softmax(q k^T / sqrt(D)) v for each sample, and of its gradients.
 
     Inputs are q [Q, H, D] and k, v [K, H, D], which are contiguous in their last two dimensions and may be slices of
     one tensor. `out` is [Q, H, D]; `lse`, float32 (float64 for float64) [H, Q], contains the log-sum-exps of the scores
-    for `backward`. The kernels that `own_kernel` (choice.py) returns also accept `Scores` as the last argument of both
-    functions.
+    for `backward`, in any unit.
     """
 
     name: str  # for logs
@@ -101,4 +70,3 @@ class Kernel:
     backward: Callable[..., None]
     """(grad, q, k, v, out, lse, dq, dk, dv, queries, keys): writes every row of dq, dk and dv, which may be slices
     too."""
-    unit: float = 1.0  # unit of `lse` in nats

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cpu.build import AVX512, BF16, TILES, load, may_use_tiles
 from ..cpu.processor import this_cpu
-from .kernel import NATS, Kernel, Segments
+from .kernel import Kernel, Segments
 
 
 class _Work(ctypes.Structure):
@@ -54,7 +54,7 @@ def native_kernel(dtype: torch.dtype, head_dim: int) -> Kernel | None:
         return None
     for function in (library.forward, library.backward):
         function.argtypes = [ctypes.POINTER(_Work)]
-    return Kernel(build.name, partial(_forward, library), partial(_backward, library), NATS)
+    return Kernel(build.name, partial(_forward, library), partial(_backward, library))
 
 
 def best_build(dtype: torch.dtype, head_dim: int) -> Build | None:

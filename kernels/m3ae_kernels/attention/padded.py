@@ -10,28 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel import Kernel, Scores, Segments
+from .kernel import Kernel, Segments
 
 _NEVER = -1e30  # a score with zero softmax weight; infinity is avoided because its differences are NaN
 
 
-def padded_attention(
-    q_QHD: Tensor,
-    k_KHD: Tensor,
-    v_KHD: Tensor,
-    queries: Segments,
-    keys: Segments,
-    dropout_p: float = 0.0,
-    scores: Scores | None = None,
-) -> Tensor:
+def padded_attention(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v within each sample, [Q, H, D] in the dtype of q, computed by torch's
-    scaled_dot_product_attention. `dropout_p` is the fraction of the weights that are dropped. `scores` replaces the
-    default definition of the scores."""
+    scaled_dot_product_attention."""
     q_SHND = _pad(q_QHD, queries)
     k_SHMD, v_SHMD = (_pad(x, keys) for x in (k_KHD, v_KHD))
-    mask, scale = (_valid(keys), None) if scores is None else (_banded(queries, keys, scores), scores.scale)
-    out_SHND = F.scaled_dot_product_attention(q_SHND, k_SHMD, v_SHMD, attn_mask=mask, dropout_p=dropout_p, scale=scale)
-    return _unpad(out_SHND, queries)
+    return _unpad(F.scaled_dot_product_attention(q_SHND, k_SHMD, v_SHMD, attn_mask=_valid(keys)), queries)
 
 
 def _pad(x_QHD: Tensor, segments: Segments) -> Tensor:
@@ -59,48 +48,27 @@ def _valid(keys: Segments) -> Tensor:
     return (torch.arange(keys.max_seqlen, device=lengths_S.device) < lengths_S[:, None])[:, None, None]
 
 
-def _banded(queries: Segments, keys: Segments, scores: Scores) -> Tensor:
-    """Return a mask of the keys to which each query attends, bool [S, 1, N, M]."""
-    left, right = scores.reach
-    shift_S = keys.cu_seqlens.diff() - queries.cu_seqlens.diff()
-    n, m = (torch.arange(each.max_seqlen, device=shift_S.device) for each in (queries, keys))
-    distance_SNM = m - n[:, None] - shift_S[:, None, None]
-    return _valid(keys) & ((distance_SNM >= -left) & (distance_SNM <= right))[:, None]
-
-
-def _scores(q_SHND: Tensor, k_SHMD: Tensor, scale: float, mask: Tensor) -> Tensor:
-    scores = (q_SHND @ k_SHMD.mT).to(torch.promote_types(q_SHND.dtype, torch.float32)) * scale
+def _scores(q_SHND: Tensor, k_SHMD: Tensor, mask: Tensor) -> Tensor:
+    scores = (q_SHND @ k_SHMD.mT).to(torch.promote_types(q_SHND.dtype, torch.float32)) * q_SHND.shape[-1] ** -0.5
     return scores.masked_fill(~mask, _NEVER)
 
 
-def _scale_and_mask(q: Tensor, queries: Segments, keys: Segments, scores: Scores | None) -> tuple[float, Tensor]:
-    """Return the scale and the mask of the scores."""
-    if scores is None:
-        return q.shape[-1] ** -0.5, _valid(keys)
-    return scores.scale, _banded(queries, keys, scores)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, scores: Scores | None = None
-) -> tuple[Tensor, Tensor]:
-    scale, mask = _scale_and_mask(q, queries, keys, scores)
-    scores_SHNM = _scores(_pad(q, queries), _pad(k, keys), scale, mask)
-    # a query that attends to no key has the result 0 and no gradient
+def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
+    mask = _valid(keys)
+    scores_SHNM = _scores(_pad(q, queries), _pad(k, keys), mask)
+    # a query without keys has the result 0 and no gradient
     lse_SHN1 = scores_SHNM.logsumexp(-1, keepdim=True).masked_fill(~mask.any(-1, keepdim=True), torch.inf)
     out = (scores_SHNM - lse_SHN1).exp().to(v.dtype) @ _pad(v, keys)
     return _unpad(out, queries), _unpad(lse_SHN1, queries)[..., 0].t().contiguous()
 
 
-def _backward(
-    grad, q, k, v, out, lse, dq, dk, dv, queries: Segments, keys: Segments, scores: Scores | None = None
-) -> None:
-    scale, mask = _scale_and_mask(q, queries, keys, scores)
+def _backward(grad, q, k, v, out, lse, dq, dk, dv, queries: Segments, keys: Segments) -> None:
     grad_SHND, q_SHND, lse_SHN1 = (_pad(x, queries) for x in (grad, q, lse.t()[..., None]))
     k_SHMD, v_SHMD = (_pad(x, keys) for x in (k, v))
-    p_SHNM = (_scores(q_SHND, k_SHMD, scale, mask) - lse_SHN1).exp()
+    p_SHNM = (_scores(q_SHND, k_SHMD, _valid(keys)) - lse_SHN1).exp()
     dp_SHNM = (grad_SHND @ v_SHMD.mT).to(p_SHNM.dtype)
     mean = (_pad(out, queries) * grad_SHND).sum(-1, keepdim=True, dtype=p_SHNM.dtype)
-    ds_SHNM = (p_SHNM * (dp_SHNM - mean) * scale).to(q.dtype)
+    ds_SHNM = (p_SHNM * (dp_SHNM - mean) * q.shape[-1] ** -0.5).to(q.dtype)
     dq.copy_(_unpad(ds_SHNM @ k_SHMD, queries))
     dk.copy_(_unpad(ds_SHNM.mT @ q_SHND, keys))
     dv.copy_(_unpad(p_SHNM.to(grad.dtype).mT @ grad_SHND, keys))

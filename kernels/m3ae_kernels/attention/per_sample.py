@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import accumulator
-from .kernel import NATS, Kernel, Segments
+from .kernel import Kernel, Segments
 
 CHUNK_SCORES = 1 << 20  # maximum number of scores per batched matmul: a few MB, which fit into a CPU's caches
 
@@ -129,4 +129,4 @@ def _backward(
         _put(torch.bmm(ds_Bqk.mT, q).mul_(scale), dk, group.k_starts, group.k_len)
 
 
-PER_SAMPLE = Kernel("torch, per sample", _forward, _backward, NATS)
+PER_SAMPLE = Kernel("torch, per sample", _forward, _backward)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..attention.kernel import NATS, Kernel, Scores, Segments
+from ..attention.kernel import Kernel, Segments
 from ..dispatch import accumulator
 from ..tuning import config
 from .common import acc_type, cdiv, launcher, precision
@@ -48,24 +48,16 @@ def store_rows(x, rows, count, stride, value, D: tl.constexpr, BLOCK_D: tl.const
     tl.store(x + offsets, value.to(x.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def in_band(m, n, queries, keys, left, right):
-    """Return a mask of the keys n to which the queries m attend, by broadcasting; see `Scores`."""
-    distance = n - m - (keys - queries)
-    return (distance >= -left) & (distance <= right)
-
-
-@triton.jit(do_not_specialize=["Q", "blocks", "left", "right"], do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=["Q", "blocks"], do_not_specialize_on_alignment=ANYWHERE)
 def attention_kernel(
-    q, k, v, out, lse, cu_queries, cu_keys, Q, H, stride_q, stride_kv, blocks, scale, left, right,
-    D: tl.constexpr, BANDED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, out, lse, cu_queries, cu_keys, Q, H, stride_q, stride_kv, blocks, scale,
+    D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute BLOCK_M queries of one sample and head per program instance, over all keys of the sample; scale is
     log2(e) / sqrt(D). lse [H, Q] is the base-2 logarithm of the sums of exponentials. This is FlashAttention-2's
     algorithm 1 (https://arxiv.org/abs/2307.08691): m_i is the largest score so far, l_i is the sum of exponentials, and
-    acc is the sum of the weighted values. BANDED: a query attends only to the keys in a band around its position, which
-    may contain no key.
+    acc is the sum of the weighted values.
 
     Cost: 4HD sum(n^2) FLOPs, 8THD bytes in bfloat16, H sum(n^2) exponentials. Estimates for M3AE-Large at 512 samples
     on an H100 (3.35 TB/s; 16 exponentials per cycle on each of 132 multiprocessors at 1.7 GHz):
@@ -90,23 +82,13 @@ def attention_kernel(
         m_i = tl.full((BLOCK_M,), float("-inf"), dtype=ACC)
         l_i = tl.zeros((BLOCK_M,), dtype=ACC)
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
-        first = 0
-        last = keys
-        if BANDED:
-            first = tl.maximum(m0 + keys - queries - left, 0) // BLOCK_N * BLOCK_N
-            last = tl.minimum(m0 + BLOCK_M + keys - queries + right, keys)
-        for n0 in range(first, last, BLOCK_N):
+        for n0 in range(0, keys, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)
             k_ND = load_rows(k, n, keys, stride_kv, D, BLOCK_D)
             s = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION, out_dtype=ACC)
             s = tl.where((n < keys)[None, :], s, float("-inf"))
-            if BANDED:
-                s = tl.where(in_band(m[:, None], n[None, :], queries, keys, left, right), s, float("-inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1))
             m_scaled = m_new * scale
-            if BANDED:
-                # before the first key in the band, the difference of two infinities would be NaN
-                m_scaled = tl.where(m_new == float("-inf"), 0, m_scaled)
             p = tl.exp2(s * scale - m_scaled[:, None])
             alpha = tl.exp2(m_i * scale - m_scaled)
             l_i = l_i * alpha + tl.sum(p, 1)
@@ -122,11 +104,8 @@ def attention_kernel(
 
 
 @launcher
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, scores: Scores | None = None
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> tuple[Tensor, Tensor]:
     """Return the result [Q, H, D] and the log-sum-exps [H, Q]."""
-    scale, left, right = _scale_and_band(q, scores)
     rows, heads, dim = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, rows, dtype=accumulator(q.dtype))
@@ -135,16 +114,9 @@ def _forward(
     if out.numel():
         attention_kernel[(samples * blocks * heads,)](
             q, k, v, out, lse, queries.cu_seqlens, keys.cu_seqlens, rows, heads, q.stride(0), k.stride(0), blocks,
-            LOG2E * scale, left, right, D=dim, BANDED=scores is not None, ACC=acc_type(q.dtype),
-            PRECISION=precision(q.dtype), **tile,
+            LOG2E * dim**-0.5, D=dim, ACC=acc_type(q.dtype), PRECISION=precision(q.dtype), **tile,
         )  # fmt: skip
     return out, lse
-
-
-def _scale_and_band(q: Tensor, scores: Scores | None) -> tuple[float, int, int]:
-    """Return the scale, and the numbers of keys before and after its position to which a query attends. Plain scores
-    ignore these numbers."""
-    return (q.shape[2] ** -0.5, 0, 0) if scores is None else (scores.scale, *scores.reach)
 
 
 def _tile(name: str, q: Tensor, queries: Segments, keys: Segments) -> dict:
@@ -170,19 +142,18 @@ def _power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-@triton.jit(do_not_specialize=["Q", "left", "right"], do_not_specialize_on_alignment=ANYWHERE)
+@triton.jit(do_not_specialize=["Q"], do_not_specialize_on_alignment=ANYWHERE)
 def attention_backward_kernel(
     grad, q, k, v, out, lse, dq, dk, dv, partial, cu_queries, cu_keys, Q, H, stride_q, stride_kv, stride_dq, stride_dkv,
-    scale, scale2, left, right,
-    D: tl.constexpr, BANDED: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    scale, scale2,
+    D: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute one sample and head per program instance, so that no other instance adds to its gradients; scale is 1 /
     sqrt(D), and scale2 is scale * log2(e). For LONG samples (more than BLOCK_N keys), `partial` [Q, H, D] carries the
     running sums of dq from one tile of keys to the next; it stays in the cache. This is FlashAttention-2's algorithm 2
     (https://arxiv.org/abs/2307.08691): p contains the weights, dp and ds contain the gradients of the weights and of
-    the scores, and delta contains the sum of out * grad for each row. BANDED has the same meaning as in the forward
-    pass, but all tiles are computed, including those outside the band.
+    the scores, and delta contains the sum of out * grad for each row.
 
     Cost: 10HD sum(n^2) FLOPs, 16THD bytes in bfloat16, H sum(n^2) exponentials. Estimates for the sizes and the GPU of
     `attention_kernel`:
@@ -223,8 +194,6 @@ def attention_backward_kernel(
             lse_M = tl.load(lse + m, mask=m < queries, other=0)
             s = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION, out_dtype=ACC)
             p = tl.where((n < keys)[:, None], tl.exp2(s * scale2 - lse_M[None, :]), 0)
-            if BANDED:
-                p = tl.where(in_band(m[None, :], n[:, None], queries, keys, left, right), p, 0)
             dv_ND = tl.dot(p.to(g_MD.dtype), g_MD, dv_ND, input_precision=PRECISION, out_dtype=ACC)
             dp = tl.dot(v_ND, tl.trans(g_MD), input_precision=PRECISION, out_dtype=ACC)
             ds = (p * (dp - delta[None, :])).to(q_MD.dtype)
@@ -256,10 +225,8 @@ def _backward(
     dv: Tensor,
     queries: Segments,
     keys: Segments,
-    scores: Scores | None = None,
 ) -> None:
     """Write every row of dq, dk and dv. grad, out and lse are contiguous."""
-    scale, left, right = _scale_and_band(q, scores)
     rows, heads, dim = q.shape
     tile = _tile("attention_backward", q, queries, keys)
     long = keys.max_seqlen > tile["BLOCK_N"]
@@ -267,9 +234,9 @@ def _backward(
     if dq.numel():
         attention_backward_kernel[((len(keys.cu_seqlens) - 1) * heads,)](
             grad, q, k, v, out, lse, dq, dk, dv, partial, queries.cu_seqlens, keys.cu_seqlens, rows, heads,
-            q.stride(0), k.stride(0), dq.stride(0), dk.stride(0), scale, LOG2E * scale, left, right,
-            D=dim, BANDED=scores is not None, LONG=long, ACC=acc_type(q.dtype), PRECISION=precision(q.dtype), **tile,
+            q.stride(0), k.stride(0), dq.stride(0), dk.stride(0), dim**-0.5, LOG2E * dim**-0.5,
+            D=dim, LONG=long, ACC=acc_type(q.dtype), PRECISION=precision(q.dtype), **tile,
         )  # fmt: skip
 
 
-TRITON = Kernel("triton", _forward, _backward, NATS)
+TRITON = Kernel("triton", _forward, _backward)
