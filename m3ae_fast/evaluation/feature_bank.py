@@ -154,10 +154,10 @@ def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _ordered(values: Any, order: Tensor) -> Any:
-    """Return a column of a table with its rows in the given order."""
+    """Return a column of a table with its rows in the given order. A column that is unknown is empty."""
     if isinstance(values, Tensor):
         return values[order]
-    return [values[row] for row in order.tolist()] if isinstance(values, list) else values
+    return [values[row] for row in order.tolist() if values] if isinstance(values, list) else values
 
 
 class Rows:
