@@ -154,11 +154,6 @@ def test_the_help_of_a_task_shows_a_setting_that_the_task_reads(name, capsys):
     assert f"for example --set {task.example} " in " ".join(capsys.readouterr().out.split())
 
 
-def test_lists_of_labels_are_a_field_that_must_be_named():
-    with pytest.raises(UserError, match="--labels"):
-        evaluate.main(["multilabel", "model", "--train", "a.tar", "--val", "b.tar", "--out", "out"])
-
-
 def test_the_device_option_hides_gpus_only_for_cpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     use_device(None)

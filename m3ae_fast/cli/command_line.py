@@ -143,13 +143,8 @@ def add_columns(parser: Any) -> None:
     parser.add_argument("--caption-column", metavar="NAME", help=text)
 
 
-def add_labels(parser: argparse.ArgumentParser, lists: bool = False) -> None:
-    """Add `--labels`, which names the member of a sample that contains its label. `lists`: whether the labels are
-    lists, which can be only in the sample's json."""
-    if lists:
-        about = "source of the labels: a field of KEY.json that contains a list of class ids or of class names"
-        parser.add_argument("--labels", required=True, metavar="json.FIELD", help=about)
-        return
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    """Add `--labels`, which names the member of a sample that contains its label."""
     parser.add_argument(
         "--labels",
         default="cls",

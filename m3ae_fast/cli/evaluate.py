@@ -70,7 +70,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
         text = f"training samples in {shards}"
         command.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help=text)
     if task.has_labels:
-        add_labels(command, lists=task.has_lists)
+        add_labels(command)
     command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples in {shards}")
     if not task.classifies:
         classifier = ", or the input of the classifier" if task.may_classify else ""

@@ -204,14 +204,6 @@ class SegmentConfig(Section):
     evenly over the images."""
 
 
-class MultilabelConfig(Section):
-    """Multi-label classification of frozen features."""
-
-    head: Literal["linear", "knn"] = "linear"
-    """Classifier of the samples: `linear`, a logistic regression for each class; `knn`, a weighted vote of the nearest
-    training samples (`knn.k`, `knn.temperature`)."""
-
-
 class EvaluationConfig(Section):
     """Settings of a task of `m3ae-fast evaluate`, or of `m3ae-fast embed`."""
 
@@ -222,7 +214,6 @@ class EvaluationConfig(Section):
     linear: LinearProbeConfig = LinearProbeConfig()
     attentive: AttentiveProbeConfig = AttentiveProbeConfig()
     finetune: FineTuneConfig = FineTuneConfig()
-    multilabel: MultilabelConfig = MultilabelConfig()
     segment: SegmentConfig = SegmentConfig()
     robustness: RobustnessConfig = RobustnessConfig()
 

@@ -493,7 +493,7 @@ class KnnConfig(Section):
 
     k: int | None = Field(None, gt=0)
     """Number of neighbours that vote; null: 1 or 20, whichever is more accurate on held-out training samples. In that
-    case, tasks other than `knn` and `compare` use 20."""
+    case, lists of labels and the tasks other than `knn` and `compare` use 20."""
     temperature: float = Field(0.07, gt=0)
     """Temperature of the votes: a neighbour's vote is exp(cosine similarity / temperature)."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.corpus import Corpus
-from m3ae_fast.data.labels import Classes, Label, parse_label, read_members, select_labelled
+from m3ae_fast.data.labels import Classes, Label, json_field, parse_label, read_members, select_labelled
 
 MOST_CLASSES = 1 << 14
 
@@ -31,6 +31,16 @@ class LabelledLists:
     classes_LC: Tensor  # bool: whether a list contains a class
     classes: Classes
     unknown: int  # number of different labels that are ignored because they are not classes
+
+
+def are_lists(corpus: Corpus, field: str) -> bool:
+    """Return whether the first label in the first shard is a list. `field`: as in `read_labels`. Raises UserError if
+    the shard cannot be read."""
+    if not field.startswith("json."):
+        return False
+    first = replace(corpus.sources[0], shards=[corpus.sources[0].shards[0].located()])
+    (found,) = read_members(replace(corpus, sources=[first]), field, json_field)
+    return isinstance(next((value for value in found if value is not None), None), list)
 
 
 def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False) -> LabelledLists:
@@ -47,11 +57,6 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
         UserError: a sample has no list, a label is neither an integer nor text, numbers and texts are mixed, no sample
             has a label, no label is one of `classes`, or a shard cannot be read.
     """
-    if not field.startswith("json."):
-        raise UserError(
-            f"--labels {field}: lists of labels must be in a field of the samples' json; specify this field as "
-            "json.FIELD"
-        )
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
     corpus = replace(corpus, sources=sources)
     where = f"shards {corpus.sources[0].shards[0].shard}" + (" ..." if len(corpus.sources[0].shards) > 1 else "")
@@ -92,17 +97,11 @@ def _define_classes(used: set[Label], where: str, field: str) -> Classes:
 def _parse(data: bytes, field: str, where: str) -> tuple[Label, ...] | None:
     """Return the distinct labels of a sample's list in sorted order; None if the sample has no list. Raises UserError
     if the field is not a list of labels."""
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where}: its json is not valid JSON") from None
-    value = content.get(field.removeprefix("json.")) if isinstance(content, dict) else None
+    value = json_field(data, field, where)
     if value is None:
         return None
     if not isinstance(value, list):
-        raise UserError(
-            f"{where}: {field} is {json.dumps(value)[:40]}, not a list; for single labels use knn or linear"
-        )
+        raise UserError(f"{where}: {field} is {json.dumps(value)[:40]}, not a list as in other samples")
     found: Sequence[Label | None] = [parse_label(each, field, where) for each in value]
     if None in found:
         raise UserError(f"{where}: the list {field} contains null, which is not a label")

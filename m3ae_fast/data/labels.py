@@ -278,12 +278,23 @@ def _parse(data: bytes, field: str, where: str) -> Label | None:
         if not re.fullmatch(r"-?[0-9]{1,18}", text):
             raise UserError(f"{where}: its cls member must be an integer, but is {text[:40]!r}")
         return int(text)
+    value = json_field(data, field, where)
+    if isinstance(value, list):
+        raise UserError(
+            f"{where}: {field} is a list; lists of labels are supported only by evaluate knn and logistic, without "
+            "--layers, --pools and --shots"
+        )
+    return parse_label(value, field, where)
+
+
+def json_field(data: bytes, field: str, where: str) -> Any:
+    """Return the value of a field of a .json member; None if there is no such field. `field`: "json.NAME"; `where`:
+    name of the sample, for messages. Raises UserError if the member is not valid JSON."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):
         raise UserError(f"{where}: its json is not valid JSON") from None
-    value = content.get(field.removeprefix("json.")) if isinstance(content, dict) else None
-    return parse_label(value, field, where)
+    return content.get(field.removeprefix("json.")) if isinstance(content, dict) else None
 
 
 def parse_label(value: Any, field: str, where: str) -> Label | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import EvaluationConfig, Pool
 from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
 from m3ae_fast.data.dataset import Transform
+from m3ae_fast.data.label_lists import are_lists
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.evaluation.baselines import MODEL
@@ -84,26 +86,37 @@ class Job:
             self.print(f"ignored files in the shards: {corpus.ignored}")
         return corpus
 
-    def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
-        """Return the training and held-out samples that have a class, and the classes by id. Sets `classes` and
-        `names`. Raises UserError as `open_corpus` and `label_corpus` do."""
-        field, progress = self.options.labels, self.ranks.is_main
+    @cached_property
+    def corpora(self) -> tuple[Corpus, Corpus]:
+        """Return the training and the held-out samples, whether or not they have labels. Raises UserError as
+        `open_corpus` does."""
         train, val = self.open(self.config.data.train), self.open(self.config.data.val)
-        classes: Classes | None = None
-        labelled = []
-        for corpus in (train, val):
-            found, classes = label_corpus(corpus, field, classes, progress=progress)
-            labelled.append(found)
-            self.print(f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes")
         if self.model is not None:
             self.warn_of_colours(train)
-        assert classes is not None
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
             self.print(
                 f"note: --val: {parts} also in --train (for example, {shared[0]}), so accuracies are not measured on "
                 "unseen samples"
             )
+        return train, val
+
+    @property
+    def has_lists(self) -> bool:
+        """Return whether the labels of the training samples are lists."""
+        return are_lists(self.corpora[0], self.options.labels)
+
+    def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
+        """Return the training and held-out samples that have a class, and the classes by id. Sets `classes` and
+        `names`. Raises UserError as `open_corpus` and `label_corpus` do."""
+        field, progress = self.options.labels, self.ranks.is_main
+        classes: Classes | None = None
+        labelled = []
+        for corpus in self.corpora:
+            found, classes = label_corpus(corpus, field, classes, progress=progress)
+            labelled.append(found)
+            self.print(f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes")
+        assert classes is not None
         self.classes, self.names = classes, class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 

@@ -9,6 +9,7 @@ Shapes: N training samples, M samples to classify, R of them on this rank, K nei
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from m3ae_fast.config import USUAL_K, KnnConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
+from m3ae_fast.evaluation import multilabel
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job
@@ -64,11 +66,16 @@ def _chosen_k(bank: FeatureBank, classes: int, temperature: float) -> int:
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError as `Job.open_labelled` and `encode_corpus` do."""
+    config = job.config.knn
+    if job.has_lists:
+        return multilabel.run(
+            job, partial(multilabel.neighbour_scores, k=config.fixed_k, temperature=config.temperature)
+        )
     train, val, classes = job.open_labelled()
     encoded = job.encode_with_baselines(train, val)
     found, chosen = {}, {}
     for name, banks in encoded.items():
-        found[name], k = knn_predictions(*banks, len(classes), job.config.knn)
+        found[name], k = knn_predictions(*banks, len(classes), config)
         chosen[name] = {"k": k}
     job.keep(found[MODEL].columns(classes))
     predicted_M, (bank, queries) = found[MODEL].best_NK[:, 0], encoded[MODEL]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from m3ae_fast.evaluation import multilabel
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.logistic_regression import fit_chosen, predict
+from m3ae_fast.evaluation.logistic_regression import fit, fit_chosen, predict
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Run the task, write the classifier, and return the result. Raises UserError as `Job.open_labelled` and
-    `Job.encode` do."""
+    """Run the task, write the classifier unless the labels are lists, and return the result. Raises UserError as
+    `Job.open_labelled` and `Job.encode` do."""
+    if job.has_lists:
+        return multilabel.run(
+            job,
+            lambda bank, held_out, truth_NC: logits(fit(bank, truth_NC, truth_NC.shape[1], job.heartbeats), held_out),
+        )
     train, val, classes = job.open_labelled()
     encoded = job.encode_with_baselines(train, val)
     bank, held_out = encoded[MODEL]

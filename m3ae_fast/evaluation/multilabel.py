@@ -1,5 +1,5 @@
-"""Multi-label classification of frozen features, for samples that belong to any number of classes. A classifier for
-each class scores the held-out samples; the metric is the mean of the classes' average precisions (mAP).
+"""The tasks `knn` and `logistic` for lists of labels, that is for samples that belong to any number of classes. Each
+class has its own scores of the held-out samples; the metric is the mean of the classes' average precisions (mAP).
 
 Shapes: N training samples, M held-out samples, R of them on this rank, L different lists of labels, C classes, D width,
 V different scores, B bootstrap samples.
@@ -7,7 +7,7 @@ V different scores, B bootstrap samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,48 +15,44 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config import SourceConfig
+from m3ae_fast.data import Corpus
 from m3ae_fast.data.label_lists import LabelledLists, list_corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
 
+# Returns the scores of this rank's queries, [R, C], given the features of the training samples, those of the queries,
+# and whether each training sample belongs to each class, bool [N, C]. Every rank calls it.
+Score = Callable[[FeatureBank, FeatureBank, Tensor], Tensor]
 _RESAMPLES = 200  # number of bootstrap samples
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Run the task and return its result. Raises UserError if a sample has no list of labels, and the errors of
-    `Job.open`."""
-    config, knn = job.config.multilabel, job.config.knn
-    train = _open(job, job.config.data.train, None)
-    val = _open(job, job.config.data.val, train.classes)
+def run(job: Job, score: Score) -> dict[str, Any]:
+    """Run a task and return its result. `score`: the classifier of the task. Raises UserError if a sample has no list
+    of labels, and the errors of `Job.open`."""
+    train = _labelled(job, job.corpora[0], None)
+    val = _labelled(job, job.corpora[1], train.classes)
     encoded = job.encode_with_baselines(train.corpus, val.corpus)
     bank, queries = encoded[MODEL]
     truth_NC, truth_MC = (part.classes_LC[each.labels] for part, each in ((train, bank), (val, queries)))
-    scores = {}
-    for name, (own_bank, own_queries) in encoded.items():
-        if config.head == "knn":
-            scores_RC = neighbour_scores(own_bank, own_queries, truth_NC, knn.fixed_k, knn.temperature)
-        else:
-            scores_RC = logits(fit(own_bank, truth_NC, len(train.classes), job.heartbeats), own_queries)
-        scores[name] = own_queries.complete(scores_RC).numpy()
+    scores = {
+        name: own_queries.complete(score(own_bank, own_queries, truth_NC)).numpy()
+        for name, (own_bank, own_queries) in encoded.items()
+    }
     job.keep(_columns(queries.keys, truth_MC, scores[MODEL], train.classes))
     result = measured(truth_MC.numpy(), scores, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)
     return result | {
-        "head": config.head,
         "train_samples": len(bank.keys),
         "val_samples": len(queries.keys),
         "skipped": len(bank.skipped) + len(queries.skipped),
     }
 
 
-def _open(job: Job, sources: Sequence[SourceConfig], classes: Classes | None) -> LabelledLists:
-    found = list_corpus(job.open(sources), job.options.labels, classes, progress=job.ranks.is_main)
+def _labelled(job: Job, corpus: Corpus, classes: Classes | None) -> LabelledLists:
+    found = list_corpus(corpus, job.options.labels, classes, progress=job.ranks.is_main)
     job.print(f"{found.corpus.samples:,} samples with lists of labels, {len(found.classes):,} classes")
     if found.unknown:
         job.print(f"note: {found.unknown:,} labels that occur in --val have no training samples, and are left out")

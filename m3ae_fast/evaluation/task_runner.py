@@ -55,14 +55,15 @@ def evaluate(
     """Evaluate a model with a task, and write the result, predictions and figures to a folder.
 
     Args:
-        task: "knn", "logistic", "linear", "attentive", "finetune", "multilabel", "segment", "robustness", "ood"
+        task: "knn", "logistic", "linear", "attentive", "finetune", "segment", "robustness", "ood"
             or "compare"; see `TASKS`.
         model: name of a model; see `model_name.MODEL_HELP`. For robustness, the folder of a classifier; ood also
             accepts one. For compare, one or several models.
         val: held-out shards: paths, brace patterns, globs, URLs or pipe: commands.
         out: folder for the result, which must not contain a result.
         train: shards of training samples; not used by robustness.
-        labels: source of the labels: "cls", or "json." and the name of a field.
+        labels: source of the labels: "cls", or "json." and the name of a field. For knn and logistic without layers,
+            pools and shots, the field may contain lists of labels.
         modality: input of the encoder: "image", "text" or "paired"; None: the modality of the classifier or of the
             task, otherwise "image".
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
@@ -74,7 +75,7 @@ def evaluate(
         draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.
         seeds: for compare: number of random seeds of each probe and of random weights.
-        baselines: for knn, logistic, linear, attentive, multilabel, segment and finetune: whether the baselines are
+        baselines: for knn, logistic, linear, attentive, segment and finetune: whether the baselines are
             evaluated too. They are left out in any case if `model` is one of them, or if the encoder sees captions.
         ood: for ood: shards of out-of-distribution samples by the name of their set.
         overrides: overrides of settings (`--set` of the command), which docs/evaluation-config.md lists:

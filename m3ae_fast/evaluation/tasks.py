@@ -37,7 +37,6 @@ class Task(NamedTuple):
     trains: bool = True  # has the options --train and --labels
     resumes: bool = False  # has the option --resume
     has_masks: bool = False  # the labels are masks, so there is no --labels
-    has_lists: bool = False  # the labels are lists
     classifies: bool = False  # MODEL is a classifier; has the option --labels
     may_classify: bool = False  # MODEL may be a classifier
     modality: Modality | None = None  # the only modality that it supports; None: any
@@ -99,14 +98,6 @@ TASKS = {
         sections=("finetune",),
         libraries=("timm",),
         example="finetune.epochs=50",
-    ),
-    "multilabel": Task(
-        "mean average precision of frozen features on samples with lists of labels",
-        has_lists=True,
-        takes_image_features=True,
-        has_baselines=True,
-        sections=("encode", "multilabel", "knn"),
-        example="multilabel.head=knn",
     ),
     "segment": Task(
         "semantic segmentation: classify frozen patch features with a linear head, or by a vote of the nearest "

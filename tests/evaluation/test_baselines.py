@@ -241,7 +241,7 @@ def test_the_pixel_baseline_classifies_colours(transfer, capsys):
     [
         ("knn", "top1", ()),
         ("logistic", "top1", ()),
-        ("multilabel", "map", ("--labels", "json.tags")),
+        ("logistic", "map", ("--labels", "json.tags")),
     ],
 )
 def test_baselines_have_the_results_of_their_separate_evaluations(
@@ -263,7 +263,7 @@ def test_baselines_have_the_results_of_their_separate_evaluations(
         assert "baselines" not in alone
         measured = {key: value for key, value in found.items() if key not in ("difference", "verdict")}
         assert measured == {key: alone[key] for key in measured}
-        if task == "multilabel":  # all scores are perfect, so that no error can be estimated
+        if metric == "map":  # all scores are perfect, so that no error can be estimated
             assert found == {"map": 1.0} and f"\n{task}: {name}: map 1\n" in output and name in result["warning"]
             continue
         apart = Difference.read(found["difference"])
@@ -415,8 +415,8 @@ def test_a_warning_names_each_baseline_that_is_not_exceeded(tmp_path):
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("attentive", (), "attentive needs a network; knn, logistic, linear and multilabel accept pixels"),
-        ("finetune", (), "finetune needs a network; knn, logistic, linear and multilabel accept pixels"),
+        ("attentive", (), "attentive needs a network; knn, logistic and linear accept pixels"),
+        ("finetune", (), "finetune needs a network; knn, logistic and linear accept pixels"),
         (
             "knn",
             ("--modality", "paired"),

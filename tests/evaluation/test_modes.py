@@ -87,7 +87,6 @@ def test_these_tests_cover_all_tasks(encoder_modes):
         "finetune",
         "robustness",
         "segment",
-        "multilabel",
     }
 
 

@@ -45,20 +45,18 @@ def corpus_of(tmp_path, tags):
     return open_corpus([SourceConfig(shards=[tagged_tar(tmp_path / "a.tar", tags)])], ShardStore(tmp_path))
 
 
-@pytest.mark.parametrize("head", ["linear", "knn"])
-def test_labels_determined_by_the_colour_are_predicted(transfer, tmp_path, head, capsys):
+@pytest.mark.parametrize("task", ["logistic", "knn"])
+def test_labels_determined_by_the_colour_are_predicted(transfer, tmp_path, task, capsys):
     train = tagged_tar(tmp_path / "train.tar", tags_of(range(45)))
     val = tagged_tar(tmp_path / "val.tar", tags_of(range(90, 108)) | {200: ["rare", "blue", "cold"]})
-    options = ["--labels", "json.tags", *settings(f"multilabel.head={head}", "knn.k=5")]
-    result = transfer("multilabel", *options, train=train, val=val)
+    options = ["--labels", "json.tags", *(settings("knn.k=5") if task == "knn" else [])]
+    result = transfer(task, *options, train=train, val=val)
     assert result["map"] > 0.9 > 0.6 > result["chance_map"] and "warning" not in result
     assert [row["class"] for row in result["per_class"]] == ["blue", "cold", "green"]
     assert (result["train_samples"], result["val_samples"], result["skipped"]) == (45, 19, 0)
     output = capsys.readouterr().out
     assert "note: 1 labels that occur in --val have no training samples, and are left out" in output
-    assert (
-        f"multilabel: {result['verdict']}\n" in output and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in output
-    )
+    assert f"{task}: {result['verdict']}\n" in output and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in output
     table = read_parquet(tmp_path / "out/predictions.parquet")
     assert table["labels"][0] == ["blue", "cold"] and table["labels"][2] == []
     truth, scores = np.array([["green" in own for own in table["labels"]]])[0], np.array(table["scores"])[:, 2]
@@ -154,13 +152,8 @@ def test_label_lists_become_class_ids(tmp_path):
 @pytest.mark.parametrize(
     ("tags", "field", "message"),
     [
-        (
-            {0: ["a"]},
-            "cls",
-            "--labels cls: lists of labels must be in a field of the samples' json; specify this field as json.FIELD",
-        ),
         ({0: ["a"], 1: None}, "json.tags", "1 of 2 samples have no list of labels"),
-        ({0: "a"}, "json.tags", 'a.tar/000: json.tags is "a", not a list; for single labels use knn or linear'),
+        ({0: "a"}, "json.tags", 'a.tar/000: json.tags is "a", not a list as in other samples'),
         ({0: ["a", 1]}, "json.tags", "some labels .* are integers and some are text"),
         ({0: []}, "json.tags", "the lists of all samples .* are empty"),
         ({0: [None]}, "json.tags", "the list json.tags contains null"),

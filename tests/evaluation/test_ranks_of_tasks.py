@@ -51,7 +51,7 @@ def test_unreadable_samples_of_all_ranks_are_counted(single_rank):
     results = {name: json.loads((single_rank[1] / name / "result.json").read_text()) for name in task_cases.CASES}
     skipped = {name: result["skipped"] for name, result in results.items() if "skipped" in result}
     assert {
-        skipped.pop(name) for name in ("knn", "logistic", "multilabel", "multilabel-knn", "segment", "segment-knn")
+        skipped.pop(name) for name in ("knn", "logistic", "logistic-lists", "knn-lists", "segment", "segment-knn")
     } == {4}
     assert skipped == {"linear": 4, "finetune": 1}
     assert (results["ood"]["train_samples"], results["ood"]["val_samples"]) == (45, 15)
@@ -90,7 +90,7 @@ def test_every_task_has_the_same_result_on_one_and_several_ranks(run, single_ran
 
 def test_tasks_have_the_same_result_on_ranks_without_images_and_with_repeated_images(run, tmp_path):
     """There are two held-out images, and six training images that are repeated with different masks and labels."""
-    names = ["knn", "logistic", "linear", "attentive", "multilabel-knn", "segment", "segment-knn", "ood"]
+    names = ["knn", "logistic", "linear", "attentive", "knn-lists", "segment", "segment-knn", "ood"]
     task_cases.write_data(tmp_path, train=range(200, 260), val=range(300, 302), distinct=6)
     for ranks in (1, 3):
         arguments = [str(run), str(tmp_path), str(tmp_path / f"{ranks}"), *names]

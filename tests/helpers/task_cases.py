@@ -42,8 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "shots": ("knn", {"shots": [2, 5], "draws": 2}),
     "attentive": ("attentive", {"pools": "all", "overrides": _SHORT}),
-    "multilabel": ("multilabel", {"labels": "json.tags"}),
-    "multilabel-knn": ("multilabel", {"labels": "json.tags", "overrides": ["multilabel.head=knn"]}),
+    "logistic-lists": ("logistic", {"labels": "json.tags"}),
+    "knn-lists": ("knn", {"labels": "json.tags"}),
     "segment": ("segment", {"overrides": ["segment.steps=9", "segment.batch=5", "segment.peak_lr=0.01"]}),
     "segment-knn": ("segment", {"overrides": ["segment.head=knn", "segment.bank_patches=200"]}),
     "finetune": (
