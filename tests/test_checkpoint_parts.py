@@ -132,30 +132,6 @@ def test_a_checkpoint_of_one_rank_is_one_safetensors_file(tmp_path):
     assert torch.equal(checkpoint.open_state(path).read("model/a", 3, 9), STATE["model/a"].flatten()[3:12])
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path, world):
-    """In that version, a single rank wrote complete tensors and no table. Several ranks wrote flat pieces, even of
-    complete tensors."""
-    path = save_cut(tmp_path, STATE, world)
-    info = json.loads((path / "state.json").read_text())
-    for rank, file in enumerate(part_files(world)):
-        pieces = {
-            name: piece.data.view(piece.shape) if world == 1 else piece.data
-            for name, piece in cut(STATE, rank, world).items()
-            if len(piece.data)
-        }
-        save_file(pieces, path / file)
-        info["sha256"][file] = state_files.sha256(path / file)
-    if world == 1:
-        (path / TABLE_FILE).unlink()
-        del info["sha256"][TABLE_FILE]
-    (path / "state.json").write_text(json.dumps(info))
-    state = checkpoint.open_state(path)
-    assert state.shapes == {name: tuple(tensor.shape) for name, tensor in STATE.items()}
-    assert all(torch.equal(state.whole(name), tensor) for name, tensor in STATE.items())
-    assert torch.equal(state.read("model/a", 3, 29), STATE["model/a"].flatten()[3:32])
-
-
 def test_the_export_of_a_run_does_not_depend_on_its_number_of_ranks(tmp_path):
     for ranks in (1, 3):
         torch.manual_seed(0)
@@ -332,11 +308,10 @@ def test_a_state_file_without_its_checksum_is_refused(saved, file):
         checkpoint.read_weights(saved)
 
 
-def test_a_single_file_checkpoint_requires_its_checksum_if_any_checksum_exists(tmp_path):
+def test_a_checkpoint_without_a_table_is_refused_even_if_its_only_file_is_complete(tmp_path):
     path = save(tmp_path, STATE, checkpoint.Info(1, 0, 42, {}, {}))
-    info = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(info | {"sha256": {"other.safetensors": "0"}}))
-    with pytest.raises(UserError, match=r"state.safetensors is damaged \(its checksum is missing"):
+    (path / TABLE_FILE).unlink()
+    with pytest.raises(UserError, match=r"table\.json is damaged \(.*No such file.*\); remove the folder"):
         checkpoint.read_weights(path)
 
 

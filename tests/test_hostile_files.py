@@ -18,7 +18,7 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.checkpoint.state_files import STATE_FILE, TABLE_FILE, table_of_complete_tensors
+from m3ae_fast.checkpoint.state_files import STATE_FILE, TABLE_FILE
 from m3ae_fast.cli.shards import main as data
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, load_config, parse
 from m3ae_fast.data import ShardStore, open_corpus
@@ -336,7 +336,7 @@ def test_a_pipe_in_place_of_a_checkpoints_state_is_refused_without_waiting(tmp_p
     (path / checkpoint.INFO_FILE).write_bytes((saved / checkpoint.INFO_FILE).read_bytes())
     os.mkfifo(path / STATE_FILE)
     (path / TABLE_FILE).write_bytes((saved / TABLE_FILE).read_bytes())
-    for read in (checkpoint.open_state, checkpoint.read_weights, table_of_complete_tensors):
+    for read in (checkpoint.open_state, checkpoint.read_weights):
         with pytest.raises(UserError, match=r"state\.safetensors is damaged .*is not a regular file"):
             read(path)
 

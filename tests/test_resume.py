@@ -212,10 +212,9 @@ def test_permitted_changes_of_a_resumed_run_are_applied(tmp_path):
 
 
 def test_the_masking_of_captions_may_change_if_the_model_is_image_only(tmp_path):
-    """Earlier versions stored the fraction of text tokens that the user had set."""
     config = parse(Config, TINY | {"model": TINY["model"] | {"vocab_size": 0}}, "tiny")
     saved = config.model_dump(mode="json")
-    saved["masking"] |= {"text_predicted": 0.33, "text_ratio": 0.5}
+    saved["masking"]["text_ratio"] = 0.5
     info = checkpoint.Info(1, 0, config.run.seed, saved, {}, {})
     assert changes_of(tmp_path, info, config, {}) == []
     saved["masking"]["image_predicted"] = 0.33
@@ -320,7 +319,7 @@ def test_the_fingerprint_depends_on_every_property_of_a_source(tmp_path):
         (1, {"weight": 1.0}, "data.train"),
         (1, {"loss_weight": 0.5}, "data.train.loss_weight"),
         (0, {"modality": "image"}, "data.train"),
-        (0, {"caption_fraction": 0.5}, "data.train"),
+        (0, {"caption_fraction": 0.5}, "data.train.caption_fraction"),
         (0, {"shards": two}, "data.train"),
         (0, {"shards": [one, two]}, "data.train"),
     ):
@@ -331,7 +330,7 @@ def test_the_fingerprint_depends_on_every_property_of_a_source(tmp_path):
     assert {*SourceConfig.model_fields} == {"shards", "weight", "loss_weight", "modality", "caption_fraction"}
     halves = [_fingerprint(tmp_path, [base[0] | a, base[1] | b]) for a, b in (({"caption_fraction": 0.5}, {}),
               ({}, {"caption_fraction": 0.5}), ({"caption_fraction": 0.5000001}, {}))]  # fmt: skip
-    assert len({half["data.train"] for half in halves}) == 3
+    assert len({half["data.train.caption_fraction"] for half in halves}) == 3
     cuts = [_fingerprint(tmp_path, [{"shards": a}, {"shards": b}]) for a, b in (([one, two], one), (one, [two, one]))]
     assert cuts[0]["data.train"] != cuts[1]["data.train"]
     labelled = [_fingerprint(tmp_path, base[:1], labels) for labels in ([0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 1, 0])]

@@ -297,11 +297,8 @@ def open_state(path: Path, rank: int = 0, world: int = 1) -> State:
             f"checkpoint {path}: rank {rank} cannot find it; run.dir must be on a file system shared by all nodes"
         )
     sums = read_info(path).sha256
-    if state_files.TABLE_FILE in sums:
-        state_files.check(path, state_files.TABLE_FILE, sums)
-        table = state_files.read_table(path)
-    else:
-        table = state_files.table_of_complete_tensors(path)
+    state_files.check(path, state_files.TABLE_FILE, sums)
+    table = state_files.read_table(path)
     for file in state_files.part_files(table.parts)[rank::world]:
         state_files.check(path, file, sums)
     return State(path, table)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
 from torch import Tensor, nn
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config import Config, LossConfig, MaskingConfig, ModelConfig
-from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig
-from m3ae_fast.config.schema import PretrainingOptimConfig
+from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.fingerprint import DATA, WRITTEN
 from m3ae_fast.engine.interface import Engine, Read
@@ -63,15 +59,6 @@ PRETRAINING = Rules(
     free=("model.init_from",),
     advice="to continue anyway, add --resume-with-changes",
 )
-_HAVE_DEFAULTS: dict[str, type[BaseModel]] = {
-    "model": ModelConfig,
-    "classifier.model": ModelConfig,
-    "masking": MaskingConfig,
-    "loss": LossConfig,
-    "optim": PretrainingOptimConfig,
-    "finetune": FineTuneConfig,
-    "linear": LinearProbeConfig,
-}
 
 
 def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool] = lambda info: False) -> Path | None:
@@ -184,8 +171,8 @@ def changes(
     Raises:
         UserError: a setting that must not change has changed, or the samples have changed although they must not.
     """
-    then, now = _defaults() | describe(info.config, info.stream), describe(sections, stream)
-    changed = [(name, then[name], now[name]) for name in now if name in then and then[name] != now[name]]
+    then, now = describe(info.config, info.stream), describe(sections, stream)
+    changed = [(name, then.get(name, "none"), now[name]) for name in now if then.get(name, "none") != now[name]]
     for name, was, value in changed:
         if rules.severity(name) == "refused":
             raise UserError(f"checkpoint {path}: was made with {name} = {was}, but the config has {value}")
@@ -211,18 +198,6 @@ def describe(sections: Sections, stream: Mapping[str, str]) -> dict[str, Any]:
     if settings.get("model.vocab_size") == 0:
         settings = {name: value for name, value in settings.items() if not name.startswith("masking.text_")}
     return settings | dict.fromkeys((*DATA, WRITTEN), "none") | dict(stream)
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    """Return the defaults of settings by name. They are used if a checkpoint of an earlier version lacks settings that
-    were added later."""
-    sections = {name: section.model_construct() for name, section in _HAVE_DEFAULTS.items()}
-    return {
-        f"{name}.{key}": value
-        for name, section in sections.items()
-        for key, value in section.model_dump(mode="json").items()
-    }
 
 
 def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) -> None:

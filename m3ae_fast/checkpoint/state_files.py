@@ -5,8 +5,7 @@
     table.json                           the files and slices that make up each tensor
 
 A piece is stored in the shape of the tensor if it is the complete tensor, and flat otherwise. Any program that reads
-safetensors can therefore load a checkpoint that a single rank has written. Earlier versions stored all pieces flat if
-there were several ranks, and wrote no table if there was only one; their checkpoints can be read too.
+safetensors can therefore load a checkpoint that a single rank has written.
 
 The files have torch.distributed.checkpoint's safetensors format and can be read by its HuggingFaceStorageReader.
 torch's own writer is not used, because it keeps a second copy of each part in memory and does not verify that the parts
@@ -184,15 +183,6 @@ def read_table(path: Path) -> Table:
     except (OSError, ValueError, KeyError) as error:
         raise damaged(path, TABLE_FILE, error) from None
     return table
-
-
-def table_of_complete_tensors(path: Path) -> Table:
-    """Return the table for a checkpoint that was written without a table and whose single file has complete tensors.
-    Raises UserError if the file is damaged."""
-    file = _open(path, STATE_FILE)
-    names = file.keys()
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    return Table(1, shapes, {name: [(0, math.prod(shape))] for name, shape in shapes.items()})
 
 
 def _open(path: Path, file: str) -> Any:

@@ -14,6 +14,7 @@ from m3ae_fast.model.pretrained import weights_digest
 # names of the entries
 DATA = (
     "data.train",
+    "data.train.caption_fraction",
     "data.train.loss_weight",
     "data.train.labels",
     "data.order",
@@ -40,8 +41,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     what = _hash([shards, ends, data.train.weights])
     stream = {"data.train": f"{len(shards):,} shards with {data.train.samples:,} samples, {what}"}
     fractions = [source.caption_fraction for source in data.train.sources]
-    if min(fractions) < 1:  # if all are 1, the entry must be the same as in earlier versions
-        stream["data.train"] += f", caption_fraction {', '.join(map(str, fractions))}"
+    stream["data.train.caption_fraction"] = ", ".join(map(str, fractions))
     stream["data.train.loss_weight"] = ", ".join(f"{source.loss_weight:g}" for source in data.train.sources)
     stream[WRITTEN] = _written(data.train)
     if labels := [source.labels.tolist() for source in data.train.sources if source.labels is not None]:

@@ -118,7 +118,7 @@ def summary(run: Path, metrics: Metrics) -> tuple[str, list[Diagnostic]]:
     damaged."""
     try:
         state = status(run)[1]
-    except UserError:  # earlier versions did not record the state of a run
+    except UserError:  # the run has only logged the losses before its first step, or the folder is a copy of its log
         state = f"step {metrics[-1]['step']:,}"
     saved = checkpoint.saved_steps(run)
     unusual = diagnose(metrics, checkpoint.read_info(saved[-1]).config if saved else None)
@@ -228,13 +228,12 @@ def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
 
 
 def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
-    """Return a metric as text, with its standard error if it is known or if the metric is an accuracy."""
+    """Return a metric as text, with its standard error if it is known. The recorded error of an accuracy of 0 or 1
+    is 0, so it is estimated from the number of samples."""
     error, samples = result.get(f"{name}{ERROR}"), result.get("val_samples")
-    if isinstance(error, float) and error:
-        return f"{value:.1%} ± {error:.1%}"
-    if not (name.startswith("top") and isinstance(samples, int) and samples > 0 and 0 <= value <= 1):
-        return _number(value)
-    return f"{value:.1%} ± {standard_error(value, samples):.1%}"
+    if error == 0 and name.startswith("top") and isinstance(samples, int) and samples > 0 and 0 <= value <= 1:
+        error = standard_error(value, samples)
+    return f"{value:.1%} ± {error:.1%}" if error else _number(value)
 
 
 def _chance(name: str, result: dict[str, Any]) -> str:

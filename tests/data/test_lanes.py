@@ -156,7 +156,7 @@ def test_a_layout_is_described_in_words():
 
 @pytest.mark.parametrize(("weights", "known"), [(None, "19498cea149f"), ((0.7, 0.3), "08c207e3ed42")])
 def test_the_sample_order_in_lanes_equals_that_of_earlier_versions(weights, known):
-    """If the order changed, resumed runs would differ from runs of an earlier version."""
+    """If the order changed, a run that is resumed after an update of the program would see other samples."""
     order = Order([[50, 60, 90, 40] * 8, [70, 80] * 6], weights, 2, 7, lanes=6)
     places = [order.locate(position) for start in (0, 10_000, 10**7) for position in range(start, start + 600)]
     assert hashlib.sha256(np.array(places, "<i8").tobytes()).hexdigest()[:12] == known

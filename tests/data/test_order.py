@@ -47,7 +47,7 @@ def test_the_order_is_a_pure_function_of_the_position():
 
 
 def test_the_order_equals_that_of_earlier_versions():
-    """If the order changed, resumed runs would differ from runs of an earlier version."""
+    """If the order changed, a run that is resumed after an update of the program would see other samples."""
     assert hash64(1, 2, 3) == 15020427595393229491
     assert permutation(8, 42).tolist() == [4, 6, 7, 1, 3, 5, 0, 2]
     long = permutation(300_000, 7).astype("<i8")  # long enough that single bits of the hash matter

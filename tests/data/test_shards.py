@@ -206,7 +206,7 @@ def test_a_damaged_cached_shard_is_downloaded_once_more(server, store):
     url, folder, requests = server
     write_tar(folder / "a.tar", members(range(3)))
     shard = url + "/a.tar"
-    store.copy(shard).write_bytes(b"<html>")  # as an earlier version stored it
+    store.copy(shard).write_bytes(b"<html>")
     assert samples(shard, store) == 3 and requests["/a.tar"] == 1
     whole = store.copy(shard).read_bytes()
     store.copy(shard).write_bytes(whole[:3000])

@@ -181,8 +181,7 @@ def test_the_default_reduction_is_the_mean_as_in_torch(name):
 
 
 def test_positional_arguments_have_the_order_of_torch():
-    """A call in the order of earlier versions, with the bias third, raises an error instead of returning another
-    loss."""
+    """A call with the bias third, as in F.linear, raises an error instead of returning another loss."""
     (hidden, weight), targets = (torch.randn(n, 12) for n in (5, 31)), torch.arange(5)
     for bias in (None, torch.randn(31)):
         with pytest.raises(TypeError, match="positional arguments"):
