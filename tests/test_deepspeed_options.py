@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from m3ae_kernels.cpu.linear import linear
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.engine import deepspeed_engine
+from m3ae_fast.model import transformer
 from m3ae_fast.process.ranks import join_ranks
 from tests.helpers.option_cases import HALF, STAGE, cases, settings
 from tests.helpers.ranks import run_ranks
-from tests.helpers.zero_cases import config_of, engine_of
+from tests.helpers.zero_cases import config_of, engine_of, take
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +61,25 @@ def test_deepspeed_works_in_each_stage_of_a_program():
     for _ in range(2):
         with join_ranks() as ranks:
             engine_of(ranks, config_of(3, 1, 1, "fp32", {}))
+
+
+def test_the_last_block_computes_only_the_queries_that_it_needs_at_every_stage(monkeypatch):
+    """At stage 3, hooks of DeepSpeed on the layer would look like the hooks of a user, which see all queries."""
+    rows: list[int] = []
+
+    def counted(x, weight, bias):
+        rows.append(len(x))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(transformer, "linear", counted)
+    found = []
+    for stage in (None, 3):
+        rows.clear()
+        with join_ranks() as ranks:
+            config = config_of(1, stage, 1, "fp32", {})
+            take(ranks, engine_of(ranks, config), config, range(1))
+        found.append(list(rows))
+    assert found[0] == found[1] and len(found[0]) == 2  # queries, and keys and values, of the decoder's last block
 
 
 @pytest.mark.parametrize(

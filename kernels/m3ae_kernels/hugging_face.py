@@ -8,6 +8,7 @@ Shapes: B images, L patches per image, N visible patches per image, D width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
@@ -21,6 +22,7 @@ from .gather import gather_tokens
 from .patch_embed import patch_embed
 from .pixel_loss import masked_pixel_loss
 from .pixels import LARGEST
+from .plain import check_plain
 from .scatter import scatter_tokens
 
 
@@ -44,13 +46,18 @@ def patch_model(
         impl: "auto", "triton" or "torch".
 
     Raises:
-        TypeError: the model is not supported; the message names the supported models.
+        TypeError: the model is not supported, or a layer that the ops replace computes more than its class, such as an
+            adapter; the message names the supported models or the layer.
     """
     change = KNOWN.get(type(model).__name__)
     if change is None:
         raise TypeError(
             f"m3ae_kernels.patch_model supports transformers' {' and '.join(KNOWN)}, not {type(model).__name__}"
         )
+    for name, layer in model.named_modules():
+        kind = _REPLACED.get(name.rpartition(".")[2])
+        if kind is not None:
+            check_plain(f"layer {name}", _unpatched(layer), kind)
     change(model, _Options(mean, std, impl))
     return model
 
@@ -74,6 +81,15 @@ class _Options:
         return (images / LARGEST[images.dtype] - mean) / std
 
 
+def _unpatched(layer: nn.Module) -> nn.Module:
+    """Return the layer without the forward that an earlier call of `patch_model`, or unpickling, has set."""
+    own = layer.__dict__.get("forward")
+    if isinstance(own, MethodType) and (own.__module__ == __name__ or own.__func__ is type(layer).forward):
+        layer = copy.copy(layer)
+        del layer.forward
+    return layer
+
+
 def _set_forward(module: nn.Module, forward: Callable) -> None:
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
 
@@ -93,6 +109,7 @@ def _patch_pre_training(model: nn.Module, options: _Options) -> None:
     _set_forward(whole.decoder.decoder_pred, _head_forward(options))
 
 
+_REPLACED = {"projection": nn.Conv2d, "decoder_norm": nn.LayerNorm, "decoder_pred": nn.Linear}  # by name
 KNOWN = {"ViTMAEForPreTraining": _patch_pre_training, "ViTMAEModel": _patch_encoder}
 
 

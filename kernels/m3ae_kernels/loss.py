@@ -6,7 +6,7 @@ Shapes: M rows, D width, V outputs of the head.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .dispatch import accumulator
 from .registry import unwrapped
@@ -18,13 +18,6 @@ def check_reduction(reduction: str) -> None:
     """Raise ValueError if the reduction is unknown."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, but must be one of {', '.join(REDUCTIONS)}")
-
-
-def check_linear(head: object) -> None:
-    """Raise TypeError unless `head` is a plain linear layer. Other layers, such as adapters, compute more than x @
-    weight.T + bias."""
-    if not isinstance(head, nn.Linear):
-        raise TypeError(f"the head must be a torch.nn.Linear, not {type(head).__name__}")
 
 
 def row_weights(

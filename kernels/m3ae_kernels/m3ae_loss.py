@@ -91,8 +91,12 @@ def m3ae_loss(
         correct_weight: [W] floating-point, weights of the correct predictions; None for text_row_weight.
 
     Raises:
-        TypeError, ValueError, IndexError: as in `masked_pixel_loss` and `masked_token_loss`.
+        TypeError, ValueError, IndexError: as in `masked_pixel_loss` and `masked_token_loss`. Also ValueError if a head
+            has another reduction.
     """
+    for name, head in (("image_head", image_head), ("text_head", text_head)):
+        if head is not None and head.reduction != "sum":
+            raise ValueError(f'{name} has reduction "{head.reduction}", but m3ae_loss needs heads with reduction="sum"')
     if isinstance(image_head, MaskedTokenLoss):
         image = image_head(image_hidden, image_targets, image_row_weight)
     else:

@@ -20,6 +20,7 @@ from .dispatch import (
 )
 from .ids import check_distinct, check_range, checked, checks_enabled, without_padding
 from .pixels import check_patch_size, check_pixels, count_patches, normalisation_for, put_patches, take_patches, to_cut
+from .plain import check_plain
 from .registry import Op
 from .segment_sum import segment_sum
 
@@ -225,10 +226,10 @@ class PatchEmbed(nn.Module):
         are used for integer images.
 
         Raises:
-            TypeError, ValueError: the module is not a `torch.nn.Conv2d`, or not an embedding of square patches.
+            TypeError, ValueError: the module is not a `torch.nn.Conv2d`, or computes more, such as timm's StdConv2d, or
+                is not an embedding of square patches.
         """
-        if not isinstance(conv, nn.Conv2d):
-            raise TypeError(f"the embedding must be a torch.nn.Conv2d, not {type(conv).__name__}")
+        check_plain("embedding", conv, nn.Conv2d)
         size = conv.kernel_size[0]
         if (conv.kernel_size, conv.stride, conv.dilation) != ((size, size), (size, size), (1, 1)) or conv.groups != 1:
             raise ValueError(

@@ -21,7 +21,6 @@ from .dispatch import (
 )
 from .ids import check_distinct, check_range, checked, checks_enabled
 from .loss import (
-    check_linear,
     check_reduction,
     empty_gradients,
     row_gradients,
@@ -41,6 +40,7 @@ from .pixels import (
     take_patches,
     to_cut,
 )
+from .plain import check_plain
 from .registry import Op
 
 CHUNK_ROWS = 1024  # rows per chunk of the torch implementation
@@ -292,9 +292,10 @@ class MaskedPixelLoss(nn.Module):
         further arguments of the constructor.
 
         Raises:
-            TypeError, ValueError: the module is not a `torch.nn.Linear`, or does not predict whole patches.
+            TypeError, ValueError: the module is not a `torch.nn.Linear`, or computes more, such as an adapter, or does
+                not predict whole patches.
         """
-        check_linear(linear)
+        check_plain("head", linear, nn.Linear)
         check_patch_size(patch_size)
         channels, rest = divmod(linear.out_features, patch_size**2)
         if rest:
@@ -336,7 +337,8 @@ class MaskedPixelLoss(nn.Module):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Return the predicted patches [..., P * P * channels] for hidden [..., dim], normalised like the targets,
-        in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden."""
+        in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden. The module's hooks, whose
+        arguments and output are those of the loss, do not run."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

@@ -25,7 +25,6 @@ from .dispatch import (
 )
 from .ids import check_range, checked
 from .loss import (
-    check_linear,
     check_reduction,
     empty_gradients,
     row_gradients,
@@ -35,6 +34,7 @@ from .loss import (
     scale_gradients,
     unit_weights,
 )
+from .plain import check_plain
 from .registry import Op
 from .token_arguments import Inputs, Options, Results
 
@@ -335,15 +335,20 @@ class MaskedTokenLoss(nn.Module):
         self.bias = nn.Parameter(torch.empty(vocab)) if bias else None
         self.reset_parameters()
 
+    @property
+    def reduction(self) -> str:
+        """Return the reduction: "mean", "sum" or "none"."""
+        return self.options["reduction"]
+
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> "MaskedTokenLoss":
         """Return a loss module that shares the parameters of a language model's head. `options` are further arguments
         of the constructor.
 
         Raises:
-            TypeError: the module is not a `torch.nn.Linear`.
+            TypeError: the module is not a `torch.nn.Linear`, or computes more, such as an adapter.
         """
-        check_linear(linear)
+        check_plain("head", linear, nn.Linear)
         with torch.device("meta"):
             head = cls(linear.in_features, linear.out_features, **options)
         for name in ("weight", "bias"):
@@ -361,6 +366,9 @@ class MaskedTokenLoss(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the loss, a scalar or (with reduction "none") [...], for hidden [..., dim], targets [...] int and
         row_weight [...] (None for ones). With return_correct, return (loss, correct [...] bool)."""
+        (vocab, dim), width = self.weight.shape, hidden.shape[-1]
+        if width != dim:
+            raise ValueError(f"hidden has width {width}, but this MaskedTokenLoss has dim={dim} and vocab={vocab}")
         return masked_token_loss(
             hidden,
             self.weight,
@@ -373,7 +381,7 @@ class MaskedTokenLoss(nn.Module):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Return the logits [..., vocab] for hidden [..., dim], in autocast's dtype if autocast is enabled, otherwise
-        in the dtype of hidden."""
+        in the dtype of hidden. The module's hooks, whose arguments and output are those of the loss, do not run."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:

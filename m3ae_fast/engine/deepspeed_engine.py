@@ -38,7 +38,7 @@ from m3ae_fast.engine.fragments import Fragment, Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.muon import Muon
 from m3ae_fast.engine.optimizer import build_optimizer, collect, name_of, prime, set_lr, state_kinds
-from m3ae_fast.model.transformer import MLP
+from m3ae_fast.model.transformer import MLP, Attention
 from m3ae_fast.process.ranks import Ranks
 
 # Names of the attributes that hold the flat buffers of weights and of master weights: in ZeRO's optimiser for stages 1
@@ -100,8 +100,8 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(init_method=None, dist_init_required=False)
         model.to(ranks.device)
         for module in model.modules():
-            if isinstance(module, MLP):
-                set_z3_leaf_module(module, True)  # the module reads its layers' parameters itself
+            if isinstance(module, MLP | Attention):
+                set_z3_leaf_module(module, True)  # without hooks on its layers, whose parameters it may read itself
         self.kinds = state_kinds(model, groups, ema)
         optimizer = build_optimizer(
             groups, optim, dtype, ema, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3

@@ -20,9 +20,10 @@ import torch._functorch.config
 import torch.nn.functional as F
 from m3ae_kernels import gather_tokens, packed_attention
 from m3ae_kernels.attention import Segments
-from m3ae_kernels.cpu.linear import Linear, is_plain, linear
+from m3ae_kernels.cpu.linear import Linear, linear
 from m3ae_kernels.cpu.mlp import mlp
 from m3ae_kernels.cpu.norm import LayerNorm
+from m3ae_kernels.plain import is_plain
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint

@@ -19,6 +19,7 @@ from m3ae_kernels.attention.choice import kernel_for
 from m3ae_kernels.attention.padded import PADDED
 from m3ae_kernels.pixels import _per_element
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -499,6 +500,67 @@ def test_heads_and_embeddings_of_other_layer_types_are_refused(layer):
         m3ae_kernels.MaskedPixelLoss.from_linear(layer, patch_size=8, reduction="mean")
     with pytest.raises(TypeError, match=r"^the embedding must be a torch\.nn\.Conv2d"):
         m3ae_kernels.PatchEmbed.from_conv(layer)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that normalises its weight, as timm's StdConv2d does."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+
+
+def with_hook(layer: nn.Module) -> nn.Module:
+    layer.register_forward_hook(lambda _, __, out: 2 * out)
+    return layer
+
+
+def with_forward(layer: nn.Module) -> nn.Module:
+    layer.forward = lambda x: 2 * type(layer).forward(layer, x)
+    return layer
+
+
+CHANGES = [with_hook, with_forward, lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh())]
+
+
+@pytest.mark.parametrize("linear", [Doubled(12, 192), *(change(nn.Linear(12, 192)) for change in CHANGES)], ids=str)
+def test_heads_that_compute_more_than_a_linear_layer_are_refused(linear):
+    """The losses read only the parameters, so the rest would be lost silently."""
+    for kind, options in ((m3ae_kernels.MaskedTokenLoss, {}), (m3ae_kernels.MaskedPixelLoss, {"patch_size": 8})):
+        with pytest.raises(TypeError, match=r"^the head is a .* that computes more than a torch\.nn\.Linear, "):
+            kind.from_linear(linear, **options)
+
+
+@pytest.mark.parametrize(
+    "conv", [Standardised(3, 12, 8, 8), *(change(nn.Conv2d(3, 12, 8, 8)) for change in CHANGES)], ids=str
+)
+def test_convolutions_that_compute_more_are_refused(conv):
+    with pytest.raises(TypeError, match=r"^the embedding is a .* that computes more than a torch\.nn\.Conv2d, "):
+        m3ae_kernels.PatchEmbed.from_conv(conv)
+
+
+def test_a_subclass_without_its_own_forward_is_a_linear_layer():
+    linear = type("Named", (nn.Linear,), {})(12, 31)
+    hidden = torch.randn(5, 12)
+    assert torch.equal(m3ae_kernels.MaskedTokenLoss.from_linear(linear).predict(hidden), linear(hidden))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_heads_that_do_not_sum_are_refused_by_m3ae_loss(reduction):
+    total, other = (m3ae_kernels.MaskedTokenLoss(8, 31, reduction=kind) for kind in ("sum", reduction))
+    rows = {"image_targets": torch.arange(4), "targets": torch.arange(4)}
+    for heads, name in (((other, total), "image_head"), ((total, other), "text_head")):
+        with pytest.raises(ValueError, match=f'^{name} has reduction "{reduction}", but .* reduction="sum"$'):
+            m3ae_kernels.m3ae_loss(*torch.randn(2, 4, 8), image_head=heads[0], text_head=heads[1], **rows)
+
+
+def test_swapped_sizes_of_a_token_loss_are_named():
+    with pytest.raises(ValueError, match=r"^hidden has width 8, but this MaskedTokenLoss has dim=50 and vocab=8$"):
+        m3ae_kernels.MaskedTokenLoss(50, 8)(torch.randn(4, 8), torch.arange(4))
 
 
 def test_a_head_that_does_not_predict_whole_patches_is_refused():

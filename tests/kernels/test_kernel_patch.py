@@ -1,6 +1,7 @@
 """`m3ae_kernels.patch_model`, applied to a small transformers ViT-MAE with random weights."""
 
 import copy
+import pickle
 
 import m3ae_kernels
 import pytest
@@ -137,6 +138,43 @@ def test_a_patched_encoder_equals_the_plain_one():
     floating, noise = images()[1], torch.rand(4, 16)
     expected, found = (model(floating, noise=noise).last_hidden_state for model in (plain, fused))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter with the attributes of the layer that it contains, as in PEFT."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "base_layer" else getattr(self.base_layer, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base_layer(x)
+
+
+LAYERS = ["vit.embeddings.patch_embeddings.projection", "decoder.decoder_norm", "decoder.decoder_pred"]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_in_an_adapter_or_with_a_hook_is_refused_and_nothing_is_patched(name):
+    """Ops that read only the parameters of the layer would ignore the adapter."""
+    parent, _, child = name.rpartition(".")
+    wrapped, hooked = vit_mae(), vit_mae()
+    setattr(wrapped.get_submodule(parent), child, Adapter(wrapped.get_submodule(name)))
+    hooked.get_submodule(name).register_forward_hook(lambda _, __, out: 2 * out)
+    for model, problem in ((wrapped, "must be a .*, not Adapter$"), (hooked, "is a .* that computes more")):
+        with pytest.raises(TypeError, match=f"^the layer {name} {problem}"):
+            patch_model(model)
+        assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_patched_model_can_be_patched_again_after_unpickling_too():
+    fused = patch_model(vit_mae())
+    before = step(fused, images()[1])[0].loss
+    for model in (fused, pickle.loads(pickle.dumps(fused))):
+        assert step(patch_model(model), images()[1])[0].loss == before
 
 
 def test_unsupported_models_are_refused_by_name():

@@ -41,15 +41,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Return whether a call of `layer` runs `kind.forward` and nothing else. It does not if the layer is of another
-    class, such as an adapter or a parametrised layer, or has a hook or a forward of its own."""
-    if type(layer) is not kind or "forward" in layer.__dict__:
-        return False
-    before = layer._forward_pre_hooks or layer._backward_pre_hooks
-    return not (before or layer._forward_hooks or layer._backward_hooks)
-
-
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """Return the result of torch.nn.functional.linear, [..., O] for x [..., I], including the behaviour of autocast.
 
