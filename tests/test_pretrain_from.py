@@ -23,6 +23,7 @@ from m3ae_fast.pretraining.automatic_settings import (
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.given_weights import FOLDER, given_weights
 from m3ae_fast.pretraining.size_and_length import Budget
+from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.training.throughput_estimate import ThroughputEstimate
 from m3ae_fast.weights.converting import convert
 from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run
@@ -91,6 +92,52 @@ def test_the_value_range_is_that_of_the_given_weights(tmp_path):
     assert config.model.image_range == (0, 4095) == config.data.range
     with pytest.raises(UserError, match=r"was trained with model\.image_range = \(0\.0, 4095\.0\), but the config has"):
         given_weights(str(tmp_path / "deep"), tmp_path / "run", ["data.range=[0,1023]"])
+
+
+def write_deep(folder, highest):
+    """Write grey PNGs of 16 bits, whose values range from 0 to `highest`."""
+    folder.mkdir()
+    for number in range(20):
+        pixels = np.random.RandomState(number).randint(0, highest + 1, (40, 40)).astype(np.uint16)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def test_the_values_of_files_are_compared_with_the_range_of_the_given_weights_before_shards_are_made(tmp_path):
+    """In shards, they have 8 bits: values beyond the range would be clipped, and a small part of it would be left with
+    few levels.
+    """
+    suits, bright = write_deep(tmp_path / "suits", 4095), write_deep(tmp_path / "bright", 65535)
+    for highest, folder in ((4095, bright), (65535, suits)):
+        with pytest.raises(UserError, match=f"the weights were trained with black = 0 and white = {highest}; convert"):
+            find_shards(str(folder), tmp_path / "run", None, [], start_range=(0, highest))
+        assert not (tmp_path / "run").exists()
+        find_shards(str(folder), tmp_path / f"accepted {highest}", None, [], (0, highest), start_range=(0, highest))
+    assert find_shards(str(suits), tmp_path / "run", None, [], start_range=(0, 4095)).image_range == (0, 4095)
+
+
+def test_a_note_says_that_the_shards_of_transparent_images_are_opaque(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(12):
+        pixels = np.random.RandomState(number).randint(0, 256, (40, 40, 4)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    shards = find_shards(str(tmp_path / "photos"), tmp_path / "run", None, [])
+    notes = inspect(shards, tmp_path / "run", "cls", None, ["model.channels=4"])[1]
+    assert notes[-1] == "all inspected images are opaque; shards that pretrain makes never contain transparency"
+    assert not [note for note in inspect(shards, tmp_path / "run", "cls")[1] if "opaque" in note]
+
+
+@pytest.mark.slow
+def test_a_run_with_the_value_range_of_the_given_weights_resumes(tmp_path, capsys):
+    grey = {"channels": 1, "image_mean": (0.5,), "image_std": (0.2,), "vocab_size": 0, "image_range": (0, 4095)}
+    M3AE(SMALL.model_copy(update=grey)).save_pretrained(tmp_path / "deep")
+    few = ["train.steps=1", "data.workers=0", "train.pictures=0", "train.precision=fp32"]
+    photos = write_deep(tmp_path / "photos", 4095)
+    for _ in range(2):
+        assert pretrain(photos, tmp_path / "run", start_from=tmp_path / "deep", overrides=few).finished
+    assert "its settings are kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match="white = 4095; convert the images"):
+        pretrain(write_deep(tmp_path / "bright", 65535), tmp_path / "no", start_from=tmp_path / "deep", overrides=few)
 
 
 @pytest.mark.parametrize(

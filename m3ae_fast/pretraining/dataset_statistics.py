@@ -28,7 +28,7 @@ from m3ae_fast.pretraining.automatic_settings import (
 from m3ae_fast.pretraining.image_settings import fit_to_images, range_of
 from m3ae_fast.shards.overview import describe_classes, part_of, show
 from m3ae_fast.shards.problem_counts import Tally
-from m3ae_fast.shards.statistics import collect, require_images
+from m3ae_fast.shards.statistics import SMALLEST_STD, collect, require_images
 from m3ae_fast.shards.tokenizer_training import caption_texts, save_tokenizer
 
 _INSPECTED = 2000  # number of samples that are inspected
@@ -83,7 +83,7 @@ def inspect(
         print(f"classes by {labels}: {describe_classes(classes.train)}", flush=True)
     channels, dtype = channels_and_dtype(seen.kinds)
     channels, dtype = channels_set(overrides) or channels, set_to(overrides, "model.image_dtype", dtype)
-    image_range = image_range or shards.image_range or range_of(seen.kinds)
+    image_range = image_range or shards.image_range or (start and start.image_range) or range_of(seen.kinds)
     fitted: list[str] = []
     if start is not None:
         fitted, more = fit_to_images(start, seen.kinds, image_range, own)
@@ -102,6 +102,8 @@ def inspect(
     if len(damaged) > _NAMED:
         notes.append(f"further damaged or unreadable shards: {len(damaged) - _NAMED:,}")
     mean, std = found.mean_and_std()
+    if channels == 4 and std[3] <= SMALLEST_STD:
+        notes.append("all inspected images are opaque; shards that pretrain makes never contain transparency")
     if start is not None and channels != start.channels:
         fitted += [f"model.image_mean={json.dumps(mean)}", f"model.image_std={json.dumps(std)}"]
     lengths = found.lengths or [1]

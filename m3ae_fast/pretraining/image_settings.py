@@ -77,11 +77,11 @@ def fit_to_images(
         fitted.append(f"model.image_dtype={dtype}")
         notes.append(f"the pixels are read as {dtype}, although the weights were trained with {start.image_dtype}")
     if start.image_range is not None and set_to(own, "data.range", None) is None:
-        _require_similar_values(kinds, start.image_range)
+        require_similar_values(kinds, start.image_range)
     return fitted, notes
 
 
-def _require_similar_values(kinds: Sequence[Kind], image_range: Range) -> None:
+def require_similar_values(kinds: Sequence[Kind], image_range: Range) -> None:
     """Raise UserError if values with more than 8 bits exceed the value range of given weights, or cover only a small
     part of it."""
     deep = [(kind.depth, kind.low, kind.high) for kind in kinds if kind.depth is not None]

@@ -21,7 +21,7 @@ from m3ae_fast.config import Range
 from m3ae_fast.data.manifest import is_manifest
 from m3ae_fast.data.shard_store import ShardStore, expand, is_remote
 from m3ae_fast.pretraining.automatic_settings import Shards
-from m3ae_fast.pretraining.image_settings import range_of
+from m3ae_fast.pretraining.image_settings import range_of, require_similar_values
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.shards.output_claim import MANIFEST, manifest_text
 from m3ae_fast.shards.overview import parts_of, show
@@ -47,6 +47,7 @@ def find_shards(
     kept: Sequence[str] = (),
     columns: tuple[str | None, str | None] = (None, None),
     group: str | None = None,
+    start_range: Range | None = None,
 ) -> Shards:
     """Return the shards of a source. If the source does not consist of shards, they are created in the run folder.
 
@@ -61,9 +62,12 @@ def find_shards(
         kept: the training shards of an existing run in `out`; empty: there is none.
         columns: names of the columns of images and of captions, as in `open_source`; None: detected.
         group: field whose equal values keep samples in the same split; see `Records.values`.
+        start_range: value range of the weights from which the run starts, which is used if `image_range` is None; None:
+            the weights have none, or there are no such weights.
 
     Raises:
-        UserError: the source does not exist, cannot be used, or is not the source of the existing run.
+        UserError: the source does not exist, cannot be used, is not the source of the existing run, or its values do
+            not suit `start_range`.
     """
     folder = Path(source)
     tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
@@ -90,7 +94,9 @@ def find_shards(
             "choose a folder outside SOURCE"
         )
     records, notes = _open(source, captions, columns)
-    made = _made(records, source, out, [*notes, *records.notes, *records.ignored.lines()], image_range, group)
+    made = _made(
+        records, source, out, [*notes, *records.notes, *records.ignored.lines()], image_range, group, start_range
+    )
     return replace(made, unlabelled=records.unlabelled)
 
 
@@ -249,7 +255,13 @@ def _samples(shared: dict[str, set[int]]) -> str:
 
 
 def _made(
-    source: Records, name: str, out: Path, notes: list[str], image_range: Range | None, group: str | None
+    source: Records,
+    name: str,
+    out: Path,
+    notes: list[str],
+    image_range: Range | None,
+    group: str | None,
+    start_range: Range | None,
 ) -> Shards:
     """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
     shards were created, all shards are replaced. Raises UserError if a run has already begun with the old shards, or if
@@ -257,7 +269,11 @@ def _made(
     have other modification times."""
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
-    image_range = image_range or range_of([kind for part in parts for kind in part.kinds])
+    kinds = [kind for part in parts for kind in part.kinds]
+    if image_range is None and start_range is not None:
+        require_similar_values(kinds, start_range)  # before the values are converted to 8 bits
+        image_range = start_range
+    image_range = image_range or range_of(kinds)
     settings = _settings(source, image_range, group)
     now = manifest_of(source, settings)
     if before is None:

@@ -31,7 +31,7 @@ from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
 from m3ae_fast.pretraining import SEVERAL_RANKS
-from m3ae_fast.pretraining.automatic_settings import assumed_config, by_setting, check_overrides
+from m3ae_fast.pretraining.automatic_settings import by_setting, check_overrides
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import (
     draw_map,
@@ -184,7 +184,7 @@ def _run_stages(call: _Call, image_range: Range | None, folder: RunFolder) -> Ou
     """Run the stages that are not completed yet, in the locked run folder. `image_range`: value range of the images;
     None: detected. Raises UserError as `pretrain` does."""
     _check_folder(call)
-    config = _kept_config(call, image_range) if call.continues else None
+    config = _kept_config(call) if call.continues else None
     config = config or _chosen_config(call, image_range)
     if config and config.train.probe and (missing := why_no_map()):
         print(f"note: no map of the features will be drawn: {missing}", flush=True)
@@ -248,13 +248,14 @@ def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcom
     print(f"{outcome.report}: curves and figures; {outcome.export}: model for M3AE.from_pretrained")
 
 
-def _kept_config(call: _Call, image_range: Range | None) -> Config | None:
+def _kept_config(call: _Call) -> Config | None:
     """Write the shards that are missing, and return the config that an earlier call has written. If the source has
-    changed before training has begun, the config is removed, and None is returned. `image_range`: value range of the
-    images. Raises UserError if an override is invalid."""
+    changed before training has begun, the config is removed, and None is returned. Raises UserError if an override is
+    invalid."""
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
-    kept = shard_names(call.load_config().data.train)
+    config = call.load_config()
+    kept, image_range = shard_names(config.data.train), config.data.range
     find_shards(call.source, call.out, call.captions, call.val, image_range, kept, call.columns, call.group)
     if not call.continues:
         print(f"note: {call.source} or --group has changed, so the settings are chosen again", flush=True)
@@ -276,9 +277,15 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
     if call.start_from is not None:
         weights = given_weights(call.start_from, call.out, overrides)
         overrides = [*weights.overrides, *overrides]
-        image_range = assumed_config(overrides).model.image_range
     shards = find_shards(
-        call.source, call.out, call.captions, call.val, image_range, columns=call.columns, group=call.group
+        call.source,
+        call.out,
+        call.captions,
+        call.val,
+        image_range,
+        columns=call.columns,
+        group=call.group,
+        start_range=weights.config.image_range if weights.config else None,
     )
     method = choose_recipe(call.recipe, overrides) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None

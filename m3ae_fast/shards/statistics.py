@@ -34,6 +34,7 @@ from m3ae_fast.images.decoding import decode_image, format_of
 from m3ae_fast.images.image_kind import kind_of
 
 _QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # quantiles of a distribution that are shown
+SMALLEST_STD = 1e-4  # minimum standard deviation of a channel
 _LONGEST = 1 << 16  # maximum length of a caption in tokens
 _DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["image_dtype"].annotation)
 _SHOWN = 5  # maximum numbers of labels and of reasons for unreadable samples that are shown
@@ -216,10 +217,10 @@ class Statistics:
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Return `model.image_mean` and `image_std`, in units in which black is 0 and white is 1,
-        rounded to four decimals. A standard deviation below 1e-4 is replaced by 1e-4."""
+        rounded to four decimals. A standard deviation below SMALLEST_STD is replaced by SMALLEST_STD."""
         mean_C, square_C = self.moments_2C / max(1, self.images)
         std_C = (square_C - mean_C**2).clamp_min(0).sqrt()
-        return [round(x, 4) for x in mean_C.tolist()], [round(max(x, 1e-4), 4) for x in std_C.tolist()]
+        return [round(x, 4) for x in mean_C.tolist()], [round(max(x, SMALLEST_STD), 4) for x in std_C.tolist()]
 
     def add(self, image: Tensor) -> None:
         """Count an image, uint8, uint16 or float32 [C, H, W] as returned by `decode_image`."""
