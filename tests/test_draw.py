@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,11 +17,10 @@ from m3ae_fast.drawing.attention import attention_to_patches, shade_patches
 from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.drawing.reconstructions import draw_run
 from m3ae_fast.evaluation.run_figures import head_choice
-from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.weights.open_model import open_model
 from tests.helpers.attention import attend
-from tests.helpers.labelled import NAMES, coloured, labelled_members, labelled_tar, tiny_run
+from tests.helpers.labelled import coloured, labelled_members, labelled_tar, tiny_run
 from tests.helpers.shards import write_tar
 
 SIZES = ModelConfig(
@@ -81,8 +79,7 @@ def test_each_kind_of_figure_is_drawn(run, tmp_path):
     assert main(["reconstructions", str(run), "--pictures", "2"]) == 0
     assert Image.open(run / "reconstructions.png").height == 24 + 2 * (reconstructions.SIDE + reconstructions.GAP)
     assert main(["attention", str(run), "--word", "blue", "--pictures", "2", "--out", str(tmp_path / "a.png")]) == 0
-    assert main(["map", str(run), "--labels", "json.name"]) == 0
-    assert all(Image.open(path).width > 200 for path in (tmp_path / "a.png", run / "map.png"))
+    assert Image.open(tmp_path / "a.png").width > 200
 
 
 def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypatch):
@@ -196,50 +193,18 @@ def test_each_attention_map_belongs_to_the_word_below_it(run, tmp_path, monkeypa
             assert torch.equal(cell.image, shade_patches(row[0].image, weights_L, model.config.patch_size))
 
 
-def test_a_feature_map_shows_each_sample_with_its_class(run, tmp_path, monkeypatch):
-    """Two of the features replace the coordinates of t-SNE."""
-    _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(12)))
-    drawn = []
-    monkeypatch.setattr("m3ae_fast.evaluation.feature_map.draw_map", lambda path, *what: drawn.append(what))
-    chosen = []
-
-    def fit_transform(self, features):
-        chosen.append((self.random_state, self.perplexity))
-        return features[:, :2]
-
-    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", fit_transform)
-    main(["map", str(run), "--labels", "json.name"])
-    assert chosen == [(42, 11 / 3)]  # the seed of the run, and a third of the other samples as perplexity
-    (([panel], labels, classes),) = drawn
-    images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(12)]
-    expected = open_model(str(run), text=False).eval().encode(images)[:, :2]
-    np.testing.assert_allclose(panel.places_N2, expected, atol=2e-2)
-    assert [classes[label] for label in labels] == [NAMES[number % 3] for number in range(12)]
-
-
-@pytest.mark.parametrize("options, device", [([], None), (["--device", "cpu"], "cpu")])
-def test_a_feature_map_is_computed_on_the_device_of_the_command(run, tmp_path, monkeypatch, options, device):
-    _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(12)))
-    devices = []
-    monkeypatch.setattr("m3ae_fast.evaluation.run_figures.draw_feature_map", lambda *what: devices.append(what[-1]))
-    main(["map", str(run), "--labels", "json.name", *options])
-    assert devices == [device]
-
-
 def test_user_errors_are_reported_in_one_line_and_nothing_is_drawn(run, tmp_path):
     _set_held_out_shard(run, labelled_tar(tmp_path / "val.tar", range(3)))
     for (what, *options), message in (
         (["reconstructions", "--ratios", "1.5"], "must be from 0 to 1"),
         (["attention", "--word", "unicorn"], "none of the samples has an image and 'unicorn'"),
-        (["map", "--labels", "json.other"], "3 of 3 samples have no label"),
-        (["map"], "a map requires at least 4"),
     ):
         with pytest.raises(UserError, match=message):
             main([what, str(run), *options, "--out", str(tmp_path / "out.png")])
         assert not (tmp_path / "out.png").exists()
 
 
-@pytest.mark.parametrize("words", ["reconstructions --word dog", "attention --ratios 1", "map --pictures 3"])
+@pytest.mark.parametrize("words", ["reconstructions --word dog", "attention --ratios 1"])
 def test_options_that_would_be_ignored_are_refused(words):
     what, *options = words.split()
     with pytest.raises(UserError, match=f"unrecognized arguments: {' '.join(options)}"):

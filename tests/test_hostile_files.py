@@ -26,9 +26,7 @@ from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.evaluation.classifier import read_config
-from m3ae_fast.evaluation.fill_in import make_sample
 from m3ae_fast.evaluation.run_report import read_results
-from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import read_pretrained
 from m3ae_fast.shards.output_claim import claimed
 from m3ae_fast.shards.sources.hdf5 import Hdf5
@@ -443,7 +441,6 @@ READERS = {
     "model.pkl": lambda path: read_source(str(path), ViTOptions()),
     "golden.npz": Golden.load,
     "data.hdf5": Hdf5,
-    "photo.jpg": lambda path: make_sample(M3AE(parse(Config, TINY, "").model), path, "", 0.5, 0),
 }
 
 

@@ -80,7 +80,7 @@ def test_help_of_every_program_and_its_commands_does_not_import_torch():
     assert {*modules} <= shown
     tools = ("make", "index", "stats", "manifest", "tokenizer")
     assert {f"m3ae-fast shards {tool}" for tool in tools} <= shown
-    assert {f"m3ae-fast draw {what}" for what in ("reconstructions", "attention", "map", "fill")} <= shown
+    assert {f"m3ae-fast draw {what}" for what in ("reconstructions", "attention")} <= shown
     assert {f"m3ae-fast evaluate {task}" for task in (*TASKS, "difference")} <= shown
     assert tuple(probes.PROBES) == PROBE_NAMES  # the names are known without importing torch
 

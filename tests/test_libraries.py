@@ -56,8 +56,6 @@ CASES = [
     ("onnxruntime", "export run --out out.onnx --format onnx", "--format onnx"),
     ("timm", "export run --out out.onnx --format onnx", "--format onnx"),
     ("msgpack", "convert vqgan.msgpack --out out", "vqgan.msgpack"),
-    ("sklearn", "draw map run", "a map"),
-    ("scipy", "draw map run", "a map"),
 ]
 
 

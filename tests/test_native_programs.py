@@ -152,12 +152,6 @@ def test_figures_keep_the_aspect_ratio(run, shards, tmp_path):
         out = tmp_path / f"{number}.png"
         arguments = [kind, str(run), *options, "--val", shards[1], "--pictures", "3", "--out", str(out)]
         assert draw.main(arguments) == 0 and Image.open(out).width > 200
-    picture = tmp_path / "wide.png"
-    Image.new("RGB", (64, 16), "red").save(picture)
-    filled = tmp_path / "filled.png"
-    assert draw.main(["fill", str(run), str(picture), "a [MASK]", "--visible", "0.5", "--out", str(filled)]) == 0
-    column = np.asarray(Image.open(filled))[24:184, 8:168]  # the original: a band in the middle, a quarter as high
-    assert np.flatnonzero((column == (255, 0, 0)).all(2).all(1)).tolist() == list(range(60, 100))
     wide = torch.zeros(3, 8, 32, dtype=torch.uint8)
     assert box_in(wide, 128) == (0, 48, 128, 32)
     rows = np.flatnonzero(np.asarray(shown(wide, 128)).sum((1, 2)) == 0)

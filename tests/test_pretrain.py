@@ -25,7 +25,6 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from m3ae_fast import checkpoint, pretrain
@@ -41,7 +40,6 @@ from m3ae_fast.data.manifest import write as write_manifest
 from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.baselines import UNTRAINED
-from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.pretraining import automatic_settings, final_evaluation, size_and_length, source_shards, stages
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
@@ -64,7 +62,7 @@ from m3ae_fast.training.run_lock import LOCK_FILE
 from m3ae_fast.training.run_state import status
 from m3ae_fast.training.throughput_estimate import StepTime, ThroughputEstimate
 from tests.helpers.checkpoints import save
-from tests.helpers.labelled import labelled_tar, tiny_run
+from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import environment
 from tests.helpers.shards import members, picture, write_tar
 from tests.helpers.trainer import SHORT, TINY
@@ -83,34 +81,6 @@ def make_pictures(folder, each=20, captions=True):
             if captions:
                 (folder / name / f"{i}.txt").write_text(f"a {name} picture number {i}")
     return folder
-
-
-def test_the_feature_map_is_written_to_the_run_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda self, features: features[:, :2])
-    monkeypatch.setattr(final_evaluation, "_ON_A_MAP", 10)
-    run, val = tiny_run(tmp_path / "run"), labelled_tar(tmp_path / "val.tar", range(12))
-    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-
-    def draw(labels):
-        data = {"train": [{"shards": str(tmp_path / "train.tar")}]}  # no code reads it
-        probe = {"train": {"steps": 1, "probe": data | {"val": [{"shards": val}], "labels": labels}}}
-        final_evaluation.draw_map(
-            Config.model_validate({"run": {"dir": str(run)}, "data": data, **probe}, strict=False)
-        )
-
-    draw("json.other")
-    assert "note: no map of the features: " in capsys.readouterr().out and not (run / "map.png").exists()
-    draw("json.name")
-    assert "10 samples" in capsys.readouterr().out
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    (shown,) = events.Images("map")
-    assert shown.step == 1
-    with Image.open(run / "map.png") as drawn, Image.open(BytesIO(shown.encoded_image_string)) as logged:
-        assert np.array_equal(drawn.convert("RGB"), logged.convert("RGB"))
-    write_report(run, run / "report.html")
-    assert "<summary>Map</summary>" in (run / "report.html").read_text()
-    draw("json.name")
-    assert not capsys.readouterr().out
 
 
 STOPS = """
@@ -260,14 +230,12 @@ def test_results_are_computed_from_the_last_checkpoint(tmp_path, monkeypatch):
     given = {"data": {"train": shards}, "train": {"steps": 9, "probe": {"train": shards, "val": shards}}}
     config = Config.model_validate({"run": {"dir": str(run)}, **given}, strict=False)
     first = final_evaluation.evaluate_run(config)
-    (run / "map.png").touch()
     assert final_evaluation.evaluate_run(config) == first and measured == ["knn", "logistic"]
-    assert (run / "map.png").exists()
     (run / "results/logistic/old").touch()
     info = checkpoint.read_info(checkpoint.locate(run))
     save(run, {"model/a": torch.zeros(1)}, replace(info, step=2))
     assert final_evaluation.evaluate_run(config)["logistic"][final_evaluation.RUN] == result(4)
-    assert not (run / "map.png").exists() and not (run / "results/logistic/old").exists()
+    assert not (run / "results/logistic/old").exists()
     for text in ("", "[]", "{}", '{"top1": "x"}'):
         (run / "results/knn/result.json").write_text(text)
         with pytest.raises(UserError, match=r"result.json: is damaged \(.*\); remove .*/knn to repeat the evaluation"):

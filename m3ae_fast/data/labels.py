@@ -238,21 +238,6 @@ def select_labelled(source: Source, ids: np.ndarray) -> Source:
     return replace(source, shards=shards, modalities=modalities, labels=ids[ids != LEFT_OUT])
 
 
-def keep_classes(corpus: Corpus, classes: Classes, names: Sequence[str]) -> tuple[Corpus, Classes]:
-    """Return the samples of the classes with these `names` (or integer labels as text), and the classes; ids are in the
-    order of `names`. Raises UserError if a class has no sample, a name is repeated, or there is only one name."""
-    ids = {str(label): number for number, label in enumerate(classes)}
-    if unknown := [name for name in names if name not in ids]:
-        raise UserError(f"no sample has the class {unknown[0]!r}; the classes are {', '.join(list(ids)[:20])}")
-    if len(set(names)) < max(len(names), 2):
-        raise UserError(f"classes {', '.join(names)}: specify at least two classes, and each class only once")
-    new = np.full(len(classes), LEFT_OUT)
-    new[[ids[name] for name in names]] = np.arange(len(names))
-    sources = [select_labelled(source, new[source.labels]) for source in corpus.sources]
-    kept = [source for source in sources if source.shards]
-    return replace(corpus, sources=kept), [classes[ids[name]] for name in names]
-
-
 def _read_shard(
     shard: IndexedShard, store: ShardStore, field: str, parse: Callable[[bytes, str, str], T]
 ) -> list[T | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, check_tokenizer, load_tokenizer
@@ -61,12 +60,6 @@ def open_image_tokenizer(config: DataConfig, model: ModelConfig) -> VQGAN | None
     the model."""
     if model.image_targets == "pixels" or config.image_tokenizer is None:
         return None
-    return load_image_tokenizer(config.image_tokenizer, model, "data.image_tokenizer")
-
-
-def load_image_tokenizer(folder: str | Path, model: ModelConfig, label: str) -> VQGAN:
-    """Load the VQGAN whose codes a model predicts. `label`: beginning of error messages. Raises UserError if the VQGAN
-    is missing or does not fit the model."""
-    vqgan = VQGAN.from_pretrained(folder)
-    vqgan.check_fits(model.patch_size, model.codebook_size, f"{label} {folder}")
+    vqgan = VQGAN.from_pretrained(config.image_tokenizer)
+    vqgan.check_fits(model.patch_size, model.codebook_size, f"data.image_tokenizer {config.image_tokenizer}")
     return vqgan

@@ -241,36 +241,6 @@ def draw_detection(path: Path, inside: Mapping[str, np.ndarray], outside: Mappin
     _save(figure, path)
 
 
-class MapPanel(NamedTuple):
-    """A panel of a map. All panels of a map show the same samples."""
-
-    title: str
-    places_N2: np.ndarray  # float: positions of the samples in the panel
-    caption: str = ""
-
-
-def draw_map(path: Path, panels: Sequence[MapPanel], labels_N: np.ndarray, classes: Sequence[int | str]) -> None:
-    """Write a PNG with a scatter plot for each of `panels`, coloured by class. `labels_N`: class ids, int [N]."""
-    from matplotlib import colormaps
-
-    figure, all_axes = _figure(2 + 6 * len(panels), 6, len(panels))
-    palette = "tab10" if len(classes) <= 10 else "tab20" if len(classes) <= 20 else "gist_ncar"
-    colours = colormaps[palette].resampled(len(classes))
-    for axes, panel in zip(all_axes, panels):
-        marks = []
-        for number, name in enumerate(classes):
-            x, y = panel.places_N2[labels_N == number].T
-            marks.append(axes.scatter(x, y, 9, color=colours(number), linewidths=0, label=str(name)))
-        axes.set(xticks=[], yticks=[], title=panel.title, xlabel=panel.caption)
-    figure.suptitle("t-SNE of the features. Each point is a sample, coloured by its class.", fontsize=10)
-    if len(classes) <= _MOST_NAMES:
-        place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-        legend = all_axes[-1].legend(marks, [""] * len(marks), fontsize=7, frameon=False, markerscale=2, **place)
-        for text, name in zip(legend.get_texts(), classes):  # Matplotlib omits labels that begin with _
-            text.set_text(str(name)[:24])
-    _save(figure, path)
-
-
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Figures of a run's samples: reconstructions, attention, and maps of features."""
+"""Figures of a run's samples: reconstructions and attention."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from m3ae_fast import checkpoint
-from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
-from m3ae_fast.data.labels import class_names, keep_classes, label_corpus
 from m3ae_fast.data.untrusted_sources import require_harmless
 from m3ae_fast.drawing.attention import HeadChoice, draw_attention, draw_patch_attention
 from m3ae_fast.drawing.reconstructions import draw_run
-from m3ae_fast.evaluation.feature_map import draw_feature_map
-from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.weights.open_model import open_model
 
 PICTURES = 12  # default number of samples in a figure
@@ -110,54 +105,12 @@ def attention(
     return path
 
 
-def feature_map(
-    runs: str | Path | Sequence[str | Path],
-    out: str | Path | None = None,
-    *,
-    labels: str = "cls",
-    classes: Sequence[str] | None = None,
-    samples: int | None = None,
-    shards: Sequence[str] = (),
-    trust: bool = False,
-    device: Device | None = None,
-) -> Path:
-    """Plot t-SNE maps of the features of labelled samples, one for each run, and return the path of the figure.
-
-    Args:
-        runs: one or several runs; the samples are those of the first one.
-        out: .png file to write; None: map.png in the first run.
-        labels: source of the labels: "cls", or "json." and the name of a field.
-        classes: classes that are shown; None: all classes.
-        samples: maximum number of samples on a map; None: all samples.
-        shards, trust: as in `reconstructions`.
-        device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
-
-    Raises:
-        UserError: there is no checkpoint, fewer than 4 samples have a class, or scikit-learn is missing.
-    """
-    if samples is not None and samples < 4:
-        raise UserError(f"--samples {samples}: a map requires at least 4")
-    require_libraries(MAP_NEEDS)
-    names = [runs] if isinstance(runs, str | Path) else list(runs)
-    source = _open(names[0], shards, trust, images=True)
-    labelled, found = label_corpus(source.corpus, labels, gaps=True, progress=True)
-    if classes is not None:
-        labelled, found = keep_classes(labelled, found, list(classes))
-    path, config = _path(names[0], out, "map"), source.config
-    shown = class_names(labelled, found)
-    models = [str(name) for name in names]
-    draw_feature_map(path, models, labelled, shown, config.data, config.run.seed, samples, device)
-    return path
-
-
-def _open(run: str | Path, shards: Sequence[str], trust: bool, images: bool = False) -> _Source:
-    """Open a run's checkpoint and its samples, or the samples in `shards`. `images`: whether to use only the images of
-    samples. Raises UserError if opening the samples requires `trust`."""
+def _open(run: str | Path, shards: Sequence[str], trust: bool) -> _Source:
+    """Open a run's checkpoint and its samples, or the samples in `shards`. Raises UserError if opening the samples
+    requires `trust`."""
     path = checkpoint.locate(Path(run))
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
     sources, store = _shown(config, shards, trust, f"checkpoint {path}")
-    if images:
-        sources = [source.model_copy(update={"modality": "image", "caption_fraction": 1.0}) for source in sources]
     return _Source(path, config, open_corpus(sources, store, progress=True))
 
 

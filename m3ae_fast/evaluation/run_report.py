@@ -67,7 +67,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
         parts += [_results_table(found), *_verdicts(found), *_per_class(found)]
     parts.append(_numbers(runs[str(run)], info))
     parts.append(_section("Curves", _charts(LEARNING, runs), is_open=True))
-    for kind in ("reconstructions", "attention", "map"):
+    for kind in ("reconstructions", "attention"):
         if png := _png(run / f"{kind}.png"):
             parts.append(_section(kind.capitalize(), _about(kind, info) + _image(png, "wide"), is_open=True))
     for path, result in found:

@@ -19,7 +19,7 @@ from m3ae_fast.config.evaluation import Pool
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
 DRAWS = 5  # default number of draws for each number of shots
-MAP_NEEDS = dict.fromkeys(("sklearn", "scipy"), "a map")  # libraries that a map requires
+
 PROBE_NAMES = ("knn", "logistic", "linear", "attentive")  # probes that `compare` can use
 MOST_SEEDS = 100
 POOLS: tuple[Pool, ...] = get_args(Pool)

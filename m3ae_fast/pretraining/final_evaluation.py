@@ -14,7 +14,6 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.config import Config, SourceConfig
@@ -22,17 +21,13 @@ from m3ae_fast.evaluation.baselines import BASELINES, LARGEST, differences
 from m3ae_fast.evaluation.compare import with_error
 from m3ae_fast.evaluation.difference import in_words
 from m3ae_fast.evaluation.job import RESULT_FILE
-from m3ae_fast.evaluation.run_figures import feature_map
 from m3ae_fast.evaluation.task_runner import evaluate
-from m3ae_fast.evaluation.tasks import MAP_NEEDS
 from m3ae_fast.pretraining import RESUME_NOTE
 from m3ae_fast.process.how_to_resume import resumed_by
 from m3ae_fast.process.session import Session, joined_program
-from m3ae_fast.training.loggers import show
 
 _TASKS = {"knn": "k-NN", "logistic": "logistic regression"}
-_ON_A_MAP = 2000  # number of samples on the map; t-SNE takes half a minute for this number
-RESULTS, MAP = "results", "map.png"  # a folder and a file in the run folder
+RESULTS = "results"  # a folder in the run folder
 _MEASURED = "measured"  # file in the folder of the results that identifies the evaluated checkpoint
 RUN = "this run"
 STARTED = "its initial weights"
@@ -99,7 +94,7 @@ def _result(path: Path) -> dict[str, Any]:
 
 
 def _forget_other_weights(run: Path) -> None:
-    """Remove the results and the map if they do not belong to the run's last checkpoint."""
+    """Remove the results if they do not belong to the run's last checkpoint."""
     mark = run / RESULTS / _MEASURED
     now = sha256(checkpoint.locate(run) / checkpoint.INFO_FILE) + "\n"  # the file contains the checksums of the weights
     try:
@@ -107,34 +102,9 @@ def _forget_other_weights(run: Path) -> None:
             return
         if mark.parent.exists():
             shutil.rmtree(mark.parent)
-        (run / MAP).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{error.filename or mark.parent}: cannot be replaced ({error.strerror or error})") from None
     write_text_atomically(mark, now)
-
-
-def why_no_map() -> str:
-    """Return the reason why no map of the features can be plotted on this machine; "" if it can be plotted."""
-    try:
-        require_libraries(MAP_NEEDS)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def draw_map(config: Config, device: Device | None = None) -> None:
-    """Plot a map of the held-out samples' features to the run folder and add it to the run's loggers, unless the map
-    already exists. If that is not possible, print the reason."""
-    probe, run = config.train.probe, config.run.dir
-    assert probe is not None
-    path = run / MAP
-    if path.exists():
-        return
-    try:
-        feature_map(run, path, labels=probe.labels, samples=_ON_A_MAP, shards=shard_names(probe.val), device=device)
-        show(run, config.run.loggers, checkpoint.step_of(checkpoint.locate(run)), "map", path)
-    except UserError as error:
-        print(f"note: no map of the features: {error}", flush=True)
 
 
 def shard_names(sources: list[SourceConfig]) -> list[str]:

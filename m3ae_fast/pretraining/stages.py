@@ -34,13 +34,11 @@ from m3ae_fast.pretraining import SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import by_setting, check_overrides
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import (
-    draw_map,
     evaluate_run,
     shard_names,
     stage,
     table,
     verdicts,
-    why_no_map,
 )
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.recipes import ChosenRecipe, Recipe, check_recipe, choose_recipe
@@ -186,8 +184,6 @@ def _run_stages(call: _Call, image_range: Range | None, folder: RunFolder) -> Ou
     _check_folder(call)
     config = _kept_config(call) if call.continues else None
     config = config or _chosen_config(call, image_range)
-    if config and config.train.probe and (missing := why_no_map()):
-        print(f"note: no map of the features will be drawn: {missing}", flush=True)
     outcome = Outcome(call.out, False, call.out / EXPORT, call.out / REPORT_FILE, {})
     device = call.device
     if call.dry_run or config is None:
@@ -202,7 +198,7 @@ def _run_stages(call: _Call, image_range: Range | None, folder: RunFolder) -> Ou
     results = evaluate_run(config, device) if config.train.probe else {}
     if results is None:
         return outcome
-    _present(config, results, outcome, device)
+    _present(results, outcome)
     return outcome._replace(finished=True, results=results)
 
 
@@ -233,16 +229,14 @@ def _check_folder(call: _Call) -> None:
         raise UserError(f"--dry-run: {call.out} contains a run, whose settings are kept; choose another --out")
 
 
-def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcome, device: Device | None) -> None:
-    """Print the summary of the run and the results of the evaluations, draw the map of the features, and write the
-    report and the export."""
+def _present(results: dict[str, dict[str, Any]], outcome: Outcome) -> None:
+    """Print the summary of the run and the results of the evaluations, and write the report and the export."""
     words, unusual = summary(outcome.run, read_metrics(outcome.run))
     print(words)
     for name, what, suggestion in unusual:
         print(f"warning: {name}: {what}; to try: {suggestion}")
     if results:
         print("\n".join([*table(results), *verdicts(outcome.run, results)]))
-        draw_map(config, device)
     write_report(outcome.run, outcome.report)
     write_export(outcome.run, outcome.export)
     print(f"{outcome.report}: curves and figures; {outcome.export}: model for M3AE.from_pretrained")

@@ -4,7 +4,6 @@ RANDOM = "random:"  # prefix of a model name for the same network with random we
 PIXELS, HISTOGRAM, HOG = "pixels", "histogram", "hog"
 # display names of the features that are computed from the images without a network, by name on the command line
 IMAGE_FEATURES = {PIXELS: "downscaled pixels", HISTOGRAM: "colour histogram", HOG: "HOG"}
-MASK = "[MASK]"  # placeholder for one token of a caption
 MODEL_HELP = (
     "a run folder (its last checkpoint is used, with the averaged weights if train.ema is set), a checkpoint, an "
     "export folder, a name on the Hub, or random:MODEL for the same network with random weights"

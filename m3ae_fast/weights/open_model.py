@@ -33,7 +33,6 @@ class SavedRun:
     config: ModelConfig
     loss: LossConfig
     tokenizer: str | None  # file or name of the tokenizer, as in the run's config
-    image_tokenizer: str | None  # folder of the VQGAN whose codes the model predicts
     ema: float | None  # decay of the moving average of the weights, if the checkpoint contains one
 
 
@@ -58,8 +57,7 @@ def saved_run(run: Path) -> SavedRun:
     where = f"checkpoint {path}"
     config = parse(ModelConfig, info.config.get("model"), where)
     loss = parse(LossConfig, info.config.get("loss") or {}, where)
-    tokenizers = setting("data", "tokenizer"), setting("data", "image_tokenizer")
-    return SavedRun(path, info, config, loss, *tokenizers, setting("train", "ema"))
+    return SavedRun(path, info, config, loss, setting("data", "tokenizer"), setting("train", "ema"))
 
 
 def run_weights(run: SavedRun, *, average: bool = True) -> Pretrained:

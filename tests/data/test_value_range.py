@@ -5,14 +5,13 @@ import io
 import numpy as np
 import pytest
 import torch
+from m3ae_fast.cli.export import main as export
 from PIL import Image
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.cli import draw
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main as transfer
-from m3ae_fast.cli.export import main as export
 from m3ae_fast.cli.shards import main as data_tools
 from m3ae_fast.config import Config, load_config, parse
 from m3ae_fast.images.decoding import decode_image
@@ -112,17 +111,6 @@ def test_features_and_evaluations_use_the_value_range(tmp_path, shards, remember
     if not remembered:
         with pytest.raises(UserError, match=r"8 of 8 samples cannot be used.*set data\.range"):
             features.main([run, shards[0], "--out", str(tmp_path / "none.npz"), "--set", "data.workers=0"])
-
-
-def test_the_fill_command_accepts_a_value_range(tmp_path, levels, capsys):
-    run, photo = str(tiny_run(tmp_path / "run")), tmp_path / "deep.png"
-    photo.write_bytes(png(levels[0].astype(int) + LOW, 16, 0))
-    with pytest.raises(UserError, match=r"deep\.png: the image has unsigned 16-bit values: .* --range 0,4095"):
-        draw.main(["fill", run, str(photo), "a [MASK]"])
-    assert draw.main(["fill", run, str(photo), "a [MASK]", "--range", f"{LOW},{HIGH}"]) == 0
-    for wrong in ("9,3", "1", "a,b", "nan,3", "0,inf"):
-        with pytest.raises(UserError, match="must be dtype, or two values LOW,HIGH"):
-            draw.main(["fill", run, str(photo), "a [MASK]", "--range", wrong])
 
 
 def test_shards_can_be_made_with_a_value_range(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.data.labels import class_names, keep_classes, label_corpus, read_labels
+from m3ae_fast.data.labels import class_names, label_corpus, read_labels
 from m3ae_fast.data.reader import Reader
 from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.shards import write_tar
@@ -46,8 +46,6 @@ def test_figures_show_class_names(tmp_path, opened):
     assert class_names(*corpus("some", {0: "cat", 3: "cat", 5: "emu"})) == ["cat", "1", "emu"]
     assert class_names(*corpus("two", {0: "cat", 3: "dog"})) == ["0", "1", "2"]  # a name of two labels says nothing
     assert class_names(*label_corpus(opened((range(4),)), "json.name")) == ["blue", "green", "red"]
-    labelled, classes = corpus("chosen", {0: "cat", 2: "emu"})
-    assert class_names(*keep_classes(labelled, classes, ["2", "0"])) == ["emu", "cat"]
     (tmp_path / "classes.json").write_text('["a", "b", "c"]')
     assert class_names(*corpus("listed", {0: "cat"})) == ["a", "b", "c"]
     (tmp_path / "classes.json").write_text("[broken")

@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from m3ae_fast.drawing.figures import MapPanel, draw_confusion, draw_map
+from m3ae_fast.drawing.figures import draw_confusion
 from m3ae_fast.evaluation import class_metrics, job, knn, labelled_task, ood
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import labelled_members
@@ -43,9 +42,6 @@ def texts(monkeypatch):
 
 def test_class_names_with_special_characters_are_drawn_literally(tmp_path, texts):
     labels_N = torch.arange(6) % 3
-    draw_map(tmp_path / "map.png", [MapPanel("", np.random.RandomState(0).rand(6, 2))], labels_N.numpy(), ODD)
-    assert set(ODD) <= set(texts)
-    texts.clear()
     draw_confusion(tmp_path / "confusion.png", labels_N, labels_N, ODD)
     assert set(ODD) <= set(texts)
 
