@@ -1,4 +1,4 @@
-"""Features of images, computed without torch by the ONNX file of `m3ae-fast export RUN --out encoder.onnx --format
+"""Features of images, computed without torch by the ONNX file of `m3ae-fast convert RUN --out encoder.onnx --format
 onnx`.
 
 python examples/onnx_features.py encoder.onnx A.jpg B.jpg        prints the cosine similarity of the two images

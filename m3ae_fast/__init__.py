@@ -11,7 +11,6 @@ from m3ae_fast.base.memory import refuse_too_few_addresses, shown_in_one_line
 if TYPE_CHECKING:
     from m3ae_fast import shards as shards
     from m3ae_fast.base.errors import UserError
-    from m3ae_fast.evaluation.checked_export import export
     from m3ae_fast.evaluation.embedding import embed
     from m3ae_fast.evaluation.task_runner import evaluate
     from m3ae_fast.model.m3ae import M3AE
@@ -27,7 +26,6 @@ __all__ = [
     "convert",
     "embed",
     "evaluate",
-    "export",
     "load_model",
     "pretrain",
     "train",
@@ -39,7 +37,6 @@ _MODULES = {
     "convert": "m3ae_fast.weights.converting",
     "embed": "m3ae_fast.evaluation.embedding",
     "evaluate": "m3ae_fast.evaluation.task_runner",
-    "export": "m3ae_fast.evaluation.checked_export",
     "load_model": "m3ae_fast.weights.open_model",
     "pretrain": "m3ae_fast.pretraining.stages",
 }

@@ -15,8 +15,7 @@ COMMANDS = {
     "embed": "write the features of shards or of a folder of images as .npz or .parquet",
     "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, out-of-distribution, ...",
     "draw": "draw reconstructions, attention maps and feature maps; fill in masked words and patches",
-    "convert": "convert weights: official M3AE and MAE checkpoints, timm models, runs",
-    "export": "export the weights of a run: safetensors with config.json, timm or ONNX",
+    "convert": "write the weights of a run, of official M3AE or MAE, or of timm as a folder, for timm, or as ONNX",
     "report": "write the curves, figures and results of a run to a single page, report.html",
     "status": "print whether a run is finished, stopped, running or failed, and at which step",
 }

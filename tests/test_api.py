@@ -39,7 +39,7 @@ def images(tmp_path_factory):
 def test_a_model_is_loaded_from_a_run_an_export_and_with_random_weights(run, tmp_path):
     model = m3ae_fast.load_model(run)
     assert isinstance(model, M3AE) and not model.training
-    m3ae_fast.export(run, tmp_path / "out")
+    m3ae_fast.convert(run, tmp_path / "out")
     exported, untrained = m3ae_fast.load_model(tmp_path / "out"), m3ae_fast.load_model(f"random:{run}", seed=3)
     same, other = ([*each.state_dict().values()] for each in (exported, untrained))
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same))
@@ -337,9 +337,9 @@ def test_shards_are_not_made_with_0_workers(images, tmp_path):
         ({"weights": "ema"}, "--weights ema: must be one of average, last"),
     ],
 )
-def test_an_export_with_an_unknown_format_or_kind_of_weights_is_refused(run, tmp_path, options, message):
+def test_a_conversion_with_an_unknown_format_or_kind_of_weights_is_refused(run, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
-        m3ae_fast.export(run, tmp_path / "out", **options)
+        m3ae_fast.convert(run, tmp_path / "out", **options)
     assert not any(tmp_path.iterdir())
 
 

@@ -27,7 +27,7 @@ from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.engine.schedule import Change
 from m3ae_fast.process import agreement
 from m3ae_fast.training.trainer import Trainer
-from m3ae_fast.weights.exporting import write_export
+from m3ae_fast.weights.converting import convert
 from m3ae_fast.weights.open_model import SavedRun, run_weights
 from tests.helpers import threads
 from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
@@ -136,7 +136,7 @@ def test_the_export_of_a_run_does_not_depend_on_its_number_of_ranks(tmp_path):
     for ranks in (1, 3):
         torch.manual_seed(0)
         run = tiny_run(tmp_path / str(ranks), ranks=ranks)
-        write_export(run, tmp_path / f"out-{ranks}")
+        convert(run, tmp_path / f"out-{ranks}")
     one, three = (load_file(tmp_path / f"out-{ranks}/model.safetensors") for ranks in (1, 3))
     assert one.keys() == three.keys() and all(torch.equal(three[name], tensor) for name, tensor in one.items())
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from m3ae_fast import checkpoint
+from m3ae_fast.cli.convert import main as convert
 from m3ae_fast.cli.draw import main as draw
-from m3ae_fast.cli.export import main as export
 from m3ae_fast.engine.optimizer import EMA, track_ema
 from m3ae_fast.evaluation import run_figures
 from m3ae_fast.training import pretraining_task
@@ -81,10 +81,10 @@ def test_exports_and_evaluations_use_the_averaged_weights(trainer, capsys, monke
     """The figures of the run are an exception: they show the weights whose losses are logged."""
     trainer("run", *zero(None), *OPTIONS)
     run, average = trainer.folder / "run", _average(trainer, "run", 6)
-    assert export([str(run), "--out", str(trainer.folder / "out")]) == 0
+    assert convert([str(run), "--out", str(trainer.folder / "out")]) == 0
     assert "the average of its weights (train.ema 0.7)" in capsys.readouterr().out
     assert "moving average with decay 0.7" in (trainer.folder / "out/README.md").read_text()
-    assert export([str(run), "--out", str(trainer.folder / "last"), "--weights", "last"]) == 0
+    assert convert([str(run), "--out", str(trainer.folder / "last"), "--weights", "last"]) == 0
     for model, kind in ((str(run), "ema"), (trainer.folder / "out", "ema"), (trainer.folder / "last", "model")):
         weights = open_model(str(model), text=False).state_dict()
         assert torch.equal(weights["text_head.weight"], average[f"{kind}/text_head.weight"])

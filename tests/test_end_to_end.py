@@ -13,7 +13,7 @@ from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli import draw
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.weights.exporting import write_export
+from m3ae_fast.weights.converting import convert
 from tests.helpers.labelled import tiny_run
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def test_a_run_is_trained_exported_and_loaded(trainer):
     with Image.open(run / "reconstructions.png") as picture:
         assert picture.width > 3 * 160 and np.asarray(picture).std() > 10
 
-    assert write_export(run, trainer.folder / "out").kind.endswith("step-00000040")
+    assert convert(run, trainer.folder / "out").kind.endswith("step-00000040")
     model = M3AE.from_pretrained(trainer.folder / "out")
     assert len({path.stat().st_mode for path in (trainer.folder / "out").iterdir()}) == 1
     features = model.representation(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([[1, 2, 3]] * 2))
@@ -54,7 +54,7 @@ def test_runs_of_every_zero_stage_export_the_same_model(trainer):
     for stage in (0, 3):
         section = json.dumps({"zero_optimization": {"stage": stage}})
         trainer(f"stage-{stage}", "--set", f"deepspeed={section}")
-        write_export(trainer.folder / f"stage-{stage}", trainer.folder / f"out-{stage}")
+        convert(trainer.folder / f"stage-{stage}", trainer.folder / f"out-{stage}")
     one, other = (M3AE.from_pretrained(trainer.folder / f"out-{stage}").state_dict() for stage in (0, 3))
     # the gradient of the keys' bias is rounding error, which Adam amplifies
     for name in one.keys() - {n for n in one if n.endswith("qkv.bias")}:
@@ -70,15 +70,15 @@ def test_figures_that_cannot_be_written_are_reported(tmp_path, monkeypatch, caps
     assert len(lines) == 1 and lines[0].startswith("error: ")
 
 
-def test_export_refuses_invalid_arguments(tmp_path):
-    with pytest.raises(UserError, match="neither a checkpoint nor a run"):
-        write_export(tmp_path, tmp_path / "out")
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(UserError, match="neither checkpoints nor an exported model"):
+        convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="not an exported M3AE"):
         M3AE.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("module", ["verify", "export", "convert", "draw", "train", "shards"])
+@pytest.mark.parametrize("module", ["verify", "convert", "draw", "train", "shards"])
 def test_help_is_printed_for_every_program(module, capsys):
     program = import_module(MODULES[module])
     with pytest.raises(SystemExit, match="0"):

@@ -52,9 +52,8 @@ CASES = [
     ("datasets", "shards make owner/name --out out", "a Hugging Face dataset"),
     ("h5py", "shards make a.hdf5 --out out", "a.hdf5"),
     ("obstore", "shards index s3://bucket/a.tar", "s3://bucket/a.tar"),
-    ("onnx", "export run --out out.onnx --format onnx --train a.tar --val b.tar", "--format onnx"),
-    ("onnxruntime", "export run --out out.onnx --format onnx", "--format onnx"),
-    ("timm", "export run --out out.onnx --format onnx", "--format onnx"),
+    ("onnx", "convert run --out out.onnx --format onnx", "--format onnx"),
+    ("timm", "convert run --out out.onnx --format onnx", "--format onnx"),
     ("msgpack", "convert vqgan.msgpack --out out", "vqgan.msgpack"),
 ]
 

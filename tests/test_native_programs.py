@@ -12,7 +12,7 @@ from PIL import Image
 
 from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.cli import draw, export
+from m3ae_fast.cli import convert, draw
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.shards import main as data_tools
@@ -163,7 +163,7 @@ def test_figures_keep_the_aspect_ratio(run, shards, tmp_path):
 def test_exports_of_native_models_process_square_images_and_state_this(run, tmp_path, capsys):
     timm = pytest.importorskip("timm")
     model = open_model(str(run), text=False)
-    assert export.main([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
+    assert convert.main([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
     assert "this format accepts only square images of 32 x 32 pixels" in capsys.readouterr().out
     vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     image = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
@@ -171,7 +171,7 @@ def test_exports_of_native_models_process_square_images_and_state_this(run, tmp_
     torch.testing.assert_close(
         vit((image / 255 - mean) / std).detach(), model.encode(image, precision="fp32"), rtol=0, atol=2e-5
     )
-    assert export.main([str(run), "--out", str(tmp_path / "own")]) == 0
+    assert convert.main([str(run), "--out", str(tmp_path / "own")]) == 0
     assert "images of any aspect ratio" in (tmp_path / "own/README.md").read_text()
     assert open_model(str(tmp_path / "own"), text=False).config.resize == "native"
 

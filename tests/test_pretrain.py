@@ -32,7 +32,7 @@ from m3ae_fast import shards as shard_commands
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.base.hardware import fast_precision
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.cli import draw, export
+from m3ae_fast.cli import convert, draw
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import Config, KnnProbeConfig, load_config, parse
 from m3ae_fast.data.manifest import rows_of
@@ -99,7 +99,7 @@ STAGES = {
     "measuring": (size_and_length, "measure"),
     "training": (Trainer, "log_step"), "end of training": (PretrainingTask, "conclude"),
     "k-NN": (knn, "run"), "logistic regression": (logistic, "fit_chosen"),
-    "report": (stages, "write_report"), "export": (stages, "write_export"),
+    "report": (stages, "write_report"), "export": (stages, "convert"),
 }
 HEEDED = ("training", "end of training")  # by what is going on
 
@@ -183,7 +183,7 @@ def test_a_moved_run_folder_remains_complete(tmp_path, monkeypatch, capsys):
     (tmp_path / "run/shards").mkdir(parents=True)
     assert draw.main(["reconstructions", "moved", "--out", "drawn.png"]) == 0
     monkeypatch.chdir(tmp_path / "moved")
-    assert export.main(["../moved", "--out", "out"]) == 0
+    assert convert.main(["../moved", "--out", "out"]) == 0
     assert "left out" not in capsys.readouterr().out and Path("out/tokenizer.json").exists()
     assert pretrain(photos, ".", overrides=["train.steps=2"]).finished
     assert checkpoint.locate(Path()).name == "step-00000002" and os.listdir(tmp_path / "run") == ["shards"]

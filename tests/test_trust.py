@@ -8,8 +8,7 @@ import torch
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.cli import convert as convert_main
-from m3ae_fast.cli import draw, export, report
+from m3ae_fast.cli import convert, draw, report
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli import evaluate as transfer_main
 from m3ae_fast.data import ShardStore
@@ -110,9 +109,8 @@ def test_an_untrusted_run_cannot_turn_a_folder_into_a_cache(tmp_path, shards):
 
 
 COMMANDS = {
-    "export": lambda run, shards, out: export.main([run, "--out", f"{out}/model"]),
-    "export timm": lambda run, shards, out: export.main([run, "--out", f"{out}/model", "--format", "timm"]),
-    "convert": lambda run, shards, out: convert_main.main([run, "--out", f"{out}/model"]),
+    "convert timm": lambda run, shards, out: convert.main([run, "--out", f"{out}/model", "--format", "timm"]),
+    "convert": lambda run, shards, out: convert.main([run, "--out", f"{out}/model"]),
     "features": lambda run, shards, out: features.main(
         [run, shards, "--out", f"{out}/a.npz", "--set", "data.workers=0"]
     ),

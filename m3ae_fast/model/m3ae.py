@@ -242,7 +242,7 @@ class M3AE(MultimodalEncoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> M3AE:
-        """Load a model written by `save_pretrained`, `m3ae-fast export` or `m3ae-fast convert`, from a folder or from
+        """Load a model written by `save_pretrained` or `m3ae-fast convert`, from a folder or from
         the Hugging Face Hub by its name (owner/name).
 
         The `tokenizer` is loaded too if there is one, and so is `loss.norm_pix`; the other settings of the loss have

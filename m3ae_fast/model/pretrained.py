@@ -115,7 +115,7 @@ def read_pretrained(source: str | Path) -> Pretrained:
         data = read_json(folder / CONFIG_FILE)
         state = read_tensors(folder / MODEL_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{source}: is not an exported M3AE ({error}); create one with m3ae-fast export") from None
+        raise UserError(f"{source}: is not an exported M3AE ({error}); create one with m3ae-fast convert") from None
     if isinstance(data, dict) and "architecture" in data:
         raise UserError(f"{source}: is not an exported M3AE but a timm model; convert it with m3ae-fast convert")
     norm_pix = data.pop(_NORM_PIX, None) if isinstance(data, dict) else None

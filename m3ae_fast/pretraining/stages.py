@@ -49,7 +49,7 @@ from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import status
-from m3ae_fast.weights.exporting import write_export
+from m3ae_fast.weights.converting import convert
 
 CONFIG, EXPORT = "config.json", "export"  # names in the run folder
 
@@ -238,7 +238,7 @@ def _present(results: dict[str, dict[str, Any]], outcome: Outcome) -> None:
     if results:
         print("\n".join([*table(results), *verdicts(outcome.run, results)]))
     write_report(outcome.run, outcome.report)
-    write_export(outcome.run, outcome.export)
+    convert(outcome.run, outcome.export)
     print(f"{outcome.report}: curves and figures; {outcome.export}: model for M3AE.from_pretrained")
 
 

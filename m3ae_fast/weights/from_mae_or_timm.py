@@ -128,7 +128,7 @@ def config_of(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, wh
         "num_heads": _heads(options.num_heads, HEADS, width, "--num-heads", where),
         "dec_emb_dim": dec_width,
         "dec_depth": _depth(theirs, "decoder_blocks") or 8,
-        "dec_num_heads": _heads(options.dec_num_heads, _DECODER_HEADS, dec_width, "--dec-num-heads", where),
+        "dec_num_heads": _heads(options.dec_num_heads, _DECODER_HEADS, dec_width, "--num-heads ENCODER DECODER", where),
         "mlp_ratio": theirs["blocks.0.mlp.fc1.weight"].shape[0] / width if "blocks.0.mlp.fc1.weight" in theirs else 4,
         "use_type_embedding": False,
         "image_size": side * patch,

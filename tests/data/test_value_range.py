@@ -5,12 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
-from m3ae_fast.cli.export import main as export
 from PIL import Image
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli import embed as features
+from m3ae_fast.cli.convert import main as convert
 from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.shards import main as data_tools
 from m3ae_fast.config import Config, load_config, parse
@@ -84,7 +84,7 @@ def test_resuming_with_another_value_range_is_refused(tmp_path):
 
 def test_exports_and_encode_use_the_value_range(tmp_path, levels):
     run = tiny_run(tmp_path / "run", image_range=[LOW, HIGH])
-    assert export([str(run), "--out", str(tmp_path / "out")]) == 0
+    assert convert([str(run), "--out", str(tmp_path / "out")]) == 0
     model = M3AE.from_pretrained(tmp_path / "out")
     assert model.config.image_range == (LOW, HIGH)
     deep = [Image.open(io.BytesIO(png(level.astype(int) + LOW, 16, 0))) for level in levels]

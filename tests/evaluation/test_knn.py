@@ -16,7 +16,7 @@ from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.knn import knn_predictions, knn_scores
 from m3ae_fast.evaluation.predictions import best_classes, topk_accuracy
 from m3ae_fast.images.decoding import decode_image
-from m3ae_fast.weights.exporting import write_export
+from m3ae_fast.weights.converting import convert
 from tests.evaluation.conftest import figure_names
 from tests.helpers.labelled import NAMES, coloured, labelled_tar, tiny_run
 
@@ -95,7 +95,7 @@ def test_images_of_three_colours_are_classified_correctly(transfer, run, tmp_pat
     assert figure_names(tmp_path / "out") == ["confusion", "neighbours"]
     untrained = transfer("knn", "--modality", "paired", model=f"random:{run}", out="random")
     assert 0 <= untrained["top1"] <= 1
-    write_export(run, tmp_path / "exported")
+    convert(run, tmp_path / "exported")
     assert transfer("knn", model=tmp_path / "exported", out="export")["top1"] == 1.0
 
 

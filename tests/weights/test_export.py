@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 import m3ae_fast
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import prepare_image
-from m3ae_fast.cli.export import main
+from m3ae_fast.cli.convert import main
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model import M3AE
 from tests.helpers.labelled import tiny_run
@@ -165,10 +165,9 @@ def hub(tmp_path, monkeypatch) -> Hub:
 
 
 def test_a_run_is_uploaded_to_the_hub_and_loaded_from_it(run, tmp_path, hub, capsys):
-    assert main([str(run), "--out", "out", "--push", "me/tiny", "--private"]) == 0
-    assert "uploaded to https://hub/me/tiny" in capsys.readouterr().out and hub.private
-    done = m3ae_fast.export("out", "other", push="me/other", weights="last")
-    assert (done.address, done.check) == ("https://hub/me/other", None) and not hub.private
+    assert main([str(run), "--out", "out", "--push", "me/tiny"]) == 0
+    assert "uploaded to https://hub/me/tiny" in capsys.readouterr().out and not hub.private
+    assert m3ae_fast.convert("out", "other", push="me/other").notes == ("uploaded to https://hub/me/other",)
     assert "# me/tiny" in (tmp_path / "hub/me/tiny/README.md").read_text()
     model = M3AE.from_pretrained("me/tiny")
     assert model.push_to_hub("me/hidden", private=True) == "https://hub/me/hidden" and hub.private

@@ -9,12 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.cli.convert import main as convert
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.model import M3AE
 from m3ae_fast.model.pretrained import ENCODER, Pretrained, check_start, check_weights
 from m3ae_fast.training.initial_weights import start_from
-from m3ae_fast.weights.exporting import write_export
+from m3ae_fast.weights.converting import convert
 from tests.helpers.checkpoints import changes_of
 from tests.helpers.mae import MAE
 from tests.helpers.trainer import TINY, zero
@@ -28,7 +27,7 @@ def lines(trainer, run: str) -> list[dict]:
 def test_a_run_is_initialised_with_the_final_weights_of_another_run(trainer, run):
     """On two ranks with ZeRO-3, the held-out losses before the first step equal those after the last step of the other
     run."""
-    write_export(run, trainer.folder / "start")
+    convert(run, trainer.folder / "start")
     out = trainer(
         "run", "--set", f"model.init_from={trainer.folder / 'start'}", "--set", "train.steps=1", *zero(3), ranks=2
     )
@@ -36,7 +35,7 @@ def test_a_run_is_initialised_with_the_final_weights_of_another_run(trainer, run
     ended = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     for name in ("val_image_loss", "val_text_loss"):
         assert lines(trainer, "run")[0][name] == pytest.approx(ended[name], rel=1e-5)
-    write_export(trainer.folder / "run", trainer.folder / "out")
+    convert(trainer.folder / "run", trainer.folder / "out")
     assert "init_from" not in json.loads((trainer.folder / "out/config.json").read_text())
 
 
@@ -48,7 +47,7 @@ def test_a_converted_mae_can_be_trained_further_with_its_position_embeddings(tra
     mae = MAE().state_dict()
     encoder = {name: tensor for name, tensor in mae.items() if not name.startswith(("decoder", "mask"))}
     torch.save({"model": encoder}, trainer.folder / "mae.pth")
-    assert convert([str(trainer.folder / "mae.pth"), "--out", str(trainer.folder / "mae"), "--num-heads", "3"]) == 0
+    convert(trainer.folder / "mae.pth", trainer.folder / "mae", num_heads=3)
     config = json.loads((trainer.folder / "mae/config.json").read_text())
     config |= {"init_from": str(trainer.folder / "mae"), "dec_emb_dim": 16, "dec_depth": 1, "dec_num_heads": 2}
     tiny = json.loads(trainer.config.read_text()) | {"model": config, "loss": {"per": "batch", "norm_pix": True}}
@@ -62,7 +61,7 @@ def test_a_converted_mae_can_be_trained_further_with_its_position_embeddings(tra
     out = trainer("run", *options, "--set", "train.steps=4", "--resume", "auto")
     assert "weights from" not in out
     assert [line["step"] for line in lines(trainer, "run") if "loss" in line] == [1, 2, 3, 4]
-    write_export(trainer.folder / "run", trainer.folder / "out")
+    convert(trainer.folder / "run", trainer.folder / "out")
     model = M3AE.from_pretrained(trainer.folder / "out")
     assert (model.encoder_input.positions.image == mae["pos_embed"][0, 1:]).all()
     assert not torch.equal(model.encoder.norm.bias, mae["norm.bias"])
@@ -97,7 +96,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("change", MISTAKES, ids=lambda change: change.__name__)
 def test_weights_that_do_not_fit_are_named(tmp_path, run, change):
-    write_export(run, tmp_path / "start")
+    convert(run, tmp_path / "start")
     change(tmp_path / "start")
     alone = SimpleNamespace(on_main=lambda work: work(), from_main=lambda value: value)
     model = M3AE(ModelConfig(**TINY["model"]))

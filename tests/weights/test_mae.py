@@ -23,7 +23,7 @@ from tests.weights.official_pickle import Call
 
 # the published sizes: timm's vit_tiny to vit_huge
 HEADS_BY_WIDTH = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
-HEADS = ["--num-heads", "3", "--dec-num-heads", "2"]
+HEADS = ["--num-heads", "3", "2"]
 
 
 def make(seed: int = 0) -> tuple[MAE, torch.Tensor, torch.Tensor]:
@@ -259,7 +259,11 @@ def test_the_number_of_heads_must_be_given_if_it_is_unknown(tmp_path):
     with pytest.raises(UserError, match="the number of attention heads for width 24 is unknown; specify --num-heads"):
         main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="emb_dim 24 is not divisible by num_heads 5"):
-        main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "5", "--dec-num-heads", "2"])
+        main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "5", "2"])
+    with pytest.raises(UserError, match="width 16 is unknown; specify --num-heads ENCODER DECODER"):
+        main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "3"])
+    with pytest.raises(UserError, match="specify one number, or two: encoder and decoder"):
+        main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "3", "2", "1"])
 
 
 @pytest.mark.parametrize("old_format", [False, True])

@@ -10,7 +10,6 @@ from PIL import ExifTags, Image
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.convert import main
-from m3ae_fast.cli.export import main as export
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.model import M3AE
 from m3ae_fast.weights.from_mae_or_timm import HEADS, IMAGENET, ViTOptions
@@ -192,6 +191,6 @@ def test_a_timm_folder_is_not_mistaken_for_an_export(tmp_path):
 
 
 def test_a_run_is_exported_for_timm(run, tmp_path):
-    assert export([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
+    assert main([str(run), "--out", str(tmp_path / "timm"), "--format", "timm"]) == 0
     vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     assert vit.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 17, 32)

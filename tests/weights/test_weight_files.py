@@ -17,7 +17,7 @@ from m3ae_fast.model import M3AE
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.pretrained import Pretrained, check_weights, weights_digest, write_pretrained
 from m3ae_fast.vqgan.model import VQGAN, VQGANConfig
-from m3ae_fast.weights.exporting import write_export
+from m3ae_fast.weights.converting import convert
 from m3ae_fast.weights.timm_folder import write_timm
 from tests.helpers.mae import MAE
 
@@ -108,7 +108,7 @@ def test_integers_in_a_torch_file_are_refused_as_weights(tmp_path):
     weights = MAE().state_dict()
     torch.save({"model": weights | {"norm.weight": torch.ones(24, dtype=torch.int32)}}, tmp_path / "mae.pth")
     with pytest.raises(UserError, match=r"norm\.weight has dtype int32, but weights must be"):
-        main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "3", "--dec-num-heads", "2"])
+        main([str(tmp_path / "mae.pth"), "--out", str(tmp_path / "out"), "--num-heads", "3", "2"])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "classifier.safetensors"])
@@ -162,7 +162,7 @@ def test_the_format_of_an_export_is_changed_only_if_its_weights_fit(tmp_path):
     ):
         save_file(state | change, path)
         with pytest.raises(UserError, match=message):
-            write_export(tmp_path / "model", tmp_path / "timm", format="timm")
+            convert(tmp_path / "model", tmp_path / "timm", format="timm")
         assert not (tmp_path / "timm").exists()
 
 

@@ -1,82 +1,22 @@
-"""Export of a run's weights as a folder for `M3AE.from_pretrained` or timm, or as ONNX files."""
+"""The section about a run in the model card of its weights."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.output_folder import CONFIG_FILE
 from m3ae_fast.data.shard_store import is_remote
-from m3ae_fast.model.card import model_card
-from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretrained, write_pretrained
 from m3ae_fast.training.metrics_log import read_metrics
-from m3ae_fast.weights.onnx_model import write_onnx
-from m3ae_fast.weights.open_model import SavedRun, is_run, run_weights, saved_run
-from m3ae_fast.weights.timm_folder import write_timm
+from m3ae_fast.weights.open_model import SavedRun
 
 # sections of the config that the card shows; the other sections contain local paths
 _SHOWN = ("masking", "loss", "optim", "train")
 
 
-def write_export(
-    run: str | Path,
-    out: str | Path,
-    format: str = "m3ae",
-    name: str | None = None,
-    weights: str = "average",
-) -> Pretrained:
-    """Write the float32 weights of a run (its last checkpoint), a checkpoint or an export to `out`.
-
-    Args:
-        run: a run folder, a checkpoint, or an export to convert to another format or to upload.
-        out: a new folder, or an earlier export, which is then replaced.
-        format: "m3ae", "timm" for the image encoder as timm's VisionTransformer, or "onnx" for the image encoder as the
-            file `out`.
-        name: name of the model in its card; None: the name of the folder.
-        weights: "average" for the moving average of a run with `train.ema`, or "last".
-
-    Returns:
-        The exported weights.
-
-    Raises:
-        UserError: there is no checkpoint, it is damaged, or `out` cannot be written.
-    """
-    if not is_run(Path(run)) and (Path(run) / CONFIG_FILE).is_file():
-        found, about = _read_export(run), ""
-    else:
-        saved, average = saved_run(Path(run)), weights == "average"
-        found, about = run_weights(saved, average=average), _run_section(saved, average)
-    if format != "m3ae" and found.config.resize == "native":
-        size = found.config.image_size
-        square = f"this format accepts only square images of {size} x {size} pixels; other images need format m3ae"
-        found = replace(found, notes=(*found.notes, square))
-    if format == "onnx":
-        files = write_onnx(out, found.config, found.state)
-        return replace(found, notes=(*found.notes, *map(str, files)))
-    if format == "timm":
-        write_timm(out, found.config, found.state)
-    else:
-        card = model_card(name or Path(out).resolve().name, found.config, about)
-        write_pretrained(out, found, card)
-    return found
-
-
-def _read_export(folder: str | Path) -> Pretrained:
-    found = replace(read_pretrained(folder), kind=f"export {folder}")
-    with torch.device("meta"):
-        check_weights(M3AE(found.config), found.state, str(folder))
-    return found
-
-
-def _run_section(run: SavedRun, average: bool) -> str:
+def run_section(run: SavedRun, average: bool) -> str:
     """Return a Markdown section with the data, the steps, the last metrics up to the checkpoint, and the settings.
     `average`: whether the averaged weights are exported."""
     info, config = run.info, run.info.config
