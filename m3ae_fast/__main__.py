@@ -16,13 +16,9 @@ COMMANDS = {
     "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, out-of-distribution, ...",
     "draw": "draw reconstructions, attention maps and feature maps; fill in masked words and patches",
     "convert": "write the weights of a run, of official M3AE or MAE, or of timm as a folder, for timm, or as ONNX",
-    "report": "write the curves, figures and results of a run to a single page, report.html",
-    "status": "print whether a run is finished, stopped, running or failed, and at which step",
+    "report": "print the status of a run, and write its curves, figures and results to a page, report.html",
 }
-DEVELOPER_TOOLS = {
-    "verify": "compare the model with golden files of the official implementation",
-    "config": "print every setting as a Markdown page",
-}
+DEVELOPER_TOOLS = {"verify": "compare the model with golden files of the official implementation"}
 _HELP = ("-h", "--help", "help")
 MODULES = {name: f"m3ae_fast.cli.{name}" for name in (*COMMANDS, *DEVELOPER_TOOLS)} | {"train": "m3ae_fast.train"}
 

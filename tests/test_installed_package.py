@@ -120,7 +120,6 @@ def test_the_readmes_commands_train_an_image_model_and_use_it(site, tmp_path):
         m3ae-fast draw attention runs/mine --pictures 2
         m3ae-fast embed out images/ --out images.npz --set data.workers=0
         m3ae-fast report runs/mine --results results
-        m3ae-fast status runs/mine
         m3ae-fast convert out --out again
         m3ae-fast shards stats shards/*.tar
         m3ae-fast train --config small --dry-run --no-data --world 8

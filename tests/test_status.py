@@ -1,4 +1,4 @@
-"""A script can obtain the status of a run from the output and the exit code."""
+"""A script can obtain the status of a run from the first line that `report` prints."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.cli.status import CODES, main
+from m3ae_fast.cli.report import main
 from m3ae_fast.pretraining.final_evaluation import stage
 from m3ae_fast.process.failure_messages import explain, rank_lost
 from m3ae_fast.process.how_to_resume import how_to_resume, resumed_by
@@ -27,20 +27,24 @@ def recorded(folder, steps, error=None, reason=""):
             raise error
 
 
-def test_the_status_of_an_ended_run_states_how_it_ended(tmp_path, capsys):
+def test_report_prints_first_how_a_run_has_ended(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     recorded(tmp_path, 10)
     assert main([str(tmp_path)]) == 0
     recorded(tmp_path, 4, reason="SIGTERM")
-    assert main([str(tmp_path)]) == 3
+    assert main([str(tmp_path)]) == 0
     with pytest.raises(UserError):
         recorded(tmp_path, 7, UserError("the loss of step 7\nis not finite"))
-    assert main([str(tmp_path)]) == 5
-    assert capsys.readouterr().out.splitlines() == [
-        "finished at step 10 of 10",
-        "stopped at step 4 of 10 (SIGTERM)",
-        "failed at step 7 of 10 (the loss of step 7 is not finite)",
-    ]
-    assert len(set(CODES.values())) == len(CODES) and not {1, 2} & set(CODES.values())
+    assert main([str(tmp_path)]) == 0
+    page = tmp_path / "report.html"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1::2] == [f"wrote {page}"] * 3
+    failed = "Failed at step 7 of 10 (the loss of step 7 is not finite)"
+    for line, status_of_run in zip(
+        lines[::2], ("Finished at step 10 of 10", "Stopped at step 4 of 10 (SIGTERM)", failed)
+    ):
+        assert line.startswith(f"{status_of_run}.")
+    assert failed in page.read_text()
 
 
 def test_the_status_of_a_failed_run_contains_its_error_line(tmp_path):
@@ -74,9 +78,10 @@ def test_the_status_shows_the_changed_number_of_steps(tmp_path):
 def test_a_run_whose_folder_is_locked_is_reported_as_running_and_not_disturbed(tmp_path):
     Recorder(tmp_path, 10).begin(2)
     with RunFolder(tmp_path) as folder:
-        command = [sys.executable, "-m", "m3ae_fast", "status", str(tmp_path)]
+        (tmp_path / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n')
+        command = [sys.executable, "-m", "m3ae_fast", "report", str(tmp_path)]
         done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (4, "running, step 2 of 10 logged\n"), done.stderr
+        assert done.stdout.startswith("Running, step 2 of 10 logged."), done.stderr
         assert folder.keep() == ""  # its lock is unchanged
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m3ae_fast import checkpoint
-from m3ae_fast.cli.status import status
+from m3ae_fast.training.run_state import status
 from tests.helpers.ranks import run_ranks
 from tests.helpers.slow_steps import STEP_S
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program, use_device
-from m3ae_fast.cli.config import settings_help
+from m3ae_fast.config.describe import settings_help
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.tasks import (
     DRAWS,

@@ -1,8 +1,9 @@
-"""m3ae-fast report RUN ...: write a self-contained page about a run, report.html, which can be read without a server.
+"""m3ae-fast report RUN ...: print the status of a run, and write a self-contained page about it, report.html, which can
+be read without a server.
 
-The page begins with a summary of the results and diagnostics. It also contains the results of evaluations (every
-result.json below the run folder and below `--results`), curves, figures, the config and versions. Further runs are
-added to the tables and curves.
+The first line of the output begins with Finished, Stopped, Running or Failed. The page begins with a summary of the
+results and diagnostics. It also contains the results of evaluations (every result.json below the run folder and below
+`--results`), curves, figures, the config and versions. Further runs are added to the tables and curves.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ def main(argv: list[str] | None = None) -> int:
         help="folders outside RUN whose results (every result.json below them) are included",
     )
     args = parser.parse_args(argv)
-    from m3ae_fast.evaluation.run_report import REPORT_FILE, write_report
+    from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
+    from m3ae_fast.training.metrics_log import read_metrics
 
     run, *others = args.runs
+    print(summary(run, read_metrics(run))[0], flush=True)
     out = args.out or run / REPORT_FILE
     write_report(run, out, args.results, others)
     print(f"wrote {out}")

@@ -1,7 +1,7 @@
 """Every setting of a run: typed, strict sections whose fields have documented meanings.
 
 The defaults are the official M3AE hyper-parameters (arXiv 2205.14204 and its public code). The string below a field is
-its description; `m3ae-fast config` generates docs/config.md from these strings.
+its description; `python docs/write_settings.py` generates docs/config.md from these strings.
 """
 
 from __future__ import annotations

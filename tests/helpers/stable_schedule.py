@@ -1,7 +1,7 @@
 """The decay of finished runs with a stable learning rate."""
 
-from m3ae_fast.cli.status import status
 from m3ae_fast.training.metrics_log import read_metrics
+from m3ae_fast.training.run_state import status
 
 
 def decay(run):

@@ -1,19 +1,13 @@
-"""m3ae-fast config [PAGE]: print all settings as a Markdown page, docs/config.md or docs/evaluation-config.md."""
+"""Write the pages of all settings, docs/config.md and docs/evaluation-config.md: python docs/write_settings.py"""
 
 from __future__ import annotations
 
 import inspect
-import json
-import sys
-from collections.abc import Iterable
-from textwrap import wrap
-from typing import Any
+from pathlib import Path
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
-from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import program
+from m3ae_fast.config.describe import allowed_values, default_value
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.config.schema import IMAGE_SETTINGS, Config, ModelConfig
@@ -29,7 +23,7 @@ for example `--set train.epochs=200`.
 [Terms](index.md#terms) explains words such as shard, lane and rank. The settings of probes and fine-tuning are on
 another page: [Evaluation settings](evaluation-config.md).
 
-`m3ae-fast config > docs/config.md` generates this page from m3ae_fast/config/schema.py.
+`python docs/write_settings.py` generates this page from m3ae_fast/config/schema.py.
 """
 EVALUATION_HEAD = """# Evaluation settings
 
@@ -41,10 +35,8 @@ settings are passed with `--set section.key=value`. A command or task accepts on
 Each of them also uses the sections `run` and `data`, which are described on the page [Settings](config.md). Some of the
 settings in these two sections have their own options, such as `--out` and `--train`.
 
-`m3ae-fast config evaluation > docs/evaluation-config.md` generates this page from m3ae_fast/config/evaluation.py.
+`python docs/write_settings.py` generates this page from m3ae_fast/config/evaluation.py.
 """
-_INDENT = " " * 6
-BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
 def train_page() -> str:
@@ -62,27 +54,6 @@ def _readers() -> str:
     rows = [*((name, task.sections) for name, task in TASKS.items()), ("m3ae-fast embed", ("encode",))]
     lines = [f"| {name} | {', '.join(f'[{each}](#{each})' for each in sections)} |" for name, sections in rows]
     return "\n".join(["| task | sections |", "|---|---|", *lines])
-
-
-PAGES = {"train": train_page, "evaluation": evaluation_page}
-
-
-def settings_help(root: type[BaseModel], names: Iterable[str]) -> str:
-    """Return the settings of some sections of `root` as lines for --help: default, allowed values and meaning."""
-    lines = ["settings, which are passed with --set KEY=VALUE (for the settings of data and run, see docs/config.md):"]
-    for name in names:
-        section = section_of(root.model_fields[name].annotation)
-        assert section is not None
-        schemas = section.model_json_schema()["properties"]
-        for key, field in section.model_fields.items():
-            allowed, default = _allowed(schemas[key], "a section"), _default(section, key, field)
-            text = f"{' '.join((field.description or '').split())} Default: {default}; allowed: {allowed}."
-            lines += [
-                "",
-                f"  {name}.{key}",
-                *wrap(text.replace("`", ""), 100, initial_indent=_INDENT, subsequent_indent=_INDENT),
-            ]
-    return "\n".join(lines)
 
 
 _Sections = dict[type[BaseModel], tuple[str, str]]
@@ -121,63 +92,14 @@ def _table(section: type[BaseModel], name: str, note: str, links: dict[type[Base
         if section is ModelConfig and key in IMAGE_SETTINGS:  # these are set in `data`
             continue
         kind = section_of(field.annotation)
-        allowed = _allowed(schemas[key], links[kind] if kind else "")
+        allowed = allowed_values(schemas[key], links[kind] if kind else "")
         meaning = " ".join((field.description or "").split())
-        lines.append(f"| `{key}` | {_default(section, key, field)} | {allowed} | {meaning} |")
+        lines.append(f"| `{key}` | {default_value(section, key, field)} | {allowed} | {meaning} |")
     return "\n".join([*lines, ""])
 
 
-def _allowed(schema: dict[str, Any], section: str) -> str:
-    """Return the values that a field's JSON schema allows. `section`: link to the section that is the field's type, if
-    any."""
-    if "anyOf" in schema:
-        return " or ".join(_allowed(one, section) for one in schema["anyOf"])
-    if "$ref" in schema:
-        return section
-    if "enum" in schema:
-        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
-    kind = schema["type"]
-    if kind == "array":
-        if "items" in schema:
-            return f"list: {_allowed(schema['items'], section)}"
-        first, *_ = items = schema["prefixItems"]  # all items have the same schema
-        return f"list of {len(items)}: {_allowed(first, section)}"
-    if kind in ("integer", "number"):
-        bounds = [f"{sign} {_number(schema[name])}" for name, sign in BOUNDS.items() if name in schema]
-        return " ".join(filter(None, [kind, ", ".join(bounds)]))
-    if kind == "boolean":
-        return "`true`, `false`"
-    return "`null`" if kind == "null" else schema.get("format", kind)
-
-
-def _number(bound: float) -> str:
-    """Return a bound in readable form: powers of two above 65,536 are written as powers."""
-    if isinstance(bound, int) and bound > 1 << 16 and bound & (bound - 1) == 0:
-        return f"2^{bound.bit_length() - 1}"
-    return f"{bound:,.15g}"
-
-
-def _default(section: type[BaseModel], key: str, field: FieldInfo) -> str:
-    if field.is_required():
-        return "from `size`" if section.__name__ == "ModelConfig" else "required"
-    value: Any = field.get_default(call_default_factory=True)
-    if isinstance(value, BaseModel):
-        return f"see {key}"
-    return f"`{json.dumps(value, default=str)}`"
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = program("config", (__doc__ or "").partition(": ")[2])
-    parser.add_argument(
-        "page",
-        nargs="?",
-        choices=PAGES,
-        default="train",
-        help="settings to print: those of training, or those of evaluation (default: train)",
-    )
-    print(PAGES[parser.parse_args(argv).page](), end="")
-    return 0
-
+PAGES = {"config.md": train_page, "evaluation-config.md": evaluation_page}
 
 if __name__ == "__main__":
-    sys.exit(exit_cleanly(main))
+    for name, page in PAGES.items():
+        (Path(__file__).parent / name).write_text(page(), encoding="utf-8")
