@@ -286,11 +286,11 @@ def test_shards_are_made_counted_and_described_through_the_python_api(images, tm
     made = shards.make(images, tmp_path / "out", held_out=0.4, workers=1)
     assert (made.samples, made.captions) == (3, 3)
     assert [path.name for path in made.shards] == ["train-00000.tar", "val-00000.tar"]
-    assert sorted(shard.summary.samples for shard in shards.index(pattern)) == [1, 2]
     found = shards.stats(pattern, samples=2)
     assert (found.seen, found.of, found.unit) == (2, 3, "words")
-    counted = shards.manifest(pattern, tmp_path / "m.npy")
-    assert counted[:4] == (tmp_path / "m.npy", 2, 3, 0)
+    counted = shards.table(pattern, tmp_path / "m.npy")
+    assert (len(counted.rows), counted.samples, counted.unread, counted.notes) == (2, 3, 0, [])
+    assert sorted(shard.summary.samples for shard in counted.indexed) == [1, 2]
     trained = shards.tokenizer(pattern, tmp_path / "t.json", vocab_size=60)
     assert trained.captions == 3 and shards.stats(pattern, tokenizer=tmp_path / "t.json").unit == "tokens"
 
@@ -307,7 +307,6 @@ def test_shards_are_made_counted_and_described_through_the_python_api(images, tm
             lambda shards: shards.make("in/", "out", split="train"),
             "in/: is neither a folder, nor an HDF5 file",
         ),
-        (lambda shards: shards.manifest("a.tar", "m.npy", part=(3, 2)), "--part 3/2: must be I/N"),
         (lambda shards: shards.tokenizer("a.tar", "t.json", vocab_size=1), "--vocab-size 1: must be above"),
         (lambda shards: shards.make("in", "out", kind="zip"), "--kind zip: must be one of folder, hdf5, huggingface"),
         (lambda shards: shards.make("in", "out", image_range=(9, 0)), r"--range \(9, 0\): must be dtype"),

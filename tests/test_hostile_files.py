@@ -434,8 +434,8 @@ READERS = {
         ["make", str(path.parent), "--out", str(path.parent / "out"), "--classes", str(path)]
     ),
     "config.json of stats --write": lambda path: data(["stats", "a.tar", "--write", str(path)]),
-    "sizes.json": lambda path: data(
-        ["manifest", "http://host/a.tar", "--sizes", str(path), "--out", str(path.parent / "a.npy")]
+    "a_stats.json": lambda path: data(
+        ["table", write_tar(path.parent / "a.tar", []), "--stats", "--out", str(path.parent / "a.npy")]
     ),
     "conversion.json": lambda path: claimed(path.parent, {"source": {"kind": "folder"}}, None).__enter__(),
     "model.pkl": lambda path: read_source(str(path), ViTOptions()),

@@ -78,7 +78,7 @@ def test_help_of_every_program_and_its_commands_does_not_import_torch():
     _, output = imported("-c", HELP_OF_ALL, *modules)
     shown = {line.strip() for line in output.splitlines()}
     assert {*modules} <= shown
-    tools = ("make", "index", "stats", "manifest", "tokenizer")
+    tools = ("make", "table", "stats", "tokenizer")
     assert {f"m3ae-fast shards {tool}" for tool in tools} <= shown
     assert {f"m3ae-fast draw {what}" for what in ("reconstructions", "attention")} <= shown
     assert {f"m3ae-fast evaluate {task}" for task in (*TASKS, "difference")} <= shown

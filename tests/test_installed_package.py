@@ -124,7 +124,7 @@ def test_the_readmes_commands_train_an_image_model_and_use_it(site, tmp_path):
         m3ae-fast shards stats shards/*.tar
         m3ae-fast train --config small --dry-run --no-data --world 8
         m3ae-fast train --config large --dry-run --no-data
-        m3ae-fast shards index shards/*.tar
+        m3ae-fast shards table shards/*.tar
     """
     lines = [make, words, [*train, *options], [*show, "--pictures", "2"], write, ["m3ae-fast", *knn]]
     lines += [line.split() for line in others.strip().splitlines()]

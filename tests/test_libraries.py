@@ -51,7 +51,7 @@ CASES = [
     ("datasets", "pretrain owner/name --out out", "a Hugging Face dataset"),
     ("datasets", "shards make owner/name --out out", "a Hugging Face dataset"),
     ("h5py", "shards make a.hdf5 --out out", "a.hdf5"),
-    ("obstore", "shards index s3://bucket/a.tar", "s3://bucket/a.tar"),
+    ("obstore", "shards table s3://bucket/a.tar", "s3://bucket/a.tar"),
     ("onnx", "convert run --out out.onnx --format onnx", "--format onnx"),
     ("timm", "convert run --out out.onnx --format onnx", "--format onnx"),
     ("msgpack", "convert vqgan.msgpack --out out", "vqgan.msgpack"),

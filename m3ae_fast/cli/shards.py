@@ -1,9 +1,8 @@
 """Make and inspect shards, and train a tokenizer on their captions.
 
 m3ae-fast shards make images/ --out shards/ --held-out 0.05
-m3ae-fast shards index 'shards/*.tar'
+m3ae-fast shards table 'shards/*.tar'
 m3ae-fast shards stats 'shards/*.tar' --write mine.json
-m3ae-fast shards manifest 's3://bucket/{00000..01242}.tar' --out cc12m.npy
 m3ae-fast shards tokenizer 'shards/train-*.tar' --vocab-size 4096 --out tokenizer.json
 """
 
@@ -60,6 +59,14 @@ statistics are printed as well; --write also writes them into a config.
   m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write mine.json
   m3ae-fast shards stats 'shards/train-*.tar' --sizes sizes.json   # for m3ae-fast train --dry-run --sizes
 """
+TABLE = """Print the number of samples of each kind in each shard, and write the missing indexes of the shards.
+
+With --out, a manifest is written instead: a file with the number of samples in each shard. A config whose `shards` is
+the manifest opens many remote shards without reading them.
+
+  m3ae-fast shards table 'shards/*.tar'
+  m3ae-fast shards table 's3://bucket/{00000..01242}.tar' --out cc12m.npy
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     common.add_argument("shards", nargs="+", metavar="SHARDS", help=help_text)
     cache = "folder for copies of remote shards (default: ~/.cache/m3ae_fast)"
     common.add_argument("--cache-dir", type=Path, help=cache)
-    for add in (_add_index, _add_stats, _add_manifest, _add_tokenizer):
+    for add in (_add_table, _add_stats, _add_tokenizer):
         add(commands, common)
     args = parser.parse_args(argv)
     args.perform(args)
@@ -160,14 +167,26 @@ def _make(args: argparse.Namespace) -> None:
     print("".join(f"{line}\n" for line in records.ignored.lines()), end="")
 
 
-def _add_index(commands: Any, common: argparse.ArgumentParser) -> None:
-    command(commands, "index", "write the indexes of shards, and print a table of their contents", "", _index, common)
+def _add_table(commands: Any, common: argparse.ArgumentParser) -> None:
+    summary = "print the contents of shards, or write them to a manifest for runs with many shards"
+    parser = command(commands, "table", summary, TABLE, _table, common)
+    parser.add_argument("--out", type=output(".npy"), metavar="FILE.npy", help="write a manifest to this file")
+    text = "read the counts from the NAME_stats.json files that img2dataset wrote"
+    parser.add_argument("--stats", action="store_true", help=f"with --out: {text}")
 
 
-def _index(args: argparse.Namespace) -> None:
-    from m3ae_fast.shards.index_table import index, print_index
+def _table(args: argparse.Namespace) -> None:
+    if args.stats and args.out is None:
+        raise UserError("--stats can be used only with --out")
+    from m3ae_fast.shards.shard_table import print_table, table
 
-    print_index(index(args.shards, cache_dir=args.cache_dir))
+    found = table(args.shards, args.out, stats=args.stats, cache_dir=args.cache_dir)
+    if args.out is None:
+        print_table(found.indexed)
+    print("".join(f"note: {note}\n" for note in found.notes), end="")
+    if args.out is not None:
+        counts = f"{len(found.rows):,} shards with {found.samples:,} samples"
+        print(f"{args.out}: {counts}; {found.unread:,} shards unreadable")
 
 
 def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -222,38 +241,6 @@ def _stats(args: argparse.Namespace) -> None:
     if given is not None:
         statistics.write_settings(args.write, given, settings)
         print(f"wrote these settings to {args.write}")
-
-
-def _add_manifest(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "count the samples of shards in advance, on any number of nodes"
-    text = """Count the samples of shards, and write a manifest. In the config, set `shards` of a source to the
-manifest, or to all of its parts."""
-    parser = command(commands, "manifest", summary, text, _manifest, common)
-    parser.add_argument("--out", type=output(".npy"), required=True, metavar="FILE.npy", help="output file")
-    text = "count only the I-th of N parts of the shards; the part is added to the name of the output file"
-    parser.add_argument("--part", type=_part, metavar="I/N", help=text)
-    known = parser.add_mutually_exclusive_group()
-    known.add_argument(
-        "--stats", action="store_true", help="read the counts from the NAME_stats.json files that img2dataset wrote"
-    )
-    known.add_argument("--sizes", metavar="FILE", help="read the counts from a sizes.json (a path or a URL)")
-
-
-def _part(text: str) -> tuple[int, int]:
-    number, _, parts = text.partition("/")
-    if not (number.isdecimal() and parts.isdecimal()):
-        raise UserError(f"--part {text}: must be I/N, such as 1/8, with I from 1 to N")
-    return int(number), int(parts)
-
-
-def _manifest(args: argparse.Namespace) -> None:
-    from m3ae_fast.shards import manifest
-
-    found = manifest(
-        args.shards, args.out, part=args.part, stats=args.stats, sizes=args.sizes, cache_dir=args.cache_dir
-    )
-    print("".join(f"note: {note}\n" for note in found.notes), end="")
-    print(f"{found.path}: {found.shards:,} shards with {found.samples:,} samples; {found.unread:,} shards unreadable")
 
 
 def _add_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:

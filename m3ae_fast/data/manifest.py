@@ -10,7 +10,6 @@ states, the missing ones count as skipped.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ _MAX_NAME = 1 << 12  # bytes
 # computed
 _MAX_SAMPLES = 1 << 26
 _NO_SIDECAR = Path()  # placeholder until the shard is indexed
-_PART = re.compile(r"\.part-(\d+)-of-(\d+)\.npy$")
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def read(path: Path) -> np.ndarray:
     width = rows.dtype["name"].itemsize if rows.dtype.names and "name" in rows.dtype.names else 0
     if not 0 < width <= _MAX_NAME or rows.ndim != 1 or rows.dtype != rows_of(["x" * width], [(0, 0, 0)]).dtype:
         raise UserError(
-            f"manifest {path}: is a .npy file but not a manifest; create one with m3ae-fast shards manifest"
+            f"manifest {path}: is a .npy file but not a manifest; create one with m3ae-fast shards table --out"
         )
     try:
         rows["name"].tobytes().decode()
@@ -147,23 +145,24 @@ def is_manifest(patterns: str | Sequence[str]) -> bool:
 
 
 def read_all(patterns: str | list[str]) -> np.ndarray:
-    """Return the rows of the manifests in `patterns`. Raises UserError as `read` does, or if a part is missing."""
-    paths = expand(patterns)
-    parts = [match for path in paths if (match := _PART.search(path))]
-    if parts and [int(part[1]) for part in parts] != list(range(1, int(parts[0][2]) + 1)):
-        raise UserError(
-            f"shards {patterns!r}: {len(parts)} of {int(parts[0][2])} parts of a manifest are given; list all parts "
-            "in order"
-        )
-    return join([read(Path(path)) for path in paths])
+    """Return the rows of the manifests in `patterns`. Raises UserError as `read` does."""
+    return join([read(Path(path)) for path in expand(patterns)])
 
 
 def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tuple[np.ndarray, list[Skipped]]:
     """Return the manifest rows of the shards, and a list of the unreadable or incomplete shards. Shards without an
     index are indexed; remote shards are downloaded for this purpose. Raises UserError as `index_shards` does."""
     lost: list[Skipped] = []
-    found = {entry.shard: entry.summary for entry in index_shards(names, store, progress, lost)}
-    lost += [
+    return rows_of_indexed(names, index_shards(names, store, progress, lost), lost)
+
+
+def rows_of_indexed(
+    names: Sequence[str], indexed: Sequence[IndexedShard], lost: Sequence[Skipped]
+) -> tuple[np.ndarray, list[Skipped]]:
+    """Return the manifest rows of the shards `names`, of which `indexed` could be read and `lost` could not, and a list
+    of the unreadable or incomplete shards."""
+    found = {entry.shard: entry.summary for entry in indexed}
+    damaged = [
         Skipped(name, "", f"the tar {s.damage}; {s.samples} of its samples are counted")
         for name, s in found.items()
         if s.damage
@@ -171,7 +170,7 @@ def count(names: Sequence[str], store: ShardStore, progress: bool = False) -> tu
     unread = (0, 0, UNREAD)
     summaries = [found.get(name) for name in names]
     counts = [(s.samples, s.size, KINDS.index(s.modality)) if s else unread for s in summaries]
-    return rows_of(names, counts), lost
+    return rows_of(names, counts), [*lost, *damaged]
 
 
 def part_of(names: Sequence[T], number: int, parts: int) -> Sequence[T]:

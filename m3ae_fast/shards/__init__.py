@@ -8,19 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m3ae_fast.shards.index_table import index
     from m3ae_fast.shards.making import make
-    from m3ae_fast.shards.manifest_writing import manifest
+    from m3ae_fast.shards.shard_table import table
     from m3ae_fast.shards.statistics import stats
     from m3ae_fast.shards.tokenizer_training import tokenizer
 
-__all__ = ["index", "make", "manifest", "stats", "tokenizer"]
+__all__ = ["make", "stats", "table", "tokenizer"]
 
 _MODULES = {
-    "index": "index_table",
     "make": "making",
-    "manifest": "manifest_writing",
     "stats": "statistics",
+    "table": "shard_table",
     "tokenizer": "tokenizer_training",
 }
 

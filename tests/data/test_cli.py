@@ -16,18 +16,18 @@ def test_shards_are_indexed(tmp_path, capsys):
     write_tar(tmp_path / "a-0.tar", members(range(3)))
     write_tar(tmp_path / "a-1.tar", members(range(1200), "text"))
     (tmp_path / "a-2.tar").write_bytes(b"garbage" * 200)
-    assert main(["index", str(tmp_path / "a-*.tar"), "--cache-dir", str(tmp_path / "cache")]) == 0
+    assert main(["table", str(tmp_path / "a-*.tar"), "--cache-dir", str(tmp_path / "cache")]) == 0
     out = capsys.readouterr().out
     assert sum(os.path.exists(tmp_path / f"a-{i}.tar.index") for i in range(3)) == 3
     for text in ("paired", "text", "no tar header", "1,203", "3 shards"):
         assert text in out
 
 
-def test_the_index_command_prints_the_number_of_images_and_captions(tmp_path, monkeypatch, capsys):
+def test_the_table_of_shards_contains_the_number_of_images_and_captions(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # a long path would wrap
     mixed = [*members(range(4)), *members(range(4, 9), "image"), *members(range(9, 11), "text")]
     write_tar(tmp_path / "a.tar", mixed)
-    assert main(["index", "a.tar", "--cache-dir", "cache"]) == 0
+    assert main(["table", "a.tar", "--cache-dir", "cache"]) == 0
     out = capsys.readouterr().out.splitlines()
     header, row = ([word.strip() for word in re.split("[│┃]", line)[1:-1]] for line in (out[1], out[3]))
     assert header[:-3] == ["shard", "modality", "samples", "paired", "image-only", "text-only"]
@@ -48,7 +48,7 @@ def test_a_tokenizer_is_trained(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["index", "none.tar"], ["tokenizer", "{}", "--vocab-size", "99", "--out", "."]])
+@pytest.mark.parametrize("arguments", [["table", "none.tar"], ["tokenizer", "{}", "--vocab-size", "99", "--out", "."]])
 def test_user_errors_are_printed_in_one_line(tmp_path, arguments):
     shards = write_tar(tmp_path / "a.tar", members(range(3)))
     arguments = [argument.format(shards) for argument in arguments] + ["--cache-dir", str(tmp_path / "cache")]

@@ -381,7 +381,7 @@ def test_ignored_files_are_named_and_counted(tmp_path, store, capsys):
     corpus = open_corpus([SourceConfig(shards=paths)], store)
     assert corpus.ignored == "6 .mp4, 2 .png, 2 .seg.png"
     assert index_shards(paths, store)[0].summary.ignored == {"mp4": 3, "png": 1, "seg.png": 1}
-    data_tools(["index", *paths])
+    data_tools(["table", *paths])
     assert "6 .mp4, 2 .png, 2 .seg.png" in " ".join(capsys.readouterr().out.split())
     films = write_tar(tmp_path / "films.tar", [(f"{i}.mp4", b"film") for i in range(3)])
     with pytest.raises(

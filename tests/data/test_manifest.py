@@ -39,7 +39,7 @@ def remote(tmp_path):
 
 def make(tmp_path, *options, out="m.npy", cache="maker"):
     path = str(tmp_path / out)
-    assert main(["manifest", *options, "--out", path, "--cache-dir", str(tmp_path / cache)]) == 0
+    assert main(["table", *options, "--out", path, "--cache-dir", str(tmp_path / cache)]) == 0
     return path
 
 
@@ -82,28 +82,6 @@ def test_changed_gzipped_shards_are_counted_again(tmp_path, store):
         assert isinstance(source.shards, CountedShards) and list(source.sizes) == [count]
 
 
-def test_partial_manifests_are_joined(tmp_path, remote):
-    pattern, fetched = remote
-    whole = read(make(tmp_path, pattern))
-    assert set(fetched().values()) == {1}
-    for part in (1, 2, 3, 4):
-        make(tmp_path, pattern, "--part", f"{part}/4", cache=f"maker-{part}")
-        assert sorted(path.name for path in tmp_path.glob("m.part-*")) == [
-            f"m.part-{number:04d}-of-0004.npy" for number in range(1, part + 1)
-        ]
-    assert sorted(fetched().values()) == [2] * 6
-    parts = [SourceConfig(shards=str(tmp_path / "m.part-*.npy"))]
-    rows = open_corpus(parts, ShardStore(tmp_path / "c")).sources[0].shards.rows
-    assert rows.tolist() == whole.tolist()
-    for missing in ("0001", "0002", "0004"):  # also the first and the last
-        file = tmp_path / f"m.part-{missing}-of-0004.npy"
-        content = file.read_bytes()
-        file.unlink()
-        with pytest.raises(UserError, match="3 of 4 parts of a manifest"):
-            open_corpus(parts, ShardStore(tmp_path / "c"))
-        file.write_bytes(content)
-
-
 def test_joined_manifests_keep_shard_names_of_different_lengths():
     names = ["a.tar", "a-longer-name.tar", "mid.tar"]
     parts = [rows_of([name], [(number, 10 * number, 1)]) for number, name in enumerate(names)]
@@ -119,21 +97,21 @@ def test_a_manifest_written_by_a_run_is_used_only_for_the_same_shards_in_the_sam
     assert manifest.cached(lists[0], store) == manifest.cached(list(lists[0]), store)
 
 
-def test_sample_counts_of_other_tools_are_accepted(tmp_path):
+def test_sample_counts_of_img2dataset_are_accepted(tmp_path):
     for i in range(3):
         write_tar(tmp_path / f"{i}.tar", members(range(4 + i)))
         (tmp_path / f"{i}_stats.json").write_text(json.dumps({"count": 99, "successes": 4 + i}))
-    (tmp_path / "sizes.json").write_text(json.dumps({f"{i}.tar": 4 + i for i in range(3)}))
     shards = [str(tmp_path / f"{i}.tar") for i in range(3)]
-    for options in (["--stats"], ["--sizes", str(tmp_path / "sizes.json")]):
-        rows = read(make(tmp_path, *shards, *options))
-        assert rows[["name", "samples", "kind"]].tolist() == [
-            (name.encode(), 4 + i, KINDS.index("paired")) for i, name in enumerate(shards)
-        ]
+    rows = read(make(tmp_path, *shards, "--stats"))
+    assert rows[["name", "samples", "kind"]].tolist() == [
+        (name.encode(), 4 + i, KINDS.index("paired")) for i, name in enumerate(shards)
+    ]
     assert len(list(tmp_path.glob("*.index"))) == 1  # the index of the shard that determined the kind
-    (tmp_path / "sizes.json").write_text("{}")
-    with pytest.raises(UserError, match="must be a number of samples, but is None"):
-        make(tmp_path, *shards, "--sizes", str(tmp_path / "sizes.json"))
+    (tmp_path / "1_stats.json").write_text("{}")
+    with pytest.raises(UserError, match="successes: must be a number of samples, but is None"):
+        make(tmp_path, *shards, "--stats")
+    with pytest.raises(UserError, match="--stats can be used only with --out"):
+        main(["table", *shards, "--stats"])
 
 
 def test_a_shard_with_another_number_of_samples_does_not_change_the_order(load, tmp_path):
@@ -188,9 +166,6 @@ def test_files_that_are_not_manifests_are_refused(tmp_path, store):
     write(bad, rows_of(["x.tar"], [(0, 0, 0)]))
     with pytest.raises(UserError, match="contain no samples"):
         open_corpus([SourceConfig(shards=str(bad))], store)
-    for options in (["--part", "3/2"], ["--part", "x"]):
-        with pytest.raises(UserError, match="must be I/N"):
-            make(tmp_path, "x.tar", *options)
 
 
 def together(world, nodes, work):
