@@ -56,12 +56,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_settings(parser, "train.epochs=20")
     add_resume(parser, "run.dir")
     parser.add_argument(
-        "--resume-with-changes",
-        action="store_true",
-        help="resume even if the shards, tokenizer, crops or masks differ from those of the checkpoint; "
-        "the result then differs from that of an uninterrupted run",
-    )
-    parser.add_argument(
         "--profile", action="store_true", help="write a torch profiler trace of some steps to trace.json.gz in run.dir"
     )
     dry = parser.add_argument_group("checking a config without training")
@@ -78,19 +72,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="plan for N GPUs of another machine, assuming the data-sheet values of an H100 (default: this machine)",
     )
     dry.add_argument(
-        "--sizes",
-        type=Path,
-        metavar="FILE",
-        help="file of image sizes for a model with native aspect ratio, as written by m3ae-fast shards stats --sizes",
-    )
-    dry.add_argument(
         "--no-data",
         action="store_true",
         help="do not open the shards or the tokenizer, for example because they are on another machine",
     )
     args = parser.parse_args(argv)
-    if (args.world is not None or args.no_data or args.sizes) and not args.dry_run:
-        parser.error("--world, --sizes and --no-data can be used only with --dry-run")
+    if (args.world is not None or args.no_data) and not args.dry_run:
+        parser.error("--world and --no-data can be used only with --dry-run")
     if args.world is not None and args.world < 1:
         parser.error(f"--world {args.world}: must be 1 or more")
     return args
@@ -192,7 +180,6 @@ def perform(args: argparse.Namespace, session: Session) -> None:
         config,
         session,
         resume=args.resume,
-        with_changes=args.resume_with_changes,
         profile=args.profile,
         make_probe=knn_probe,
     )
@@ -216,7 +203,7 @@ def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None
                 probe = open_probe(config, progress=True)
             more = [("probe", probe.describe())] if probe else []
         world = args.world if gpus else ranks.world
-        report(resolved, world, gpus=gpus, data=not args.no_data, sizes=args.sizes, more=more)
+        report(resolved, world, gpus=gpus, data=not args.no_data, more=more)
 
     ranks.on_main(print_report)
     if args.world is None and not args.no_data:

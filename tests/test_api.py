@@ -267,7 +267,6 @@ def test_an_error_that_another_rank_reports_is_a_user_error(run, images, tmp_pat
         ("knn", {"train": ()}, "--train: knn needs shards"),
         ("attentive", {"modality": "text"}, "--modality text: must be image for attentive"),
         ("compare", {"probes": ["svm"]}, "--probes svm: no such probe"),
-        ("knn", {"draws": 3}, "--draws 3: can be used only with --shots"),
         ("ood", {"ood": {"val": ["a.tar"]}}, "--ood val: the result already uses this name for --val"),
         ("knn", {"model": ["a", "b"]}, "knn evaluates one model, not 2"),
     ],
@@ -298,7 +297,7 @@ def test_shards_are_made_counted_and_described_through_the_python_api(images, tm
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda shards: shards.make("in", "out", quality=0), "--quality 0: must be from 1 to 100"),
+        (lambda shards: shards.make("in", "out", short_side=0), "--short-side 0: must be from 1 to 65536"),
         (
             lambda shards: shards.make("in.h5", "out", captions="a.csv"),
             "--captions can be used only with a folder of images; in.h5 is an",
@@ -308,7 +307,6 @@ def test_shards_are_made_counted_and_described_through_the_python_api(images, tm
             "in/: is neither a folder, nor an HDF5 file",
         ),
         (lambda shards: shards.tokenizer("a.tar", "t.json", vocab_size=1), "--vocab-size 1: must be above"),
-        (lambda shards: shards.make("in", "out", kind="zip"), "--kind zip: must be one of folder, hdf5, huggingface"),
         (lambda shards: shards.make("in", "out", image_range=(9, 0)), r"--range \(9, 0\): must be dtype"),
         (lambda shards: shards.make("in", "out", image_range=(5, 5)), r"--range \(5, 5\): must be dtype"),
         (lambda shards: shards.stats("a.tar", channels=0), "--channels 0: must be from 1"),

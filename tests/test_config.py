@@ -31,7 +31,6 @@ from m3ae_fast.training.dry_run import (
     FP32,
     UTILISATION,
     fetching_lines,
-    image_lines,
     memory_table,
     network_bytes,
     report,
@@ -407,15 +406,6 @@ def test_the_memory_table_includes_an_update_by_muon_if_it_needs_more_than_the_a
         for stage, _, *cells in zip(range(3), *columns, strict=True):
             state = [part / 1e9 for part in zero_bytes(10**9, stage, 8, True, matrices)]
             assert cells == [f"{gb:.2f}" for gb in (*state, activations / 1e9, sum(state) + larger[stage])]
-
-
-def test_the_cost_of_native_micro_batches_varies_less_if_they_are_larger():
-    """Two samples of 4 and 16 tokens deviate from their mean by 60 %."""
-    batch = SimpleNamespace(grids=[(1, 3), (3, 5)], sequences=[SimpleNamespace(cu_seqlens=torch.tensor([0, 4, 20]))])
-    for micro, percent in ((1, "60.0"), (4, "30.0"), (9, "20.0")):
-        (_, patches), (_, balance) = image_lines(batch, micro)
-        assert patches == "9.0 on average, from 3 to 15"
-        assert f"micro-batches of {micro} samples varies by {percent}%" in balance
 
 
 def test_the_learning_rate_equals_optax_warmup_cosine():

@@ -1,7 +1,6 @@
 """Every program accepts native images: training, resuming, features, transfer, figures, exports and dry runs."""
 
 import json
-import re
 from io import BytesIO
 from pathlib import Path
 
@@ -10,12 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli import convert, draw
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main as transfer
-from m3ae_fast.cli.shards import main as data_tools
 from m3ae_fast.drawing.figures import box_in, shown
 from m3ae_fast.evaluation.heads import AttentiveHeads
 from m3ae_fast.evaluation.job import Job
@@ -174,37 +171,6 @@ def test_exports_of_native_models_process_square_images_and_state_this(run, tmp_
     assert convert.main([str(run), "--out", str(tmp_path / "own")]) == 0
     assert "images of any aspect ratio" in (tmp_path / "own/README.md").read_text()
     assert open_model(str(tmp_path / "own"), text=False).config.resize == "native"
-
-
-@pytest.mark.slow
-def test_a_dry_run_uses_the_image_sizes_written_by_stats(trainer, shards, tmp_path, capsys):
-    sizes = tmp_path / "sizes.json"
-    data_tools(["stats", shards[0], "--sizes", str(sizes), "--cache-dir", str(tmp_path)])
-    assert sorted(set(map(tuple, json.loads(sizes.read_text())))) == sorted(set(SIZES))
-
-    large = ["--set", "model.emb_dim=1024", "--set", "train.global_batch=512", "--set", "train.micro_batch=512"]
-
-    def flops(*options):
-        capsys.readouterr()
-        assert train.main(trainer.arguments("x", "--dry-run", "--no-data", "--world", "1", *options, *large)) == 0
-        out = capsys.readouterr().out
-        activations = re.search(r"│ 0 +│(?: +[\d.]+ +│){3} +([\d.]+) +│", out)
-        return float(out.split("official code")[1].split("G in this")[0].split()[-1]), float(activations[1]), out
-
-    whole, all_kept, _ = flops(*NATIVE)
-    mean, some_kept, out = flops(*NATIVE, "--sizes", str(sizes))
-    assert 0.5 * whole < mean < whole and 0.5 * all_kept < some_kept < all_kept
-    assert "from 1 to 20" in out and "varies by" in out
-    (tmp_path / "nan.json").write_text("[[NaN, 1]]")
-    for wrong, message in (
-        (tmp_path / "none.json", "cannot be read"),
-        (tmp_path / "nan.json", "a width or height is missing or below 1"),
-        (trainer.config, "create the file with stats --sizes"),
-    ):
-        with pytest.raises(UserError, match=message):
-            train.main(trainer.arguments("x", "--dry-run", *NATIVE, "--sizes", str(wrong)))
-    with pytest.raises(UserError, match="can be used only with model"):
-        train.main(trainer.arguments("x", "--dry-run", "--sizes", str(sizes)))
 
 
 def test_the_attentive_probe_ignores_padding_tokens():

@@ -167,11 +167,10 @@ def test_a_run_can_be_resumed_from_an_older_checkpoint(trainer):
 def test_resuming_on_other_data_is_refused_and_other_changes_are_reported(trainer):
     trainer("run", *SAVE, "--set", "train.steps=2")
     shards = json.dumps([{"shards": str(CLIPART / "train-0001.tar")}])
-    options = ["--resume", "auto", "--set", "train.steps=3", "--set", f"data.train={shards}"]
-    out = trainer("run", *options, code=2)
-    assert "was made with data.train = 1 shards with" in out and "to continue anyway, add --resume-with-changes" in out
-    out = trainer("run", *options, "--resume-with-changes")
-    assert "note: data.train was 1 shards with" in out and "note: train.steps was 2 and is 3 from here on" in out
+    options = ["--resume", "auto", "--set", "train.steps=3"]
+    out = trainer("run", *options, "--set", f"data.train={shards}", code=2)
+    assert "was made with data.train = 1 shards with" in out and "to train on other samples, start a new run" in out
+    assert "note: train.steps was 2 and is 3 from here on" in trainer("run", *options)
     assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3]
 
 
@@ -180,14 +179,14 @@ def test_permitted_changes_of_a_resumed_run_are_applied(tmp_path):
     stream = {"data.train": "1 shards", "data.tokenizer": "9 tokens", "data.order": "4 lanes, windows of 2 shards"}
     info = checkpoint.Info(1, 0, config.run.seed, config.model_dump(mode="json"), {}, stream)
 
-    def fits(section: str, stream=stream, with_changes=False, **values) -> list[str]:
+    def fits(section: str, stream=stream, **values) -> list[str]:
         part = getattr(config, section).model_copy(update=values)
-        return changes_of(tmp_path, info, config.model_copy(update={section: part}), stream, with_changes)
+        return changes_of(tmp_path, info, config.model_copy(update={section: part}), stream)
 
     assert fits("run", dir=tmp_path) == fits("data", workers=7, cache_dir=tmp_path) == fits("train", keep=9) == []
     for section, values in (("model", {"depth": 3}), ("run", {"seed": 1}), ("train", {"global_batch": 32})):
         with pytest.raises(UserError, match=f"was made with {section}.{next(iter(values))} = "):
-            fits(section, with_changes=True, **values)
+            fits(section, **values)
     for section, values in (
         ("run", {"stream": stream | {"data.order": "8 lanes, windows of 2 shards"}}),
         ("data", {"crop_scale": (0.5, 1.0)}),
@@ -195,11 +194,8 @@ def test_permitted_changes_of_a_resumed_run_are_applied(tmp_path):
         ("masking", {"image_ratio": 0.5}),
         ("run", {"stream": stream | {"data.tokenizer": "8 tokens"}}),
     ):
-        with pytest.raises(
-            UserError, match="which changes the stream of samples; to continue anyway, add --resume-with-changes"
-        ):
+        with pytest.raises(UserError, match="which changes the stream of samples; to train on other samples, start a"):
             fits(section, **values)
-        assert len(fits(section, with_changes=True, **values)) == 1
     assert fits("optim", peak_lr=0.5) == ["optim.peak_lr was 0.02 and is 0.5 from here on"]
     assert fits("train", steps=7, precision="bf16", log_every=2) == [
         "train.steps was 6 and is 7 from here on",

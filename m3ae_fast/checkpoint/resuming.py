@@ -57,7 +57,7 @@ PRETRAINING = Rules(
         *(f"train.{key}" for key in ("epochs", "steps", "hours", "precision")),
     ),
     free=("model.init_from",),
-    advice="to continue anyway, add --resume-with-changes",
+    advice="to train on other samples, start a new run",
 )
 
 
@@ -116,13 +116,13 @@ class Resume:
         self.load(engine)
         return notes
 
-    def notes(self, config: Config, stream: dict[str, str], resume: str, with_changes: bool) -> list[str]:
+    def notes(self, config: Config, stream: dict[str, str], resume: str) -> list[str]:
         """Return one line for each difference between this pre-training run and the run that wrote the checkpoint.
         Raises UserError as `changes` does."""
         notes = []
         if self.path and self.info:
             sections = config.model_dump(mode="json")
-            notes = changes(self.path, self.info, sections, stream, PRETRAINING, with_changes)
+            notes = changes(self.path, self.info, sections, stream, PRETRAINING)
         return notes + (self.ranks.broadcast(lambda: skipped_checkpoints(config.run.dir)) if resume == "auto" else [])
 
     def open(self, model: nn.Module, kinds: Kinds) -> None:
@@ -156,7 +156,6 @@ def changes(
     sections: Sections,
     stream: Mapping[str, str],
     rules: Rules,
-    with_changes: bool = False,
 ) -> list[str]:
     """Return one line for each difference between a run and the run that wrote a checkpoint.
 
@@ -166,25 +165,24 @@ def changes(
         sections: the run's settings by section, as in JSON.
         stream: fingerprint of the run's data.
         rules: rules on changes.
-        with_changes: whether changes of the samples are allowed.
 
     Raises:
-        UserError: a setting that must not change has changed, or the samples have changed although they must not.
+        UserError: the samples, or a setting that must not change, have changed.
     """
     then, now = describe(info.config, info.stream), describe(sections, stream)
     changed = [(name, then.get(name, "none"), now[name]) for name in now if then.get(name, "none") != now[name]]
     for name, was, value in changed:
         if rules.severity(name) == "refused":
             raise UserError(f"checkpoint {path}: was made with {name} = {was}, but the config has {value}")
-    samples = [each for each in changed if rules.severity(each[0]) == "other samples"]
-    if samples and not with_changes:
-        name, was, value = samples[0]
+    for name, was, value in changed:
+        if rules.severity(name) != "other samples":
+            continue
         raise UserError(
             f"checkpoint {path}: was made with {name} = {was}, but it is now {value}, which changes the stream of "
             f"samples; {rules.advice}"
         )
     noted = [each for each in changed if rules.severity(each[0]) == "noted"]
-    return [f"{name} was {was} and is {value} from here on" for name, was, value in samples + noted]
+    return [f"{name} was {was} and is {value} from here on" for name, was, value in noted]
 
 
 def describe(sections: Sections, stream: Mapping[str, str]) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, nam
 from m3ae_fast.config.describe import settings_help
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.tasks import (
-    DRAWS,
     MODALITIES,
     MOST_SEEDS,
     POOLS,
@@ -72,12 +71,12 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
     if task.has_labels:
         add_labels(command)
     command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples in {shards}")
-    if not task.classifies:
+    if not task.classifies and task.modality is None:
         classifier = ", or the input of the classifier" if task.may_classify else ""
         command.add_argument(
             "--modality",
-            choices=(task.modality,) if task.modality else MODALITIES,
-            help=f"input of the encoder (default: {task.modality or 'image'}{classifier})",
+            choices=MODALITIES,
+            help=f"input of the encoder (default: image{classifier})",
         )
     command.add_argument("--out", type=output(), required=True, metavar="OUT", help="output folder")
     add_settings(command, task.example)
@@ -140,12 +139,6 @@ def _add_grid_options(command: argparse.ArgumentParser, task: str) -> None:
         help="few-shot evaluation: numbers of training samples per class, such as 1,5,10; for each number, samples "
         "are drawn several times (default: use all samples)",
     )
-    command.add_argument(
-        "--draws",
-        type=_draws,
-        metavar="N",
-        help=f"number of random draws for each number in --shots, at least 2 (default: {DRAWS})",
-    )
 
 
 def _add_comparison(command: argparse.ArgumentParser) -> None:
@@ -171,12 +164,6 @@ def _counts(text: str) -> list[int]:
     if not all(part.isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text}: must be a comma-separated list of integers from 1, such as 1,5,10")
     return sorted({int(part) for part in parts})
-
-
-def _draws(text: str) -> int:
-    if not (text.isdecimal() and int(text) > 1):
-        raise argparse.ArgumentTypeError(f"{text}: must be an integer of at least 2")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,6 @@ from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.command_line import GROUP_HELP, add_columns, add_labels, command, output, program, seed
 from m3ae_fast.config import add_range_option
 from m3ae_fast.shards.settings import Settings
-from m3ae_fast.shards.sources import SOURCE_KINDS
 
 OUT_HELP = "output folder: a new folder, or the folder of an interrupted command, which is then continued"
 MAKE = """Make shards from a folder of images, an HDF5 file or a Hugging Face dataset.
@@ -56,8 +55,7 @@ mean and standard deviation of the pixels, and the number of unreadable samples.
 statistics are printed as well; --write also writes them into a config.
 
   m3ae-fast shards stats 'shards/train-*.tar' --tokenizer tokenizer.json
-  m3ae-fast shards stats 'shards/train-*.tar' --picture stats.png --write mine.json
-  m3ae-fast shards stats 'shards/train-*.tar' --sizes sizes.json   # for m3ae-fast train --dry-run --sizes
+  m3ae-fast shards stats 'shards/train-*.tar' --out stats.png --write mine.json
 """
 TABLE = """Print the number of samples of each kind in each shard, and write the missing indexes of the shards.
 
@@ -90,7 +88,6 @@ def _add_make(commands: Any) -> None:
     parser = command(commands, "make", summary, MAKE, _make)
     parser.add_argument("source", metavar="SOURCE", help="a folder, an HDF5 file, or the name of a dataset on the Hub")
     parser.add_argument("--out", type=output(), required=True, metavar="DIR", help=OUT_HELP)
-    parser.add_argument("--kind", choices=[*SOURCE_KINDS], help="kind of SOURCE (default: detected)")
     folder = parser.add_argument_group("options for a folder of images")
     text = "table of captions: .csv, .tsv, .jsonl or .parquet"
     folder.add_argument("--captions", type=Path, metavar="TABLE", help=text)
@@ -119,7 +116,6 @@ def _add_shard_settings(parser: argparse.ArgumentParser) -> None:
             usual.short_side,
             "scale the short side of images down to N pixels; smaller JPEGs are copied unchanged",
         ),
-        "--quality": (usual.quality, "JPEG quality, 1 to 100"),
         "--samples-per-shard": (usual.samples_per_shard, "maximum number of samples per shard"),
         "--workers": (len(os.sched_getaffinity(0)), "number of worker processes"),
     }
@@ -141,15 +137,13 @@ def _make(args: argparse.Namespace) -> None:
     settings = Settings(
         args.samples_per_shard,
         args.short_side,
-        args.quality,
-        args.held_out,
-        args.group,
-        args.range,
-        args.keep_order,
+        held_out=args.held_out,
+        group=args.group,
+        image_range=args.range,
+        keep_order=args.keep_order,
     )
     records = open_source(
         args.source,
-        kind=args.kind,
         captions=args.captions,
         image_column=args.image_column,
         caption_column=args.caption_column,
@@ -208,9 +202,7 @@ def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     add_labels(parser)
     add_range_option(parser)
-    parser.add_argument("--picture", type=output(".png"), metavar="FILE.png", help="write a figure with histograms")
-    text = "write the width and height of each image"
-    parser.add_argument("--sizes", type=output(".json"), metavar="FILE.json", help=text)
+    parser.add_argument("--out", type=output(".png"), metavar="FILE.png", help="write a figure with histograms")
     parser.add_argument("--write", type=Path, metavar="CONFIG", help="config into which the settings are written")
 
 
@@ -232,12 +224,9 @@ def _stats(args: argparse.Namespace) -> None:
     print(*statistics.describe_statistics(found), sep="\n")
     settings = statistics.settings_of(found)
     print(*statistics.options_of(settings), sep="\n")
-    if args.picture is not None:
-        statistics.draw_statistics(args.picture, found)
-        print(f"wrote {args.picture}")
-    if args.sizes is not None:
-        statistics.write_sizes(args.sizes, found)
-        print(f"wrote the sizes of {len(found.sizes):,} images to {args.sizes}")
+    if args.out is not None:
+        statistics.draw_statistics(args.out, found)
+        print(f"wrote {args.out}")
     if given is not None:
         statistics.write_settings(args.write, given, settings)
         print(f"wrote these settings to {args.write}")

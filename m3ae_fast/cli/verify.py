@@ -19,9 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = program("verify", __doc__)
     parser.add_argument("files", nargs="+", metavar="FILE.npz", help="golden files of the official implementation")
     parser.add_argument(
-        "--tolerance-scale", type=float, default=1.0, help="factor by which every tolerance is multiplied"
-    )
-    parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="dtype of the computations"
     )
     add_device(parser)

@@ -4,7 +4,6 @@ whether to keep all activations."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -13,7 +12,6 @@ from m3ae_fast.batch.masking import draw_mask, draw_predicted
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config, TransformerLoopConfig
-from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 
@@ -89,24 +87,20 @@ def caption_tokens(config: Config) -> int:
     return round(config.model.text_length * CAPTION_FRACTION) if config.model.vocab_size else 0
 
 
-def typical_batch(config: Config, model: M3AE, grids: Sequence[Grid] | None = None) -> PackedBatch:
-    """Return a batch of masked images with captions of typical length: an image for each patch grid in `grids`, or one
-    square image with the maximum number of patches."""
+def typical_batch(config: Config, model: M3AE) -> PackedBatch:
+    """Return a batch of one masked square image with the maximum number of patches, and a caption of typical length."""
     m, masking = config.model, config.masking
     generator = torch.Generator().manual_seed(0)
     side = math.isqrt(m.most_patches)
-    samples = []
-    for rows, columns in grids or [(side, side)]:
-        shape = m.channels, rows * m.patch_size, columns * m.patch_size
-        sample = Sample("typical", torch.zeros((), dtype=getattr(torch, model.config.image_dtype)).expand(shape))
-        sample.image_mask = draw_mask(rows * columns, masking.image_ratio, generator)
-        sample.image_predicted = draw_predicted(sample.image_mask, masking.image_predicted, generator)
-        if m.vocab_size:
-            sample.tokens = torch.zeros(caption_tokens(config), dtype=torch.int64)
-            sample.text_mask = draw_mask(len(sample.tokens), masking.text_ratio, generator)
-            sample.text_predicted = draw_predicted(sample.text_mask, masking.text_predicted, generator)
-        samples.append(sample)
-    return pack(samples, model.geometry)
+    shape = m.channels, side * m.patch_size, side * m.patch_size
+    sample = Sample("typical", torch.zeros((), dtype=getattr(torch, model.config.image_dtype)).expand(shape))
+    sample.image_mask = draw_mask(side * side, masking.image_ratio, generator)
+    sample.image_predicted = draw_predicted(sample.image_mask, masking.image_predicted, generator)
+    if m.vocab_size:
+        sample.tokens = torch.zeros(caption_tokens(config), dtype=torch.int64)
+        sample.text_mask = draw_mask(len(sample.tokens), masking.text_ratio, generator)
+        sample.text_predicted = draw_predicted(sample.text_mask, masking.text_predicted, generator)
+    return pack([sample], model.geometry)
 
 
 def activation_bytes(config: Config, batch: PackedBatch) -> float:

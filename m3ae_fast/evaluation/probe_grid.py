@@ -125,7 +125,7 @@ def run(job: Job) -> dict[str, Any]:
     pools: list[Pool | None] = [*options.pools] or [job.config.encode.pool]
     pools = [None, *options.pools] if PROBES[task].tokens else pools
     kinds = [Features(layer, pool) for layer in layers for pool in pools]
-    draws = (options.draws or DRAWS) if options.shots else 1
+    draws = DRAWS if options.shots else 1
     numbers: list[int | None] = [*options.shots] or [None]
     train, val, classes = job.open_labelled()
     if task == "attentive" and not options.shots and trains_online(job, layers, [train, val]):
@@ -236,7 +236,7 @@ def _shorter(job: Job, layers: Sequence[int]) -> str:
     if job.options.task == "attentive" and job.config.attentive.peak_lr is None:
         ways = ["--set attentive.peak_lr=1e-3, so that only one learning rate is tried"]
     if job.options.shots:
-        ways.append("fewer --shots or --draws")
+        ways.append("fewer --shots")
     if len(layers) > 1:
         ways.append("fewer --layers")
     if len(job.options.pools) > 1:

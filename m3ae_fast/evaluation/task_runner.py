@@ -43,7 +43,6 @@ def evaluate(
     layers: Literal["all"] | str | Sequence[int] | None = None,
     pools: Literal["all"] | Sequence[Pool] = (),
     shots: Sequence[int] = (),
-    draws: int | None = None,
     probes: Sequence[str] = PROBE_NAMES,
     seeds: int = 3,
     baselines: bool = True,
@@ -72,7 +71,6 @@ def evaluate(
         pools: for knn, logistic and linear: "all" or poolings, "mean" and "cls"; empty: the pooling in encode.pool. For
             attentive: poolings on whose features linear classifiers are trained in the same steps; empty: none.
         shots: for knn, logistic, linear and attentive: numbers of training samples per class; empty: all samples.
-        draws: number of random draws for each number of shots; None: 5.
         probes: for compare: the probes to use.
         seeds: for compare: number of random seeds of each probe and of random weights.
         baselines: for knn, logistic, linear, attentive, segment and finetune: whether the baselines are
@@ -101,7 +99,6 @@ def evaluate(
         layers=layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers)),
         pools=POOLS if pools == "all" else tuple(dict.fromkeys(pools)),
         shots=tuple(sorted({*shots})),
-        draws=draws,
         probes=tuple(dict.fromkeys(probes)),
         seeds=seeds,
         baselines=baselines,

@@ -18,7 +18,7 @@ from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config.evaluation import Pool
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
-DRAWS = 5  # default number of draws for each number of shots
+DRAWS = 5  # number of draws for each number of shots
 
 PROBE_NAMES = ("knn", "logistic", "linear", "attentive")  # probes that `compare` can use
 MOST_SEEDS = 100
@@ -145,7 +145,6 @@ class Options:
     layers: str | None = None  # "all", or numbers separated by commas
     pools: Sequence[Pool] = ()  # empty: the pooling in encode.pool
     shots: Sequence[int] = ()
-    draws: int | None = None
     probes: Sequence[str] = PROBE_NAMES
     seeds: int = 3
     baselines: bool = True
@@ -163,7 +162,6 @@ class Options:
             "layers": task.has_probe_grid,
             "pools": task.pools,
             "shots": task.has_probe_grid,
-            "draws": task.has_probe_grid,
             "probes": task.compares,
             "seeds": task.compares,
             "baselines": task.has_baselines,
@@ -187,16 +185,12 @@ class Options:
             raise UserError(f"--pools {unknown[0]}: no such pooling; choose from {', '.join(POOLS)}")
         if not self.probes or not 1 <= self.seeds <= MOST_SEEDS:
             raise UserError(f"compare needs at least one probe and from 1 to {MOST_SEEDS} seeds")
-        if self.draws is not None and not self.shots:
-            raise UserError(
-                f"--draws {self.draws}: can be used only with --shots; add --shots, such as 1,5,10, or remove --draws"
-            )
         if taken := [name for name in self.ood if name in ("train", "val")]:
             raise UserError(
                 f"--ood {taken[0]}: the result already uses this name for --{taken[0]}; choose another name"
             )
-        if any(shots < 1 for shots in self.shots) or (self.draws is not None and self.draws < 2):
-            raise UserError("--shots must be integers of at least 1, and --draws an integer of at least 2")
+        if any(shots < 1 for shots in self.shots):
+            raise UserError("--shots must be integers of at least 1")
 
     @property
     def model(self) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from m3ae_fast.config import Range
 from m3ae_fast.shards.settings import Settings
-from m3ae_fast.shards.sources import SourceKind
 from m3ae_fast.shards.sources.registry import open_source
 from m3ae_fast.shards.writer import Converted, convert
 
@@ -17,7 +16,6 @@ def make(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    kind: SourceKind | None = None,
     captions: str | os.PathLike[str] | None = None,
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -31,7 +29,6 @@ def make(
     group: str | None = None,
     keep_order: bool = False,
     short_side: int = Settings.short_side,
-    quality: int = Settings.quality,
     image_range: Range | None = None,
     samples_per_shard: int = Settings.samples_per_shard,
     workers: int | None = None,
@@ -40,7 +37,7 @@ def make(
     byte-identical shards. To resume an interrupted call, repeat it.
 
     Args:
-        source, kind, captions, image_column, caption_column, label_column, classes, flat, masks, subset, split: as in
+        source, captions, image_column, caption_column, label_column, classes, flat, masks, subset, split: as in
             `open_source`.
         out: output folder: a new folder, or the folder of a call with the same arguments.
         held_out: fraction of the samples that are held out in val-*.tar. Identical images are held out together.
@@ -49,7 +46,6 @@ def make(
             together.
         keep_order: whether to keep the order of the samples instead of shuffling them.
         short_side: number of pixels to which the shorter side of larger images is reduced.
-        quality: JPEG quality, from 1 to 100.
         image_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
             data type.
         samples_per_shard: maximum number of samples in a shard.
@@ -58,10 +54,11 @@ def make(
     Raises:
         UserError: the source or an argument is invalid, or `out` contains other files or cannot be written.
     """
-    settings = Settings(samples_per_shard, short_side, quality, held_out, group, image_range, keep_order)
+    settings = Settings(
+        samples_per_shard, short_side, held_out=held_out, group=group, image_range=image_range, keep_order=keep_order
+    )
     records = open_source(
         source,
-        kind=kind,
         captions=captions,
         image_column=image_column,
         caption_column=caption_column,

@@ -153,12 +153,6 @@ def write_settings(path: Path, given: dict[str, Any], settings: Sequence[tuple[s
     write_text_atomically(path, json.dumps(given, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_sizes(path: Path, found: Statistics) -> None:
-    """Write the width and height of each image, in pixels, as a JSON list of pairs. Raises UserError if `path` cannot
-    be written."""
-    write_text_atomically(path, json.dumps(found.sizes) + "\n")
-
-
 def draw_statistics(path: Path, found: Statistics) -> None:
     """Write a PNG with histograms of pixel values, image sizes, aspect ratios and caption lengths. `found` must contain
     an image (see `require_images`). Raises UserError if `path` cannot be written."""

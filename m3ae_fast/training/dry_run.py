@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import Peaks, data_sheet, missing_memory, resolve_precision
 from m3ae_fast.base.progress import working
-from m3ae_fast.base.untrusted_file import read_json
-from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, open_data, split_batch
 from m3ae_fast.data.loader import prefetch_schedule
@@ -31,7 +26,6 @@ from m3ae_fast.engine.memory_estimate import (
     zero_bytes,
 )
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
@@ -44,7 +38,6 @@ NETWORK = 50e9  # assumed network bandwidth in bytes per second and GPU: 400 Gbi
 FETCHED = 1e9  # assumed download rate in bytes per second and node
 GPUS_OF_NODE = 8
 MEASURED_S = 5.0  # maximum number of seconds spent measuring steps to estimate the duration of the run
-SIZES = 256  # maximum number of image sizes that represent the dataset
 DECODED_PER_CORE = 600  # images decoded per second and core at 256 px, from benchmarks/results
 CORES_PER_GPU = 12  # usual number of cores per GPU
 FP32 = 67e12  # FLOP/s of an H100 in float32, according to its data sheet
@@ -56,7 +49,6 @@ def report(
     *,
     gpus: bool = True,
     data: bool = True,
-    sizes: Path | None = None,
     more: Sequence[tuple[str, str]] = (),
 ) -> None:
     """Print the resources that a run with `config` requires.
@@ -68,23 +60,14 @@ def report(
         gpus: whether to also print throughput and times for GPUs according to an H100's data sheet; otherwise, only
             machine-independent lines are printed.
         data: whether to open the shards and the tokenizer.
-        sizes: a file of image sizes written by `m3ae-fast shards stats --sizes`, for native images; None: all images
-            are assumed to have max_patches patches.
         more: additional lines to print at the end, each as a title and a text.
 
     Raises:
         UserError: a run could not start, because the batch cannot be split over the ranks, or because shards or the
-            tokenizer are missing or do not fit the model. Also raised if `sizes` is given but is not a file of image
-            sizes, or if it is given although all images are square.
+            tokenizer are missing or do not fit the model.
     """
-    if sizes is not None and config.model.resize == "square":
-        raise UserError(
-            f"--sizes {sizes}: can be used only with model.resize=native, because square images all have the same size"
-        )
-    needs = _Needs(config, world, sizes)
+    needs = _Needs(config, world)
     lines = [*_flops_lines(needs), _batch_line(needs, gpus)]
-    if sizes is not None:
-        lines += image_lines(needs.batch, needs.share.micro_batch)
     if gpus:
         lines += _gpu_lines(needs)
     if data:
@@ -107,13 +90,13 @@ def report(
 class _Needs:
     """The FLOPs, the throughput of an H100 and the memory that follow from a config."""
 
-    def __init__(self, config: Config, world: int | None, sizes: Path | None) -> None:
+    def __init__(self, config: Config, world: int | None) -> None:
         """Compute these values. The arguments and errors are the same as in `report`."""
         with torch.device("meta"):
             self.model = M3AE(config.model, config.loss)
         self.config = config
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.batch = typical_batch(config, self.model, None if sizes is None else _grids(self.model, sizes))
+        self.batch = typical_batch(config, self.model)
         one_step = config.train.global_batch // (config.train.micro_batch or config.train.global_batch)
         self.world = world or max(one_step, 1)
         self.share = split_batch(config.train, self.world)
@@ -329,34 +312,3 @@ def memory_table(config: Config, parameters: int, world: int, activations: float
         mark = " (this config)" if config.zero is not None and stage == config.zero.stage else ""
         table.add_row(f"{stage}{mark}", *(f"{part / 1e9:.2f}" for part in (*state, activations, whole)))
     return table
-
-
-def _grids(model: M3AE, path: Path) -> list[Grid]:
-    """Return the patch grids for evenly spaced entries of a file of image sizes. Raises UserError if the file was not
-    written by `stats --sizes`."""
-    native = model.geometry.native
-    assert native is not None
-    try:
-        sizes = [(float(width), float(height)) for width, height in read_json(path)]
-        if not sizes or not all(1 <= side < math.inf for size in sizes for side in size):
-            raise ValueError("a width or height is missing or below 1")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--sizes {path}: cannot be read ({error}); create the file with stats --sizes") from None
-    every = -(-len(sizes) // SIZES)
-    return [native.grid(height, width) for width, height in sizes[::every]]
-
-
-def image_lines(batch: PackedBatch, micro: int) -> list[tuple[str, str]]:
-    """Return lines, pairs of a title and a text, on the number of patches of native images, and on the variation of the
-    number of tokens between micro-batches of `micro` samples."""
-    patches = [rows * columns for rows, columns in batch.grids]
-    tokens_S = torch.stack([part.cu_seqlens.diff() for part in batch.sequences]).sum(0).double()
-    spread = (tokens_S.std(correction=0) / tokens_S.mean()).item() / math.sqrt(micro)
-    return [
-        ("patches per image", f"{sum(patches) / len(patches):,.1f} on average, from {min(patches)} to {max(patches)}"),
-        (
-            "balance",
-            f"the number of tokens in micro-batches of {micro} samples varies by {spread:.1%} (standard deviation), "
-            "before images of local shards are balanced over the ranks of a node",
-        ),
-    ]

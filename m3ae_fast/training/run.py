@@ -60,7 +60,6 @@ def pre_train(
     session: Session,
     *,
     resume: str = "no",
-    with_changes: bool = False,
     profile: bool = False,
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
     folder: RunFolder | None = None,
@@ -71,7 +70,6 @@ def pre_train(
         config: config of the run.
         session: session of the ranks.
         resume: "auto" to resume from the last checkpoint, if any; "no" to start a new run; or the path of a checkpoint.
-        with_changes: whether to resume even if data or masks differ from those of the checkpoint.
         profile: whether to write a profiler trace of some steps to the run folder.
         make_probe: function that returns an evaluation to run in addition to the held-out losses, or None.
         folder: the run folder if the caller has locked it; None: it is locked during the call.
@@ -87,7 +85,7 @@ def pre_train(
     session.heartbeats.watch_over(config.run)
     locked = nullcontext(folder) if folder else ranks.on_main(lambda: RunFolder(config.run.dir))
     with locked or nullcontext() as folder:
-        trainer = set_up(config, resume, session, folder, with_changes, make_probe)
+        trainer = set_up(config, resume, session, folder, make_probe)
         trainer.train(config.run.dir if profile and ranks.is_main else None)
 
 
@@ -96,7 +94,6 @@ def set_up(
     resume: str,
     session: Session,
     folder: RunFolder | None,
-    with_changes: bool = False,
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
 ) -> Trainer:
     """Open the data, build or restore the model and its engine, and return the trainer. See `pre_train` for the
@@ -105,7 +102,7 @@ def set_up(
     _require_kernels(ranks.device)
     found = Resume(config.run.dir, resume, ranks, partial(is_extended, config))
     stream = _open_stream(config, session, found)
-    notes = stream.notes + found.notes(config, stream.fingerprint, resume, with_changes)
+    notes = stream.notes + found.notes(config, stream.fingerprint, resume)
     model, fixed, started = _build_model(config, found, ranks)
     preparation = preparation_of(config, model, stream.data)
     engine = build_engine(model, config, ranks)

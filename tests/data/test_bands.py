@@ -336,7 +336,7 @@ def test_statistics_are_computed_per_channel(tmp_path, capsys):
     arrays = [write_npy(FLOATS), write_npy(FLOATS + 50), write_npy(LEVELS[..., :3])]
     shard = write_tar(tmp_path / "a.tar", [(f"{i}.npy", data) for i, data in enumerate(arrays)])
     command = ["stats", shard, "--cache-dir", str(tmp_path), "--channels", str(BANDS), "--dtype", "float32"]
-    assert data_tools([*command, "--range=-100,100", "--picture", str(tmp_path / "a.png")]) == 0
+    assert data_tools([*command, "--range=-100,100", "--out", str(tmp_path / "a.png")]) == 0
     output = capsys.readouterr().out
     mean, std = (json.loads(re.search(rf"model.image_{name}=(\S+)", output)[1]) for name in ("mean", "std"))
     both = (np.stack([FLOATS, FLOATS + 50]).astype(np.float64) + 100) / 200

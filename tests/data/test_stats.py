@@ -95,7 +95,7 @@ def test_the_stats_command_prints_and_writes_settings(shards, tmp_path, capsys, 
     config.write_text(json.dumps(TINY | {"model": TINY["model"] | {"channels": 3}}))
     picture_file = tmp_path / "stats.png"
     command = ["stats", shards, "--channels", str(channels), "--cache-dir", str(tmp_path / "cache")]
-    command += ["--picture", str(picture_file), "--write", str(config), "--range", "dtype"]
+    command += ["--out", str(picture_file), "--write", str(config), "--range", "dtype"]
     assert main(command) == 0
     out = capsys.readouterr().out
     for text in (

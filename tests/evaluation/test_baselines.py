@@ -294,8 +294,8 @@ def test_baselines_have_the_results_of_their_separate_evaluations(
         ("attentive", settings("attentive.steps=3", "attentive.online=true"), ("logistic",)),
         ("knn", ("--layers", "all"), ("knn",)),
         ("logistic", ("--pools", "cls,mean"), ("logistic", *settings("encode.pool=cls"))),
-        ("linear", ("--shots", "2,5", "--draws", "2", *SHORT), ("logistic", "--shots", "2,5", "--draws", "2")),
-        ("knn", ("--shots", "2,5", "--draws", "2"), ("knn", "--shots", "2,5", "--draws", "2")),
+        ("linear", ("--shots", "2,5", *SHORT), ("logistic", "--shots", "2,5")),
+        ("knn", ("--shots", "2,5"), ("knn", "--shots", "2,5")),
     ],
 )
 def test_baselines_of_trained_heads_and_of_grids_use_logistic_regression(

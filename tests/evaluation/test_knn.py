@@ -137,7 +137,6 @@ def test_user_errors_are_reported_in_one_line_and_leave_no_files(transfer, run, 
     for options, more, message in (
         (["--set", "knn.kay=3"], {}, "unknown key knn.kay; did you mean knn.k?"),
         (["--set", "linear.k=3"], {}, "--set linear.k: knn does not use this setting; did you mean knn.k?"),
-        (["--draws", "3"], {}, "--draws 3: can be used only with --shots"),
         ([], {"model": tmp_path / "nothing"}, "nothing: no such file or folder"),
         ([], {"val": foreign}, "no training sample has the label 9"),
         (["--labels", "txt"], {}, "must be cls, or json.FIELD"),

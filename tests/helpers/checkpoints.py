@@ -22,12 +22,10 @@ def save(run_dir: Path, tensors: dict[str, Tensor], info: checkpoint.Info, keep:
     return checkpoint.save(run_dir, {name: whole(tensor) for name, tensor in tensors.items()}, info, keep)
 
 
-def changes_of(
-    path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str], with_changes: bool = False
-) -> list[str]:
+def changes_of(path: Path, info: checkpoint.Info, config: Config, stream: dict[str, str]) -> list[str]:
     """Return the lines of `changes` for a pre-training run with this config and data that resumes from a checkpoint."""
     sections = config.model_dump(mode="json")
-    return resuming.changes(path, info, sections, stream, resuming.PRETRAINING, with_changes)
+    return resuming.changes(path, info, sections, stream, resuming.PRETRAINING)
 
 
 def agreements(world: int) -> list[Agreement]:

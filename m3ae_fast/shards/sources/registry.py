@@ -118,8 +118,6 @@ def open_source(
         UserError: the source cannot be read, or an argument does not apply to sources of its kind.
     """
     name = os.fspath(source)
-    if kind is not None and kind not in SOURCE_KINDS:
-        raise UserError(f"--kind {kind}: must be one of {', '.join(SOURCE_KINDS)}")
     kind = kind or kind_of_source(name)
     options: dict[str, object] = {"captions": captions, "classes": classes, "flat": flat, "masks": masks}
     options |= {
@@ -135,10 +133,7 @@ def open_source(
         if kind not in kinds:
             wanted = " or ".join(SOURCE_KINDS[each] for each in kinds)
             option = option.replace("_", "-")
-            raise UserError(
-                f"--{option} can be used only with {wanted}; {name} is {SOURCE_KINDS[kind]} (if this is wrong, set "
-                "--kind)"
-            )
+            raise UserError(f"--{option} can be used only with {wanted}; {name} is {SOURCE_KINDS[kind]}")
     return _OPEN[kind](name, **given)
 
 
