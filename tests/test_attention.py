@@ -100,6 +100,7 @@ def test_attention_op_passes_opcheck_and_gradcheck(whole):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruned", [False, True])
 def test_a_block_is_one_graph(pruned):
     torch.manual_seed(0)

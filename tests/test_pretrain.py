@@ -157,6 +157,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
         pretrain(other, run, val=[shards], device="cpu")
 
 
+@pytest.mark.slow
 def test_a_copied_run_folder_resumes_in_its_new_location(tmp_path, monkeypatch):
     """The config contains the former path, which may be relative to another folder."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
@@ -173,6 +174,7 @@ def test_a_copied_run_folder_resumes_in_its_new_location(tmp_path, monkeypatch):
     assert checkpoint.locate(tmp_path / "run") == last
 
 
+@pytest.mark.slow
 def test_a_moved_run_folder_remains_complete(tmp_path, monkeypatch, capsys):
     """Another run has begun at the old path, and another relative path to the folder is given."""
     photos = make_pictures(tmp_path / "photos", each=2)
