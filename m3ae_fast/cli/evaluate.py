@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program, use_device
 from m3ae_fast.config.describe import settings_help
 from m3ae_fast.config.evaluation import EvaluationConfig
@@ -34,17 +34,12 @@ from m3ae_fast.evaluation.tasks import (
 from m3ae_fast.process.launchers import alone
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP, IMAGE_FEATURES, MODEL_HELP
 
-DIFFERENCE = "difference"
-
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = program("evaluate", __doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, task in TASKS.items():
         _add_task(tasks, name, task)
-    about = "print which of two results on the same samples is better, or that they do not differ significantly"
-    command = tasks.add_parser(DIFFERENCE, help=about, description=about)
-    command.add_argument("results", metavar="OUT", nargs=2, type=Path, help="the OUT folders of two tasks")
     args = parser.parse_args(argv)
     if hasattr(args, "ood"):
         args.ood = named_sets(args.ood)
@@ -63,14 +58,19 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
     about += f"; or {CLASSIFIER_HELP}" if task.may_classify else ""
     if task.takes_image_features:
         about += f"; or {', '.join(IMAGE_FEATURES)} for features that are computed from the images without a network"
+    if task.compares:
+        about += ". Without --train, --val and --out: the OUT folders of two or more tasks on the same samples"
     command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
+    needed = not task.compares  # results that exist are compared without them
     shards = "tar files (paths, brace patterns, globs, URLs or pipe: commands)"
     if task.trains:
         text = f"training samples in {shards}"
-        command.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help=text)
+        command.add_argument("--train", nargs="+", required=needed, default=[], metavar="SHARDS", help=text)
     if task.has_labels:
         add_labels(command)
-    command.add_argument("--val", nargs="+", required=True, metavar="SHARDS", help=f"held-out samples in {shards}")
+    command.add_argument(
+        "--val", nargs="+", required=needed, default=[], metavar="SHARDS", help=f"held-out samples in {shards}"
+    )
     if not task.classifies and task.modality is None:
         classifier = ", or the input of the classifier" if task.may_classify else ""
         command.add_argument(
@@ -78,7 +78,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
             choices=MODALITIES,
             help=f"input of the encoder (default: image{classifier})",
         )
-    command.add_argument("--out", type=output(), required=True, metavar="OUT", help="output folder")
+    command.add_argument("--out", type=output(), required=needed, metavar="OUT", help="output folder")
     add_settings(command, task.example)
     if name == "ood":
         _add_outside_sets(command)
@@ -168,11 +168,16 @@ def _counts(text: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     given = vars(parse_args(argv))
-    if given["task"] == DIFFERENCE:
-        from m3ae_fast.evaluation.difference import compare_results
+    if TASKS[given["task"]].compares:
+        if given == vars(parse_args([given["task"], *given["model"]])):  # no options
+            from m3ae_fast.evaluation.difference import compare_results
 
-        print(compare_results(given["results"]))
-        return 0
+            print(compare_results([*map(Path, given["model"])]))
+            return 0
+        if missing := [name for name in ("train", "val", "out") if not given[name]]:
+            raise UserError(
+                f"--{missing[0]}: is needed to compare models; to compare results, specify only their folders"
+            )
     given.pop("local_rank")
     use_device(given["device"])
     if alone():  # reports a missing library before the imports, which take seconds

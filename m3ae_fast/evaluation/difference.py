@@ -1,4 +1,4 @@
-"""Significance tests between two results on the same samples: accuracies, or areas under ROC curves.
+"""Significance tests between results on the same samples: accuracies, or areas under ROC curves.
 
 Shapes: N in-distribution samples, M out-of-distribution samples.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,57 @@ from m3ae_fast.evaluation.significance import difference, image_clusters, middle
 
 Table = dict[str, list[Any]]
 _COLUMNS = ("key", "label", "prediction")
+_ADVICE = (
+    "to compare results, specify the folders that two or more evaluations wrote, such as runs/knn; to compare models, "
+    "add --train, --val and --out"
+)
 
 
 def compare_results(folders: Sequence[Path]) -> str:
-    """Return a sentence that states which of the results of two tasks is better; for results of ood, one sentence for
-    each set and score. Raises UserError if a folder has no predictions of
-    classes, or if the results are not on the same samples."""
+    """Return lines that state, for each pair of results, which of them is better: one line for a pair of classifiers,
+    one for each attack for results of robustness, and one for each set and score for results of ood. Raises UserError
+    if there are fewer than two folders, a folder has no predictions of classes, or the results are not on the same
+    samples."""
+    if len(folders) < 2:
+        raise UserError(f"{folders[0]}: cannot be compared alone; {_ADVICE}")
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
-        raise UserError(f"{missing}: has no {FILE}; specify the folders that two evaluations wrote, such as runs/knn")
-    first, second = (read_parquet(folder / FILE) for folder in folders)
-    if all({"set", "key", *SCORES} <= table.keys() for table in (first, second)):
-        require_libraries({"sklearn": "the difference of two results of ood"})
-        return _compare_areas(folders, first, second)
-    ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
-    _require_same(folders, ours.keys(), theirs.keys())
-    _require_same_classes(folders, first, second)
-    return _words(ours, theirs, folders, _hashes(first))
+        raise UserError(f"{missing}: has no {FILE}; {_ADVICE}")
+    tables = [(folder, read_parquet(folder / FILE)) for folder in folders]
+    return "\n".join(
+        _compare((one, other), (first, second)) for (one, first), (other, second) in combinations(tables, 2)
+    )
+
+
+def _compare(folders: tuple[Path, Path], tables: tuple[Table, Table]) -> str:
+    """Return the lines about two results."""
+    if all({"set", "key", *SCORES} <= table.keys() for table in tables):
+        require_libraries({"sklearn": "the comparison of results of ood"})
+        return _compare_areas(folders, *tables)
+    attacks, others = map(_by_attack, tables)
+    if attacks.keys() != others.keys():
+        names = ", ".join(sorted((attacks.keys() ^ others.keys()) - {""}))
+        raise UserError(
+            f"{folders[0]} and {folders[1]}: only one of them contains {names}; "
+            "choose two results of the same task with the same settings"
+        )
+    lines = []
+    for attack, first in attacks.items():
+        second = others[attack]
+        ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
+        _require_same(folders, ours.keys(), theirs.keys())
+        _require_same_classes(folders, first, second)
+        lines.append((f"{attack}: " if attack else "") + _words(ours, theirs, folders, _hashes(first)))
+    return "\n".join(lines)
+
+
+def _by_attack(table: Table) -> dict[str, Table]:
+    """Return the parts of a result of robustness by attack; the whole table, with the key "", for other results."""
+    rows: dict[str, list[int]] = {}
+    for row, attack in enumerate(table.get("condition", ())):
+        rows.setdefault(attack, []).append(row)
+    return {
+        attack: {name: [column[row] for row in own] for name, column in table.items()} for attack, own in rows.items()
+    } or {"": table}
 
 
 def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
@@ -160,7 +196,7 @@ def _correct(folder: Path, table: Table) -> dict[str, bool]:
     if not complete or not one_prediction_each(table):
         raise UserError(
             f"{folder}: does not contain exactly one class prediction per sample; specify the folders of knn, "
-            "logistic, linear, finetune or attentive results at one layer, or of two ood results"
+            "logistic, linear, finetune or attentive results at one layer, or of two robustness or ood results"
         )
     return {
         key: label == prediction for key, label, prediction in zip(table["key"], table["label"], table["prediction"])

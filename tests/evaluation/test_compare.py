@@ -1,4 +1,4 @@
-"""The comparison of models on a dataset, and of two results."""
+"""The comparison of models on a dataset, and of results."""
 
 import json
 import re
@@ -153,7 +153,6 @@ def test_significance_tests_are_paired_by_sample_on_means_over_seeds():
     assert found.result()["rows"][1]["top1"] == pytest.approx(good.mean())
     assert found.result()["chance"] == 1.0  # all samples belong to one of the two classes
     assert "the largest class has 100.0 % of the samples" in found.page()
-    assert ComparedPredictions([0, 1]).result() == {}
 
 
 def test_a_warning_names_the_baselines_that_a_model_does_not_exceed():
@@ -200,17 +199,43 @@ def test_significant_and_insignificant_differences_between_results_are_reported(
     transfer("knn", model=f"random:{run}", out="other")
     capsys.readouterr()
     folders = [str(tmp_path / "one"), str(tmp_path / "other")]
-    assert main(["difference", *folders]) == 0
+    assert main(["compare", *folders]) == 0
     output = capsys.readouterr().out
     assert output.startswith(f"{folders[0]} ") and folders[1] in output and "McNemar p = " in output
     transfer("knn", val=shards[0], out="elsewhere")
     with pytest.raises(UserError, match="66 samples are in only one of them"):
-        main(["difference", folders[0], str(tmp_path / "elsewhere")])
+        main(["compare", folders[0], str(tmp_path / "elsewhere")])
     transfer("knn", "--layers", "all", out="layers")
     with pytest.raises(UserError, match="does not contain exactly one class prediction per sample"):
-        main(["difference", folders[0], str(tmp_path / "layers")])
-    with pytest.raises(UserError, match=r"nowhere: has no predictions.parquet; specify the folders that two"):
-        main(["difference", folders[0], str(tmp_path / "nowhere")])
+        main(["compare", folders[0], str(tmp_path / "layers")])
+    with pytest.raises(
+        UserError, match=r"nowhere: has no predictions.parquet; to compare results, specify the folders"
+    ):
+        main(["compare", folders[0], str(tmp_path / "nowhere")])
+
+
+def test_each_pair_of_results_is_compared_and_results_of_robustness_for_each_attack(tmp_path):
+    keys, right = [*map(str, range(40))], [0] * 40
+    for name, wrong in (("a", 0), ("b", 8), ("c", 20)):
+        found = [1] * wrong + [0] * (40 - wrong)
+        columns = {"key": keys * 2, "label": right * 2, "prediction": right + found}
+        conditions = ["clean"] * 40 + ["pgd 1/255"] * 40
+        write_parquet(tmp_path / name / "predictions.parquet", columns | {"condition": conditions})
+        write_parquet(tmp_path / f"{name}1" / "predictions.parquet", {"key": keys, "label": right, "prediction": found})
+    folders = [tmp_path / name for name in "abc"]
+    lines = compare_results([tmp_path / f"{name}1" for name in "abc"]).splitlines()
+    attacked = compare_results(folders).splitlines()
+    assert len(lines) == 3 and f"{folders[0]}1 is better than {folders[1]}1: +20.0 points" in lines[0]
+    assert attacked[1::2] == [f"pgd 1/255: {line}".replace("1 is ", " is ").replace("1: ", ": ") for line in lines]
+    for line, (one, other) in zip(attacked[::2], combinations(folders, 2)):
+        assert line.startswith(f"clean: {one} does not differ significantly from {other}")
+    with pytest.raises(UserError, match="only one of them contains clean, pgd 1/255; choose two"):
+        compare_results([tmp_path / "a", tmp_path / "a1"])
+    with pytest.raises(UserError, match="a: cannot be compared alone; to compare results, specify the folders"):
+        main(["compare", str(tmp_path / "a")])
+    for option in (["--train", "a.tar"], ["--set", "knn.k=1"]):
+        with pytest.raises(UserError, match="is needed to compare models; to compare results, specify only"):
+            main(["compare", *map(str, folders), *option])
 
 
 def test_results_of_different_labels_are_not_compared(tmp_path):
@@ -233,7 +258,7 @@ def test_predictions_without_a_class_are_refused(tmp_path):
         (tmp_path / name).mkdir()
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / name / "predictions.parquet")
     with pytest.raises(UserError, match="other: does not contain exactly one class prediction per sample"):
-        main(["difference", str(tmp_path / "one"), str(tmp_path / "other")])
+        main(["compare", str(tmp_path / "one"), str(tmp_path / "other")])
 
 
 def test_results_are_compared_independently_of_the_order_of_their_samples(tmp_path, monkeypatch):

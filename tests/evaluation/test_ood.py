@@ -174,7 +174,7 @@ def test_two_aurocs_are_compared_with_paired_bootstrap_samples(transfer, run, tm
     table = read_parquet(tmp_path / "one/predictions.parquet")
     write_parquet(tmp_path / "three/predictions.parquet", {name: column[1:] for name, column in table.items()})
     capsys.readouterr()
-    assert main(["difference", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [f"o, {score}" for score in SCORES]
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
@@ -182,7 +182,7 @@ def test_two_aurocs_are_compared_with_paired_bootstrap_samples(transfer, run, tm
         apart = results[0][f"o_{score}_auroc"] - results[1][f"o_{score}_auroc"]
         assert f"AUROC {apart:+.3f}, 95 % interval" in line
     with pytest.raises(UserError, match="1 samples are in only one of them"):
-        main(["difference", str(tmp_path / "one"), str(tmp_path / "three")])
+        main(["compare", str(tmp_path / "one"), str(tmp_path / "three")])
 
 
 def test_ood_scores_do_not_allocate_memory_per_sample_class_and_dimension():
