@@ -1,7 +1,7 @@
 """The layers of m3ae_kernels.cpu accept arguments of any layout, and the sizes and options of torch's layers."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -10,17 +10,9 @@ import torch.nn.functional as F
 from m3ae_kernels.cpu import build, linear, mlp, norm
 from torch import Tensor, nn
 
+from tests.helpers.layouts import layouts
+
 BF16 = torch.bfloat16
-
-
-def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensor in layouts that are not contiguous, and a tensor of the same shape whose rows share memory."""
-    yield "apart", torch.stack([t, t + 1], -1)[..., 0]
-    yield "offset", torch.cat([t[:1].flatten()[:1], t.flatten()])[1:].view(t.shape)
-    yield "expanded", t.select(-1, 0)[..., None].expand(t.shape)
-    if t.dim() > 1:
-        yield "across", t.transpose(0, -1).contiguous().transpose(0, -1)
-        yield "expanded rows", t[:1].expand(t.shape)
 
 
 def results(function: Callable, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.layouts import SHARED, layouts
 from tests.helpers.triton_kernels import import_kernels
 from tests.kernels.kernel_cases import BAND_MEAN, BAND_STD, CASES, SMALL, Inputs, call, make, run
 
@@ -156,6 +157,25 @@ def test_inputs_of_any_stride(case):
         }
         for name, got in run(m3ae_kernels, case, Inputs(strided, inputs.options)).items():
             assert error(got, expected[name].double()) < 1e-6, (name, parity)
+
+
+@pytest.mark.parametrize("kind", ["apart", "offset", "across", *SHARED])
+@pytest.mark.parametrize("case", SMALL)
+def test_inputs_of_each_layout_give_the_results_of_their_copies(case, kind):
+    """Ids keep their values, which must be distinct, so their elements do not share memory."""
+    inputs = make(case, torch.float32)
+    results = []
+    for copied in (True, False):
+        tensors = dict(inputs.tensors)
+        for name, t in tensors.items():
+            is_id = t is not None and t.dtype in (torch.int32, torch.int64)
+            if t is not None and not (is_id and kind in SHARED):
+                other = dict(layouts(t.detach())).get(kind, t.detach())
+                tensors[name] = (other.contiguous() if copied else other).requires_grad_(t.requires_grad)
+        results.append(run(m3ae_kernels, case, Inputs(tensors, inputs.options)))
+    expected, found = results
+    for name, got in found.items():
+        assert error(got, expected[name].double()) < 1e-6, name
 
 
 @pytest.mark.parametrize("case", SMALL)

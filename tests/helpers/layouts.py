@@ -1,0 +1,19 @@
+"""Tensors in memory layouts that ops may wrongly assume to be contiguous."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+SHARED = ("expanded", "expanded rows")  # layouts in which several elements share memory, so that values differ
+
+
+def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensor in layouts that are not contiguous, and tensors of the same shape whose elements share
+    memory."""
+    yield "apart", torch.stack([t, t + 1], -1)[..., 0]
+    yield "offset", torch.cat([t[:1].flatten()[:1], t.flatten()])[1:].view(t.shape)
+    yield "expanded", t.select(-1, 0)[..., None].expand(t.shape)
+    if t.dim() > 1:
+        yield "across", t.transpose(0, -1).contiguous().transpose(0, -1)
+        yield "expanded rows", t[:1].expand(t.shape)
