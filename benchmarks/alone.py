@@ -52,11 +52,6 @@ class Alone:
         """Take a step and return its duration in seconds."""
         return self._ask("step")
 
-    def held_bytes(self) -> int:
-        """Return the peak of the process's total memory in bytes. The trainer logs the same quantity as its peak
-        memory."""
-        return self._ask("held")
-
     def _ask(self, what: str):
         print(what, file=self._process.stdin, flush=True)
         return self._answer()
@@ -121,7 +116,6 @@ def serve(spec: dict) -> None:
 
 def _serve(spec: dict, ranks, answers) -> None:
     from benchmarks.implementations import build
-    from m3ae_fast.base.hardware import peak_memory
     from m3ae_fast.config import MaskingConfig, ModelConfig, PretrainingOptimConfig
 
     options = spec["options"]
@@ -136,8 +130,6 @@ def _serve(spec: dict, ranks, answers) -> None:
             start = time.perf_counter()
             step().item()
             answer = time.perf_counter() - start
-        elif what == "held":
-            answer = peak_memory(ranks.device)
         else:
             break
 

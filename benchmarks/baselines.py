@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from m3ae_kernels import reference
 from m3ae_kernels.attention import Kernel, Segments, cuda
 from m3ae_kernels.attention.padded import padded_attention
+from m3ae_kernels.tuning.workloads import Workload
 from torch import Tensor
-
-from benchmarks.ops import Workload
 
 CHUNKS = 4  # number of chunks of rows for losses that compute logits in chunks
 LIGER_CHUNKS = 16  # Liger's `chunk_mem_const` for few chunks; with its default, there are 48 at M3AE-Large's sizes
@@ -31,9 +30,10 @@ def baselines(work: Workload, compiled: bool = True) -> dict[str, object]:
     if work.op == "patch_embed":
         found["matmuls alone"] = _patches_given(work)
     if work.op.endswith("_loss"):
-        found["matmuls alone"] = lambda hidden, weight, **_: _Matmuls.apply(hidden, weight)
+        found["matmuls alone"] = lambda hidden, weight, bias, **_: _Matmuls.apply(hidden, weight, bias)
     if work.op == "packed_attention":
-        others = _kernels(work.tensors["qkv"].device)
+        device = work.tensors["qkv"].device
+        others = _kernels(device) if device.type == "cuda" else {}
         found |= {"SDPA": _sdpa} | {name: partial(_of_kernel, kernel) for name, kernel in others.items()}
     if work.op == "masked_token_loss":
         makers = {"torch linear_cross_entropy": _torch, "Liger": _liger, "ml-cross-entropy": _cce}
@@ -52,13 +52,13 @@ class _Matmuls(torch.autograd.Function):
     """Only the three matmuls of a head and its loss. The outputs are also used as their own gradients."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         grads, total = [], torch.zeros_like(weight, dtype=torch.float32)
         for part in hidden.tensor_split(CHUNKS):
             out = part @ weight.t()
             grads.append(out @ weight)
             total += out.t() @ part
-        ctx.save_for_backward(torch.cat(grads), total.to(weight.dtype))
+        ctx.save_for_backward(torch.cat(grads), total.to(weight.dtype), torch.zeros_like(bias))
         return hidden.new_zeros(())
 
     @staticmethod
@@ -67,12 +67,11 @@ class _Matmuls(torch.autograd.Function):
 
 
 def _kernels(device: torch.device) -> dict[str, Kernel]:
-    """Return the attention kernels of other libraries that can be imported; they may still fail on this machine."""
+    """Return the attention kernels that can be imported; they may still fail on this machine."""
     found = {}
     for name, make in cuda.MAKERS.items():
         with suppress(ImportError, cuda.NotAvailable):
-            if name != "triton":
-                found[name] = make(device)
+            found[name] = make(device)
     return found
 
 

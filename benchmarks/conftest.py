@@ -1,5 +1,18 @@
 import os
 
+import pytest
+
 from benchmarks.alone import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)  # before torch is imported
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--image-size", type=int, metavar="PIXELS", help="default: that of the shipped configs (256)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if size := config.getoption("--image-size"):
+        from benchmarks import workload
+
+        workload.IMAGE_SIZE = size  # before the benchmarks import it

@@ -1,5 +1,5 @@
-"""Storage of results: each machine has a folder with one JSON file per benchmark, which contains a table with named
-columns, and describes the machine, the versions and the date."""
+"""Storage of results: each machine has one JSON file with a table for each benchmark. A table has named columns, and
+describes the machine, the versions and the date."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 import m3ae_fast
-from m3ae_fast.base.atomic_file import put_in_place
+from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.hardware import this_cpu
 
-RESULTS = Path(__file__).parent / "results"  # contains a folder per machine
-ELSEWHERE = "BENCHMARK_RESULTS"
+RESULTS = Path(__file__).parent / "results"  # contains a file per machine
 Row = dict[str, str | int | float | None]
+Table = dict[str, Any]  # title, about and rows
 
 
 def about() -> dict[str, str | float]:
@@ -47,46 +48,35 @@ def device_name() -> str:
 
 
 def here() -> Path:
-    """Return the folder for results: the folder of this machine, or the folder that is set for a stage of a plan."""
-    if ELSEWHERE in os.environ:
-        return Path(os.environ[ELSEWHERE])
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    """Return the file of this machine."""
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-") + ".json")
 
 
-def write(name: str, title: str, rows: Sequence[Row], folder: Path | None = None) -> Path:
-    """Save the rows as `save` does, and print the table."""
-    path = save(name, title, rows, folder)
-    print("\n" + markdown(path))
-    return path
+def read(path: Path) -> dict[str, Table]:
+    """Return the tables of a machine by the name of the benchmark; empty if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def save(name: str, title: str, rows: Sequence[Row], folder: Path | None = None) -> Path:
-    """Write NAME.json to `folder` (None: the folder of this machine) atomically. All rows must have the same
-    columns."""
-    folder = folder or here()
-    folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / f"{name}.json", folder / f".{name}.json"
-    data = {"title": title, "about": about(), "rows": rows}
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    put_in_place(partial, path)
-    return path
+def write(name: str, title: str, rows: Sequence[Row], path: Path | None = None) -> None:
+    """Print a table, and store it in the file of the machine (`path`; None: this machine), whose other tables stay. All
+    rows must have the same columns."""
+    path = path or here()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {"title": title, "about": about(), "rows": list(rows)}
+    write_text_atomically(path, json.dumps(read(path) | {name: table}, indent=1) + "\n")
+    print("\n" + markdown(table))
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows of a results file; empty if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-
-
-def markdown(path: Path) -> str:
-    """Return a results file as a Markdown table with its title."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    a, columns = data["about"], list(data["rows"][0])
+def markdown(table: Table) -> str:
+    """Return a table as Markdown, with its title."""
+    a, rows = table["about"], table["rows"]
+    columns = list(rows[0])
     threads = f"{a['threads']} thread{'s' if a['threads'] != 1 else ''} on {a['cores']} cores"
-    lines = [f"**{data['title']}** ({a['device']}, {threads}, torch {a['torch']}, {a['date']})", ""]
+    lines = [f"**{table['title']}** ({a['device']}, {threads}, torch {a['torch']}, {a['date']})", ""]
     lines.append("| " + " | ".join(columns) + " |")
-    numeric = [not any(isinstance(row[c], str) for row in data["rows"]) for c in columns]
+    numeric = [not any(isinstance(row[c], str) for row in rows) for c in columns]
     lines.append("|" + "|".join("--:" if n else "---" for n in numeric) + "|")
-    lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in data["rows"]]
+    lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -28,6 +28,7 @@ from torchvision.io import encode_jpeg
 from benchmarks import results
 from benchmarks.alone import peak_above, peak_of
 from benchmarks.shards import make_shards
+from benchmarks.workload import IMAGE_SIZE
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config import DataConfig, LossConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.evaluation import EvaluationConfig
@@ -198,7 +199,7 @@ def test_grid_of_heads(tmp_path):
     corpus = open_corpus(data.train, ShardStore(None))
     keep_freed_memory()
     torch.manual_seed(0)
-    model = M3AE(ModelConfig(size="small", image_size=224, vocab_size=0), LossConfig()).eval()
+    model = M3AE(ModelConfig(size="small", image_size=IMAGE_SIZE, vocab_size=0), LossConfig()).eval()
     (batch,) = encoding_loader(model, corpus, data, Share(BATCH), torch.device("cpu"))
     labels_S, width = torch.randint(CLASSES, (BATCH,)), model.config.emb_dim
     features_ND = torch.randn(20 * BATCH, width)
@@ -242,7 +243,7 @@ def test_grid_of_heads(tmp_path):
     rows: list[results.Row] = [
         {"heads": name, "ms per step": 1e3 * statistics.median(own) / STEPS} for name, own in seconds.items()
     ]
-    kinds = "streamed: the small encoder runs in each step, at 224 px; cached: features are read from memory"
+    kinds = f"streamed: the small encoder runs in each step, at {IMAGE_SIZE} px; cached: features are read from memory"
     title = f"Training of linear heads for {CLASSES:,} classes, width {width}, batch {BATCH} ({kinds})"
     results.write("heads", title, rows)
     assert statistics.median(b / a for a, b in zip(one, many)) < MOST_OF_ONE

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from benchmarks import results
 from benchmarks.alone import ENVIRONMENT
 from benchmarks.shards import make_shards
+from benchmarks.workload import IMAGE_SIZE
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import DataConfig, MaskingConfig, SourceConfig
@@ -53,7 +54,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("size", [224, 256])
+@pytest.mark.parametrize("size", [IMAGE_SIZE])
 def test_loader(benchmark, shards, one_thread, size):
     """Time the loader (reading, decoding, augmentation, tokens, masks and packing), compared with torchvision's
     decoding and cropping alone."""

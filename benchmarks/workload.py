@@ -22,6 +22,7 @@ from m3ae_fast.config import (
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # precision of the expert and of the engine: the faster one on this machine
 PRECISION = fast_precision(DEVICE)
+IMAGE_SIZE = ModelConfig.model_fields["image_size"].default  # pixels, as in the shipped configs
 WORDS = (8, 32)  # minimum and maximum number of valid tokens of a caption
 
 

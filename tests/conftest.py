@@ -13,6 +13,11 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+from tests.helpers.gpu_process import (  # noqa: F401  # hooks
+    deselect_without_gpu,
+    pytest_pyfunc_call,
+    pytest_terminal_summary,
+)
 from tests.helpers.trainer import Trainer
 
 # These files take a long time and therefore start first; otherwise a worker might run one of them alone at the end.
@@ -30,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    deselect_without_gpu(config, items)
+
     def order(item: pytest.Item) -> int:
         file = item.nodeid.partition("::")[0].removeprefix("tests/")
         return LONGEST.index(file) if file in LONGEST else len(LONGEST)

@@ -1,15 +1,27 @@
-"""Tests of the engine that require a GPU. tests/rehearsal executes the tested code without a GPU."""
+"""The engine on a GPU: the official results, the losses of the CPU with every ZeRO stage, and no wait for the GPU."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from m3ae_fast.batch import pack
+from m3ae_fast.cli.verify import main as verify
 from m3ae_fast.config import Config, parse
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training.loss_watch import LossWatch
+from tests.helpers.ranks import environment
+from tests.helpers.trainer import ROOT
 from tests.helpers.zero_cases import TINY, samples
+
+GOLDEN = sorted((ROOT / "tests/golden").glob("*.npz"))
 
 
 def steps_without_waiting(deepspeed: dict | None, precision: str) -> None:
@@ -37,7 +49,7 @@ def steps_without_waiting(deepspeed: dict | None, precision: str) -> None:
         assert watch.first_bad() == ""
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU whose host could wait")
+@pytest.mark.gpu(seconds=300)
 @pytest.mark.parametrize(
     "deepspeed",
     [None, {"zero_optimization": {"stage": 1}}, {"zero_optimization": {"stage": 2}}],
@@ -45,3 +57,26 @@ def steps_without_waiting(deepspeed: dict | None, precision: str) -> None:
 )
 def test_a_step_never_waits_for_the_gpu(deepspeed):
     steps_without_waiting(deepspeed, "bf16")
+
+
+@pytest.mark.gpu(seconds=300)
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_the_official_results_are_reproduced(path):
+    assert verify([str(path), "--device", "cuda"]) == 0
+
+
+def curves(file: Path, env: dict[str, str]) -> dict[str, np.ndarray]:
+    """Return the loss and the gradient norm of each step of every case: each precision and ZeRO stage."""
+    command = [sys.executable, "-m", "tests.helpers.zero_cases", "matrix", str(file)]
+    subprocess.run(command, cwd=ROOT, env=environment() | env, check=True)
+    return {name: np.array(curve) for name, curve in map(json.loads, file.read_text().splitlines())}
+
+
+@pytest.mark.gpu(seconds=900)
+def test_every_zero_stage_has_the_losses_of_plain_torch_on_the_cpu(tmp_path):
+    found = curves(tmp_path / "gpu", {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")})
+    expected = curves(tmp_path / "cpu", {"CUDA_VISIBLE_DEVICES": ""})
+    assert found.keys() == expected.keys() and len(found) == 20
+    for name, curve in found.items():
+        tolerance = 1e-4 if name.startswith("fp32") else 2e-2
+        np.testing.assert_allclose(curve, expected[name], rtol=tolerance, err_msg=name)

@@ -195,8 +195,9 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     from triton.compiler import ASTSource
 
     amd = arch.startswith("gfx")
-    table = tuning.table(arch if amd else tuning.nvidia_arch(_capability(arch)))
-    tile = dict(settings or table[case.table or case.kernel][DTYPES[dtype]])
+    name = arch if amd else tuning.nvidia_arch(_capability(arch))
+    samples = tuning.samples_class(*case.sample) if case.sample[0] else ""
+    tile = dict(settings or tuning.settings(name, case.table or case.kernel, DTYPES[dtype], samples))
     shown = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_')}={v}" for k, v in tile.items())
     channels = (case.constants or {}).get("C")
     report = Report(case.kernel, arch, dtype, f"C={channels} {shown}" if channels else shown)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import psutil
 import torch
 from m3ae_kernels.cpu.processor import this_cpu
 
@@ -184,7 +185,5 @@ def keep_freed_memory() -> None:
 def missing_memory(needed: float, device: torch.device) -> str:
     """Return a message with the required and the free memory if `needed` bytes are 90 % or more of the free memory of a
     device; otherwise ""."""
-    import psutil  # imported here because benchmarks.gpu reads data sheets with only torch, Triton and NumPy installed
-
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     return "" if needed < 0.9 * free else f"{needed / 1e9:.3g} GB are needed, and {free / 1e9:.3g} GB are free"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attention.kernel import Kernel, Segments
 from ..dispatch import accumulator
-from ..tuning import config
+from ..tuning import config, samples_class
 from .common import acc_type, cdiv, launcher, precision
 
 LOG2E = math.log2(math.e)
@@ -125,7 +125,7 @@ def _tile(name: str, q: Tensor, queries: Segments, keys: Segments) -> dict:
         raise ValueError(
             f"the head dimension is {q.shape[2]}, but the Triton kernels support at most {MOST_DIM}; use impl='torch'"
         )
-    tile = config(name, q.device, q.dtype)
+    tile = config(name, q.device, q.dtype, samples_class(q.shape[2], keys.max_seqlen))
     return as_rows(tile, q.shape[2], queries.max_seqlen, keys.max_seqlen) | tile
 
 
@@ -157,7 +157,7 @@ def attention_backward_kernel(
 
     Cost: 10HD sum(n^2) FLOPs, 16THD bytes in bfloat16, H sum(n^2) exponentials. Estimates for the sizes and the GPU of
     `attention_kernel`:
-    - Encoder: 28 GFLOP. The memory traffic of 612 MB takes 183 us. Issuing the instructions takes only 85 us, even
+    - Encoder: 28 GFLOP. The memory traffic of 612 MB takes 183 us. Issuing the instructions takes only 85 us
       with tiles of 128 keys for samples of 73.
     - Decoder: 220 GFLOP. The memory traffic of 1.2 GB takes 363 us. Issuing the instructions takes 610 us.
     """
