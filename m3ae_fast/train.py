@@ -2,7 +2,7 @@
 
 m3ae-fast train --config quickstart
 m3ae-fast train --config base --train 'shards/train-*.tar' --val 'shards/val-*.tar' --out runs/mine
-m3ae-fast train --config large --dry-run
+m3ae-fast train --config large --recipe fast --dry-run
 torchrun --nproc-per-node 8 -m m3ae_fast train --config large --set optim.peak_lr=3e-4
 deepspeed --num_gpus 8 --module m3ae_fast.train --config large     # in a clone, m3ae_fast/train.py works too
 """
@@ -34,11 +34,13 @@ from m3ae_fast.cli.command_line import (
     use_device,
 )
 from m3ae_fast.config import Overrides, load_config, override_list, require_libraries_of, shipped_configs
+from m3ae_fast.config.recipes import HELP, NAMES, with_recipe
 from m3ae_fast.process.launchers import alone
 
 if TYPE_CHECKING:  # torch is imported only where it is used, so that --help and config errors appear at once
     from m3ae_fast.base.environment import Device
     from m3ae_fast.config import Config
+    from m3ae_fast.config.recipes import Recipe
     from m3ae_fast.process.session import Session
 
 
@@ -53,6 +55,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_samples(parser, "--train", "data.train", "training samples, in place of the config's data.train")
     add_samples(parser, "--val", "data.val", "held-out samples, in place of the config's data.val")
     add_setting(parser, "--out", "run.dir", output(), "the run folder")
+    parser.add_argument(
+        "--recipe",
+        choices=NAMES,
+        help=f"settings that replace those of the config; {HELP}, with the length, warm-up and pixel statistics of its "
+        "training on ImageNet (default: the settings of the config)",
+    )
     add_settings(parser, "train.epochs=20")
     add_resume(parser, "run.dir")
     parser.add_argument(
@@ -90,6 +98,7 @@ def train(
     train: str | Sequence[str] = (),
     val: str | Sequence[str] = (),
     out: str | Path | None = None,
+    recipe: Recipe | None = None,
     overrides: Overrides = (),
     resume: str = "no",
     device: Device | None = None,
@@ -100,6 +109,8 @@ def train(
         config: a JSON config file, or the name of a config that comes with m3ae-fast.
         train, val: shards of training and of held-out samples, in place of those in the config.
         out: the run folder, in place of that in the config.
+        recipe: "official", "fast" or "mae": a group of settings that replace those of the config
+            (`m3ae_fast.config.recipes`); `overrides` take precedence. None: the settings of the config.
         overrides: overrides of the config's settings (`--set` of the command): "section.key=value", a list of such
             texts, or a dict such as {"train.epochs": 20}.
         resume: "auto" to continue from the last checkpoint in the run folder, if any; "no" to start a new run; or the
@@ -115,7 +126,8 @@ def train(
     from m3ae_fast.training.run import pre_train
 
     given = {"data.train": _samples(train), "data.val": _samples(val), "run.dir": None if out is None else str(out)}
-    changes = override_list({name: value for name, value in given.items() if value}) + override_list(overrides)
+    own = override_list({name: value for name, value in given.items() if value}) + override_list(overrides)
+    changes = with_recipe(recipe, own)
     with joined_program(device) as session:
         session.ranks.require_same({"config": str(config), "changes": changes, "resume": resume})
         pre_train(
@@ -151,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
 def _load(args: argparse.Namespace) -> Config:
     """Return the config. Raises UserError if it is invalid, or if a library that a run on this machine requires is not
     installed."""
-    config = load_config(args.config, args.set)
+    config = load_config(args.config, with_recipe(args.recipe, args.set))
     if args.world is None and not args.no_data:
         require_libraries_of(config)
     return config

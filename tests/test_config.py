@@ -20,6 +20,7 @@ from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base import hardware
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig, follow, load_config, parse
+from m3ae_fast.config.recipes import with_recipe
 from m3ae_fast.data import ShardStore, open_corpus, open_data, split_batch
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.engine.memory_estimate import zero_bytes
@@ -116,7 +117,7 @@ def test_a_shipped_config_can_be_named_without_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("large") == load_config(ROOT / "configs/large.json")
     with pytest.raises(
-        UserError, match=r"config big: is neither a file nor a config .* \(base, fast-base, .*huge, large, .*small\)"
+        UserError, match=r"config big: is neither a file nor a config .* \(base, huge, large, quickstart, small\)"
     ):
         load_config("big")
     (tmp_path / "large").write_text((ROOT / "configs/small.json").read_text())  # a path takes precedence
@@ -348,17 +349,20 @@ def test_the_peak_throughput_of_a_gpu_is_that_of_its_data_sheet():
     assert hardware.data_sheet("NVIDIA GeForce GTX 1080") is None
 
 
-def test_a_dry_run_predicts_step_and_bottleneck_of_the_fast_configs(capsys):
+def test_a_dry_run_predicts_step_and_bottleneck_of_the_fast_recipe(capsys):
     """The steps of the small config are so fast that its loader requires more cores than a node has."""
 
-    def plan(name):
-        assert train.main(["--config", name, "--dry-run", "--no-data", "--world", "8"]) == 0
+    def plan(size, recipe):
+        options = ["--recipe", recipe, "--dry-run", "--no-data", "--world", "8"]
+        assert train.main(["--config", size, *options]) == 0
         out = capsys.readouterr().out
         flops = float(re.search(r"([\d.]+) G in this engine", out)[1])
         return flops, re.search("^step +(.*)$", out, re.M)[1], re.search("^loader +(.*)$", out, re.M)[1], out
 
     for size, most in (("small", 0.38), ("base", 0.59), ("large", 0.81)):
-        (usual, step, loader, out), (fast, fast_step, fast_loader, fast_out) = plan(size), plan(f"fast-{size}")
+        (usual, step, loader, out), (fast, fast_step, fast_loader, fast_out) = (
+            plan(size, recipe) for recipe in ("official", "fast")
+        )
         assert fast < most * usual and "Newton-Schulz" in fast_step and "Newton-Schulz" not in step
         assert float(fast_step.split()[0]) < float(step.split()[0])
         gigabytes = [float(re.search(r"│ 0 .*│ +([\d.]+) +│", text)[1]) for text in (out, fast_out)]
@@ -373,11 +377,12 @@ def test_a_dry_run_predicts_newton_schulz_in_the_precision_and_the_parts_of_the_
     for precision, stage, parts, (name, peak) in (("bf16", 1, 8, bf16), ("fp32", 0, 1, fp32)):
         options = ["--dry-run", "--no-data", "--world", "8", "--set", f"train.precision={precision}"]
         options += ["--set", f"deepspeed.zero_optimization.stage={stage}"]
-        assert train.main(["--config", "fast-small", *options]) == 0
+        assert train.main(["--config", "small", "--recipe", "fast", *options]) == 0
         out = capsys.readouterr().out
         words = re.search(r"and ([\d.e+]+) ms for Muon's.*, ([\d,.e+]+) GFLOP in (\w+)$", out, re.M)
+        config = load_config("small", with_recipe("fast", []))
         with torch.device("meta"):
-            flops = orthogonalisation_flops(M3AE(load_config("fast-small").model).hidden_matrices()) / parts
+            flops = orthogonalisation_flops(M3AE(config.model).hidden_matrices()) / parts
         assert float(words[2].replace(",", "")) == pytest.approx(flops / 1e9, rel=0.01) and words[3] == name
         assert float(words[1]) == pytest.approx(1e3 * flops / (UTILISATION * peak), rel=0.01)
 
@@ -400,7 +405,7 @@ def test_the_memory_table_shows_every_number_of_ranks_and_zero_stage():
 def test_the_memory_table_includes_an_update_by_muon_if_it_needs_more_than_the_activations():
     """At stage 0, an update needs 16 bytes per weight of a matrix; at stages 1 and 2, 4 (1 + 3 / 8) on 8 GPUs. Muon
     cannot be used with stage 3."""
-    config, matrices = load_config(ROOT / "configs/fast-large.json"), 4 * 10**8
+    config, matrices = load_config("large", with_recipe("fast", [])), 4 * 10**8
     for activations, larger in ((3e9, (6.4, 3, 3)), (0.5e9, (6.4, 2.2, 2.2)), (9e9, (9, 9, 9))):
         columns = [list(column.cells) for column in memory_table(config, 10**9, 8, activations, matrices).columns]
         for stage, _, *cells in zip(range(3), *columns, strict=True):
@@ -545,10 +550,10 @@ def test_a_dry_run_counts_the_exchange_and_the_memory_of_updates_by_muon(capsys)
         usual = network_bytes(1000, stage, 4, 3, True, True)
         assert network_bytes(1000, stage, 4, 3, True, True, matrices=800) == usual + all_sent * 3 / 4
     with torch.device("meta"):
-        matrices = sum(p.numel() for p in M3AE(load_config("fast-small").model).hidden_matrices())
+        matrices = sum(p.numel() for p in M3AE(load_config("small", with_recipe("fast", [])).model).hidden_matrices())
     for stage, is_named in ((0, False), (1, True), (2, True)):
         options = ["--dry-run", "--no-data", "--world", "8", "--set", f"deepspeed.zero_optimization.stage={stage}"]
-        assert train.main(["--config", "fast-small", *options]) == 0
+        assert train.main(["--config", "small", "--recipe", "fast", *options]) == 0
         out = capsys.readouterr().out
         named = re.search(r"GB sent per GPU in each step, of which ([\d.]+) GB are Muon's updates: ", out)
         assert bool(named) == is_named

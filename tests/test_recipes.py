@@ -1,42 +1,90 @@
-"""`pretrain` uses the fast recipe unless the user's settings or weights prevent it, and says which recipe it uses."""
+"""`train` and `pretrain` have the same recipes. `pretrain` uses the fast recipe unless the user's settings or weights
+prevent it, and says which recipe it uses."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
 
-from m3ae_fast import pretrain
+from m3ae_fast import pretrain, train
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.checkpoint import read_info, saved_steps
 from m3ae_fast.cli.pretrain import main
-from m3ae_fast.config import load_config
+from m3ae_fast.config import load_config, shipped_configs
+from m3ae_fast.config.recipes import METHODS, NAMES, as_overrides, with_recipe
 from m3ae_fast.pretraining import stages
-from m3ae_fast.pretraining.recipes import DEFAULT, FAST_SETTINGS, NAMES, check_recipe, choose_recipe
+from m3ae_fast.pretraining.recipes import DEFAULT, check_recipe, choose_recipe
 from tests.helpers.shards import members, write_tar
-from tests.helpers.trainer import SHORT
+from tests.helpers.trainer import ROOT, SHORT
 
 
 def test_the_recipes_have_a_default():
     assert DEFAULT in NAMES
 
 
-def test_the_official_recipe_changes_no_setting():
-    assert choose_recipe("official", []).overrides == []
+SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "huge": (1280, 32), "quickstart": (192, 6)}
+# settings of a recipe that `pretrain` derives by its own rules
+OF_TRAIN = {
+    "official": {},
+    "fast": {"optim.clip_grad": 1.0},
+    "mae": {
+        "model.image_mean": [0.485, 0.456, 0.406], "model.image_std": [0.229, 0.224, 0.225],
+        "optim.warmup_epochs": 40, "train.epochs": 800, "train.steps": None,
+    },
+}  # fmt: skip
 
 
-def test_the_fast_configs_use_the_settings_of_the_fast_recipe():
-    """The configs also set a schedule, which is not part of the recipe."""
-    settings = [override.partition("=")[::2] for override in FAST_SETTINGS]
-    for size in ("small", "base", "large"):
-        dumped = load_config(f"fast-{size}").model_dump(mode="json")
-        for name, value in settings:
-            section, key = name.split(".")
-            assert str(dumped[section][key]) == value
+def test_every_shipped_config_has_its_documented_size():
+    assert {*SIZES} == {*shipped_configs()}
+    for name, size in SIZES.items():
+        model = load_config(name).model
+        assert (model.emb_dim, model.depth) == size, name
+
+
+def of(config, *overrides, recipe):
+    """Return a config with the settings of a recipe as one flat dict, without the samples."""
+    dumped = load_config(config, with_recipe(recipe, overrides)).model_dump(mode="json")
+    flat = {f"{section}.{key}": value for section, keys in dumped.items() for key, value in (keys or {}).items()}
+    return {name: value for name, value in flat.items() if name not in ("data.train", "data.val")}
+
+
+@pytest.mark.parametrize("config", SIZES)
+@pytest.mark.parametrize("recipe", NAMES)
+def test_a_recipe_changes_only_its_own_settings_of_a_config(config, recipe):
+    """The official recipe changes no shipped config, because all of them use the method of the official M3AE."""
+    before, after = of(config, recipe=None), of(config, recipe=recipe)
+    changed = {name: value for name, value in after.items() if value != before[name]}
+    wanted = METHODS[recipe] | OF_TRAIN[recipe]
+    assert changed == {name: value for name, value in wanted.items() if value != before[name]}
+    assert (changed == {}) == (recipe == "official")
+
+
+@pytest.mark.parametrize("recipe", NAMES)
+def test_overrides_take_precedence_over_the_recipe_of_train(recipe):
+    found = of("quickstart", "train.steps=3", "optim.name=muon", "masking.image_predicted=0.5", recipe=recipe)
+    assert (found["train.steps"], found["train.epochs"]) == (3, None)
+    assert (found["optim.name"], found["masking.image_predicted"]) == ("muon", 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", NAMES)
+def test_train_takes_steps_with_every_recipe_and_refuses_another_one_when_it_resumes(tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(ROOT)  # for the shards of the config
+    small = ["data.workers=0", "train.global_batch=8", "train.steps=1", "train.eval_samples=8"]
+    small += ["deepspeed=null", "optim.warmup_epochs=0"]
+    run = {"out": tmp_path / "run", "device": "cpu"}
+    train("quickstart", recipe=recipe, overrides=small, **run)
+    info = read_info(saved_steps(tmp_path / "run")[-1])
+    assert info.step == 1 and info.config["optim"]["name"] == METHODS[recipe]["optim.name"]
+    other = "fast" if recipe != "fast" else "official"
+    with pytest.raises(UserError, match="was made with "):
+        train("quickstart", recipe=other, overrides=[*small, "train.steps=2"], resume="auto", **run)
 
 
 def test_the_fast_recipe_is_used_if_nothing_prevents_it():
     for recipe in ("fast", None):
         found = choose_recipe(recipe, ["train.steps=9", "optim.schedule=wsd"])
-        assert found.overrides == [*FAST_SETTINGS] and found.line.startswith("recipe: fast")
+        assert found.overrides == as_overrides(METHODS["fast"]) and found.line.startswith("recipe: fast")
 
 
 @pytest.mark.parametrize(("override", "reason"), [
@@ -49,10 +97,15 @@ def test_the_fast_recipe_is_used_if_nothing_prevents_it():
 ])  # fmt: skip
 def test_the_official_recipe_is_used_if_a_setting_prevents_the_fast_one(override, reason):
     found = choose_recipe(None, [override])
-    assert not found.overrides and found.line.startswith("recipe: official") and re.search(reason, found.line)
-    with pytest.raises(UserError, match=f"--recipe fast: {reason}.*; leave out this setting or --recipe fast$"):
-        check_recipe("fast", [override], None)
+    assert found.overrides == as_overrides(METHODS["official"])
+    assert found.line.startswith("recipe: official") and re.search(reason, found.line)
     check_recipe("official", [override], None)
+    if reason.startswith("--set"):  # the override takes precedence over the recipe that the user asks for
+        check_recipe("fast", [override], None)
+        assert choose_recipe("fast", [override]).line.endswith("except for the settings given with --set")
+    else:
+        with pytest.raises(UserError, match=f"--recipe fast: {reason}.*; leave out this setting or --recipe fast$"):
+            check_recipe("fast", [override], None)
 
 
 @pytest.mark.parametrize("recipe", ["official", None])
@@ -75,9 +128,9 @@ def test_a_recipe_is_not_combined_with_given_weights(tmp_path):
 
 
 def test_an_unknown_recipe_is_refused_before_any_output_is_written(tmp_path):
-    with pytest.raises(UserError, match="--recipe slow: does not exist; choose one of fast, official"):
+    with pytest.raises(UserError, match="--recipe slow: does not exist; choose one of official, fast, mae"):
         pretrain(tmp_path, tmp_path / "run", recipe="slow")
-    with pytest.raises(UserError, match=r"--recipe: .*slow.*fast.*official"):
+    with pytest.raises(UserError, match=r"--recipe: .*slow.*official.*fast.*mae"):
         main([str(tmp_path), "--out", str(tmp_path / "run"), "--recipe", "slow"])
     assert not (tmp_path / "run").exists()
 
@@ -102,6 +155,7 @@ def test_a_run_uses_the_recipe_and_keeps_it_when_it_is_resumed(tmp_path, recipe,
     used = recipe or DEFAULT
     assert f"recipe: {used}" in capsys.readouterr().out
     config = load_config(out / "config.json", [])
+    assert (config.model.vocab_size == 0) == (used == "mae")
     expected = ("cross", 0.33, 0.33, "muon") if used == "fast" else ("self", 1.0, 1.0, "adamw")
     masking = config.masking
     found = (config.model.dec_attention, masking.image_predicted, masking.text_predicted, config.optim.name)

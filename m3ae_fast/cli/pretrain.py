@@ -30,9 +30,10 @@ from m3ae_fast.cli.command_line import (
     refuse,
     use_device,
 )
+from m3ae_fast.config.recipes import HELP, NAMES
 from m3ae_fast.pretraining import RESUME_NOTE, SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import check_overrides
-from m3ae_fast.pretraining.recipes import NAMES, check_recipe
+from m3ae_fast.pretraining.recipes import check_recipe
 from m3ae_fast.process.launchers import alone
 
 
@@ -60,8 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--recipe",
         choices=NAMES,
-        help="fast: a decoder with cross-attention, a third of the masked tokens predicted, and Muon; official: the "
-        "method of the official M3AE (default: fast, unless --from or a setting prevents it)",
+        help=f"{HELP} (default: fast, unless --from or a setting prevents it)",
     )
     add_settings(parser, "train.global_batch=64")
     parser.add_argument(

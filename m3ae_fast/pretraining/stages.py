@@ -27,6 +27,7 @@ from m3ae_fast.config import (
     read_config,
     stored_config,
 )
+from m3ae_fast.config.recipes import Recipe
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
@@ -41,7 +42,7 @@ from m3ae_fast.pretraining.final_evaluation import (
     verdicts,
 )
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
-from m3ae_fast.pretraining.recipes import ChosenRecipe, Recipe, check_recipe, choose_recipe
+from m3ae_fast.pretraining.recipes import ChosenRecipe, check_recipe, choose_recipe
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.process.launchers import alone
@@ -143,8 +144,8 @@ def pretrain(
             official M3AE or MAE or of a timm model, or a name on the Hugging Face Hub. The run then has the size of
             this model, a lower learning rate and a shorter warm-up. None: random weights.
         recipe: "fast": a decoder with cross-attention, a third of the masked tokens predicted, and Muon; "official":
-            the method of the official M3AE. None: "fast", unless the run starts from given weights or an override
-            cannot be combined with it.
+            the method of the official M3AE; "mae": the method of the official MAE, without captions. None: "fast",
+            unless the run starts from given weights or an override cannot be combined with it.
         overrides: overrides of the chosen settings (`--set` of the command): "section.key=value", a list of such texts,
             or a dict such as {"train.global_batch": 64}.
         device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
@@ -285,7 +286,13 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
     plan: Plan | None = None
     with stage(call.device) as session:
         statistics, notes = inspect(
-            shards, call.out, call.labels, image_range, overrides, start=weights.config, own=call.all_overrides
+            shards,
+            call.out,
+            call.labels,
+            image_range,
+            [*method.overrides, *overrides],
+            start=weights.config,
+            own=call.all_overrides,
         )
         given = [*method.overrides, *weights.overrides, *statistics.fitted, *call.all_overrides]
         plan = choose(statistics, shards, call.out, call.hours, call.labels, given, session, call.began)
