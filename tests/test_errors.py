@@ -21,7 +21,7 @@ def test_an_error_is_one_line_for_any_name_in_it(capsys):
     )
 
 
-@pytest.mark.parametrize("command", [["m3ae_fast"], ["m3ae_fast", "report", "--help"]])
+@pytest.mark.parametrize("command", [["m3ae_fast"], ["m3ae_fast", "--version"]])
 def test_output_that_cannot_be_written_is_reported_in_one_line(command):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-u", "-m", *command], stdout=full, stderr=subprocess.PIPE, text=True)
