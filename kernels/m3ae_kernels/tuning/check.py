@@ -6,17 +6,17 @@ Ops must also not synchronise with the host, and repeated results must be bitwis
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import m3ae_kernels
-
 from .. import reference
 from .workloads import ODD, Sizes, Workload, make
 
+LIBRARY = sys.modules[__name__.rpartition(".tuning")[0]]  # this package, which has another name if it is from the Hub
 # The allowed error is twice that of plain torch in the same dtype, plus the error of rounding a result once.
 FLOOR = {torch.float32: 5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 CHUNKS = 4  # number of chunks in which the reference processes the timed sizes, because its logits take gigabytes
@@ -36,7 +36,7 @@ class Check:
 
 
 def check_small(
-    name: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = ODD, module: Any = m3ae_kernels
+    name: str, dtype: torch.dtype, device: torch.device, sizes: Sizes = ODD, module: Any = LIBRARY
 ) -> Check:
     """Check an op at odd sizes, which are not multiples of tiles, against float64."""
     work = make(name, sizes, dtype, device)
@@ -45,7 +45,7 @@ def check_small(
     return _compare(work, "small, odd", true, work.run(reference, upstream), upstream, module)
 
 
-def check_timed(work: Workload, module: Any = m3ae_kernels) -> Check:
+def check_timed(work: Workload, module: Any = LIBRARY) -> Check:
     """Check an op on the inputs that will be timed, against float32 in chunks of rows."""
     upstream = work.upstream(work.call(module))
     true = work.cast(torch.float32).run_in_chunks(reference, upstream, CHUNKS)

@@ -17,12 +17,10 @@ from unittest import mock
 
 import torch
 
-import m3ae_kernels
-
 from .. import tuning
 from ..aot import CASES
 from . import candidates
-from .check import check_timed
+from .check import LIBRARY, check_timed
 from .devices import CpuDevice, CudaDevice
 from .workloads import OPS, Sizes, Workload, make
 
@@ -60,7 +58,7 @@ def watched(device: Device) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
     """Collect the time stamps of all launches in the `with` block, by the kernel's name in the tuning table."""
     stamps: dict[str, list[tuple[Any, Any]]] = {}
     names = {f"{case.kernel}_kernel": case.table or case.kernel for case in CASES}
-    package = f"{m3ae_kernels.__name__}.triton_impl."
+    package = f"{LIBRARY.__name__}.triton_impl."
     modules = [module for name, module in sys.modules.items() if name.startswith(package)]
     patches = [
         mock.patch.object(module, name, Launches(kernel, device, stamps.setdefault(names[name], [])))
@@ -80,12 +78,12 @@ def watched(device: Device) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
 def kernel_ms(device: Device, work: Workload, repeats: int | None = None) -> dict[str, float]:
     """Return the time of each kernel's launches in one forward and backward pass in milliseconds, as the median over
     several passes."""
-    work.run(m3ae_kernels)  # compiles the kernels and imports the launchers
+    work.run(LIBRARY)  # compiles the kernels and imports the launchers
     rounds: list[dict[str, float]] = []
     for _ in range(repeats or REPEATS):
         device.head_start()
         with watched(device) as stamps:
-            work.run(m3ae_kernels)
+            work.run(LIBRARY)
         rounds.append({kernel: sum(device.between(pairs)) for kernel, pairs in stamps.items() if pairs})
     return {kernel: statistics.median(r[kernel] for r in rounds) for kernel in rounds[0]}
 
@@ -244,5 +242,5 @@ def write(arch: str, table: tuning.Table, folder: Path) -> Path:
         lines = ",\n".join(f'    "{entry}": {json.dumps(settings)}' for entry, settings in entries.items())
         kernels.append(f'  "{name}": {{\n{lines}\n  }}')
     path = folder / f"{arch}.json"
-    path.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(kernels) + "\n}\n", encoding="utf-8")
     return path
