@@ -145,7 +145,7 @@ def test_a_table_may_contain_only_labels(tmp_path, capsys):
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     (root / "val/cat/0.txt").write_text("a cat")
     (root / "t.csv").write_text("path,site\nval/cat/0.png,north\ntrain/dog/0.png,south\n")
-    assert make(root, tmp_path / "out", "--captions", root / "t.csv") == 0
+    assert make(root, tmp_path / "out", "--captions", root / "t.csv", "--caption-column", "") == 0
     assert f"note: fields of {root}/t.csv for --labels: json.site\n" in capsys.readouterr().out
     found = {json.loads(sample["json"])["path"]: sample for sample in contents(tmp_path / "out")}
     fields = [json.loads(found[path]["json"]) for path in sorted(found)]
