@@ -240,7 +240,7 @@ def _present(results: dict[str, dict[str, Any]], outcome: Outcome) -> None:
         print("\n".join([*table(results), *verdicts(outcome.run, results)]))
     write_report(outcome.run, outcome.report)
     convert(outcome.run, outcome.export)
-    print(f"{outcome.report}: curves and figures; {outcome.export}: model for M3AE.from_pretrained")
+    print(f"{outcome.report}: curves and figures; {outcome.export}: model for m3ae_fast.load_model")
 
 
 def _kept_config(call: _Call) -> Config | None:
