@@ -49,3 +49,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def trainer(tmp_path: Path) -> Trainer:
     return Trainer(tmp_path)
+
+
+@pytest.fixture
+def mlp_dtypes(monkeypatch: pytest.MonkeyPatch) -> set:
+    """Return the dtypes that the op of the MLP supports. On CPUs without AVX-512, torch computes its GELU."""
+    import torch
+    from m3ae_kernels.cpu import build, mlp
+
+    if not build.DTYPES:
+        monkeypatch.setattr(mlp, "DTYPES", {torch.float32, torch.bfloat16})
+        monkeypatch.setattr(mlp, "_library", lambda dtype: None)
+    return mlp.DTYPES

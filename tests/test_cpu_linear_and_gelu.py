@@ -41,15 +41,6 @@ def products(request, monkeypatch, fresh_libraries):
 
 
 @pytest.fixture
-def mlp_dtypes(monkeypatch):
-    """Return the dtypes that the op of the MLP supports. On CPUs without AVX-512, torch computes its GELU."""
-    if not build.DTYPES:
-        monkeypatch.setattr(mlp, "DTYPES", {torch.float32, BF16})
-        monkeypatch.setattr(mlp, "_library", lambda dtype: None)
-    return mlp.DTYPES
-
-
-@pytest.fixture
 def threads():
     """Return a function that sets the number of threads."""
     before = torch.get_num_threads()
