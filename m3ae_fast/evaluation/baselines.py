@@ -15,6 +15,7 @@ from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 MODEL = "the model"  # name of the evaluated model in comparisons with its baselines
 UNTRAINED, LARGEST = "random weights", "the largest class"
 BASELINES = "baselines"  # key of the baselines' results in result.json
+WARNINGS = "warnings"  # key of the list of warnings in result.json, which is missing if there are none
 PROBE = "probe"  # key of the description of a baseline's classifier, if it differs from the classifier of the model
 LOGISTIC = "logistic regression"
 

@@ -48,7 +48,6 @@ RESULT_FILE = "result.json"
 
 # On a CPU, if a task takes more than LONG_S seconds, a note suggests options that reduce this to about SHORT_S seconds.
 LONG_S, SHORT_S = 15 * 60, 10 * 60
-WARNINGS = "cautions"  # key of the list of warnings in a result; this name is kept because existing files use it
 
 Columns = Mapping[str, Sequence[Any]]
 

@@ -24,9 +24,9 @@ from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import logistic_regression
-from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, accuracy_entries
+from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, WARNINGS, accuracy_entries
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, with_defaults
-from m3ae_fast.evaluation.job import LONG_S, SHORT_S, WARNINGS, Job
+from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Job
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.training.metrics_log import read_metrics

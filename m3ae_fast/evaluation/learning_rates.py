@@ -69,11 +69,11 @@ def choose(tried: Sequence[RateTrial], usual: float, held_out: int) -> RateTrial
     return min(within_error(tried, held_out), key=lambda each: abs(math.log(each.peak_lr / usual)))
 
 
-def edge(tried: Sequence[RateTrial], peak_lr: float | None) -> list[str]:
+def edge(tried: Sequence[RateTrial], peak_lr: float | None, probe: str = "linear") -> list[str]:
     """Return a list that contains a warning if the chosen learning rate `peak_lr` is the lowest or the highest of those
     that were tried; otherwise an empty list."""
     rates = [each.peak_lr for each in tried]
     if not rates or peak_lr not in (rates[0], rates[-1]):
         return []
     side, beyond = ("lowest", "lower") if peak_lr == rates[0] else ("highest", "higher")
-    return [f"the selected learning rate, {peak_lr:g}, is the {side} candidate; also try a {beyond} linear.peak_lr"]
+    return [f"the selected learning rate, {peak_lr:g}, is the {side} candidate; also try a {beyond} {probe}.peak_lr"]

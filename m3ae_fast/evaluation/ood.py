@@ -33,10 +33,11 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_detection
+from m3ae_fast.evaluation.baselines import WARNINGS
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.job import WARNINGS, Job, summary
+from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.significance import area_under_roc, image_clusters, middle

@@ -19,10 +19,10 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
 from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.attentive_online import passes, predict_online
-from m3ae_fast.evaluation.baselines import LOGISTIC, Baseline, accuracy_difference, baseline_entries
+from m3ae_fast.evaluation.baselines import LOGISTIC, WARNINGS, Baseline, accuracy_difference, baseline_entries
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memory
-from m3ae_fast.evaluation.job import WARNINGS, Job, summary
+from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.evaluation.probes import (
     PROBES,

@@ -268,7 +268,7 @@ def head_warnings(trained: Trained, recipe: Recipe) -> list[str]:
     """Return warnings about the reliability of a head's accuracy, one line each."""
     lines = [{"accuracy": accuracy} for accuracy in trained.accuracies]
     found = training_warnings(recipe.probe, recipe.length, recipe.steps, OFFICIAL["linear"], lines, recipe.batch)
-    return found + edge(trained.tried, trained.peak_lr) if recipe.probe == "linear" else found
+    return found + edge(trained.tried, trained.peak_lr, recipe.probe)
 
 
 class Probe(NamedTuple):

@@ -18,6 +18,7 @@ from m3ae_fast.drawing.reconstructions import GIVEN_AWAY
 from m3ae_fast.evaluation.baselines import (
     BASELINES,
     UNTRAINED,
+    WARNINGS,
     baseline_models,
     baseline_name,
     differences,
@@ -183,10 +184,10 @@ def _model(path: Path, result: dict[str, Any]) -> str:
 def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
     """Yield HTML paragraphs for each result with a verdict or a warning. They state whether the result differs
     significantly from the baselines of the same task and from always predicting the largest class, and contain the
-    warning if there is one."""
+    warnings."""
     for path, result in found:
         task, model = result.get("task"), str(result.get("model"))
-        if not {"verdict", "warning", BASELINES} & result.keys() or is_baseline(model):
+        if not {"verdict", WARNINGS, BASELINES} & result.keys() or is_baseline(model):
             continue
         baselines = result.get(BASELINES, {})
         apart = {baseline_name(name, baselines[name]): each for name, each in differences(result).items()}
@@ -203,9 +204,8 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
             sentences = [*own.values(), *(str(result[name]) for name in ("verdict",) if name in result)]
         if sentences:
             yield f"<p>{'<br>'.join(escape(f'{task}: {words}.') for words in sentences)}</p>"
-        if "warning" in result:
-            words = f"{task} of {model}: {result['warning']}."
-            yield f"<p><b>warning</b>: {escape(words)}</p>"
+        for warning in result.get(WARNINGS, ()):
+            yield f"<p><b>warning</b>: {escape(f'{task} of {model}: {warning}.')}</p>"
 
 
 def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config import Overrides, override_list
 from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
-from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, baseline_name, differences
+from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, WARNINGS, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.evaluation.image_features import available, open_image_features
@@ -232,6 +232,9 @@ def _perform(
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)})
         metrics = ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names, result))
         result |= metrics
+        doubts = [result.pop("warning")] if "warning" in result else []  # about the comparison with baselines
+        if warnings := [*result.pop(WARNINGS, ()), *doubts]:
+            result[WARNINGS] = warnings
         if "per_class" in metrics:  # present only for tasks with one prediction per sample
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
         ranks.on_main(lambda: write_result(job.out, result))
@@ -247,6 +250,6 @@ def _perform(
         for name, each in result.get(BASELINES, {}).items():
             words = f"; {apart[name].words(MODEL, name)}" if name in apart else ""
             job.print(f"{task}: {baseline_name(name, each)}: {summary(each)}{words}")
-        if "warning" in result:
-            job.print(f"warning: {result['warning']}")
+        for text in doubts:  # tasks print the other warnings themselves
+            job.print(f"warning: {text}")
         return result

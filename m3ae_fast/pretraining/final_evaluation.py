@@ -17,7 +17,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.config import Config, SourceConfig
-from m3ae_fast.evaluation.baselines import BASELINES, LARGEST, differences
+from m3ae_fast.evaluation.baselines import BASELINES, LARGEST, WARNINGS, differences
 from m3ae_fast.evaluation.compare import with_error
 from m3ae_fast.evaluation.difference import in_words
 from m3ae_fast.evaluation.job import RESULT_FILE
@@ -138,6 +138,6 @@ def verdicts(run: Path, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         others = {whose: run / RESULTS / f"{task}{_SUFFIXES[whose]}" for whose in results if whose != RUN}
         lines += [f"{_TASKS[task]}: {each.words(RUN, name)}" for name, each in differences(results[RUN]).items()]
         lines += [f"{_TASKS[task]}: {words}" for words in in_words(run / RESULTS / task, RUN, others)]
-        if text := results[RUN].get("warning"):
+        for text in results[RUN].get(WARNINGS, ()):
             lines.append(f"warning: {_TASKS[task]}: {text}")
     return lines

@@ -157,7 +157,7 @@ def test_a_task_reports_all_class_metrics(transfer, run, tmp_path, capsys):
     assert 0 <= result["auroc"] <= 1 and [row["samples"] for row in result["per_class"]] == [32, 4]
     output = capsys.readouterr().out
     assert "balanced_accuracy 0." in output and "auroc 0." in output
-    assert f"warning: {result['warning']}\n" in output and (tmp_path / "out/confusion.png").exists()
+    assert f"warning: {result['warnings'][0]}\n" in output and (tmp_path / "out/confusion.png").exists()
     (tmp_path / "out/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
     write_report(tmp_path / "out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()

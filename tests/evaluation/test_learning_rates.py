@@ -192,3 +192,9 @@ def test_among_learning_rates_of_equal_accuracy_the_one_with_the_lowest_loss_is_
     assert "1, is the highest candidate" in edge(tried, 1)[0]
     assert "0.1, is the lowest candidate" in edge(tried, 0.1)[0]
     assert edge(tried, 0.3) == edge(tried, 5.0) == edge([], 1.0) == []
+
+
+def test_the_warning_of_a_learning_rate_at_the_edge_names_the_setting_of_its_probe():
+    tried = [RateTrial(rate, 0.5, 1.0) for rate in (0.1, 0.2, 0.4)]
+    assert edge(tried, 0.2, "attentive") == []
+    assert edge(tried, 0.4, "attentive")[0].endswith("highest candidate; also try a higher attentive.peak_lr")

@@ -202,7 +202,7 @@ def test_a_given_learning_rate_has_the_result_that_it_has_among_several_candidat
     whole = transfer("linear", *short, out="whole")
     rate, usual = whole["results"][0]["peak_lr"], OFFICIAL["linear"].scaled(48).peak_lr
     assert rate in [pytest.approx(factor * usual, rel=5e-3) for factor in FACTORS]
-    assert "layer 2: only 12 steps: " in whole["cautions"][0]
+    assert "layer 2: only 12 steps: " in whole["warnings"][0]
     given = transfer("linear", *short, *settings(f"linear.peak_lr={rate}"), out="given")
     assert given["results"] == whole["results"]
     tables = [read_parquet(tmp_path / name / "predictions.parquet") for name in ("whole", "given")]

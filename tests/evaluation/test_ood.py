@@ -117,7 +117,7 @@ def test_a_score_with_an_auroc_significantly_below_one_half_is_reported_as_inver
     monkeypatch.setattr(ood.Scores, "__call__", inverted_scores)
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
     result = transfer("ood", "--ood", f"noise={other}", "--set", "knn.k=5")
-    (warning,) = result["cautions"]
+    (warning,) = result["warnings"]
     assert f"note: {warning}\n" in capsys.readouterr().out
     assert warning.startswith(f"noise: inverted scores: knn (AUROC {result['noise_knn_auroc']:.2f}). They rate out-of")
     fine = {f"{name}_auroc{end}": 0.5 for name in ood.SCORES for end in ("", "_high")}

@@ -65,7 +65,7 @@ def test_images_are_encoded_once_for_all_layers_and_the_accuracies_are_plotted_b
     attends = task == "attentive"
     assert ("the patch tokens of 66 samples at 2 layers need" in output) == attends
     few = "layer 2: only 20 steps: without attentive.steps, the run would have at least 1,000"
-    assert (few in result["cautions"]) == (f"note: {few}" in output) == attends
+    assert (few in result.get("warnings", [])) == (f"note: {few}" in output) == attends
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])

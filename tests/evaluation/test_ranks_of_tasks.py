@@ -122,6 +122,6 @@ def test_the_guide_lists_exactly_the_fields_of_a_result(single_rank):
     results = [json.loads((single_rank[1] / name / "result.json").read_text()) for name in task_cases.CASES]
     found = {name for result in results for name in _fields(result)}
     assert found - named == set()
-    rare = {"top5", "chance_top5", "auroc", "warning", "name"}  # not in the results of three classes
+    rare = {"top5", "chance_top5", "auroc", "warnings", "name"}  # not in the results of three classes
     words = {"SCORE", "SET_", "attentive", "ood_samples", "max_softmax", "energy", "knn", "mahalanobis"}
     assert named - found - rare - words == set()
