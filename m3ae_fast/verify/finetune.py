@@ -95,9 +95,9 @@ def _steps(
     intends."""
     m, suffix, text = golden.meta, "_decay" * decay, " with decay" * decay
     golden.load_parameters(model, flax_path)
-    optim, rates = OptimConfig(betas=(m["b1"], m["b2"])), [m[f"lr_{name}_value"] for name in ("init", "peak", "end")]
+    schedule = [m["warmup_steps"], m["total_steps"], *(m[f"lr_{name}_value"] for name in ("init", "peak", "end"))]
     groups = layer_decay_groups(model, m["depth"], m["weight_decay"] * decay, m["layer_decay"])
-    optimizer = build_adamw(groups, optim)
+    optimizer = build_adamw(groups, OptimConfig(betas=(m["b1"], m["b2"])))
     layers = {id(p): str(layer_of(name, m["depth"])) for name, p in model.named_parameters()}
     losses, accuracies, rates = [], [], []
     for step in range(m["steps"]):
@@ -107,7 +107,7 @@ def _steps(
         loss.backward()
         losses.append(loss.item())
         accuracies.append((logits_SK.argmax(1) == labels_SK.argmax(1)).double().mean().item())
-        set_lr(optimizer, warmup_cosine(step, m["warmup_steps"], m["total_steps"], *rates))
+        set_lr(optimizer, warmup_cosine(step, *schedule))
         optimizer.step()
         rates.append({layers[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
     trajectories = {f"loss_trajectory{suffix}": losses} | ({} if decay else {"accuracy_trajectory": accuracies})
