@@ -148,7 +148,7 @@ def test_averaged_weights_and_buffers_are_read_from_a_checkpoint_of_several_rank
         found = checkpoint.read_weights(path, average=average)
         assert found.keys() == {"a", "fixed"} and torch.equal(found["a"], expected)
         sizes = ModelConfig.model_validate({"size": "small", "vocab_size": 0})
-        run = SavedRun(path, None, sizes, LossConfig(), None, None, ema=0.9)
+        run = SavedRun(path, None, sizes, LossConfig(), None, ema=0.9)
         assert ("the average of its weights" in run_weights(run, average=average).kind) == average
 
 

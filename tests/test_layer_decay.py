@@ -100,9 +100,7 @@ def test_settings_without_a_counterpart_in_the_official_code_are_reported_as_ope
 
 
 def test_a_changed_layer_decay_is_reported_when_a_run_is_resumed(tmp_path):
-    """A checkpoint of a version without this setting does not contain it."""
     saved = config(1.0).model_dump(mode="json")
-    del saved["optim"]["layer_decay"]
     info = checkpoint.Info(1, 0, 42, saved, {})
     assert changes_of(tmp_path, info, config(1.0), {}) == []
     (note,) = changes_of(tmp_path, info, config(), {})

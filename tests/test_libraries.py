@@ -99,12 +99,16 @@ def test_a_dry_run_for_other_machines_requires_no_optional_library(tmp_path, hid
         assert import_module(MODULES["train"]).main([*line, *more]) == 0
 
 
+IMPORTED = {"scikit-image": "skimage", "scikit-learn": "sklearn"}  # names of modules by package, if they differ
+
+
 def test_suggested_extras_are_extras_of_the_package():
     tomllib = pytest.importorskip("tomllib")  # part of Python from 3.11 on
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = {"": project["dependencies"], **project["optional-dependencies"]}
     for extra, names in EXTRAS.items():
-        wanted = {re.match(r"[\w-]+", each)[0].replace("scikit-learn", "sklearn") for each in listed[extra]}
+        packages = [re.match(r"[\w-]+", each)[0] for each in listed[extra]]
+        wanted = {IMPORTED.get(name, name) for name in packages}
         assert {*names} <= wanted if extra == "" else {*names} == wanted
     assert {*listed} - {*EXTRAS} == {"docs", "dev"}  # these extras are not required by any command
 

@@ -240,10 +240,9 @@ def test_settings_that_split_matrices_are_refused_with_muon(section, request):
     parse(Config, data, "test")
 
 
-def test_a_checkpoint_from_before_muon_was_added_is_loaded_as_adamw(tmp_path):
+def test_a_run_with_adamw_is_not_resumed_with_muon(tmp_path):
     settings = config()
-    saved = settings.model_dump(mode="json")
-    del saved["optim"]["name"]
+    saved = config(name="adamw").model_dump(mode="json")
     info = checkpoint.Info(1, 0, settings.run.seed, saved, {})
     with pytest.raises(UserError, match=r"was made with optim\.name = adamw, but the config has muon"):
         changes_of(tmp_path, info, settings, {})
