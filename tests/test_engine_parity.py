@@ -61,7 +61,7 @@ def test_shipped_configs_train_as_in_plain_torch(tmp_path):
     """The configs are trained at small sizes on two ranks in bf16, with their deepspeed section, compiled blocks and
     gradient accumulation."""
     curves = _curves(tmp_path, "configs", 2)
-    assert len(curves) == 2 * len(CONFIGS) >= 12
+    assert len(curves) == 2 * len(CONFIGS) >= 10
     for path in CONFIGS:
         np.testing.assert_allclose(curves[path.name], curves[f"{path.name} plain"], rtol=1e-2, err_msg=path.name)
 

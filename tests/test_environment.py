@@ -51,7 +51,7 @@ STARTS = {
     "module": "sys.argv = ['-m']; import m3ae_fast",
     "script": f"sys.argv = ['{ROOT}/m3ae_fast/train.py']; import m3ae_fast",
     "console script": "import m3ae_fast.__main__ as m, runpy; runpy.run_module = lambda *_, **__: 0; "
-    "sys.argv = ['m3ae-fast', 'status']; m.run()",
+    "sys.argv = ['m3ae-fast', 'report']; m.run()",
     "pretrain in Python": "import m3ae_fast; m3ae_fast.pretrain",
 }
 

@@ -136,7 +136,7 @@ def test_an_unknown_command_is_refused_in_one_line():
 def test_help_shows_the_typed_command_name_and_version_prints_the_version():
     script = "import sys; sys.argv = ['bin/m3ae-fast', 'embed', '-h']; from m3ae_fast.__main__ import run; run()"
     for arguments, typed in (
-        (["-m", "m3ae_fast", "status", "--help"], "python -m m3ae_fast status"),
+        (["-m", "m3ae_fast", "report", "--help"], "python -m m3ae_fast report"),
         ([f"{ROOT}/m3ae_fast/train.py", "--help"], f"{ROOT}/m3ae_fast/train.py"),
         (["-c", script], "m3ae-fast embed"),
     ):

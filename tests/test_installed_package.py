@@ -75,7 +75,7 @@ def test_one_command_of_an_installed_wheel_trains_a_model_and_writes_a_report(si
     assert status(run)[0] == "finished"
     for task in ("knn", "logistic"):
         result = json.loads((run / "results" / task / "result.json").read_text())
-        assert [*result["baselines"]] == ["random weights", "downscaled pixels"]
+        assert [*result["baselines"]] == ["random weights", "downscaled pixels", "colour histogram", "HOG"]
         for found in (result, *result["baselines"].values()):
             assert f" {100 * found['top1']:.1f} ± {100 * found['top1_se']:.1f}" in done.stdout
             assert 0 <= found["top1"] <= 1
@@ -84,7 +84,7 @@ def test_one_command_of_an_installed_wheel_trains_a_model_and_writes_a_report(si
     assert re.search(rf"\nthe largest class +{share} +{share}   \(6 samples\)\n", done.stdout)
     page = (run / "report.html").read_text()
     for title in ("k-NN", "logistic regression"):
-        for other in ("random weights", "downscaled pixels", "the largest class"):
+        for other in ("random weights", "downscaled pixels", "colour histogram", "HOG", "the largest class"):
             assert re.search(rf"\n{title}: this run .* {other}( on these samples)?: [+-]", done.stdout)
     assert re.search(r"<p>knn: run .* the largest class[^<]*\.</p>", page) and "<th>chance level</th>" in page
     features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])

@@ -31,5 +31,6 @@ def test_runs_with_injected_faults_end_bitwise_identical_to_an_undisturbed_run(t
     with faulty_server(CLIPART, seed=0) as server:
         soak = Soak(tmp_path, server.url, layout, faults_of(layout), seed=0)
         soak.run()
-    assert not soak.wrong, f"after {soak.injected}"
+    if soak.wrong:
+        pytest.fail("\n".join([*soak.wrong, f"after {soak.injected}"]))  # whole, because tracebacks are long
     assert not soak.faults  # each has been injected
