@@ -14,8 +14,7 @@ from tests.helpers.trainer import TINY
 def test_a_driver_that_is_too_old_is_an_error_unless_the_cpu_is_chosen(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
-    monkeypatch.setattr(torch._C, "_cuda_isDriverSufficient", lambda: False, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12020, raising=False)
+    monkeypatch.setattr(hardware, "_supported_cuda", lambda: 12020)
     monkeypatch.setattr(hardware, "_DRIVER", tmp_path / "version")
     old = r"supports CUDA 12\.2, but the installed torch was built for CUDA 13\.2: update the driver.*add --device cpu"
     with pytest.raises(UserError, match=f"the NVIDIA driver {old}"):
@@ -29,8 +28,27 @@ def test_a_driver_that_is_too_old_is_an_error_unless_the_cpu_is_chosen(tmp_path,
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not hardware.uses_gpu(None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 0)  # there is no driver
-    assert not hardware.uses_gpu(None)
+    for supported in (0, 13000, 14000):  # 0: there is no driver
+        monkeypatch.setattr(hardware, "_supported_cuda", lambda supported=supported: supported)
+        assert not hardware.uses_gpu(None)
+
+
+def test_the_cuda_version_of_the_driver_is_read_from_its_library(monkeypatch):
+    class Library:
+        def cuDriverGetVersion(self, pointer):
+            pointer._obj.value = 12040
+            return self.error
+
+    library = Library()
+    monkeypatch.setattr(hardware.ctypes, "CDLL", lambda name: library)
+    for library.error, expected in ((0, 12040), (3, 0)):
+        assert hardware._supported_cuda() == expected
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(hardware.ctypes, "CDLL", missing)
+    assert hardware._supported_cuda() == 0
 
 
 def test_a_single_process_leaves_all_gpus_but_one_unused(monkeypatch):

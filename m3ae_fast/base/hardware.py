@@ -52,13 +52,15 @@ def uses_gpu(device: Device | None) -> bool:
 
 def _old_driver() -> str:
     """Return a message if there is an NVIDIA driver, but it is too old for the installed torch; otherwise "". With
-    such a driver, torch prints a warning and uses the CPU."""
+    such a driver, torch prints a warning and uses the CPU.
+
+    A driver supports all minor versions of its CUDA version ("CUDA Compatibility" in NVIDIA's documentation).
+    """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    cuda: Any = torch._C  # the stubs of the module lack these functions
-    if torch.version.cuda is None or hidden or cuda._cuda_isDriverSufficient():
+    if torch.version.cuda is None or hidden:
         return ""
-    supported = cuda._cuda_getDriverVersion()  # for example 12040 for CUDA 12.4; 0 without a driver
-    if not supported:
+    supported, needed = _supported_cuda(), int(torch.version.cuda.partition(".")[0])
+    if not supported or supported // 1000 >= needed:
         return ""
     try:
         found = re.search(r"\s(\d+\.[\d.]+)\s", _DRIVER.read_text(encoding="utf-8"))
@@ -69,6 +71,16 @@ def _old_driver() -> str:
         f"the {driver} supports CUDA {supported // 1000}.{supported % 1000 // 10}, but the installed torch was built "
         f"for CUDA {torch.version.cuda}: update the driver, install a torch for an older CUDA, or add --device cpu"
     )
+
+
+def _supported_cuda() -> int:
+    """Return the CUDA version that the NVIDIA driver supports, for example 12040 for CUDA 12.4; 0 without a driver."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return 0 if failed else version.value
 
 
 def unused_gpus(world: int, device: torch.device) -> int:
