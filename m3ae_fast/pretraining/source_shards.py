@@ -303,7 +303,7 @@ def _made(
         lines.append("no samples are held out: all reported losses and accuracies will be on training data")
     kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))
     if not settings.held_out:  # otherwise, all samples of an image are in the same split
-        lines += overlap(kept, val)
+        lines += overlap(kept, val) if val else []
     return Shards(kept, val, lines, shown=True, image_range=image_range)
 
 

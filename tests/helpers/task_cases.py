@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "linear",
         {"layers": "all", "pools": "all", "overrides": ["linear.steps=9", "linear.global_batch=16"]},
     ),
-    "shots": ("knn", {"shots": [2, 5], "draws": 2}),
+    "shots": ("knn", {"shots": [2, 5]}),
     "attentive": ("attentive", {"pools": "all", "overrides": _SHORT}),
     "logistic-lists": ("logistic", {"labels": "json.tags"}),
     "knn-lists": ("knn", {"labels": "json.tags"}),
