@@ -1,4 +1,4 @@
-"""What to use in place of options that `pretrain` and `train` do not have, although other programs do."""
+"""Hints for options that other programs have, but `pretrain` and `train` do not."""
 
 from __future__ import annotations
 

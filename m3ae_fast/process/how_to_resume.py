@@ -1,4 +1,4 @@
-"""How the user resumes a run of this program, for messages."""
+"""The advice in messages on resuming a run."""
 
 from __future__ import annotations
 
