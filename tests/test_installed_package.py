@@ -138,7 +138,7 @@ def test_the_readmes_commands_train_an_image_model_and_use_it(site, tmp_path):
         return done.stdout
 
     output = run("-c", RUN, input=json.dumps(lines))
-    for part in ("20 samples", "fewer than the 2,048 requested", "drew runs/mine/reconstructions.png", "[MASK] 1:"):
+    for part in ("20 samples", "fewer than the 2,048 requested", "drew runs/mine/reconstructions.png"):
         assert part in output
     for part in ("images.npz: keys [20]", "finished at step 3 of 3", "parameters"):
         assert part in output

@@ -477,8 +477,12 @@ def test_the_trainer_checks_the_whole_state(trainer):
     state = load_file(path / STATE_FILE)
     name = next(name for name, t in state.items() if name.startswith("exp_avg_sq/") and t.ndim == 2 and len(t) > 1)
     save_file(state | {name: state[name][:1].contiguous()}, path / STATE_FILE)
+    table = json.loads((path / state_files.TABLE_FILE).read_text())
+    table["shapes"][name] = [1, state[name].shape[1]]
+    table["pieces"][name] = [[0, state[name].shape[1]]]
+    (path / state_files.TABLE_FILE).write_text(json.dumps(table))
     info = json.loads((path / checkpoint.INFO_FILE).read_text())
-    sums = {STATE_FILE: state_files.sha256(path / STATE_FILE)}  # without a table, the shapes are those in the file
+    sums = {file: state_files.sha256(path / file) for file in (STATE_FILE, state_files.TABLE_FILE)}
     (path / checkpoint.INFO_FILE).write_text(json.dumps(info | {"sha256": sums}))
     out = trainer("run", *SAVE, "--set", "train.steps=8", "--resume", "auto", code=2)
     assert f"{name} has the shape [1, " in out and out.count("\n") == 1
@@ -551,10 +555,11 @@ def test_non_finite_values_are_neither_saved_nor_loaded(tmp_path, value):
     save_file(poison, path / STATE_FILE)
     with pytest.raises(UserError, match=r"state.safetensors is damaged \(its checksum"):
         checkpoint.open_state(path)
-    (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info)))
+    sums = {state_files.TABLE_FILE: state_files.sha256(path / state_files.TABLE_FILE)}
+    (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info) | {"sha256": sums}))
     with pytest.raises(UserError, match=r"state.safetensors is damaged \(its checksum is missing"):
         checkpoint.open_state(path)
-    sums = {STATE_FILE: state_files.sha256(path / STATE_FILE)}
+    sums[STATE_FILE] = state_files.sha256(path / STATE_FILE)
     (path / checkpoint.INFO_FILE).write_text(json.dumps(asdict(info) | {"sha256": sums}))
     with pytest.raises(UserError, match=r"model/w is not finite; remove the folder"):
         checkpoint.open_state(path).whole("model/w")
