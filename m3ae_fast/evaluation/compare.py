@@ -180,14 +180,14 @@ def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if a model cannot be opened, or if the memory is too
     small."""
     options, seeds = job.options, range(job.config.run.seed, job.config.run.seed + job.options.seeds)
-    own, note = job.ranks.broadcast(available)
+    own, missing = job.ranks.broadcast(available)
     if all(PROBES[probe].tokens for probe in options.probes):
-        own, note = [], ""
+        own, missing = [], ""
     names = model_names(options.models, own)
     # report mistakes before any work
     shapes = {name: _shape(job, open_model(model, text=False)) for name, model in names.items() if model not in own}
-    if note:
-        job.print(note)
+    if missing:
+        job.warn(missing)
     train, val, classes = job.open_labelled()
     features = open_image_features(own, job.config.data, job.ranks)
     decoding = _DECODING * next(iter(shapes.values())).cost

@@ -134,11 +134,11 @@ _CLASSES = {PIXELS: Pixels, HISTOGRAM: Histogram, HOG: OrientedGradients}
 
 
 def available() -> tuple[list[str], str]:
-    """Return the names of the features whose library is installed, and a note about the others, or ""."""
+    """Return the names of the features whose library is installed, and a sentence about the others, or ""."""
     try:
         require_libraries({"skimage": "the baseline HOG"})
     except UserError as error:
-        return [PIXELS, HISTOGRAM], f"note: {IMAGE_FEATURES[HOG]} is left out: {error}"
+        return [PIXELS, HISTOGRAM], f"{IMAGE_FEATURES[HOG]} is left out: {error}"
     return [*_CLASSES], ""
 
 

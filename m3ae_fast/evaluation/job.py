@@ -67,6 +67,7 @@ class Job:
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the task
+    warnings: list[str] = field(default_factory=list)  # warnings for the result, which have been printed
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats, _ = self.session
@@ -120,15 +121,15 @@ class Job:
         return labelled[0], labelled[1], classes
 
     def warn_of_colours(self, corpus: Corpus, name: str = "the model") -> None:
-        """Print a warning if the model reads the images as grey although some of them have colours. `name`: name of the
+        """Warn if the model reads the images as grey although some of them have colours. `name`: name of the
         model in the warning."""
         if getattr(self.model, "backbone", self.model).config.channels > 1:
             return
         kinds = self.ranks.broadcast(lambda: part_of(corpus, "the images", "", None).kinds)
         if colours := sum(kind.channels == 3 for kind in kinds):
-            self.print(
-                f"warning: {name} reads grey images, so the colours of the images are ignored ({colours:,} of "
-                f"{len(kinds):,} inspected images have colours)"
+            self.warn(
+                f"{name} reads grey images, so the colours of the images are ignored ({colours:,} of {len(kinds):,} "
+                "inspected images have colours)"
             )
 
     def encode(
@@ -165,7 +166,7 @@ class Job:
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
         """Encode the samples with the model and with each baseline. Return the features of the training and held-out
         samples; the keys are MODEL and the names of the baselines. Baselines for which too many samples cannot be read
-        are left out with a note. `patches`: see `encode_corpus`."""
+        are left out with a warning. `patches`: see `encode_corpus`."""
         return self._encode_by_each({MODEL: self.model, **self.open_baselines()}, train, val, patches=patches)
 
     def encode_baselines(
@@ -177,10 +178,10 @@ class Job:
         layer: int | None = None,
         pool: Pool | None = None,
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Encode the samples with each baseline. Return the features of the training and
-        held-out samples by name of the baseline; empty if the task evaluates no baselines. Baselines for which too
-        many samples cannot be read are left out with a note. If a rank is asked to stop, all of them are, so that the
-        result of the training is not lost.
+        """Encode the samples with each baseline. Return the features of the training and held-out samples by name of
+        the baseline; empty if the task evaluates no baselines. Baselines for which too many samples cannot be read are
+        left out with a warning. If a rank is asked to stop, all of them are, so that the result of the training is not
+        lost.
 
         Args:
             train, val: the training and the held-out samples.
@@ -194,8 +195,7 @@ class Job:
         try:
             return self._encode_by_each(models, train, val, "baselines: ", stop=stop, layer=layer, pool=pool)
         except Stopped:
-            reason = f"stopped ({self.stop.reason or BY_ANOTHER})"
-            self.print(f"note: the result is written without baselines: {reason}")
+            self.warn(f"the result is written without baselines: stopped ({self.stop.reason or BY_ANOTHER})")
             return {}
 
     def _encode_by_each(
@@ -241,7 +241,7 @@ class Job:
             except UnusableSamples as error:
                 if MODEL in same:
                     raise
-                self.print(f"note: the result is written without {' and '.join(same)}: {error}")
+                self.warn(f"the result is written without {' and '.join(same)}: {error}")
             else:
                 found |= dict(zip(same, zip(*parts)))
         return _of_common_samples(found)
@@ -307,6 +307,11 @@ class Job:
         """Print a line, once for all ranks."""
         if self.ranks.is_main:
             print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning, once for all ranks, and add it to the warnings of the result. Every rank must call it."""
+        self.print(f"warning: {text}")
+        self.warnings.append(text)
 
     def time_left(self, total: float, other_work: float = 0.0, *, shorter: Callable[[float], str]) -> TimeLeft:
         """Return an estimator of the task's remaining time. On a CPU, a note is printed as soon as it is clear that the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -184,18 +184,19 @@ def _open(
     return model.eval()
 
 
-def _open_baselines(task: str, model: Any, config: EvaluationConfig, ranks: Ranks) -> dict[str, MultimodalEncoder]:
-    """Return the baselines of a model by display name, in evaluation mode, on the ranks' device. The random weights are
-    those of `random:MODEL` with the same `run.seed`. Every rank must call it. A baseline whose library is missing is
-    left out with a note."""
+def _open_baselines(job: Job) -> dict[str, MultimodalEncoder]:
+    """Return the baselines of the job's model by display name, in evaluation mode, on the ranks' device. The random
+    weights are those of `random:MODEL` with the same `run.seed`. Every rank must call it. A baseline whose library is
+    missing is left out with a warning."""
+    model, config, ranks = job.model, job.config, job.ranks
     random = untrained(model.config, model.loss_config, config.run.seed).to(ranks.device).eval()
-    if TASKS[task].has_masks:  # the features of patches are needed, and only pixels have some
+    if TASKS[job.options.task].has_masks:  # the features of patches are needed, and only pixels have some
         grid = model.config.image_size, model.config.patch_size
         found = open_image_features([PIXELS], config.data, ranks, *grid)
     else:
-        names, note = ranks.broadcast(available)
-        if note and ranks.is_main:
-            print(note, flush=True)
+        names, missing = ranks.broadcast(available)
+        if missing:
+            job.warn(missing)
         found = open_image_features(names, config.data, ranks)
     return {UNTRAINED: random} | {IMAGE_FEATURES[name]: each for name, each in found.items()}
 
@@ -213,6 +214,8 @@ def _perform(
     ranks.on_main(lambda: require_for(task, options.shards, options.shots))
     if options.is_image_features:
         _require_image_features(options)
+        if ranks.is_main and Path(options.model).exists():
+            print(f"note: {options.model} is the baseline; the folder of this name is ./{options.model}", flush=True)
     modality = ranks.broadcast(lambda: _modality(options))
     config = ranks.broadcast(lambda: _config(options, modality, out, overrides))
     ranks.on_main(lambda: refuse_existing(config.run.dir))
@@ -221,11 +224,10 @@ def _perform(
         keep_freed_memory()
     model = _open(options, modality, config, ranks)
     model = model and model.to(ranks.device)
-    open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
-    if options.evaluates_baselines(modality):
-        open_baselines = partial(_open_baselines, task, model, config, ranks)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        job = Job(options, modality, config, session, folder, model, open_baselines)
+        job = Job(options, modality, config, session, folder, model)
+        if options.evaluates_baselines(modality):
+            job.open_baselines = partial(_open_baselines, job)
         result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{options.module}").run(job)
         if result is None:
             return None
@@ -233,7 +235,7 @@ def _perform(
         metrics = ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names, result))
         result |= metrics
         doubts = [result.pop("warning")] if "warning" in result else []  # about the comparison with baselines
-        if warnings := [*result.pop(WARNINGS, ()), *doubts]:
+        if warnings := [*job.warnings, *result.pop(WARNINGS, ()), *doubts]:
             result[WARNINGS] = warnings
         if "per_class" in metrics:  # present only for tasks with one prediction per sample
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
@@ -250,6 +252,6 @@ def _perform(
         for name, each in result.get(BASELINES, {}).items():
             words = f"; {apart[name].words(MODEL, name)}" if name in apart else ""
             job.print(f"{task}: {baseline_name(name, each)}: {summary(each)}{words}")
-        for text in doubts:  # tasks print the other warnings themselves
+        for text in doubts:  # the other warnings have been printed
             job.print(f"warning: {text}")
         return result

@@ -181,7 +181,7 @@ def test_two_models_with_different_inputs_have_the_same_baselines(transfer, tmp_
 
 
 @pytest.mark.slow
-def test_a_baseline_without_its_library_is_left_out_with_a_note(transfer, monkeypatch, capsys):
+def test_a_baseline_without_its_library_is_left_out_with_a_warning(transfer, tmp_path, monkeypatch, capsys):
     def missing(needs):
         if "skimage" in needs:
             raise UserError("the baseline HOG needs scikit-image: pip install 'm3ae-fast[evaluate]'")
@@ -189,8 +189,11 @@ def test_a_baseline_without_its_library_is_left_out_with_a_note(transfer, monkey
     monkeypatch.setattr(image_features, "require_libraries", missing)
     result = transfer("knn", baselines=True)
     assert [*result["baselines"]] == [UNTRAINED, SCALED, "colour histogram"]
-    output = capsys.readouterr().out
-    assert output.count("HOG is left out: the baseline HOG needs scikit-image: pip install 'm3ae-fast[evaluate]'") == 1
+    warning = "HOG is left out: the baseline HOG needs scikit-image: pip install 'm3ae-fast[evaluate]'"
+    assert capsys.readouterr().out.count(f"warning: {warning}\n") == 1 == result["warnings"].count(warning)
+    (tmp_path / "out/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
+    write_report(tmp_path / "out", tmp_path / "report.html")
+    assert escape(warning) in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow
@@ -333,7 +336,8 @@ def test_a_stop_during_the_baselines_keeps_the_result(transfer, run, monkeypatch
     monkeypatch.setattr(Job, "encode_baselines", stopped)
     result = transfer("linear", *SHORT, baselines=True)
     assert result["steps"] == 4 and "top1" in result and "baselines" not in result
-    assert "note: the result is written without baselines: stopped (SIGTERM)" in capsys.readouterr().out
+    warning = "the result is written without baselines: stopped (SIGTERM)"
+    assert f"warning: {warning}\n" in capsys.readouterr().out and warning in result["warnings"]
 
 
 @pytest.mark.slow
@@ -342,9 +346,9 @@ def test_samples_that_become_unreadable_for_the_baselines_do_not_prevent_the_res
     options = settings("linear.steps=1", "linear.peak_lr=1", "linear.global_batch=16", "data.max_bad_fraction=0")
     result = transfer("linear", *options, train=write_tar(tmp_path / "train.tar", members), baselines=True)
     assert result["steps"] == 1 and "top1" in result and "baselines" not in result
-    assert (
-        "note: the result is written without random weights: 1 of 48 samples cannot be used" in capsys.readouterr().out
-    )
+    warning = "the result is written without random weights: 1 of 48 samples cannot be used"
+    assert f"warning: {warning}" in capsys.readouterr().out
+    assert any(each.startswith(warning) for each in result["warnings"])
 
 
 @pytest.mark.slow
