@@ -1,6 +1,7 @@
 """`pretrain` reads the captions of a table, or says why it cannot. It never trains without captions that were named."""
 
 import csv
+import re
 
 import pytest
 from PIL import Image
@@ -73,6 +74,45 @@ def test_a_note_says_that_a_table_in_the_folder_has_no_captions(tmp_path, photos
     )
     shards = find_shards(str(photos), tmp_path / "fields", None, [], columns=(None, NO_CAPTIONS))
     assert shards.notes[0] == f"fields are read from {table}"
+
+
+def test_a_note_says_that_a_column_of_splits_is_not_used(tmp_path, photos):
+    table = write_table(tmp_path / "t.csv", "image", "caption", "Split")
+    note = f"the column Split of {table} is not used: only sub-folders, such as train and val, are splits"
+    assert note in find_shards(str(photos), tmp_path / "run", table, []).notes
+    for number in range(8):
+        split = photos / ("val" if number > 5 else "train")
+        split.mkdir(exist_ok=True)
+        (photos / f"{number}.png").rename(split / f"{number}.png")
+    table.write_text("image,caption,split\ntrain/0.png,zero,train\nval/7.png,seven,val\n")
+    assert not any("is not used" in note for note in find_shards(str(photos), tmp_path / "splits", table, []).notes)
+
+
+def test_a_note_counts_captions_that_look_like_missing_values(tmp_path, photos):
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\n0.png,zero\n1.png,NaN\n2.png,null\n3.png,\n4.png,none of these\n")
+    notes = find_shards(str(photos), tmp_path / "run", table, []).notes
+    assert [note for note in notes if "missing" in note] == [
+        f"2 captions of {table} are texts such as 'NaN'; if they are missing values, leave these fields empty"
+    ]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "Metadata.jsonl", "metadata.parquet"])
+def test_tables_in_sub_folders_are_refused_instead_of_ignored(tmp_path, photos, name):
+    """The `datasets` library reads a table in each folder of a split."""
+    for split in ("train", "validation"):
+        (photos / split).mkdir()
+        (photos / f"{split == 'train':d}.png").rename(photos / split / "a.png")
+        (photos / split / name).write_text("file_name,text\na.png,a picture\n")
+    for number in range(2, 8):
+        (photos / f"{number}.png").unlink()
+    found = (
+        f"the tables of sub-folders (train/{name}, validation/{name}) are not read; specify one table with --captions"
+    )
+    with pytest.raises(UserError, match=re.escape(found)):
+        find_shards(str(photos), tmp_path / "run", None, [])
+    (tmp_path / "t.csv").write_text("file_name,text\ntrain/a.png,a picture\n")
+    assert captions_in(find_shards(str(photos), tmp_path / "run", tmp_path / "t.csv", []), tmp_path / "run")
 
 
 def test_columns_are_refused_where_there_is_no_table(tmp_path, photos):

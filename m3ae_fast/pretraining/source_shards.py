@@ -296,7 +296,7 @@ def _made(
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
     train, held, apart = _roles({path.name.rpartition("-")[0] for path in made.shards})
     whole = folder.resolve()
-    lines = [*notes, *filter(None, [made.copies]), *made.tally.lines()]
+    lines = [*notes, *made.notes, *made.tally.lines()]
     if apart:
         lines.append(f"{', '.join(apart)}: used neither for training nor for evaluation; the shards are in {folder}")
     if not held:

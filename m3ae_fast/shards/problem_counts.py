@@ -7,11 +7,13 @@ from collections import Counter
 from m3ae_fast.data.reader import MAX_CAPTION_BYTES
 
 _SHOWN = 3  # number of examples shown per kind
-REFUSED, EMPTY, CUT, IGNORED, OUTSIDE, UNREAD = "refused", "empty", "cut", "ignored", "outside", "unread"
+REFUSED, EMPTY, CUT, REDUCED = "refused", "empty", "cut", "reduced"
+IGNORED, OUTSIDE, UNREAD = "ignored", "outside", "unread"
 _TEXT = {
     REFUSED: "skipped sample{s} that cannot be used",
     EMPTY: "sample{s} with an empty caption",
     CUT: f"sample{{s}} with a caption of more than {MAX_CAPTION_BYTES:,} bytes, of which only the beginning is read",
+    REDUCED: "image{s} with more than 8 bits per channel, reduced to 8 bits (all bits are kept only in .npy files)",
     IGNORED: "ignored file{s} (neither an image nor the caption of an image)",
     OUTSIDE: "skipped image{s} outside the folders of splits",
     UNREAD: "unused column{s}",

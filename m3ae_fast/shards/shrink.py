@@ -12,8 +12,9 @@ from torch import Tensor
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.config import Range
 from m3ae_fast.images.bands import write_npy
+from m3ae_fast.images.bit_depth import depth_of
 from m3ae_fast.images.crops import resize
-from m3ae_fast.images.decoding import decode_image, own_bands
+from m3ae_fast.images.decoding import decode_image, header_of, own_bands
 
 _MAX_SIDE = 65_500  # largest side that libjpeg can write
 
@@ -27,6 +28,11 @@ def as_member(data: bytes, short_side: int, quality: int, image_range: Range | N
         return "jpg", shrink(data, short_side, quality, image_range)
     small = _reduced(torch.from_numpy(values.transpose(2, 0, 1).copy()), short_side)
     return "npy", write_npy(np.ascontiguousarray(small.permute(1, 2, 0).numpy()))
+
+
+def is_deep(data: bytes) -> bool:
+    """Return whether an image file that `shrink` reads has more than 8 bits per channel, which are reduced to 8."""
+    return depth_of(header_of(data)).is_deep
 
 
 def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
@@ -39,9 +39,9 @@ from m3ae_fast.data.shard_store import INDEX_SUFFIX, ShardStore
 from m3ae_fast.shards.duplicate_images import join
 from m3ae_fast.shards.held_out import split_images
 from m3ae_fast.shards.output_claim import CLASSES, MANIFEST, claimed
-from m3ae_fast.shards.problem_counts import REFUSED, Tally
+from m3ae_fast.shards.problem_counts import REDUCED, REFUSED, Tally
 from m3ae_fast.shards.settings import Settings
-from m3ae_fast.shards.shrink import as_member
+from m3ae_fast.shards.shrink import as_member, is_deep
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TRAIN, VAL
 from m3ae_fast.shards.sources.interface import Record, Records
 from m3ae_fast.shards.tar_member import add_member
@@ -70,7 +70,7 @@ class Converted:
     captions: int
     left_out: int  # number of samples that cannot be used
     tally: Tally
-    copies: str = ""  # number of duplicate images for display; "" if there are none or they were not searched
+    notes: Sequence[str] = ()  # notes for the user about duplicate images and the held-out samples
 
 
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
@@ -79,7 +79,7 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
     cannot be written, no sample of a split is valid, or a worker process is killed."""
     if not 1 <= workers <= _MOST_WORKERS:
         raise UserError(f"--workers {workers}: must be from 1 to {_MOST_WORKERS}")
-    plan, copies = _plan(records, settings)
+    plan, notes = _plan(records, settings)
     manifest = manifest_of(records, settings)
     created = not out.exists()
     with claimed(out, manifest, records.classes):
@@ -102,7 +102,7 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
             raise UserError(f"{out}: not written, because no sample{of} can be used{example}")
     images, captions = (sum(getattr(summary, name) for summary in found) for name in ("images", "captions"))
     left_out = sum(len(shard.numbers) for shard in plan) - samples.total()
-    return Converted(shards, samples.total(), images, captions, left_out, tally, copies)
+    return Converted(shards, samples.total(), images, captions, left_out, tally, notes)
 
 
 def are_reproduced(records: Records, out: Path, settings: Settings) -> bool:
@@ -132,9 +132,9 @@ def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
     return {"source": records.identity, "settings": asdict(settings)}
 
 
-def _plan(records: Records, settings: Settings) -> tuple[list[Shard], str]:
-    """Return the shards with the numbers of their samples, and `Converted.copies`."""
-    copies = ""
+def _plan(records: Records, settings: Settings) -> tuple[list[Shard], list[str]]:
+    """Return the shards with the numbers of their samples, and `Converted.notes`."""
+    notes: list[str] = []
     parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the records, numbers
     for split, samples in records.splits.items():
         order = np.arange(samples) if settings.keep_order else permutation(samples, 0)
@@ -148,14 +148,20 @@ def _plan(records: Records, settings: Settings) -> tuple[list[Shard], str]:
         ((name, split, order),) = parts
         images = records.images(split)
         if found := records.rows(split) - len(np.unique(images)):
-            copies = f"{found:,} of {records.rows(split):,} images are copies of another image"
+            notes.append(f"{found:,} of {records.rows(split):,} images are copies of another image")
         if settings.group is not None:
             images = join(images, _groups(records, split, settings.group))
         images = images[order]
-        held = split_images(images, max(1, round(len(order) * settings.held_out)))
+        wanted = max(1, round(len(order) * settings.held_out))
+        held = split_images(images, wanted)
+        what = "image" if settings.group is None else f"image or {settings.group}"
+        if abs(int(held.sum()) - wanted) > wanted / 2:
+            notes.append(
+                f"{held.sum():,} of {len(order):,} samples ({held.mean():.0%}) are held out instead of {wanted:,} "
+                f"({wanted / len(order):.0%}), because samples with the same {what} are in the same split"
+            )
         if held.all():
             if (images == images[0]).all():
-                what = "image" if settings.group is None else f"image or {settings.group}"
                 raise UserError(f"all {len(order)} samples have the same {what}, so none of them can be held out")
             raise UserError(f"--held-out {settings.held_out:g}: holds out all {len(order)} samples; lower it")
         parts = [(TRAIN if name in HELD_OUT else name, split, order[~held]), (VAL, split, order[held])]
@@ -163,7 +169,7 @@ def _plan(records: Records, settings: Settings) -> tuple[list[Shard], str]:
     for name, split, order in parts:
         pieces = [order[i : i + settings.samples_per_shard] for i in range(0, len(order), settings.samples_per_shard)]
         shards += [Shard(f"{name}-{i:05d}.tar", split, numbers) for i, numbers in enumerate(pieces)]
-    return shards, copies
+    return shards, notes
 
 
 def _groups(records: Records, split: str, field: str) -> np.ndarray:
@@ -171,7 +177,10 @@ def _groups(records: Records, split: str, field: str) -> np.ndarray:
     UserError if a sample does not have the field."""
     seen: dict[str, int] = {}
     numbers = []
-    for number, value in enumerate(records.values(split, field)):
+    values = records.values(split, field)
+    if all(value is None for value in values) and (known := records.fields(split)):
+        raise UserError(f"--group {field}: no sample has this field; choose from {', '.join(known)}")
+    for number, value in enumerate(values):
         if value is None:
             raise UserError(f"--group {field}: the sample {records.name(split, number)} does not have this field")
         numbers.append(seen.setdefault(_group_name(value), len(seen)))
@@ -283,6 +292,8 @@ def _write(records: Records, out: Path, settings: Settings, shard: Shard, advanc
                 try:
                     record = records.read(shard.split, number)
                     files = _files(record, settings)
+                    if record.image is not None and "jpg" in files and is_deep(record.image):
+                        tally.add(REDUCED, name)
                     tally.add_caption(record.caption, name)
                 except BadSample as error:
                     tally.add(REFUSED, f"{name}: {error}")
@@ -324,7 +335,7 @@ def describe_conversion(out: Path, converted: Converted) -> str:
     listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     shards = f"{len(c.shards):,} shard{'s' * (len(c.shards) != 1)}"
     lines = [f"{out}: {c.samples:,} samples in {shards} ({listed}), {c.captions:,} with a caption"]
-    lines += [*filter(None, [c.copies]), *c.tally.lines()]
+    lines += [*c.notes, *c.tally.lines()]
     if earlier := c.left_out - c.tally.counts[REFUSED]:
         lines.append(f"{earlier:,} sample{'s' * (earlier != 1)} left out before the conversion was interrupted")
     for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):

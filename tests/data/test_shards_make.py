@@ -25,6 +25,7 @@ from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.shards import main
 from m3ae_fast.data.shard_store import INDEX_SUFFIX
 from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards import making, writer
 from m3ae_fast.shards.duplicate_images import join
 from m3ae_fast.shards.held_out import split_images
@@ -623,6 +624,43 @@ def test_groups_and_identical_images_are_joined_and_stay_in_one_split(tmp_path, 
         assert val == {"cat/4.jpg", "dog/4.jpg"}
     assert make(pictures, tmp_path / "family", *options) == 2
     assert "contains" in capsys.readouterr().err
+
+
+def test_a_note_compares_the_number_of_held_out_samples_with_the_requested_number(tmp_path, capsys):
+    """Two groups of 60 and 40 samples cannot be divided into 90 and 10."""
+    for number in range(20):
+        (tmp_path / f"in/{'ab'[number % 5 > 2]}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"in/{'ab'[number % 5 > 2]}/{number}.jpg").write_bytes(picture(number))
+    note = (
+        "8 of 20 samples (40%) are held out instead of 2 (10%), because samples with the same image or folder are in "
+        "the same split"
+    )
+    assert make(tmp_path / "in", tmp_path / "out", "--held-out", 0.1, "--group", "folder") == 0
+    assert f"{note}\n" in capsys.readouterr().out
+    assert make(tmp_path / "in", tmp_path / "alone", "--held-out", 0.1) == 0
+    assert "instead of" not in capsys.readouterr().out
+    found = find_shards(str(tmp_path / "in"), tmp_path / "run", None, [], group="folder")
+    assert note in found.notes
+
+
+def test_a_group_that_no_sample_has_is_an_error_that_lists_the_fields(tmp_path, pictures):
+    (pictures / "table.csv").write_text("image,caption,family\ncat/0.jpg,a cat,3\n")
+    more = {"captions": pictures / "table.csv", "held_out": 0.3, "workers": 1}
+    message = "--group caption: no sample has this field; choose from folder, path, class_name, family"
+    with pytest.raises(UserError, match=message):
+        making.make(pictures, tmp_path / "out", group="caption", **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_with_more_than_8_bits_that_are_reduced_are_counted(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        values = np.random.RandomState(number).randint(0, 65536, (40, 40)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / f"in/{number}.png")
+        np.save(tmp_path / f"in/array{number}.npy", values)
+        (tmp_path / f"in/ordinary{number}.jpg").write_bytes(picture(number))
+    assert make(tmp_path / "in", tmp_path / "out", "--range", "dtype", "--keep-order") == 0
+    assert "4 images with more than 8 bits per channel, reduced to 8 bits" in capsys.readouterr().out
 
 
 def test_a_group_may_be_the_folder_of_an_image_or_a_column_of_a_dataset(tmp_path):

@@ -28,6 +28,9 @@ from m3ae_fast.shards.sources.interface import Record, Records, read_file
 
 _SHOWN = 3  # missing images that are named
 _INSPECTED = 1000  # rows of a table that are inspected for the names of fields
+_MISSING = ("nan", "null", "none", "n/a")  # texts with which other programs write missing values
+# names of the tables that the `datasets` library reads in any folder of images
+_METADATA = tuple(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet"))
 SUFFIXES = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
@@ -83,6 +86,8 @@ class Folder(Records):
             raise UserError(f"{folder}: is not a folder")
         self.folder, self._masks = str(folder), masks
         files, paths = _find_images(folder, masks, flat)
+        if captions is None:
+            _refuse_metadata(folder, files)
         directories = {os.path.dirname(path) for path in paths}
         layout = understand(self.folder, directories, classes, flat)
         notes = [] if flat else [*_linked(self.folder, directories), *_empty(self.folder, directories)]
@@ -123,6 +128,15 @@ class Folder(Records):
             )
         self._samples, notes = _join(Path(self.folder), self._paths, table, rows)
         fields = {name: None for row in rows[:_INSPECTED] if row.fields for name in json.loads(row.fields)}
+        if missing := [text for row in rows for text in row.captions or () if text.strip().lower() in _MISSING]:
+            notes.append(
+                f"{len(missing):,} captions of {table} are texts such as {missing[0].strip()!r}; if they are missing "
+                "values, leave these fields empty"
+            )
+        if (name := next((each for each in fields if each.lower() == "split"), "")) and len(self._rows) == 1:
+            notes.append(
+                f"the column {name} of {table} is not used: only sub-folders, such as train and val, are splits"
+            )
         if fields:
             notes.append(f"fields of {table} for --labels: {', '.join(f'json.{name}' for name in fields)}")
         return notes
@@ -155,6 +169,10 @@ class Folder(Records):
             return [os.path.dirname(self._paths[row]) for row in rows for _ in self._samples[row]]
         name = field.removeprefix("json.")
         return [self._about(row, sample).get(name) for row in rows for sample in self._samples[row]]
+
+    def fields(self, split: str) -> list[str]:
+        samples = ((row, sample) for row in self._rows[split][:_INSPECTED] for sample in self._samples[row])
+        return ["folder", *dict.fromkeys(name for row, sample in samples for name in self._about(row, sample))]
 
     def class_counts(self, split: str) -> Counter[str]:
         found: Counter[str] = Counter()
@@ -214,6 +232,16 @@ def _find_images(folder: Path, masks: Path | None, flat: bool) -> tuple[list[str
         raise UserError(f"{folder}: contains no images ({', '.join(suffix[1:] for suffix in SUFFIXES)})")
     _require_reader(str(folder), images)
     return files, images
+
+
+def _refuse_metadata(folder: Path, files: Sequence[str]) -> None:
+    """Raise UserError if a sub-folder contains a table of captions as for the `datasets` library, because it would not
+    be read."""
+    if found := [path for path in files if "/" in path and os.path.basename(path).lower() in _METADATA]:
+        raise UserError(
+            f"{folder}: the tables of sub-folders ({listed(found)}) are not read; specify one table with --captions, "
+            f"whose file names are relative to {folder}, or remove them"
+        )
 
 
 def _require_utf8(folder: Path, classes: Sequence[str]) -> None:

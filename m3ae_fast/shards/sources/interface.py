@@ -73,6 +73,10 @@ class Records(ABC):
         of this source have no fields."""
         raise UserError(f"--group {field}: an HDF5 file has no such field")
 
+    def fields(self, split: str) -> list[str]:
+        """Return the names that `values` accepts, as far as they are known."""
+        return []
+
     def images(self, split: str) -> np.ndarray:
         """Return image numbers, int64 [samples]: samples of the same image have the same number. By default, the
         samples of a row have the same image."""
