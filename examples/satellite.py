@@ -67,7 +67,7 @@ def main() -> None:
     file = args.folder / "config.json"
     file.write_text(json.dumps(config, indent=2))
     # black is a reflectance of 0 and white a reflectance of 1; the statistics refer to values on this scale
-    pixels = ["--channels", C, "--dtype", "uint16", "--range", "0,10000"]
+    pixels = ["--channels", C, "--dtype", "uint16", "--value-range", "0,10000"]
     run(*SHARDS, "stats", train, *pixels, "--write", file)
     shown = ["--set", "data.show_channels=[3,2,1]"]  # red, green and blue, as in a photograph
     run(sys.executable, "-m", "m3ae_fast", "train", "--config", file, *shown)

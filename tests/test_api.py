@@ -307,11 +307,11 @@ def test_shards_are_made_counted_and_described_through_the_python_api(images, tm
             "in/: is neither a folder, nor an HDF5 file",
         ),
         (lambda shards: shards.tokenizer("a.tar", "t.json", vocab_size=1), "--vocab-size 1: must be above"),
-        (lambda shards: shards.make("in", "out", image_range=(9, 0)), r"--range \(9, 0\): must be dtype"),
-        (lambda shards: shards.make("in", "out", image_range=(5, 5)), r"--range \(5, 5\): must be dtype"),
+        (lambda shards: shards.make("in", "out", value_range=(9, 0)), r"value_range \(9, 0\): must be dtype"),
+        (lambda shards: shards.make("in", "out", value_range=(5, 5)), r"value_range \(5, 5\): must be dtype"),
         (lambda shards: shards.stats("a.tar", channels=0), "--channels 0: must be from 1"),
         (lambda shards: shards.stats("a.tar", dtype="int8"), "--dtype int8: must be one of uint8, uint16, float32"),
-        (lambda shards: shards.stats("a.tar", image_range="uint16"), "--range uint16: must be dtype"),
+        (lambda shards: shards.stats("a.tar", value_range="uint16"), "value_range uint16: must be dtype"),
     ],
 )
 def test_invalid_arguments_for_making_shards_are_refused(tmp_path, monkeypatch, call, message):

@@ -38,7 +38,7 @@ def make(dtype: str, **loss) -> M3AE:
     config = ModelConfig(
         size=None, emb_dim=16, depth=1, num_heads=2, dec_emb_dim=16, dec_depth=1, dec_num_heads=2, vocab_size=0,
         image_size=SIZE, patch_size=8, channels=BANDS, image_dtype=dtype, image_mean=MEAN, image_std=STD,
-        image_range="dtype",
+        value_range="dtype",
     )  # fmt: skip
     return M3AE(config, (loss and parse(Config, TINY | {"loss": loss}, "test").loss) or None).eval()
 

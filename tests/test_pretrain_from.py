@@ -84,14 +84,14 @@ def test_a_decoder_with_cross_attention_starts_from_an_encoder(tmp_path):
 
 
 def test_the_value_range_is_that_of_the_given_weights(tmp_path):
-    deep = SMALL.model_copy(update={"vocab_size": 0, "image_range": (0, 4095)})
+    deep = SMALL.model_copy(update={"vocab_size": 0, "value_range": (0, 4095)})
     M3AE(deep).save_pretrained(tmp_path / "deep")
     overrides = given_weights(str(tmp_path / "deep"), tmp_path / "run", []).overrides
     (size,) = model_sizes(assumed(overrides), overrides)
     config = settings(assumed(overrides), SHARDS, tmp_path, size, 64, 1000, "cls", overrides)
-    assert config.model.image_range == (0, 4095) == config.data.range
-    with pytest.raises(UserError, match=r"was trained with model\.image_range = \(0\.0, 4095\.0\), but the config has"):
-        given_weights(str(tmp_path / "deep"), tmp_path / "run", ["data.range=[0,1023]"])
+    assert config.model.value_range == (0, 4095) == config.data.value_range
+    with pytest.raises(UserError, match=r"was trained with model\.value_range = \(0\.0, 4095\.0\), but the config has"):
+        given_weights(str(tmp_path / "deep"), tmp_path / "run", ["data.value_range=[0,1023]"])
 
 
 def write_deep(folder, highest):
@@ -113,7 +113,7 @@ def test_the_values_of_files_are_compared_with_the_range_of_the_given_weights_be
             find_shards(str(folder), tmp_path / "run", None, [], start_range=(0, highest))
         assert not (tmp_path / "run").exists()
         find_shards(str(folder), tmp_path / f"accepted {highest}", None, [], (0, highest), start_range=(0, highest))
-    assert find_shards(str(suits), tmp_path / "run", None, [], start_range=(0, 4095)).image_range == (0, 4095)
+    assert find_shards(str(suits), tmp_path / "run", None, [], start_range=(0, 4095)).value_range == (0, 4095)
 
 
 def test_a_note_says_that_the_shards_of_transparent_images_are_opaque(tmp_path):
@@ -129,7 +129,7 @@ def test_a_note_says_that_the_shards_of_transparent_images_are_opaque(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_with_the_value_range_of_the_given_weights_resumes(tmp_path, capsys):
-    grey = {"channels": 1, "image_mean": (0.5,), "image_std": (0.2,), "vocab_size": 0, "image_range": (0, 4095)}
+    grey = {"channels": 1, "image_mean": (0.5,), "image_std": (0.2,), "vocab_size": 0, "value_range": (0, 4095)}
     M3AE(SMALL.model_copy(update=grey)).save_pretrained(tmp_path / "deep")
     few = ["train.steps=1", "data.workers=0", "train.pictures=0", "train.precision=fp32"]
     photos = write_deep(tmp_path / "photos", 4095)

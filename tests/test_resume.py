@@ -232,7 +232,7 @@ SETTINGS = {
     | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)
     | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # compared by the order in the fingerprint
     # compared by the settings of the model that are derived from them
-    | dict.fromkeys(("range", "resize", "max_patches", "min_patches"), FREE)
+    | dict.fromkeys(("value_range", "resize", "max_patches", "min_patches"), FREE)
     | {"show_channels": FREE}
     | dict.fromkeys(("val", "workers", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
     "optim": {"name": REFUSED}
@@ -267,7 +267,7 @@ def test_changing_a_setting_has_the_consequence_of_its_class(tmp_path, section, 
     saved[section] |= {name: "another"}
     if section == "model":  # this section is parsed
         grey = {"image_mean": [0.5], "image_std": [0.5]} if name == "channels" else {}
-        possible = {"image_range": [0, 4095], "channels": 1, "max_patches": 9}
+        possible = {"value_range": [0, 4095], "channels": 1, "max_patches": 9}
         other = possible[name] if name in possible else _another(getattr(config.model, name))
         saved[section] |= grey | {name: other}
     info = checkpoint.Info(1, 0, config.run.seed, saved, {}, {})

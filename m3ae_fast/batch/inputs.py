@@ -174,11 +174,11 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
             the model's image_dtype), which is cropped to the central square unless the model has native aspect ratio; a
             floating-point tensor.
         value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays with more
-            than 8 bits per value. It replaces the model's image_range. With (black, white), such as (0, 1), the image
+            than 8 bits per value. It replaces the model's value_range. With (black, white), such as (0, 1), the image
             may have any size and is read like a file; if it must be resized, its values are rounded to the model's
             integers. With "normalised", the image must already be normalised by the model's image_mean and image_std,
             and must have the shape [C, image_size, image_size] or, for native aspect ratio, sides that are multiples of
-            the patch size. None: "normalised" for tensors, and image_range for all other images.
+            the patch size. None: "normalised" for tensors, and value_range for all other images.
 
     Raises:
         ValueError: the image cannot be used, or does not fit the model.
@@ -186,18 +186,18 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
     """
     channels = config.channels
     if isinstance(value_range, (tuple, list)):
-        config = config.model_copy(update={"image_range": tuple(value_range)})
+        config = config.model_copy(update={"value_range": tuple(value_range)})
     if isinstance(image, (str, os.PathLike)):
         return _read_image(image, config)
     if isinstance(image, np.ndarray) and image.dtype.kind == "f" and image.ndim in (2, 3):
         if value_range is not None:
             image = torch.from_numpy(np.ascontiguousarray(np.atleast_3d(image).transpose(2, 0, 1)))
-        elif config.image_range is None:
+        elif config.value_range is None:
             raise ValueError(
                 f"the image cannot be used: arrays of {image.dtype} require value_range=(black, white), such as "
                 '(0, 1), or "normalised"'
             )
-    kind = channels, config.image_range, config.image_dtype
+    kind = channels, config.value_range, config.image_dtype
     if isinstance(image, (Image, np.ndarray)):
         try:
             pixels = pixels_of(image, *kind) if isinstance(image, Image) else pixels_of_bands(checked(image), *kind)
@@ -244,7 +244,7 @@ class Preprocess:
 def _of_call(error: BadSample) -> str:
     """Return the message, reworded for callers in Python, who have no config."""
     if isinstance(error, NeedsRange):
-        how = "pass value_range=(black, white), such as (0, 4095) (for a command: --range 0,4095)"
+        how = "pass value_range=(black, white), such as (0, 4095) (for a command: --value-range 0,4095)"
         return f"the image has {error.found}: {how}"
     return str(error)
 
@@ -278,7 +278,7 @@ def _prepared(pixels: Tensor, config: ModelConfig) -> Tensor:
 def _read_image(path: str | os.PathLike[str], config: ModelConfig) -> Tensor:
     try:
         with open_regular(os.fspath(path)) as file:
-            pixels = decode_image(file.read(), config.channels, config.image_range, config.image_dtype)
+            pixels = decode_image(file.read(), config.channels, config.value_range, config.image_dtype)
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: cannot be read ({error.strerror or error})") from None
     except BadSample as error:

@@ -35,7 +35,7 @@ class Geometry:
     image_all_tokens: bool = False  # whether visible patches carry loss too
     text_all_tokens: bool = False
     loss_per_batch: bool = False  # whether losses are means over tokens instead of samples
-    image_range: Range | None = None  # values of black and white in images with more than 8 bits per value
+    value_range: Range | None = None  # values of black and white in images with more than 8 bits per value
     image_dtype: str = "uint8"  # dtype of stored pixels
     image_mean: tuple[float, ...] = ()  # per channel
     image_std: tuple[float, ...] = ()
@@ -46,7 +46,7 @@ class Geometry:
     def of(cls, config: ModelConfig) -> Geometry:
         """Return the geometry of a model, with default loss settings."""
         sizes = (config.image_size, config.patch_size, config.channels, config.text_length)
-        same = ("image_range", "image_dtype", "image_mean", "image_std")
+        same = ("value_range", "image_dtype", "image_mean", "image_std")
         cross = config.dec_attention == "cross"
         return cls(*sizes, **{name: getattr(config, name) for name in same}, native=Native.of(config), cross=cross)
 

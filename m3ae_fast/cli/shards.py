@@ -139,7 +139,7 @@ def _make(args: argparse.Namespace) -> None:
         args.short_side,
         held_out=args.held_out,
         group=args.group,
-        image_range=args.range,
+        value_range=args.value_range,
         keep_order=args.keep_order,
     )
     records = open_source(
@@ -216,7 +216,7 @@ def _stats(args: argparse.Namespace) -> None:
         seed=args.seed,
         channels=args.channels,
         dtype=args.dtype,
-        image_range=args.range,
+        value_range=args.value_range,
         tokenizer=args.tokenizer,
         labels=args.labels,
         cache_dir=args.cache_dir,

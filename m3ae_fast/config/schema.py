@@ -66,8 +66,8 @@ class RunConfig(Section):
     At start-up, ranks have 1,800 s to join the process group."""
 
 
-# settings of `data` that are stored with the model, by their names in `model`
-IMAGE_SETTINGS = {"image_range": "range", **{name: name for name in ("resize", "max_patches", "min_patches")}}
+# settings of `data` that are stored with the model
+IMAGE_SETTINGS = ("value_range", "resize", "max_patches", "min_patches")
 
 
 class ModelConfig(Section):
@@ -118,15 +118,15 @@ class ModelConfig(Section):
     for example the spectral bands of a satellite image, or red, green, blue and depth."""
     image_dtype: Literal["uint8", "uint16", "float32"] = "uint8"
     """Data type of the pixels. Black is 0; white is 255 for uint8, 65,535 for uint16 and 1 for float32. With float32,
-    values may lie outside the range from black to white. `data.range` sets which values of a file are black and
+    values may lie outside the range from black to white. `data.value_range` sets which values of a file are black and
     white."""
     image_mean: Channels = (0.5762, 0.5503, 0.5213)
     """Mean of the pixels, one value per channel, with black = 0 and white = 1. The default is the mean of CC12M."""
     image_std: Channels = (0.3207, 0.3169, 0.3307)
     """Standard deviation of the pixels, one positive value per channel, in the same units as the mean. The default is
     the standard deviation of CC12M."""
-    image_range: Range | None = None
-    """Value of `data.range` in training, stored with the model."""
+    value_range: Range | None = None
+    """Value of `data.value_range` in training, stored with the model."""
     text_length: Size = 64
     """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
@@ -190,7 +190,7 @@ class ModelConfig(Section):
                 )
         if min(self.image_std) <= 0:
             raise ValueError("image_std must be above 0")
-        check_range("image_range", self.image_range)
+        check_range("value_range", self.value_range)
         if self.image_targets == "vqgan" and self.channels != 3:
             raise ValueError(f"image_targets vqgan needs 3 channels, not {self.channels}")
         if self.image_targets == "vqgan" and self.image_dtype != "uint8":
@@ -304,7 +304,7 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """Text tokenizer: a tokenizer.json, a BERT vocab.txt or a name on the Hugging Face Hub; null: captions are not
     used."""
-    range: Range | None = None
+    value_range: Range | None = None
     """Pixel values that map to black and white in images with more than 8 bits per channel, such as [0, 4095]; `dtype`
     uses the full range of the file's data type (0 to 1 for floats). null: the range saved with the model; without a
     saved range, such images are rejected."""
@@ -356,7 +356,7 @@ class DataConfig(Section):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale {[low, high]} must be two fractions with 0 < low <= high <= 1")
-        check_range("range", self.range)
+        check_range("value_range", self.value_range)
         for name in ("train", "val"):
             weights = [source.weight for source in getattr(self, name)]
             if any(w is None for w in weights) and any(w is not None for w in weights):
@@ -364,9 +364,9 @@ class DataConfig(Section):
         return self
 
     def image_settings(self) -> dict[str, Any]:
-        """Return those image settings of this section that are stored with the model, by their names in `model`."""
-        given = {own: getattr(self, name) for own, name in IMAGE_SETTINGS.items()}
-        return {own: value for own, value in given.items() if value is not None}
+        """Return those image settings of this section that are stored with the model, if they are set."""
+        given = {name: getattr(self, name) for name in IMAGE_SETTINGS}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class ScheduleConfig(Section):
@@ -639,10 +639,9 @@ class Config(Section):
         """Return the config with the image settings copied from `data` to `model`, because code that later decodes
         images for the model has no `data` section."""
         given = self.data.image_settings()
-        for own, value in given.items():
-            if (before := getattr(self.model, own)) not in (value, ModelConfig.model_fields[own].default):
-                name = IMAGE_SETTINGS[own]
-                raise ValueError(f"data.{name} is {value}, but model.{own} is {before}; set only data.{name}")
+        for name, value in given.items():
+            if (before := getattr(self.model, name)) not in (value, ModelConfig.model_fields[name].default):
+                raise ValueError(f"data.{name} is {value}, but model.{name} is {before}; set only data.{name}")
         if not given:
             return self
         try:

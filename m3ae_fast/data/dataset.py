@@ -150,7 +150,7 @@ class Samples(Dataset[Sample | Skipped]):
             return draft.samples
         try:
             geometry = self.preparation.geometry
-            image = decode_image(draft.image, geometry.channels, geometry.image_range, geometry.image_dtype)
+            image = decode_image(draft.image, geometry.channels, geometry.value_range, geometry.image_dtype)
         except BadSample as error:
             return [draft.skip(str(error))] * len(draft.samples)
         for sample, view in zip(draft.samples, draft.views):

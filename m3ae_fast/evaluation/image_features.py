@@ -158,8 +158,8 @@ def input_config(data: DataConfig, image_size: int = _SIZE, patch_size: int = _P
     range, mean and standard deviation are determined from some of these samples. Raises UserError if they cannot be
     opened."""
     train = open_corpus(data.train, ShardStore(data.cache_dir, data.cache_gb))
-    channels, dtype, image_range = _reading(part_of(train, "train", "", None, _INSPECTED).kinds)
-    statistics = collect(train, _INSPECTED, 0, channels, image_range, None, None, dtype)
+    channels, dtype, value_range = _reading(part_of(train, "train", "", None, _INSPECTED).kinds)
+    statistics = collect(train, _INSPECTED, 0, channels, value_range, None, None, dtype)
     mean, std = statistics.mean_and_std()
     return ModelConfig.model_validate(
         {
@@ -172,7 +172,7 @@ def input_config(data: DataConfig, image_size: int = _SIZE, patch_size: int = _P
             "patch_size": patch_size,
             "channels": channels,
             "image_dtype": dtype,
-            "image_range": image_range,
+            "value_range": value_range,
             "image_mean": mean,
             "image_std": std,
         },

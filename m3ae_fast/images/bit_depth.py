@@ -55,42 +55,44 @@ def depth_of(image: Image.Image) -> Depth:
     return Depth(*_MODES.get(image.mode, ("unsigned", 8)))
 
 
-def deep_grey(image: Image.Image, depth: Depth, image_range: Range | None, channels: int, dtype: str) -> np.ndarray:
+def deep_grey(image: Image.Image, depth: Depth, value_range: Range | None, channels: int, dtype: str) -> np.ndarray:
     """Return a one-channel high-bit-depth image as pixels of `dtype`: [1, H, W] with transparent pixels in white, or
     [4, H, W] with alpha if `channels` is 4. Raises BadSample if a value is not finite, or if `channels` is 4 and the
     image has no alpha."""
     if channels == 4 and dtype != "uint8":
         raise BadSample(f"the image has one channel of {depth}, but the model expects 4")
     values, clear = grey_values(image, depth), image.info.get("transparency")
-    lit = scaled(values, depth, image_range)
+    lit = scaled(values, depth, value_range)
     opaque = np.full(values.shape, True) if clear is None else values != clear
     planes = (lit, lit, lit, opaque) if channels == 4 else (np.where(opaque, lit, 1.0),)
     return as_pixels(np.stack(planes), dtype)
 
 
-def check_colours(image: Image.Image, depth: Depth, image_range: Range | None, dtype: str) -> None:
+def check_colours(image: Image.Image, depth: Depth, value_range: Range | None, dtype: str) -> None:
     """Raise BadSample unless the 8 bits that Pillow keeps of high-bit-depth colours are accurate to within one
     level."""
     if dtype != "uint8":
         raise BadSample(
             f"the image has colour channels of {depth}, of which Pillow reads only 8 bits; store it as TIFF or .npy"
         )
-    if image_range != "dtype" or depth.kind != "unsigned":
-        raise BadSample(f'the image has colour channels of {depth}, which can be read only with data.range "dtype"')
+    if value_range != "dtype" or depth.kind != "unsigned":
+        raise BadSample(
+            f'the image has colour channels of {depth}, which can be read only with data.value_range "dtype"'
+        )
     if image.info.get("transparency") is not None:
         raise BadSample(f"the image has colour channels of {depth} and a transparent colour, which is not supported")
 
 
-def require_range(depth: Depth, image_range: Range | None) -> None:
+def require_range(depth: Depth, value_range: Range | None) -> None:
     """Raise NeedsRange if there is no range."""
-    if image_range is None:
+    if value_range is None:
         raise NeedsRange(str(depth))
 
 
-def scaled(values: np.ndarray, depth: Depth, image_range: Range | None) -> np.ndarray:
+def scaled(values: np.ndarray, depth: Depth, value_range: Range | None) -> np.ndarray:
     """Return float64 values of any shape, scaled so that black is 0 and white is 1."""
-    assert image_range is not None
-    low, high = depth.limits if image_range == "dtype" else image_range
+    assert value_range is not None
+    low, high = depth.limits if value_range == "dtype" else value_range
     lit = (values - low) / (high - low)
     return 1 - lit if depth.white_is_zero else lit
 
@@ -104,17 +106,17 @@ def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
     return np.rint(np.iinfo(dtype).max * lit.clip(0, 1)).astype(dtype)
 
 
-def bands_to_pixels(values: np.ndarray, image_range: Range | None, dtype: str) -> np.ndarray:
+def bands_to_pixels(values: np.ndarray, value_range: Range | None, dtype: str) -> np.ndarray:
     """Return an array's values, of any shape and with a dtype of `bands.DTYPES`, as pixels of `dtype`. Values of dtype
     uint8 are levels from 0 to 255 for any range. Raises BadSample if no range is set for other dtypes."""
     kind, bits = ("float", 32) if values.dtype == np.float32 else ("unsigned", 8 * values.itemsize)
     depth = Depth(kind, bits)
     if depth.is_deep:
-        require_range(depth, image_range)
-    is_whole = not depth.is_deep or image_range in ("dtype", depth.limits)
+        require_range(depth, value_range)
+    is_whole = not depth.is_deep or value_range in ("dtype", depth.limits)
     if is_whole and values.dtype == dtype:
         return values
-    return as_pixels(scaled(values.astype(np.float64), depth, "dtype" if is_whole else image_range), dtype)
+    return as_pixels(scaled(values.astype(np.float64), depth, "dtype" if is_whole else value_range), dtype)
 
 
 def grey_values(image: Image.Image, depth: Depth) -> np.ndarray:

@@ -50,7 +50,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-def decode_image(data: bytes, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:
+def decode_image(data: bytes, channels: int, value_range: Range | None = None, dtype: str = "uint8") -> Tensor:
     """Decode an image to [C, H, W], with the EXIF orientation applied. Transparent parts become white unless C = 4. An
     array of bands (a .npy or TIFF file) must have C bands.
 
@@ -58,19 +58,19 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
     is decoded.
 
     Args:
-        image_range: values of black and white, for images whose values are not levels from 0 to 255; None: such images
+        value_range: values of black and white, for images whose values are not levels from 0 to 255; None: such images
             are rejected.
         dtype: dtype of the result: "uint8" or "uint16", with black as 0 and white as 255 or 65535, or "float32", with
             black as 0 and white as 1, which allows values outside this range.
 
     Raises:
         BadSample: the file is not an image, is damaged, has more than MAX_PIXELS, has a bit depth for which no
-            `image_range` is set, or has a different number of channels.
+            `value_range` is set, or has a different number of channels.
     """
     if not data:
         raise BadSample("the image is empty")
     if (values := read_bands(data, channels, dtype)) is not None:
-        return pixels_of_bands(values, channels, image_range, dtype)
+        return pixels_of_bands(values, channels, value_range, dtype)
     header = header_of(data)
     # torchvision applies the orientation only to JPEGs, and would ignore that of a WEBP
     is_turned = header.format == "WEBP" and not header.info.keys().isdisjoint(_TURNING)
@@ -84,7 +84,7 @@ def decode_image(data: bytes, channels: int, image_range: Range | None = None, d
     try:
         if header.format == "JPEG2000":
             check_precision(data)
-        return pixels_of(header, channels, image_range, dtype)
+        return pixels_of(header, channels, value_range, dtype)
     except BadSample:
         raise
     except Exception as error:
@@ -160,14 +160,14 @@ def own_bands(data: bytes) -> np.ndarray | None:
     return bands.read_tiff(data) if count > 4 or has_other else None
 
 
-def pixels_of_bands(values: np.ndarray, channels: int, image_range: Range | None, dtype: str) -> Tensor:
+def pixels_of_bands(values: np.ndarray, channels: int, value_range: Range | None, dtype: str) -> Tensor:
     """Return values [H, W, bands] as pixels [C, H, W]. Raises BadSample if the number of bands is not C, or if values
     with more than 8 bits have no range."""
     if values.shape[2] != channels:
         raise BadSample(
             f"the array {list(values.shape)} has {values.shape[2]} channels, but the model expects {channels}"
         )
-    pixels = bands_to_pixels(values, image_range, dtype)
+    pixels = bands_to_pixels(values, value_range, dtype)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)).copy())
 
 
@@ -195,7 +195,7 @@ def check_precision(data: bytes) -> None:
         raise BadSample("the image is a JPEG 2000 with more than 8 bits, which is not supported")
 
 
-def pixels_of(image: Image.Image, channels: int, image_range: Range | None = None, dtype: str = "uint8") -> Tensor:
+def pixels_of(image: Image.Image, channels: int, value_range: Range | None = None, dtype: str = "uint8") -> Tensor:
     """Return a Pillow image as pixels [C, H, W], with its orientation applied. Transparency, bit depth and errors are
     handled as in `decode_image`."""
     if channels not in PIL_MODES:
@@ -205,11 +205,11 @@ def pixels_of(image: Image.Image, channels: int, image_range: Range | None = Non
     if image.mode == "LAB":
         raise BadSample("the image has CIELAB colours, which are not supported")
     if depth.is_deep:
-        require_range(depth, image_range)
+        require_range(depth, value_range)
         if len(image.getbands()) == 1:
-            grey = deep_grey(image, depth, image_range, channels, dtype)
+            grey = deep_grey(image, depth, value_range, channels, dtype)
             return torch.from_numpy(grey).expand(channels, -1, -1)
-        check_colours(image, depth, image_range, dtype)
+        check_colours(image, depth, value_range, dtype)
     if clear is not None:
         image.info["transparency"] = clear
     if channels != 4 and image.has_transparency_data:

@@ -263,12 +263,12 @@ class MultimodalEncoder(nn.Module):
             texts: a text or a list of texts, which require the model's `tokenizer`; or None. An empty text alone has no
                 tokens, so that with pool="mean" its features are 0.
             value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays with more
-                than 8 bits per channel; it replaces the model's image_range. None or "normalised": tensors are already
+                than 8 bits per channel; it replaces the model's value_range. None or "normalised": tensors are already
                 normalised, (x - mean) / std, with image_mean and image_std of `config` and x from 0 to 1. Their shape
                 is [C, image_size, image_size]; for native aspect ratio, their sides are multiples of the patch size.
                 (black, white): the values of black and white in images of any size, such as (0, 1) for the output of
                 torchvision's ToTensor or (0, 255) for 8-bit levels stored as floats. With None, tensors that are
-                evidently not normalised raise ValueError, and float32 arrays are read with the model's image_range.
+                evidently not normalised raise ValueError, and float32 arrays are read with the model's value_range.
             pool: "mean" over all tokens except cls, or the "cls" token; see `pooled`.
             layer: number of the block after which features are taken, from 1; None: the last block.
             batch_size: samples per forward pass.

@@ -37,7 +37,7 @@ M = TypeVar("M", bound=nn.Module)
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
 _NORM_PIX = "norm_pix"  # key of loss.norm_pix in config.json, next to the settings of the model
 # settings that change the function computed by the weights; most of them do not change their shapes
-_UNSEEN = ("channels", "positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std", "image_range")
+_UNSEEN = ("channels", "positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std", "value_range")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Shards:
     notes: list[str]  # notes for the user
     unlabelled: str = ""  # reason why samples have no label "cls", if it is known
     shown: bool = False  # whether an overview of the samples has been shown to the user
-    image_range: Range | None = None  # value range with which the shards were created
+    value_range: Range | None = None  # value range with which the shards were created
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DatasetStatistics:
     vocab_size: int  # 0: there are no captions
     text_length: int  # maximum number of tokens per caption
     image_dtype: str = "uint8"
-    image_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
+    value_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
     has_captions: bool = False  # whether there are captions, even if an override excludes them
     fitted: tuple[str, ...] = ()  # overrides that adapt the settings of given weights to the images
 
@@ -361,7 +361,7 @@ def _data_section(statistics: DatasetStatistics, shards: Shards, out: Path) -> d
         "train": [{"shards": shards.train}],
         "val": [{"shards": shards.val}] if shards.val else [],
         "tokenizer": str((out / TOKENIZER).resolve()) if statistics.vocab_size else None,
-        "range": statistics.image_range,
+        "value_range": statistics.value_range,
         "crop_scale": [0.4, 1.0],
     }
 

@@ -44,7 +44,7 @@ def inspect(
     shards: Shards,
     out: Path,
     labels: str,
-    image_range: Range | None = None,
+    value_range: Range | None = None,
     overrides: Sequence[str] = (),
     *,
     start: ModelConfig | None = None,
@@ -58,7 +58,7 @@ def inspect(
         shards: the shards.
         out: the run folder.
         labels: source of the labels.
-        image_range: values of black and white in images with more than 8 bits per channel; None: detected.
+        value_range: values of black and white in images with more than 8 bits per channel; None: detected.
         overrides: overrides "section.key=value" of the user and, before them, of the weights from which the run starts.
         start: the config of these weights; None: random weights.
         own: the user's overrides alone; used only if `start` is given.
@@ -83,16 +83,16 @@ def inspect(
         print(f"classes by {labels}: {describe_classes(classes.train)}", flush=True)
     channels, dtype = channels_and_dtype(seen.kinds)
     channels, dtype = channels_set(overrides) or channels, set_to(overrides, "model.image_dtype", dtype)
-    image_range = image_range or shards.image_range or (start and start.image_range) or range_of(seen.kinds)
+    value_range = value_range or shards.value_range or (start and start.value_range) or range_of(seen.kinds)
     fitted: list[str] = []
     if start is not None:
-        fitted, more = fit_to_images(start, seen.kinds, image_range, own)
+        fitted, more = fit_to_images(start, seen.kinds, value_range, own)
         notes += more
         channels = channels_set([*fitted, *own]) or start.channels
         dtype = set_to([*fitted, *own], "model.image_dtype", start.image_dtype)
     notes += _on_given_weights(train.has_captions, overrides)
     tokenizer = _tokenizer(shards, train, store, out, overrides)
-    found = collect(train, _INSPECTED, 0, channels, image_range, tokenizer, None, dtype)
+    found = collect(train, _INSPECTED, 0, channels, value_range, tokenizer, None, dtype)
     require_images(found)
     if found.bad:
         reason = found.bad.most_common(1)[0][0]
@@ -117,7 +117,7 @@ def inspect(
         tokenizer.vocab_size if tokenizer else 0,
         int(np.clip(8 * np.ceil(np.quantile(lengths, _QUANTILE) / 8), 8, 64)),
         dtype,
-        image_range,
+        value_range,
         train.has_captions,
         tuple(fitted),
     ), notes

@@ -23,7 +23,7 @@ from m3ae_fast.weights.model_name import RANDOM
 
 FOLDER = "start"  # name of the export's folder in the run folder
 # model settings that are not determined by the weights
-_FREE = ("drop_path", "init_from", "image_range")
+_FREE = ("drop_path", "init_from", "value_range")
 
 
 class GivenWeights(NamedTuple):
@@ -63,8 +63,8 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     if found.config.vocab_size:
         tokenizer = folder / TOKENIZER_FILE
         implied["data.tokenizer"] = str(tokenizer.resolve()) if tokenizer.exists() else None
-    if found.config.image_range is not None:
-        implied["data.range"] = found.config.image_range
+    if found.config.value_range is not None:
+        implied["data.value_range"] = found.config.value_range
     if (channels := channels_set(overrides) or 0) > found.config.channels:
         # the mean and the standard deviation are assumed until the images have been inspected
         implied |= {"model.channels": channels, "model.image_mean": [0.5] * channels}

@@ -18,9 +18,9 @@ _FILLED = 0.9  # minimum fraction of a data type's range that must occur to assu
 
 
 def range_of(kinds: Sequence[Kind]) -> Range | None:
-    """Return `data.range` for images of these kinds: None for levels from 0 to 255, "dtype" if values cover most of the
-    range of their data type. Raises UserError for other values with more than 8 bits, because only the user knows the
-    values of black and white."""
+    """Return `data.value_range` for images of these kinds: None for levels from 0 to 255, "dtype" if values cover most
+    of the range of their data type. Raises UserError for other values with more than 8 bits, because only the user
+    knows the values of black and white."""
     deep = [(kind, kind.depth) for kind in kinds if kind.depth is not None]
     if not deep:
         return None
@@ -33,13 +33,13 @@ def range_of(kinds: Sequence[Kind]) -> Range | None:
     guess = f"[0,{2 ** max(int(high), 1).bit_length() - 1}]" if known else f"[{low:.6g},{max(high, low + 1):.6g}]"
     raise UserError(
         f"the images have {depth}, which range from {low:.7g} to {high:.7g} in {len(deep):,} inspected images: set the "
-        f"values of black and white, for example --set data.range={guess}; data.range=dtype sets {least:.10g} and "
-        f"{most:.10g}"
+        f"values of black and white, for example --set data.value_range={guess}; data.value_range=dtype sets "
+        f"{least:.10g} and {most:.10g}"
     )
 
 
 def fit_to_images(
-    start: ModelConfig, kinds: Sequence[Kind], image_range: Range | None, own: Sequence[str]
+    start: ModelConfig, kinds: Sequence[Kind], value_range: Range | None, own: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Return overrides with which a model that starts from given weights reads images of these kinds without loss, and
     notes for the user. The overrides do not include the mean and the standard deviation.
@@ -47,7 +47,7 @@ def fit_to_images(
     Args:
         start: the config of the weights.
         kinds: the kinds of the images.
-        image_range: value range of the images; None: not set.
+        value_range: value range of the images; None: not set.
         own: the user's overrides. Settings that they set are not changed.
 
     Raises:
@@ -76,12 +76,12 @@ def fit_to_images(
     if own_dtype is None and _DTYPES.index(dtype) > _DTYPES.index(start.image_dtype):
         fitted.append(f"model.image_dtype={dtype}")
         notes.append(f"the pixels are read as {dtype}, although the weights were trained with {start.image_dtype}")
-    if start.image_range is not None and set_to(own, "data.range", None) is None:
-        require_similar_values(kinds, start.image_range)
+    if start.value_range is not None and set_to(own, "data.value_range", None) is None:
+        require_similar_values(kinds, start.value_range)
     return fitted, notes
 
 
-def require_similar_values(kinds: Sequence[Kind], image_range: Range) -> None:
+def require_similar_values(kinds: Sequence[Kind], value_range: Range) -> None:
     """Raise UserError if values with more than 8 bits exceed the value range of given weights, or cover only a small
     part of it."""
     deep = [(kind.depth, kind.low, kind.high) for kind in kinds if kind.depth is not None]
@@ -89,10 +89,10 @@ def require_similar_values(kinds: Sequence[Kind], image_range: Range) -> None:
         return
     depths, lows, highs = zip(*deep)
     low, high = min(lows), max(highs)
-    least, most = depths[0].limits if image_range == "dtype" else image_range
+    least, most = depths[0].limits if value_range == "dtype" else value_range
     if low < least or high > most or high - low < _USED * (most - least):
         raise UserError(
             f"--from: the images have {depths[0]}, which range from {low:.7g} to {high:.7g}, but the weights were "
             f"trained with black = {least:.7g} and white = {most:.7g}; convert the images, or accept this range with "
-            f"--set data.range={json.dumps(image_range)}"
+            f"--set data.value_range={json.dumps(value_range)}"
         )

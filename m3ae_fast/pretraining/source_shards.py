@@ -43,7 +43,7 @@ def find_shards(
     out: Path,
     captions: Path | None,
     val: Sequence[str],
-    image_range: Range | None = None,
+    value_range: Range | None = None,
     kept: Sequence[str] = (),
     columns: tuple[str | None, str | None] = (None, None),
     group: str | None = None,
@@ -58,11 +58,11 @@ def find_shards(
         captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files.
         val: if the source consists of shards, the held-out shards; empty: shards with names of a held-out split, or the
             last shards.
-        image_range: values of black and white in images with more than 8 bits per channel; None: detected.
+        value_range: values of black and white in images with more than 8 bits per channel; None: detected.
         kept: the training shards of an existing run in `out`; empty: there is none.
         columns: names of the columns of images and of captions, as in `open_source`; None: detected.
         group: field whose equal values keep samples in the same split; see `Records.values`.
-        start_range: value range of the weights from which the run starts, which is used if `image_range` is None; None:
+        start_range: value range of the weights from which the run starts, which is used if `value_range` is None; None:
             the weights have none, or there are no such weights.
 
     Raises:
@@ -95,7 +95,7 @@ def find_shards(
         )
     records, notes = _open(source, captions, columns)
     made = _made(
-        records, source, out, [*notes, *records.notes, *records.ignored.lines()], image_range, group, start_range
+        records, source, out, [*notes, *records.notes, *records.ignored.lines()], value_range, group, start_range
     )
     return replace(made, unlabelled=records.unlabelled)
 
@@ -259,7 +259,7 @@ def _made(
     name: str,
     out: Path,
     notes: list[str],
-    image_range: Range | None,
+    value_range: Range | None,
     group: str | None,
     start_range: Range | None,
 ) -> Shards:
@@ -270,11 +270,11 @@ def _made(
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     kinds = [kind for part in parts for kind in part.kinds]
-    if image_range is None and start_range is not None:
+    if value_range is None and start_range is not None:
         require_similar_values(kinds, start_range)  # before the values are converted to 8 bits
-        image_range = start_range
-    image_range = image_range or range_of(kinds)
-    settings = _settings(source, image_range, group)
+        value_range = start_range
+    value_range = value_range or range_of(kinds)
+    settings = _settings(source, value_range, group)
     now = manifest_of(source, settings)
     if before is None:
         show(name, parts)
@@ -304,7 +304,7 @@ def _made(
     kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))
     if not settings.held_out:  # otherwise, all samples of an image are in the same split
         lines += overlap(kept, val) if val else []
-    return Shards(kept, val, lines, shown=True, image_range=image_range)
+    return Shards(kept, val, lines, shown=True, value_range=value_range)
 
 
 def _is_of_run(manifest: Any) -> bool:
@@ -329,7 +329,7 @@ def _roles(splits: Collection[str]) -> tuple[str, str | None, list[str]]:
     return others[0], held, [split for split in others[1:] if split != held]
 
 
-def _settings(source: Records, image_range: Range | None, group: str | None = None) -> Settings:
+def _settings(source: Records, value_range: Range | None, group: str | None = None) -> Settings:
     """Return the settings for creating shards: a part is held out if the source has only one split. Raises UserError if
     it has several splits, but none to train on, or if it has splits and `group` is set."""
     if len(source.splits) > 1 and all(split in HELD_OUT for split in source.splits):
@@ -340,7 +340,7 @@ def _settings(source: Records, image_range: Range | None, group: str | None = No
     if group is not None and len(source.splits) > 1:
         raise UserError(f"--group {group}: SOURCE is already split ({', '.join(source.splits)}); leave out --group")
     held_out = min(_FRACTION, _MOST_HELD_OUT / samples) if alone else 0.0
-    return Settings(held_out=held_out, group=group if alone else None, image_range=image_range, of_run=True)
+    return Settings(held_out=held_out, group=group if alone else None, value_range=value_range, of_run=True)
 
 
 def _manifest(folder: Path) -> Any:

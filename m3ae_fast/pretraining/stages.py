@@ -174,17 +174,17 @@ def pretrain(
         dry_run=dry_run,
         began=time.monotonic(),
     )
-    image_range = _check(call)
+    value_range = _check(call)
     with RunFolder(call.out) as folder:  # no other process can write to it before this call has ended
-        return _run_stages(call, image_range, folder)
+        return _run_stages(call, value_range, folder)
 
 
-def _run_stages(call: _Call, image_range: Range | None, folder: RunFolder) -> Outcome:
-    """Run the stages that are not completed yet, in the locked run folder. `image_range`: value range of the images;
+def _run_stages(call: _Call, value_range: Range | None, folder: RunFolder) -> Outcome:
+    """Run the stages that are not completed yet, in the locked run folder. `value_range`: value range of the images;
     None: detected. Raises UserError as `pretrain` does."""
     _check_folder(call)
     config = _kept_config(call) if call.continues else None
-    config = config or _chosen_config(call, image_range)
+    config = config or _chosen_config(call, value_range)
     outcome = Outcome(call.out, False, call.out / EXPORT, call.out / REPORT_FILE, {})
     device = call.device
     if call.dry_run or config is None:
@@ -211,13 +211,13 @@ def _check(call: _Call) -> Range | None:
     if not alone():
         raise UserError(SEVERAL_RANKS)
     uses_gpu(call.device)
-    image_range = check_overrides(call.overrides, call.start_from).model.image_range
+    value_range = check_overrides(call.overrides, call.start_from).model.value_range
     check_recipe(call.recipe, call.overrides, call.start_from)
     object_store.require(call.source, *call.val)
     check_field(call.labels)
     if call.out.exists() and not call.out.is_dir():
         raise UserError(f"--out {call.out}: is not a folder; specify a new or an existing folder")
-    return image_range
+    return value_range
 
 
 def _check_folder(call: _Call) -> None:
@@ -250,8 +250,8 @@ def _kept_config(call: _Call) -> Config | None:
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
     config = call.load_config()
-    kept, image_range = shard_names(config.data.train), config.data.range
-    find_shards(call.source, call.out, call.captions, call.val, image_range, kept, call.columns, call.group)
+    kept, value_range = shard_names(config.data.train), config.data.value_range
+    find_shards(call.source, call.out, call.captions, call.val, value_range, kept, call.columns, call.group)
     if not call.continues:
         print(f"note: {call.source} or --group has changed, so the settings are chosen again", flush=True)
         return None
@@ -264,9 +264,9 @@ def _kept_config(call: _Call) -> Config | None:
     return config
 
 
-def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
+def _chosen_config(call: _Call, value_range: Range | None) -> Config | None:
     """Choose the settings of a new run, print them, and write them to the run folder unless this is a dry run. Return
-    the config; None if a stop is requested in the meantime. `image_range`: value range of the images. Raises UserError
+    the config; None if a stop is requested in the meantime. `value_range`: value range of the images. Raises UserError
     if the source or the weights cannot be used, or if the user declines to start."""
     overrides, weights = call.all_overrides, GivenWeights([], [])
     if call.start_from is not None:
@@ -277,10 +277,10 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
         call.out,
         call.captions,
         call.val,
-        image_range,
+        value_range,
         columns=call.columns,
         group=call.group,
-        start_range=weights.config.image_range if weights.config else None,
+        start_range=weights.config.value_range if weights.config else None,
     )
     method = choose_recipe(call.recipe, overrides) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None
@@ -289,7 +289,7 @@ def _chosen_config(call: _Call, image_range: Range | None) -> Config | None:
             shards,
             call.out,
             call.labels,
-            image_range,
+            value_range,
             [*method.overrides, *overrides],
             start=weights.config,
             own=call.all_overrides,

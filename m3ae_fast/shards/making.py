@@ -29,7 +29,7 @@ def make(
     group: str | None = None,
     keep_order: bool = False,
     short_side: int = Settings.short_side,
-    image_range: Range | None = None,
+    value_range: Range | None = None,
     samples_per_shard: int = Settings.samples_per_shard,
     workers: int | None = None,
 ) -> Converted:
@@ -46,7 +46,7 @@ def make(
             together.
         keep_order: whether to keep the order of the samples instead of shuffling them.
         short_side: number of pixels to which the shorter side of larger images is reduced.
-        image_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
+        value_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
             data type.
         samples_per_shard: maximum number of samples in a shard.
         workers: number of worker processes; None: one per core.
@@ -55,7 +55,7 @@ def make(
         UserError: the source or an argument is invalid, or `out` contains other files or cannot be written.
     """
     settings = Settings(
-        samples_per_shard, short_side, held_out=held_out, group=group, image_range=image_range, keep_order=keep_order
+        samples_per_shard, short_side, held_out=held_out, group=group, value_range=value_range, keep_order=keep_order
     )
     records = open_source(
         source,

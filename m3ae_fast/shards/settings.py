@@ -20,7 +20,7 @@ class Settings:
     # fraction of the samples that are held out as a separate split; all samples of an image are in the same split
     held_out: float = 0.0
     group: str | None = None  # field whose equal values keep samples in the same split; see `Records.values`
-    image_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
+    value_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
     keep_order: bool = False  # whether to keep the order; otherwise samples are shuffled deterministically
     of_run: bool = False  # whether the shards are made by a run of `pretrain`, which may replace them
 
@@ -33,4 +33,4 @@ class Settings:
             raise UserError(f"--held-out {self.held_out:g}: must be a fraction, 0 or more and below 1")
         if self.group is not None and not self.held_out:
             raise UserError(f"--group {self.group}: has an effect only if samples are held out (--held-out)")
-        check_range_argument(self.image_range)
+        check_range_argument(self.value_range)

@@ -19,13 +19,13 @@ from m3ae_fast.images.decoding import decode_image, header_of, own_bands
 _MAX_SIDE = 65_500  # largest side that libjpeg can write
 
 
-def as_member(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> tuple[str, bytes]:
+def as_member(data: bytes, short_side: int, quality: int, value_range: Range | None = None) -> tuple[str, bytes]:
     """Return the suffix and the bytes of the member for an image file. The member is the JPEG that `shrink` returns or,
     for an array of bands (see `own_bands`), a .npy of the same dtype, whose short side is also at most `short_side`
     pixels. Raises BadSample as `shrink` does."""
     values = own_bands(data)
     if values is None:
-        return "jpg", shrink(data, short_side, quality, image_range)
+        return "jpg", shrink(data, short_side, quality, value_range)
     small = _reduced(torch.from_numpy(values.transpose(2, 0, 1).copy()), short_side)
     return "npy", write_npy(np.ascontiguousarray(small.permute(1, 2, 0).numpy()))
 
@@ -35,12 +35,12 @@ def is_deep(data: bytes) -> bool:
     return depth_of(header_of(data)).is_deep
 
 
-def shrink(data: bytes, short_side: int, quality: int, image_range: Range | None = None) -> bytes:
+def shrink(data: bytes, short_side: int, quality: int, value_range: Range | None = None) -> bytes:
     """Return an image file as an RGB JPEG whose short side is at most `short_side` pixels, with the EXIF orientation
     applied and transparent pixels in white. A grey or RGB JPEG that is small enough is returned unchanged.
-    `quality`: JPEG quality, 1 to 100; `image_range`: values of black and white, as in `decode_image`. Raises BadSample
+    `quality`: JPEG quality, 1 to 100; `value_range`: values of black and white, as in `decode_image`. Raises BadSample
     as `decode_image` does, or if the image is too long for a JPEG."""
-    image = decode_image(data, 3, image_range)
+    image = decode_image(data, 3, value_range)
     small = _reduced(image, short_side)
     if small is image:
         header = Image.open(BytesIO(data))

@@ -47,7 +47,7 @@ def stats(
     seed: int = 0,
     channels: int = 3,
     dtype: str = "uint8",
-    image_range: Range | None = None,
+    value_range: Range | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     labels: str = "cls",
     cache_dir: str | os.PathLike[str] | None = None,
@@ -60,7 +60,7 @@ def stats(
         seed: random seed for choosing the samples.
         channels: number of image channels of the model.
         dtype: dtype of the model's images: "uint8", "uint16" or "float32".
-        image_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
+        value_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
             data type.
         tokenizer: a tokenizer.json, a BERT vocab.txt or a name on the Hub, to count caption lengths in tokens; None: in
             words.
@@ -76,11 +76,11 @@ def stats(
         raise UserError(f"--channels {channels}: must be from 1 to {MAX_CHANNELS}")
     if dtype not in _DTYPES:
         raise UserError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
-    check_range_argument(image_range)
+    check_range_argument(value_range)
     loaded = None if tokenizer is None else load_tokenizer(os.fspath(tokenizer), _LONGEST, label="--tokenizer")
     names = [shards] if isinstance(shards, str) else list(shards)
     corpus = open_corpus([SourceConfig(shards=names)], ShardStore(cache_dir), progress=True)
-    return collect(corpus, samples, seed, channels, image_range, loaded, labels, dtype)
+    return collect(corpus, samples, seed, channels, value_range, loaded, labels, dtype)
 
 
 def describe_statistics(found: Statistics) -> list[str]:
@@ -129,7 +129,7 @@ def settings_of(found: Statistics) -> list[tuple[str, str, Any]]:
         settings.insert(0, ("model", "image_dtype", found.dtype))
     if found.channels != 3:
         settings.insert(0, ("model", "channels", found.channels))
-    return settings + ([] if found.image_range is None else [("data", "range", found.image_range)])
+    return settings + ([] if found.value_range is None else [("data", "value_range", found.value_range)])
 
 
 def options_of(settings: Sequence[tuple[str, str, Any]]) -> list[str]:
@@ -191,7 +191,7 @@ class Statistics:
     of: int  # total number of samples in the dataset
     channels: int
     dtype: str = "uint8"  # value of `model.image_dtype`
-    image_range: Range | None = None  # value of `data.range`
+    value_range: Range | None = None  # value of `data.value_range`
     unit: str = "words"  # unit of the caption lengths
     seen: int = 0
     images: int = 0
@@ -242,7 +242,7 @@ def collect(
     samples: int,
     seed: int,
     channels: int,
-    image_range: Range | None,
+    value_range: Range | None,
     tokenizer: CaptionTokenizer | None,
     labels: str | None,
     dtype: str = "uint8",
@@ -250,7 +250,7 @@ def collect(
     """Return statistics of `samples` random samples of the dataset; `seed` determines the choice. Caption lengths are
     counted in tokens of the tokenizer or, without a tokenizer, in words. `labels`: as `field` of `read_labels`; None:
     labels are not read. Raises UserError if a shard or a label cannot be read."""
-    found = Statistics(corpus.samples, channels, dtype, image_range, "tokens" if tokenizer else "words")
+    found = Statistics(corpus.samples, channels, dtype, value_range, "tokens" if tokenizer else "words")
     drawn = sample(corpus, samples, seed)
     for of_source in read_labels(drawn, labels) if labels else ():
         found.labels.update(of_source)
@@ -264,7 +264,7 @@ def collect(
             if caption is not None:
                 found.lengths.append(len(tokenizer.encode(caption)) if tokenizer else len(caption.split()))
             if data is not None:
-                found.add(decode_image(data, channels, image_range, dtype))
+                found.add(decode_image(data, channels, value_range, dtype))
                 found.formats[format_of(data)] += 1
         except (BadSample, OSError) as error:
             found.bad[str(error)] += 1
@@ -288,5 +288,5 @@ def _advice(found: Statistics) -> str:
         return ""
     if not kind.is_array or (kind.channels, kind.dtype) == (found.channels, found.dtype):
         return ""
-    black_and_white = " --range BLACK,WHITE" if kind.depth else ""
+    black_and_white = " --value-range BLACK,WHITE" if kind.depth else ""
     return f"; try --channels {kind.channels} --dtype {kind.dtype}{black_and_white}"

@@ -312,7 +312,7 @@ def _files(record: Record, settings: Settings) -> dict[str, bytes]:
     caption = (record.caption or "").strip()
     files = {}
     if record.image is not None:
-        suffix, data = as_member(record.image, settings.short_side, settings.quality, settings.image_range)
+        suffix, data = as_member(record.image, settings.short_side, settings.quality, settings.value_range)
         files[suffix] = data
     if caption:
         files["txt"] = caption.encode("utf-8", "replace")

@@ -81,7 +81,7 @@ def test_a_range_defines_the_values_of_black_and_white():
         unit = decode_image(write_npy(LEVELS), BANDS, (0, 9), dtype).double() / (65535 if dtype == "uint16" else 1)
         torch.testing.assert_close(unit, chw(LEVELS) / 255.0, check_dtype=False, rtol=0, atol=1e-7)
     for values in (DEEP, FLOATS):
-        with pytest.raises(BadSample, match=r"has .*-bit values: set data\.range"):
+        with pytest.raises(BadSample, match=r"has .*-bit values: set data\.value_range"):
             decode_image(write_npy(values), BANDS)
 
 
@@ -127,14 +127,14 @@ def test_bit_depths_are_read_from_tiff_tags():
 def test_colour_images_reduced_to_8_bits_require_the_full_unsigned_range():
     plain = SimpleNamespace(info={})
     check_colours(plain, Depth("unsigned", 16), "dtype", "uint8")
-    for depth, image_range, info in (
+    for depth, value_range, info in (
         (Depth("signed", 16), "dtype", {}),
         (Depth("float", 32), "dtype", {}),
         (Depth("unsigned", 16), (0, 4095), {}),
         (Depth("unsigned", 16), "dtype", {"transparency": 0}),
     ):
         with pytest.raises(BadSample, match="colour channels"):
-            check_colours(SimpleNamespace(info=info), depth, image_range, "uint8")
+            check_colours(SimpleNamespace(info=info), depth, value_range, "uint8")
 
 
 def test_the_fourth_channel_of_a_multi_channel_image_is_not_transparency():
@@ -309,7 +309,7 @@ def test_shards_preserve_channels_and_values(tmp_path):
 def test_a_native_image_may_have_any_number_of_channels():
     config = ModelConfig(
         size="small", channels=BANDS, image_dtype="uint16", resize="native", image_size=32, patch_size=8, vocab_size=0,
-        image_mean=(0.5,) * BANDS, image_std=(0.25,) * BANDS, image_range="dtype",
+        image_mean=(0.5,) * BANDS, image_std=(0.25,) * BANDS, value_range="dtype",
     )  # fmt: skip
     seen = prepare_image(DEEP, config)
     assert seen.dtype == torch.uint16 and seen.shape[0] == BANDS
@@ -336,7 +336,7 @@ def test_statistics_are_computed_per_channel(tmp_path, capsys):
     arrays = [write_npy(FLOATS), write_npy(FLOATS + 50), write_npy(LEVELS[..., :3])]
     shard = write_tar(tmp_path / "a.tar", [(f"{i}.npy", data) for i, data in enumerate(arrays)])
     command = ["stats", shard, "--cache-dir", str(tmp_path), "--channels", str(BANDS), "--dtype", "float32"]
-    assert data_tools([*command, "--range=-100,100", "--out", str(tmp_path / "a.png")]) == 0
+    assert data_tools([*command, "--value-range=-100,100", "--out", str(tmp_path / "a.png")]) == 0
     output = capsys.readouterr().out
     mean, std = (json.loads(re.search(rf"model.image_{name}=(\S+)", output)[1]) for name in ("mean", "std"))
     both = (np.stack([FLOATS, FLOATS + 50]).astype(np.float64) + 100) / 200

@@ -28,12 +28,12 @@ def expected(case: Case) -> torch.Tensor:
     return pixels.expand(3, *pixels.shape) if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
-@pytest.mark.parametrize("image_range", ["dtype", (0, 4095), (1000, 60_000)])
-def test_each_value_becomes_the_nearest_8_bit_value(image_range):
+@pytest.mark.parametrize("value_range", ["dtype", (0, 4095), (1000, 60_000)])
+def test_each_value_becomes_the_nearest_8_bit_value(value_range):
     values = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
-    low, high = (0, 65_535) if image_range == "dtype" else image_range
+    low, high = (0, 65_535) if value_range == "dtype" else value_range
     exact = 255 * (np.clip(values.astype(np.float64), low, high) - low) / (high - low)
-    found = decode_image(png(values, 16, 0), 1, image_range)[0].numpy()
+    found = decode_image(png(values, 16, 0), 1, value_range)[0].numpy()
     assert np.abs(found - exact).max() <= 0.5
 
 
@@ -98,7 +98,7 @@ def test_unsupported_images_are_refused_by_name(case):
     "case", [case for case in READ if case.fmt in ("PNG", "TIFF") and "alone" in case.note], ids=label
 )
 def test_16_bit_colour_images_cannot_be_clipped_to_a_range(case):
-    with pytest.raises(BadSample, match=r'only with data\.range "dtype"'):
+    with pytest.raises(BadSample, match=r'only with data\.value_range "dtype"'):
         decode_image(case.make(), 3, (0, 4095))
 
 
@@ -161,9 +161,9 @@ def test_malformed_images_give_an_image_or_a_bad_sample(seed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pytest undoes the module's own filter
         for _ in range(250):
-            data, image_range = sources[random.randint(len(sources))]
+            data, value_range = sources[random.randint(len(sources))]
             try:
-                image = decode_image(damaged(data, random), random.choice([1, 3, 4]), image_range)
+                image = decode_image(damaged(data, random), random.choice([1, 3, 4]), value_range)
             except BadSample:
                 bad += 1
             else:

@@ -47,9 +47,9 @@ def pixels(shape):
     return np.array(found)
 
 
-def look(shards, store, samples=1000, seed=0, channels=3, image_range=None, tokenizer=None):
+def look(shards, store, samples=1000, seed=0, channels=3, value_range=None, tokenizer=None):
     corpus = open_corpus([SourceConfig(shards=shards)], store)
-    return collect(corpus, samples, seed, channels, image_range, tokenizer, "cls")
+    return collect(corpus, samples, seed, channels, value_range, tokenizer, "cls")
 
 
 def test_statistics_equal_those_of_numpy(shards, store):
@@ -95,13 +95,13 @@ def test_the_stats_command_prints_and_writes_settings(shards, tmp_path, capsys, 
     config.write_text(json.dumps(TINY | {"model": TINY["model"] | {"channels": 3}}))
     picture_file = tmp_path / "stats.png"
     command = ["stats", shards, "--channels", str(channels), "--cache-dir", str(tmp_path / "cache")]
-    command += ["--out", str(picture_file), "--write", str(config), "--range", "dtype"]
+    command += ["--out", str(picture_file), "--write", str(config), "--value-range", "dtype"]
     assert main(command) == 0
     out = capsys.readouterr().out
     for text in (
         "14 of 14 samples", "cannot be read: 2 (14.29%", "2: the file is not an image in a known format",
         "width: median", "GIF 4",
-        "different labels: 3 (0 3, 1 3, 2 2)", f"--set model.channels={channels}", '--set data.range="dtype"',
+        "different labels: 3 (0 3, 1 3, 2 2)", f"--set model.channels={channels}", '--set data.value_range="dtype"',
         "words: median",
     ):  # fmt: skip
         assert text in out
@@ -109,7 +109,7 @@ def test_the_stats_command_prints_and_writes_settings(shards, tmp_path, capsys, 
     expected = pixels(shape)[:, 0].reshape(8, -1).mean(0)
     assert len(written.model.image_mean) == channels == written.model.channels
     assert np.abs(np.array(written.model.image_mean) - expected).max() < 2e-3
-    assert written.data.range == written.model.image_range == "dtype"
+    assert written.data.value_range == written.model.value_range == "dtype"
     assert f"--set model.image_mean={json.dumps(list(written.model.image_mean), separators=(',', ':'))}" in out
     assert Image.open(picture_file).width > 600
 
@@ -117,9 +117,9 @@ def test_the_stats_command_prints_and_writes_settings(shards, tmp_path, capsys, 
 def test_high_bit_depth_images_are_counted_with_their_value_range(tmp_path, store):
     values = np.arange(600, 856).reshape(16, 16)
     shard = write_tar(tmp_path / "a.tar", [("0.png", png(values, 16, 0))])
-    found = look(shard, store, channels=1, image_range=(600, 855))
+    found = look(shard, store, channels=1, value_range=(600, 855))
     assert torch.equal(found.fractions_C256, torch.full((1, 256), 1 / 256, dtype=torch.float64))
-    assert "set data.range" in next(iter(look(shard, store).bad))
+    assert "set data.value_range" in next(iter(look(shard, store).bad))
 
 
 def test_user_errors_are_reported_in_one_line(shards, tmp_path):
@@ -145,7 +145,7 @@ def test_the_error_for_multi_channel_images_suggests_the_options(tmp_path, capsy
     write_tar(tmp_path / "a.tar", [("0.npy", npy.getvalue())])
     with pytest.raises(UserError, match=r"has 5 channels, but the model expects 3; try --channels 5 --dtype uint16 --"):
         main(["stats", str(tmp_path / "a.tar")])
-    assert main(["stats", str(tmp_path / "a.tar"), "--channels=5", "--dtype=uint16", "--range=0,400"]) == 0
+    assert main(["stats", str(tmp_path / "a.tar"), "--channels=5", "--dtype=uint16", "--value-range=0,400"]) == 0
     capsys.readouterr()
     with pytest.raises(UserError, match=r"can be read; first error: the image is empty$"):
         main(["stats", write_tar(tmp_path / "b.tar", [("0.png", b"")])])

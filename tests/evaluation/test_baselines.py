@@ -152,14 +152,14 @@ def test_image_features_read_the_channels_and_values_of_the_files(tmp_path):
     """The mean and the standard deviation are those of the training images."""
     colour = {f"{number}.png": coloured(number, "green") for number in range(4)}
     found = _input_of(tmp_path, colour)
-    assert (found.channels, found.image_dtype, found.image_range, found.image_size) == (3, "uint8", None, 48)
+    assert (found.channels, found.image_dtype, found.value_range, found.image_size) == (3, "uint8", None, 48)
     pixels = torch.stack([decode_image(data, 3) for data in colour.values()]) / 255
     assert found.image_mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-4)
     assert found.image_std == pytest.approx(pixels.std((0, 2, 3)).tolist(), abs=1e-3)
 
     values = [np.full((48, 48), 1000.0, np.float32), np.full((48, 48), 3000.0, np.float32)]
     found = _input_of(tmp_path, {f"{number}.npy": write_npy(each) for number, each in enumerate(values)})
-    assert (found.channels, found.image_dtype, found.image_range) == (1, "float32", (1000, 3000))
+    assert (found.channels, found.image_dtype, found.value_range) == (1, "float32", (1000, 3000))
     assert (found.image_mean, found.image_std) == ((0.5,), (0.5,))
 
     bands = {"0.npy": write_npy(np.zeros((48, 48, 5), np.uint8)), "1.npy": write_npy(np.ones((48, 48, 5), np.uint8))}

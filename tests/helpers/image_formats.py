@@ -25,7 +25,7 @@ ALPHA = np.where(RAMP < 0.5, 0, 255).astype(np.uint8)
 RGBA = np.dstack((RGB, ALPHA))
 ON_WHITE = np.where(ALPHA[..., None] == 0, 255, RGB).astype(np.uint8)
 TURN = 6  # EXIF orientation: the image must be rotated clockwise
-NEEDS_RANGE = "has .*: set data.range"
+NEEDS_RANGE = "has .*: set data.value_range"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Case:
     fmt: str
     stored: str  # description of the file
     make: Callable[[], bytes]
-    pixels: np.ndarray | None = None  # expected pixels with three channels, and with `range` if one is required
+    pixels: np.ndarray | None = None  # expected pixels with three channels, and with `value_range` if one is required
     range: object = None
     refused: str | None = None  # part of the error message if the file is rejected regardless of the range
     note: str = ""  # description of the result for the guide
@@ -45,7 +45,7 @@ class Case:
         if self.refused:
             result = f"refused: “{self.refused}”"
         else:
-            result = ("with `data.range`" if self.range else "yes") + (f"; {self.note}" if self.note else "")
+            result = ("with `data.value_range`" if self.range else "yes") + (f"; {self.note}" if self.note else "")
         return f"| {self.fmt} | {self.stored} | {result} |"
 
 

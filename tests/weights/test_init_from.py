@@ -151,7 +151,7 @@ def test_every_setting_of_a_model_affects_its_weights_or_is_compared():
         "vocab_size": 64,
         "image_targets": "pixels",
         "output_head_depth": 1,
-        "image_range": [0, 255],
+        "value_range": [0, 255],
     }
     others = {
         "emb_dim": 64, "depth": 1, "dec_emb_dim": 64, "dec_depth": 1, "mlp_ratio": 2, "output_head_depth": 2,
@@ -160,7 +160,7 @@ def test_every_setting_of_a_model_affects_its_weights_or_is_compared():
     compared = {
         "num_heads": 2, "dec_num_heads": 2, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6],
         "image_targets": "vqgan", "gelu": "exact", "positions": "stored", "mean_pool": "before_norm",
-        "image_range": [0, 4095],
+        "value_range": [0, 4095],
     }  # fmt: skip
     free = {"size", "drop_path", "init_from"}
     # sin-cos positions fit any size; the codebook size shows in the weights if it is used; the bit depth may be higher

@@ -140,14 +140,14 @@ def test_images_with_fewer_channels_that_cannot_be_converted_are_refused(weights
 @pytest.mark.parametrize(("low", "high"), [(0, 65535), (0, 255), (-5, 4000)])
 def test_values_outside_the_range_of_the_weights_are_refused_unless_the_user_accepts_them(low, high):
     start, images = (
-        start_config(1, image_range=(0.0, 4095.0)),
+        start_config(1, value_range=(0.0, 4095.0)),
         [kind(1, depth=Depth("unsigned", 16), low=low, high=high)],
     )
     with pytest.raises(
-        UserError, match=r"trained with black = 0 and white = 4095; .* --set data\.range=\[0\.0, 4095\.0\]"
+        UserError, match=r"trained with black = 0 and white = 4095; .* --set data\.value_range=\[0\.0, 4095\.0\]"
     ):
         fit_to_images(start, images, None, [])
-    assert fit_to_images(start, images, None, ["data.range=[0,4095]"]) == ([], [])
+    assert fit_to_images(start, images, None, ["data.value_range=[0,4095]"]) == ([], [])
     assert fit_to_images(start, [kind(1, depth=Depth("unsigned", 16), high=4000.0)], None, []) == ([], [])
     assert fit_to_images(start, [kind(1)], None, []) == ([], [])  # levels from 0 to 255 do not depend on the range
 
