@@ -14,7 +14,7 @@ COMMANDS = {
     "shards": "make shards from folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "embed": "write the features of shards or of a folder of images as .npz or .parquet",
     "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, out-of-distribution, ...",
-    "draw": "draw reconstructions, attention maps and feature maps; fill in masked words and patches",
+    "draw": "draw reconstructions and attention maps of a run or of an exported model",
     "convert": "write the weights of a run, of official M3AE or MAE, or of timm as a folder, for timm, or as ONNX",
     "report": "print the status of a run, and write its curves, figures and results to a page, report.html",
 }

@@ -1,5 +1,6 @@
 """The figures of `draw` show the actual computation of the model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.cli.draw import main, parse_args
-from m3ae_fast.config import Config, ModelConfig, parse
+from m3ae_fast.config import Config, LossConfig, ModelConfig, parse
 from m3ae_fast.data import ShardStore, open_corpus, open_tokenizer
 from m3ae_fast.drawing import attention, reconstructions
 from m3ae_fast.drawing.attention import attention_to_patches, shade_patches
@@ -18,6 +19,8 @@ from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.drawing.reconstructions import draw_run
 from m3ae_fast.evaluation.run_figures import head_choice
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pretrained import ENCODER, read_pretrained, write_pretrained
+from m3ae_fast.weights.converting import convert
 from m3ae_fast.weights.open_model import open_model
 from tests.helpers.attention import attend
 from tests.helpers.labelled import coloured, labelled_members, labelled_tar, tiny_run
@@ -80,6 +83,36 @@ def test_each_kind_of_figure_is_drawn(run, tmp_path):
     assert Image.open(run / "reconstructions.png").height == 24 + 2 * (reconstructions.SIDE + reconstructions.GAP)
     assert main(["attention", str(run), "--word", "blue", "--pictures", "2", "--out", str(tmp_path / "a.png")]) == 0
     assert Image.open(tmp_path / "a.png").width > 200
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_a_run_and_its_export_have_the_same_figures(tmp_path, norm_pix):
+    run, export = tiny_run(tmp_path / "run", loss=LossConfig(norm_pix=norm_pix)), tmp_path / "export"
+    convert(run, export)
+    val = ["--val", labelled_tar(tmp_path / "val.tar", range(4)), "--pictures", "2"]
+    for figure in (["reconstructions"], ["reconstructions", "--ratios", "0.5"], ["attention"]):
+        for model, out in ((run, "run.png"), (export, "export.png")):
+            assert main([figure[0], str(model), *figure[1:], *val, "--out", str(tmp_path / out)]) == 0
+        assert (tmp_path / "run.png").read_bytes() == (tmp_path / "export.png").read_bytes()
+
+
+def test_an_export_that_cannot_be_drawn_is_refused_with_the_reason(run, tmp_path):
+    convert(run, tmp_path / "export")
+    encoder = read_pretrained(tmp_path / "export")
+    state = {name: tensor for name, tensor in encoder.state.items() if name.startswith(ENCODER)}
+    write_pretrained(tmp_path / "encoder", replace(encoder, state=state))
+    targets = replace(encoder, config=encoder.config.model_copy(update={"image_targets": "vqgan"}))
+    write_pretrained(tmp_path / "targets", targets)
+    val, out = ["--val", labelled_tar(tmp_path / "val.tar", range(3))], ["--out", str(tmp_path / "a.png")]
+    for name, options, message in (
+        ("export", val, "specify samples with --val, and the figure with --out"),
+        ("export", out, "specify samples with --val, and the figure with --out"),
+        ("encoder", [*val, *out], "contains no decoder"),
+        ("targets", [*val, *out], "predicts ids of an image tokenizer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(["reconstructions", str(tmp_path / name), *options])
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypatch):

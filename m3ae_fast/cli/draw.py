@@ -1,7 +1,8 @@
-"""Draw figures of a run's samples: reconstructions and attention.
+"""Draw figures of a run or of an exported model: reconstructions and attention.
 
 m3ae-fast draw reconstructions runs/large                       # original, masked, reconstructed; captions
 m3ae-fast draw reconstructions runs/large --ratios 0.5 0.75     # the same images at several mask ratios
+m3ae-fast draw reconstructions export/ --val 'shards/val-*.tar' --out export.png
 m3ae-fast draw attention runs/large --word dog                  # from the cls token and a word to the patches
 m3ae-fast draw attention runs/large --patch 3,5 --head 2        # from a patch to the words, in one head
 """
@@ -16,7 +17,7 @@ from typing import Any
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import command, output, program
 
-RUN_HELP = "a run folder (its last checkpoint is used) or a checkpoint folder"
+RUN_HELP = "a run folder (its last checkpoint is used), a checkpoint folder, or an export (with --val and --out)"
 OF_A_RUN = "Samples are selected evenly from --val (default: the run's data.val or, if it is empty, its data.train)."
 
 

@@ -1,30 +1,34 @@
-"""Figures of a run's samples: reconstructions and attention."""
+"""Figures of a run or of an exported model: reconstructions and attention."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.output_folder import MODEL_FILE, TOKENIZER_FILE
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
 from m3ae_fast.data.untrusted_sources import require_harmless
 from m3ae_fast.drawing.attention import HeadChoice, draw_attention, draw_patch_attention
 from m3ae_fast.drawing.reconstructions import draw_run
-from m3ae_fast.weights.open_model import open_model
+from m3ae_fast.model.pretrained import Pretrained, is_encoder, read_pretrained
+from m3ae_fast.weights.open_model import is_run, open_model
 
 PICTURES = 12  # default number of samples in a figure
 _SEARCHED = 2000  # maximum number of samples that are searched for a word
 
 
 class _Source(NamedTuple):
-    """A run's checkpoint with the samples that are shown in figures."""
+    """A model, and the samples that are shown in figures."""
 
-    checkpoint: Path
+    weights: Callable[[], dict[str, Tensor]]  # reads the model's weights
     config: Config
     corpus: Corpus
 
@@ -41,22 +45,25 @@ def reconstructions(
     """Plot samples, their masked input and the model's reconstruction, and return the path of the figure.
 
     Args:
-        run: a run folder (its last checkpoint), or a checkpoint.
+        run: a run folder (its last checkpoint), a checkpoint, or an export, which requires `shards` and `out`.
         out: .png file to write; None: reconstructions.png in `run`.
         pictures: number of samples.
-        ratios: mask ratios of the image; empty: the mask ratio of the run.
+        ratios: mask ratios of the image; empty: the mask ratio of the run. For an export, the masks are those of a run
+            with the default settings.
         shards: shards of the samples; empty: the shards in the run's data.val or, without it, data.train.
         trust: whether to open all shards named in the run's config, including `pipe:` shards, which execute commands.
 
     Raises:
-        UserError: there is no checkpoint, an argument is invalid, or no sample can be used.
+        UserError: there is no checkpoint and no export, the export cannot reconstruct images, an argument is invalid,
+            or no sample can be used.
     """
     _check_pictures(pictures)
     if not all(0 <= ratio <= 1 for ratio in ratios):
         raise UserError(f"--ratios {' '.join(map('{:g}'.format, ratios))}: must be from 0 to 1")
-    source = _open(run, shards, trust)
-    # the last weights and not their moving average, because the logged losses are computed with the last weights
-    weights = checkpoint.read_weights(source.checkpoint, average=False)
+    source = _open(run, out, shards, trust)
+    weights = source.weights()
+    if is_encoder(weights):
+        raise UserError(f"{run}: contains no decoder, so it cannot reconstruct images")
     tokenizer = open_tokenizer(source.config.data, source.config.model)
     path = _path(run, out, "reconstructions")
     if not draw_run(source.config, weights, source.corpus, tokenizer, path, pictures, list(ratios)):
@@ -91,7 +98,7 @@ def attention(
     _check_pictures(pictures)
     if word is not None and patch is not None:
         raise UserError("--word and --patch draw different figures; use only one of them")
-    source = _open(run, shards, trust)
+    source = _open(run, out, shards, trust)
     config, path = source.config, _path(run, out, "attention")
     choice, place = head_choice(config.model, layer, head), _patch(patch, config.model)
     text = bool(config.model.vocab_size) or place is not None
@@ -105,13 +112,36 @@ def attention(
     return path
 
 
-def _open(run: str | Path, shards: Sequence[str], trust: bool) -> _Source:
-    """Open a run's checkpoint and its samples, or the samples in `shards`. Raises UserError if opening the samples
-    requires `trust`."""
-    path = checkpoint.locate(Path(run))
+def _open(run: str | Path, out: str | Path | None, shards: Sequence[str], trust: bool) -> _Source:
+    """Open a run's checkpoint and its samples, or the samples in `shards`; or open an export and the samples in
+    `shards`. Raises UserError if opening the samples requires `trust`, or if an export has no `shards` or no `out`."""
+    folder = Path(run)
+    if not is_run(folder) and (folder / MODEL_FILE).is_file():
+        if not shards or out is None:
+            raise UserError(f"{run}: is an exported model: specify samples with --val, and the figure with --out")
+        found = read_pretrained(folder)
+        config = _config_of_export(found, folder, shards)
+        return _Source(lambda: found.state, config, open_corpus(config.data.train, ShardStore(), progress=True))
+    path = checkpoint.locate(folder)
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
     sources, store = _shown(config, shards, trust, f"checkpoint {path}")
-    return _Source(path, config, open_corpus(sources, store, progress=True))
+    # the last weights and not their moving average, because the logged losses are computed with the last weights
+    return _Source(
+        lambda: checkpoint.read_weights(path, average=False), config, open_corpus(sources, store, progress=True)
+    )
+
+
+def _config_of_export(found: Pretrained, folder: Path, shards: Sequence[str]) -> Config:
+    """Return the config of a run with default settings that has the model and the tokenizer of an export. Raises
+    UserError if the model predicts ids of an image tokenizer, because an export does not contain this tokenizer."""
+    if found.config.image_targets != "pixels":
+        raise UserError(f"{folder}: predicts ids of an image tokenizer, which is not part of an export; draw its run")
+    data: dict[str, Any] = {"train": [{"shards": list(shards)}]}
+    if found.tokenizer is not None:
+        data["tokenizer"] = str(folder / TOKENIZER_FILE)
+    model = found.config.model_dump(mode="json", exclude={"init_from"})
+    content = {"model": model, "loss": {"norm_pix": bool(found.norm_pix)}, "data": data, "train": {"steps": 1}}
+    return parse(Config, content, str(folder))
 
 
 def _shown(config: Config, shards: Sequence[str], trust: bool, where: str) -> tuple[list[SourceConfig], ShardStore]:

@@ -95,9 +95,7 @@ def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
     if wanted := tokenizer or own:
         model.tokenizer = load_tokenizer(wanted, model.config.text_length, model.config.vocab_size)
     if model.tokenizer is None:
-        raise UserError(
-            f"{name}: has no tokenizer; specify one with --set data.tokenizer=FILE (for fill, --tokenizer FILE)"
-        )
+        raise UserError(f"{name}: has no tokenizer; specify one with --set data.tokenizer=FILE")
     return model
 
 
