@@ -16,7 +16,15 @@ import numpy as np
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
-from m3ae_fast.evaluation.baselines import LARGEST, MODEL, not_better, warning
+from m3ae_fast.evaluation.baselines import (
+    BASELINES,
+    LARGEST,
+    MODEL,
+    baseline_name,
+    differences,
+    not_better,
+    warning,
+)
 from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.evaluation.predictions import FILE, IMAGE_HASH, largest_share
 from m3ae_fast.evaluation.significance import difference, image_clusters, middle, verdict
@@ -74,6 +82,30 @@ def _by_attack(table: Table) -> dict[str, Table]:
     return {
         attack: {name: [column[row] for row in own] for name, column in table.items()} for attack, own in rows.items()
     } or {"": table}
+
+
+def verdicts(folder: Path, result: Mapping[str, Any], name: str, others: Mapping[str, Path]) -> list[str]:
+    """Return sentences that state whether the model `name` differs significantly from its baselines, from other models
+    and from always predicting the largest class.
+
+    Args:
+        folder: folder of the model's result.
+        result: content of its result.json.
+        name: name of the model for display.
+        others: folders of the results of other models on the same samples, by name of the model. A model that is a
+            baseline in `result` is left out.
+
+    If predictions are missing or belong to different samples, the verdict in `result`, if there is one, replaces the
+    sentences about the other models and the largest class.
+    """
+    baselines = result.get(BASELINES, {})
+    own = {baseline_name(other, baselines[other]): each for other, each in differences(result).items()}
+    sentences = [each.words(name, other) for other, each in own.items()]
+    try:
+        others = {other: path for other, path in others.items() if other not in own}
+        return sentences + in_words(folder, name, others)
+    except UserError:
+        return sentences + [str(result[key]) for key in ("verdict",) if key in result]
 
 
 def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:

@@ -19,7 +19,7 @@ from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.training.trainer import Trainer
 
-ACCURACY, _LARGEST = "val_knn_top1", "val_knn_largest_class"
+ACCURACY, _K, _LARGEST = "val_knn_top1", "val_knn_k", "val_knn_largest_class"
 
 
 class Probe(NamedTuple):
@@ -77,5 +77,6 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
     except Stopped:
         trainer.cut_short()
         return
-    top1 = knn_predictions(bank, queries, len(classes), probe)[0].accuracies()["top1"]
-    trainer.log.log(trainer.step, {ACCURACY: top1, _LARGEST: largest_share(queries.labels.tolist())})
+    predictions, k = knn_predictions(bank, queries, len(classes), probe)
+    top1 = predictions.accuracies()["top1"]
+    trainer.log.log(trainer.step, {ACCURACY: top1, _K: k, _LARGEST: largest_share(queries.labels.tolist())})

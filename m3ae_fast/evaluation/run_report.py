@@ -24,7 +24,7 @@ from m3ae_fast.evaluation.baselines import (
     differences,
     is_baseline,
 )
-from m3ae_fast.evaluation.difference import in_words
+from m3ae_fast.evaluation.difference import verdicts
 from m3ae_fast.evaluation.significance import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Diagnostic, Metrics, diagnose, verdict
 from m3ae_fast.training.metrics_log import read_metrics
@@ -189,20 +189,13 @@ def _verdicts(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
         task, model = result.get("task"), str(result.get("model"))
         if not {"verdict", WARNINGS, BASELINES} & result.keys() or is_baseline(model):
             continue
-        baselines = result.get(BASELINES, {})
-        apart = {baseline_name(name, baselines[name]): each for name, each in differences(result).items()}
-        own = {name: each.words(model, name) for name, each in apart.items()}
         others = {
             words: other.parent
             for words, baseline in baseline_models(model).items()
             for other, its in found
-            if words not in own and "verdict" in its and (its.get("task"), its.get("model")) == (task, baseline)
+            if "verdict" in its and (its.get("task"), its.get("model")) == (task, baseline)
         }
-        try:
-            sentences = [*own.values(), *in_words(path.parent, model, others)]
-        except UserError:  # predictions are missing or belong to different samples
-            sentences = [*own.values(), *(str(result[name]) for name in ("verdict",) if name in result)]
-        if sentences:
+        if sentences := verdicts(path.parent, result, model, others):
             yield f"<p>{'<br>'.join(escape(f'{task}: {words}.') for words in sentences)}</p>"
         for warning in result.get(WARNINGS, ()):
             yield f"<p><b>warning</b>: {escape(f'{task} of {model}: {warning}.')}</p>"

@@ -17,9 +17,9 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.config import Config, SourceConfig
-from m3ae_fast.evaluation.baselines import BASELINES, LARGEST, WARNINGS, differences
+from m3ae_fast.evaluation.baselines import BASELINES, LARGEST, WARNINGS
 from m3ae_fast.evaluation.compare import with_error
-from m3ae_fast.evaluation.difference import in_words
+from m3ae_fast.evaluation.difference import verdicts
 from m3ae_fast.evaluation.job import RESULT_FILE
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.pretraining import RESUME_NOTE
@@ -129,15 +129,14 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, f"{LARGEST:22}{shares}   ({first[RUN]['val_samples']:,} samples)"]
 
 
-def verdicts(run: Path, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def verdict_lines(run: Path, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return lines that state for each task whether the run differs significantly from the baselines, from its initial
     weights and from always predicting the largest class. The warning of a result is included if there is one. `found`:
     results by task and by model."""
     lines = []
     for task, results in found.items():
         others = {whose: run / RESULTS / f"{task}{_SUFFIXES[whose]}" for whose in results if whose != RUN}
-        lines += [f"{_TASKS[task]}: {each.words(RUN, name)}" for name, each in differences(results[RUN]).items()]
-        lines += [f"{_TASKS[task]}: {words}" for words in in_words(run / RESULTS / task, RUN, others)]
+        lines += [f"{_TASKS[task]}: {words}" for words in verdicts(run / RESULTS / task, results[RUN], RUN, others)]
         for text in results[RUN].get(WARNINGS, ()):
             lines.append(f"warning: {_TASKS[task]}: {text}")
     return lines

@@ -39,7 +39,7 @@ from m3ae_fast.pretraining.final_evaluation import (
     shard_names,
     stage,
     table,
-    verdicts,
+    verdict_lines,
 )
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.recipes import ChosenRecipe, check_recipe, choose_recipe
@@ -207,7 +207,7 @@ def _check(call: _Call) -> Range | None:
     """Check the arguments before any work, and return the value range of the images; None if no override sets it.
     Raises UserError if an argument is invalid."""
     if not 0 < call.hours < 10_000:
-        raise UserError(f"--hours {call.hours:g}: must be above 0 and below 10000")
+        raise UserError(f"hours {call.hours:g}: must be above 0 and below 10000")
     if not alone():
         raise UserError(SEVERAL_RANKS)
     uses_gpu(call.device)
@@ -237,7 +237,7 @@ def _present(results: dict[str, dict[str, Any]], outcome: Outcome) -> None:
     for name, what, suggestion in unusual:
         print(f"warning: {name}: {what}; to try: {suggestion}")
     if results:
-        print("\n".join([*table(results), *verdicts(outcome.run, results)]))
+        print("\n".join([*table(results), *verdict_lines(outcome.run, results)]))
     write_report(outcome.run, outcome.report)
     convert(outcome.run, outcome.export)
     print(f"{outcome.report}: curves and figures; {outcome.export}: model for m3ae_fast.load_model")

@@ -16,7 +16,7 @@ from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.evaluation import encoding, image_features
-from m3ae_fast.evaluation.baselines import MODEL, UNTRAINED, accuracy_entries, baseline_models
+from m3ae_fast.evaluation.baselines import LARGEST, MODEL, UNTRAINED, accuracy_entries, baseline_models
 from m3ae_fast.evaluation.difference import against_largest_class
 from m3ae_fast.evaluation.image_features import SIDE, Histogram, OrientedGradients, Pixels, available, input_config
 from m3ae_fast.evaluation.job import Job
@@ -27,6 +27,7 @@ from m3ae_fast.evaluation.tasks import Options
 from m3ae_fast.images.bands import write_npy
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.pretraining.final_evaluation import RUN, verdict_lines
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
 from tests.evaluation.conftest import settings
 from tests.helpers import task_cases
@@ -386,6 +387,27 @@ def test_a_report_names_the_probe_of_the_baselines(tmp_path):
     assert f"knn: m is better than {SCALED}: +40.0 points" in page
 
 
+@pytest.mark.parametrize("predictions", [True, False])
+def test_the_end_of_a_run_and_its_report_state_the_same_verdicts(tmp_path, predictions):
+    """Without predictions, the verdict in the result replaces the comparison with the largest class."""
+    folder, right = tmp_path / "results/knn", "the model is better than the largest class: +9.0 points"
+    result = {"task": "knn", "model": "m", "top1": 1.0, "verdict": right}
+    result["baselines"] = {SCALED: {"top1": 0.5, "difference": Difference(0.4, 0.3, 0.5, 0.01).entries()}}
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    if predictions:
+        columns = {"key": [*map(str, range(50))], "label": [0, 1] * 25, "prediction": [0, 1] * 25}
+        write_parquet(folder / "predictions.parquet", columns)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
+    write_report(tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    first, second = verdict_lines(tmp_path, {"knn": {RUN: result}})
+    assert first.startswith(f"k-NN: {RUN} is better than {SCALED}: +40.0 points")
+    assert second == f"k-NN: {right}" if not predictions else f"{RUN} is better than {LARGEST}: +50.0" in second
+    for line in (first, second):
+        assert escape(f"{line.replace('k-NN', 'knn').replace(RUN, 'm')}.") in page
+
+
 @pytest.mark.slow
 def test_baselines_are_skipped_on_request_and_if_they_would_be_meaningless(transfer, run, tmp_path, capsys):
     cases = {
@@ -395,7 +417,7 @@ def test_baselines_are_skipped_on_request_and_if_they_would_be_meaningless(trans
     for out, (options, more) in cases.items():
         assert "baselines" not in transfer("knn", *options, out=out, **more), out
         assert UNTRAINED not in capsys.readouterr().out
-    with pytest.raises(UserError, match="--no-baselines: ood does not use it; leave it out"):
+    with pytest.raises(UserError, match="baselines: ood does not use it; leave it out"):
         Options("ood", [str(run)], ["a.tar"], ["a.tar"], baselines=False)
 
 

@@ -53,6 +53,7 @@ def test_a_run_logs_the_k_nn_accuracy_and_its_losses_are_unchanged(pretrain, sha
     shown = [(line["step"], line["val_knn_top1"]) for line in probed if "val_knn_top1" in line]
     assert [step for step, _ in shown] == [0, 2, 3]
     assert all(0.5 < share <= 1 for _, share in shown)  # three colours
+    assert {line["val_knn_k"] for line in probed if "val_knn_top1" in line} == {3}
     assert {line["val_knn_largest_class"] for line in probed if "val_knn_top1" in line} == {1 / 3}
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (plain, probed)]
     assert losses[0] == losses[1]
@@ -126,7 +127,7 @@ def test_the_largest_class_is_that_of_the_held_out_samples(monkeypatch):
     config = SimpleNamespace(data=None, train=SimpleNamespace(precision="fp32"))
     knn_during_training._log(config, SimpleNamespace(every=1, pool="cls"), "train", "val", [0, 1], trainer)
     assert done == ["checked", "train", "val"]
-    trainer.log.log.assert_called_once_with(7, {"val_knn_top1": 0.5, "val_knn_largest_class": 2 / 3})
+    trainer.log.log.assert_called_once_with(7, {"val_knn_top1": 0.5, "val_knn_k": 20, "val_knn_largest_class": 2 / 3})
 
 
 def test_invalid_labels_end_the_run_before_training(pretrain, shards, tmp_path):
