@@ -12,6 +12,7 @@ from PIL import Image
 
 import m3ae_fast
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.evaluation import task_runner
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.training.run_state import status
 from tests.helpers.labelled import labelled_tar, tiny_run
@@ -118,9 +119,9 @@ def test_a_method_of_another_library_names_the_one_that_replaces_it(run, name):
         (lambda model: m3ae_fast.load_model(b"run"), "the name of a model must be a str or a path, not bytes"),
         (m3ae_fast.load_model, "the name of a model must be a str or a path, not M3AE"),
         (lambda model: m3ae_fast.load_model(""), "the name of the model is empty; specify a run"),
-        (lambda model: m3ae_fast.load_model("run", device="cuda"), "--device cuda: torch finds no GPU"),
+        (lambda model: m3ae_fast.load_model("run", device="cuda"), "device cuda: torch finds no GPU"),
         (lambda model: m3ae_fast.embed("", "a.tar"), "the name of the model is empty"),
-        (lambda model: m3ae_fast.embed(model, "a.tar", columns="path,size"), "--columns size: no such column"),
+        (lambda model: m3ae_fast.embed(model, "a.tar", columns="path,size"), "columns size: no such column"),
         (lambda model: m3ae_fast.embed(model, "a.tar", batch_size=2.5), "encode.batch: .*integer"),
         (lambda model: m3ae_fast.embed(model, "a.tar", overrides={"encode.batch": model}), "cannot be written as JSON"),
         (
@@ -148,7 +149,7 @@ def test_overrides_may_be_a_dict_or_one_text(run, images, tmp_path, overrides):
         lambda: m3ae_fast.embed(run, images, overrides=overrides),
         lambda: m3ae_fast.evaluate("knn", run, overrides=overrides, **where),
     ):
-        with pytest.raises(UserError, match=r"--set: encode.batch: input should be greater than 0"):
+        with pytest.raises(UserError, match=r"overrides: encode.batch: input should be greater than 0"):
             call()
     other = json.loads(json.dumps(overrides).replace("encode.batch", "train.steps"))
     for call in (
@@ -208,10 +209,10 @@ def test_embedding_a_folder_of_shards_equals_embedding_its_shards(run, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"columns": ["caption"]}, "--columns: images that are not in shards"),
-        ({"modality": "text"}, "--modality text: images that are not in shards"),
-        ({"columns": ["size"]}, "--columns size: no such column"),
-        ({"out": "features.csv"}, r"--out features.csv: must end in .parquet or .npz"),
+        ({"columns": ["caption"]}, "columns: images that are not in shards"),
+        ({"modality": "text"}, "modality text: images that are not in shards"),
+        ({"columns": ["size"]}, "columns size: no such column"),
+        ({"out": "features.csv"}, r"out features.csv: must end in .parquet or .npz"),
     ],
 )
 def test_options_that_require_shards_are_refused_for_other_images(run, images, options, message):
@@ -241,7 +242,7 @@ def test_the_python_api_chooses_the_device_as_the_command(run, images, tmp_path,
         lambda: m3ae_fast.evaluate("knn", run, device=device, **where),
         lambda: m3ae_fast.pretrain(images, tmp_path / "run", device=device),
     ):
-        with pytest.raises(UserError, match=f"--device {device}: {message}"):
+        with pytest.raises(UserError, match=f"device {device}: {message}"):
             call()
     assert not (tmp_path / "run").exists()
     found = m3ae_fast.embed(run, images, device="cpu", overrides=["data.workers=0"])
@@ -262,12 +263,15 @@ def test_an_error_that_another_rank_reports_is_a_user_error(run, images, tmp_pat
     ("task", "options", "message"),
     [
         ("kmeans", {}, "kmeans: no such task; choose from knn, logistic, linear"),
-        ("knn", {"seeds": 5}, "--seeds: knn does not use it"),
-        ("finetune", {"layers": "all"}, "--layers: finetune does not use it"),
-        ("knn", {"train": ()}, "--train: knn needs shards"),
-        ("attentive", {"modality": "text"}, "--modality text: must be image for attentive"),
-        ("compare", {"probes": ["svm"]}, "--probes svm: no such probe"),
-        ("ood", {"ood": {"val": ["a.tar"]}}, "--ood val: the result already uses this name for --val"),
+        ("knn", {"seeds": 5}, "seeds: knn does not use it"),
+        ("finetune", {"layers": "all"}, "layers: finetune does not use it"),
+        ("knn", {"train": ()}, "train: knn needs shards"),
+        ("attentive", {"modality": "text"}, "modality text: must be image for attentive"),
+        ("compare", {"probes": ["svm"]}, "probes svm: no such probe"),
+        ("ood", {"ood": {"val": ["a.tar"]}}, "ood val: the result already uses this name for val"),
+        ("ood", {"ood": ["a.tar"]}, "ood: must be a dict of shards by the name of their set"),
+        ("knn", {"shots": ["5"]}, "shots: must be integers of at least 1"),
+        ("compare", {"seeds": "3"}, "compare needs at least one probe and from 1 to"),
         ("knn", {"model": ["a", "b"]}, "knn evaluates one model, not 2"),
     ],
 )
@@ -275,6 +279,20 @@ def test_an_option_that_a_task_cannot_use_is_refused(tmp_path, task, options, me
     given = {"model": "run", "train": "a.tar", "val": "b.tar", "out": tmp_path} | options
     with pytest.raises(UserError, match=message):
         m3ae_fast.evaluate(task, given.pop("model"), **given)
+
+
+def test_arguments_with_several_items_may_be_texts_as_on_the_command_line_or_single_values(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(task_runner, "_perform", lambda options, *_, **__: given.append(options))
+    one = {"pools": "mean", "layers": 2, "shots": 5}
+    several = {"pools": "cls,mean", "layers": [1, 2], "shots": [10, 5]}
+    for more in (one, several, {"ood": {"other": "c.tar"}}, {"probes": "knn,logistic"}):
+        task = "ood" if "ood" in more else "compare" if "probes" in more else "knn"
+        m3ae_fast.evaluate(task, "run", train="a.tar", val="b.tar", out=tmp_path, session=object(), **more)
+    first, second, third, fourth = given
+    assert (first.pools, first.layers, first.shots) == (("mean",), "2", (5,))
+    assert (second.pools, second.layers, second.shots) == (("cls", "mean"), "1,2", (5, 10))
+    assert third.ood == {"other": ("c.tar",)} and fourth.probes == ("knn", "logistic")
 
 
 def test_shards_are_made_counted_and_described_through_the_python_api(images, tmp_path, monkeypatch):
@@ -330,8 +348,8 @@ def test_shards_are_not_made_with_0_workers(images, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"format": "safetensors"}, "--format safetensors: must be one of m3ae, timm, onnx"),
-        ({"weights": "ema"}, "--weights ema: must be one of average, last"),
+        ({"format": "safetensors"}, "format safetensors: must be one of m3ae, timm, onnx"),
+        ({"weights": "ema"}, "weights ema: must be one of average, last"),
     ],
 )
 def test_a_conversion_with_an_unknown_format_or_kind_of_weights_is_refused(run, tmp_path, options, message):

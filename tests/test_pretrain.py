@@ -826,12 +826,12 @@ def test_user_errors_are_reported_before_any_output_is_written(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.global_bach=2", r"--set: unknown key train.global_bach; did you mean train.global_batch\?"),
-        ("train.global_batch=many", r"--set: train.global_batch: input should be a valid integer \(got \"many\"\)"),
-        ("train.global_batch", r"--set train.global_batch: must have the form section.key=value"),
-        ("model.num_heads=5", r"--set: model: emb_dim \d+ is not divisible by num_heads 5"),
-        ("model.image_size=50", r"--set: model: image_size 50 is not divisible by patch_size 4"),
-        ("run.dir=x", "--set run.dir: use --out instead"),
+        ("train.global_bach=2", r"overrides: unknown key train.global_bach; did you mean train.global_batch\?"),
+        ("train.global_batch=many", r"overrides: train.global_batch: input should be a valid integer \(got \"many\"\)"),
+        ("train.global_batch", r"override train.global_batch: must have the form section.key=value"),
+        ("model.num_heads=5", r"overrides: model: emb_dim \d+ is not divisible by num_heads 5"),
+        ("model.image_size=50", r"overrides: model: image_size 50 is not divisible by patch_size 4"),
+        ("run.dir=x", "override run.dir: use --out instead"),
     ],
 )
 def test_an_invalid_override_is_reported_before_any_output_is_written(tmp_path, override, message):

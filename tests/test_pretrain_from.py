@@ -145,7 +145,7 @@ def test_a_run_with_the_value_range_of_the_given_weights_resumes(tmp_path, capsy
     [
         (
             ["model.depth=3"],
-            r"--set model\.depth=3: does not fit the weights \S*base\S*, which have model\.depth=2; leave",
+            r"override model\.depth=3: does not fit the weights \S*base\S*, which have model\.depth=2; leave",
         ),
         (
             ["model.gelu=exact"],
@@ -153,13 +153,13 @@ def test_a_run_with_the_value_range_of_the_given_weights_resumes(tmp_path, capsy
         ),
         (
             ["model.text_length=9", "model.patch_size=4"],
-            r"--set model\.patch_size=4: .*, which have model\.patch_size=8; leave",
+            r"override model\.patch_size=4: .*, which have model\.patch_size=8; leave",
         ),
         (
             ["model.channels=1"],
-            r"--set model\.channels=1: does not fit the weights \S*, which have model\.channels=3; leave",
+            r"override model\.channels=1: does not fit the weights \S*, which have model\.channels=3; leave",
         ),
-        (["model.size=small"], r"--set model\.size=small: does not fit the weights [^,]*; leave it out"),
+        (["model.size=small"], r"override model\.size=small: does not fit the weights [^,]*; leave it out"),
         (["model.text_length=9", "optim.peak_lr=-1"], "optim.peak_lr"),
     ],
 )

@@ -246,17 +246,17 @@ def test_every_automatic_setting_has_a_test_of_its_override():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train.0.shards=x.tar", "--set data.train.0.shards: use SOURCE instead"),
-        ('data.val=[{"shards":"x.tar"}]', r"--set data.val: can be set only to \[\] .* with SOURCE or --val"),
-        ("train.probe.labels=json.x", "--set train.probe.labels: use --labels instead"),
-        ("model.init_from=runs/a", "--set model.init_from: use --from instead"),
+        ("data.train.0.shards=x.tar", "override data.train.0.shards: use SOURCE instead"),
+        ('data.val=[{"shards":"x.tar"}]', r"override data.val: can be only \[\] .* with SOURCE or --val"),
+        ("train.probe.labels=json.x", "override train.probe.labels: use --labels instead"),
+        ("model.init_from=runs/a", "override model.init_from: use --from instead"),
         ("model.image_targets=vqgan", "data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN"),
         ("train.steps=null", "set the length of the run: epochs or steps"),
         ("model.num_heads=7", r"emb_dim \d+ is not divisible by num_heads 7"),
-        ('data={"flip":false}', "--set data: use SOURCE, --val and --set data.KEY instead"),
+        ('data={"flip":false}', "override data: use SOURCE, --val and --set data.KEY instead"),
         ("train=5 train.epochs=3", "train.epochs=3: train is a value, not a section"),
         ("model=null model.size=base", "model.size=base: model is null"),
-        ('model={"init_from":"a"}', "--set model.init_from: use --from instead"),
+        ('model={"init_from":"a"}', "override model.init_from: use --from instead"),
         ("model=null", r"model: input should be an object \(got null\)"),
         ('train={"steps":5} train.probe.k=3', "train.probe.train is missing"),
         ("train.steps=5 train.epochs=3", "set epochs or steps, not both"),
@@ -264,7 +264,7 @@ def test_every_automatic_setting_has_a_test_of_its_override():
         ("train.epochs=1e308", "train.epochs: input should be less than or equal to 1000000"),
         (f"train.epochs={10**400}", "train.epochs: input should be"),
         (f"train.epochs=0.5 data.repeats={10**400}", "data.repeats: input should be"),
-        (f"train.steps={10**400}", r"--set: train.steps: input should be [^()]*\(got 10+\.*\)$"),
+        (f"train.steps={10**400}", r"overrides: train.steps: input should be [^()]*\(got 10+\.*\)$"),
         ("model.channels=99999999999", "model.channels: input should be less than or equal to 256"),
         ("data.show_channels=[0,1,99999999999]", "the model has channels 0 to 255"),
     ],
@@ -290,7 +290,7 @@ def test_image_tokens_are_compatible_with_the_chosen_settings(tmp_path):
 
 
 def test_a_missing_setting_of_a_probe_is_reported():
-    with pytest.raises(UserError, match=r"--set train\.probe\.k: there is no probe, because .* with --labels"):
+    with pytest.raises(UserError, match=r"override train\.probe\.k: there is no probe, because .* with --labels"):
         _chosen("train.probe.k=7", statistics=replace(assumed([]), classes=0))
 
 

@@ -39,14 +39,13 @@ def uses_gpu(device: Device | None) -> bool:
     if the selected GPU does not exist, if the name is unknown, or if the driver of the GPUs is too old for torch."""
     if device not in (None, *DEVICES):
         raise UserError(
-            f"--device {device}: must be {' or '.join(DEVICES)}; to select one of several GPUs, set "
-            "CUDA_VISIBLE_DEVICES"
+            f"device {device}: must be {' or '.join(DEVICES)}; to select one of several GPUs, set CUDA_VISIBLE_DEVICES"
         )
     if device != "cpu" and (too_old := _old_driver()):
         raise UserError(too_old)
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise UserError("--device cuda: torch finds no GPU on this machine; leave out --device to use the CPU")
+        raise UserError("device cuda: torch finds no GPU on this machine; choose device cpu")
     return available and device != "cpu"
 
 

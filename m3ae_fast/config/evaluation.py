@@ -236,7 +236,7 @@ def evaluation_config(
         if reader:
             _require_read(override, *reader)
         apply_override(given, override)
-    return parse(EvaluationConfig, given, "--set")
+    return parse(EvaluationConfig, given, "overrides")
 
 
 def _require_read(override: str, reader: str, sections: Sequence[str]) -> None:
@@ -252,4 +252,4 @@ def _require_read(override: str, reader: str, sections: Sequence[str]) -> None:
             if meant
             else f"it uses only the sections {', '.join((*sections, *_COMMON))}"
         )
-        raise UserError(f"--set {name}: {reader} does not use this setting; {other}")
+        raise UserError(f"override {name}: {reader} does not use this setting; {other}")

@@ -127,7 +127,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     override = " ".join(override.split())[:200]  # for messages
     if not equals or not name:
-        raise UserError(f"--set {override}: must have the form section.key=value")
+        raise UserError(f"override {override}: must have the form section.key=value")
     try:
         value = parse_json(text)
     except ValueError:
@@ -137,17 +137,17 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         node = node.setdefault(parent, {}) if isinstance(node, dict) else _item(node, parent, override)
         if node is None:
-            raise UserError(f"--set {override}: {parent} is null in the file; set the whole of {parent} as JSON")
+            raise UserError(f"override {override}: {parent} is null in the file; set the whole of {parent} as JSON")
     if isinstance(node, list):
         _item(node, last, override)
         node[int(last)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise UserError(f"--set {override}: {'.'.join(parents)} is a value, not a section")
+        raise UserError(f"override {override}: {'.'.join(parents)} is a value, not a section")
 
 
 def _item(node: Any, key: str, override: str) -> Any:
     if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
         return node[int(key)]
-    raise UserError(f"--set {override}: no such key or index: {key!r}")
+    raise UserError(f"override {override}: no such key or index: {key!r}")

@@ -49,7 +49,7 @@ def check_name(recipe: str) -> Recipe:
     for name in NAMES:
         if name == recipe:
             return name
-    raise UserError(f"--recipe {recipe}: does not exist; choose one of {', '.join(NAMES)}")
+    raise UserError(f"recipe {recipe}: does not exist; choose one of {', '.join(NAMES)}")
 
 
 def with_recipe(recipe: str | None, overrides: Sequence[str]) -> list[str]:

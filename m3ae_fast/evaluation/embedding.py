@@ -166,12 +166,12 @@ def _settings(
     images: tuple[str, list[str]] | None,
 ) -> EvaluationConfig:
     if patches and modality == "text":
-        raise UserError("--patches: texts have no patches; choose another --modality")
+        raise UserError("patches: texts have no patches; choose another modality")
     if unknown := [name for name in columns if name not in COLUMN_NAMES]:
-        raise UserError(f"--columns {unknown[0]}: no such column; choose from {', '.join(COLUMN_NAMES)}")
+        raise UserError(f"columns {unknown[0]}: no such column; choose from {', '.join(COLUMN_NAMES)}")
     if images and (modality != "image" or columns):
-        option = "--columns" if columns else f"--modality {modality}"
-        raise UserError(f"{option}: images that are not in shards have neither captions nor columns; leave it out")
+        argument = "columns" if columns else f"modality {modality}"
+        raise UserError(f"{argument}: images that are not in shards have neither captions nor columns; leave it out")
     names = _listed(source)
     shards = _tars(names[0]) if len(names) == 1 and os.path.isdir(names[0]) else names
     object_store.require(*shards)
@@ -185,9 +185,9 @@ def _check_out(out: Path | None) -> None:
     if out is None:
         return
     if out.suffix not in (PARQUET, NPZ):
-        raise UserError(f"--out {out}: must end in {PARQUET} or {NPZ}")
+        raise UserError(f"out {out}: must end in {PARQUET} or {NPZ}")
     if out.exists():
-        raise UserError(f"--out {out}: already exists; remove it or choose another name")
+        raise UserError(f"out {out}: already exists; remove it or choose another name")
 
 
 @contextmanager

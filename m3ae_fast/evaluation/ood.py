@@ -268,7 +268,7 @@ def _check_pool(classifier: Classifier, encode: EncodeConfig) -> None:
     own = classifier.config.pool
     if "pool" in encode.model_fields_set and encode.pool != own:
         raise UserError(
-            f"--set encode.pool={encode.pool}: the classifier was trained with encode.pool={own}; leave out this "
+            f"override encode.pool={encode.pool}: the classifier was trained with encode.pool={own}; leave out this "
             "setting"
         )
 

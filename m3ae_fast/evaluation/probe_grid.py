@@ -118,9 +118,9 @@ def run(job: Job) -> dict[str, Any]:
     the memory is too small."""
     options, task = job.options, job.options.task
     if options.resume != "no":
-        raise UserError("--resume: a probe with --layers, --pools or --shots has no checkpoints; leave out --resume")
+        raise UserError("resume: a probe with layers, pools or shots has no checkpoints; leave out resume")
     if options.pools and "pool" in job.config.encode.model_fields_set:
-        raise UserError("--pools replaces encode.pool; leave out one of the two")
+        raise UserError("pools replaces encode.pool; leave out one of the two")
     layers = chosen_layers(options.layers, job.model.config.depth)
     pools: list[Pool | None] = [*options.pools] or [job.config.encode.pool]
     pools = [None, *options.pools] if PROBES[task].tokens else pools
@@ -253,7 +253,7 @@ def chosen_layers(wanted: str | None, depth: int) -> list[int]:
         return list(range(1, depth + 1))
     parts = wanted.split(",")
     if not all(part.isdecimal() and 1 <= int(part) <= depth for part in parts):
-        raise UserError(f"--layers {wanted}: must be all, or numbers from 1 to {depth}, such as 1,{depth}")
+        raise UserError(f"layers {wanted}: must be all, or numbers from 1 to {depth}, such as 1,{depth}")
     return sorted({int(part) for part in parts})
 
 
@@ -312,7 +312,7 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
             taken[labels[row]].append(row)
     for number, rows in taken.items():
         if len(rows) < shots:
-            raise UserError(f"--shots {shots}: the class {classes[number]} has only {len(rows)} training samples")
+            raise UserError(f"shots {shots}: the class {classes[number]} has only {len(rows)} training samples")
     return bank.rows(sorted(row for rows in taken.values() for row in rows))
 
 

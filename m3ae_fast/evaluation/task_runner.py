@@ -40,13 +40,13 @@ def evaluate(
     labels: str = "cls",
     modality: Modality | None = None,
     resume: str = "no",
-    layers: Literal["all"] | str | Sequence[int] | None = None,
-    pools: Literal["all"] | Sequence[Pool] = (),
-    shots: Sequence[int] = (),
-    probes: Sequence[str] = PROBE_NAMES,
+    layers: Literal["all"] | str | int | Sequence[int] | None = None,
+    pools: str | Sequence[Pool] = (),
+    shots: int | Sequence[int] = (),
+    probes: str | Sequence[str] = PROBE_NAMES,
     seeds: int = 3,
     baselines: bool = True,
-    ood: Mapping[str, Sequence[str]] | None = None,
+    ood: Mapping[str, str | Sequence[str]] | None = None,
     overrides: Overrides = (),
     device: Device | None = None,
     session: Session | None = None,
@@ -88,6 +88,8 @@ def evaluate(
     Raises:
         UserError: the model, the shards or an option cannot be used, or `out` contains a result.
     """
+    if not isinstance(ood, Mapping | None):
+        raise UserError('ood: must be a dict of shards by the name of their set, such as {"other": "other-*.tar"}')
     options = Options(
         task=task,
         models=_names(model, "model"),
@@ -96,13 +98,13 @@ def evaluate(
         labels=labels,
         modality=modality,
         resume=resume,
-        layers=layers if layers is None or isinstance(layers, str) else ",".join(map(str, layers)),
-        pools=POOLS if pools == "all" else tuple(dict.fromkeys(pools)),
-        shots=tuple(sorted({*shots})),
-        probes=tuple(dict.fromkeys(probes)),
+        layers=layers if layers is None or isinstance(layers, str) else ",".join(map(str, _items(layers))),
+        pools=POOLS if pools == "all" else tuple(dict.fromkeys(_items(pools))),
+        shots=tuple(sorted({*_items(shots)})),
+        probes=tuple(dict.fromkeys(_items(probes))),
         seeds=seeds,
         baselines=baselines,
-        ood=ood or {},
+        ood={name: _names(shards, "ood") for name, shards in (ood or {}).items()},
     )
     given = override_list(overrides)
     if session is not None:
@@ -110,6 +112,14 @@ def evaluate(
     with joined_program(device) as own:
         return _perform(options, Path(out), given, own, is_last=True)
     return None  # stopped
+
+
+def _items(given: Any) -> Iterable[Any]:
+    """Return the items of an argument for which the command has a comma-separated list: of a sequence, of such a text,
+    or a single number."""
+    if isinstance(given, str):
+        return [item for item in given.split(",") if item]
+    return given if isinstance(given, Iterable) else [given]
 
 
 def _names(given: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], what: str) -> tuple[str, ...]:
@@ -130,14 +140,14 @@ def _is_classifier(options: Options) -> bool:
 
 
 def _modality(options: Options) -> Modality:
-    """Return the modality of the encoder's input. Raises UserError if --modality differs from the modality of the
+    """Return the modality of the encoder's input. Raises UserError if the option differs from the modality of the
     classifier."""
     given = options.modality
     if not _is_classifier(options):
         return given or TASKS[options.task].modality or "image"
     own = read_config(options.model).modality
     if given not in (None, own):
-        raise UserError(f"--modality {given}: the classifier {options.model} was trained with {own}; leave it out")
+        raise UserError(f"modality {given}: the classifier {options.model} was trained with {own}; leave it out")
     return own
 
 
@@ -159,10 +169,10 @@ def _require_image_features(options: Options) -> None:
             f"(a folder of this name is ./{options.model})"
         )
     if options.modality not in (None, "image"):
-        raise UserError(f"{options.model}: is computed from images, not from captions; leave out --modality")
+        raise UserError(f"{options.model}: is computed from images, not from captions; leave out modality")
     if options.layers is not None or options.pools or options.resume != "no":
         raise UserError(
-            f"{options.model}: has no layers, no poolings and no checkpoints; leave out --layers, --pools and --resume"
+            f"{options.model}: has no layers, no poolings and no checkpoints; leave out layers, pools and resume"
         )
 
 

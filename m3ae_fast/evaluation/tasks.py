@@ -169,28 +169,25 @@ class Options:
         }
         for name, is_used in used.items():
             if not is_used and getattr(self, name) != _default(name):
-                option = "no-baselines" if name == "baselines" else name
-                raise UserError(f"--{option}: {self.task} does not use it; leave it out")
+                raise UserError(f"{name}: {self.task} does not use it; leave it out")
         for name, is_needed in (("val", True), ("train", task.trains), ("ood", used["ood"])):
             if is_needed and not getattr(self, name):
-                raise UserError(f"--{name}: {self.task} needs shards; add --{name} SHARDS")
+                raise UserError(f"{name}: {self.task} needs shards")
         if not self.models or (len(self.models) > 1 and not task.compares):
             raise UserError(f"{self.task} evaluates one model, not {len(self.models)}; to compare several, use compare")
         allowed = (task.modality,) if task.modality else MODALITIES
         if self.modality not in (None, *allowed):
-            raise UserError(f"--modality {self.modality}: must be {' or '.join(allowed)} for {self.task}")
+            raise UserError(f"modality {self.modality}: must be {' or '.join(allowed)} for {self.task}")
         if unknown := [probe for probe in self.probes if probe not in PROBE_NAMES]:
-            raise UserError(f"--probes {unknown[0]}: no such probe; choose from {', '.join(PROBE_NAMES)}")
+            raise UserError(f"probes {unknown[0]}: no such probe; choose from {', '.join(PROBE_NAMES)}")
         if unknown := [pool for pool in self.pools if pool not in POOLS]:
-            raise UserError(f"--pools {unknown[0]}: no such pooling; choose from {', '.join(POOLS)}")
-        if not self.probes or not 1 <= self.seeds <= MOST_SEEDS:
+            raise UserError(f"pools {unknown[0]}: no such pooling; choose from {', '.join(POOLS)}")
+        if not self.probes or self.seeds not in range(1, MOST_SEEDS + 1):
             raise UserError(f"compare needs at least one probe and from 1 to {MOST_SEEDS} seeds")
         if taken := [name for name in self.ood if name in ("train", "val")]:
-            raise UserError(
-                f"--ood {taken[0]}: the result already uses this name for --{taken[0]}; choose another name"
-            )
-        if any(shots < 1 for shots in self.shots):
-            raise UserError("--shots must be integers of at least 1")
+            raise UserError(f"ood {taken[0]}: the result already uses this name for {taken[0]}; choose another name")
+        if any(not isinstance(shots, int) or shots < 1 for shots in self.shots):
+            raise UserError("shots: must be integers of at least 1")
 
     @property
     def model(self) -> str:
@@ -228,7 +225,7 @@ def _default(name: str) -> Any:
 def require_for(task: str, shards: Iterable[str], shots: Sequence[int] = ()) -> None:
     """Raise UserError if a library that a task or its shards require is not installed."""
     needs = dict.fromkeys(("tensorboard", *TASKS[task].libraries), task)
-    require_libraries(needs | ({"scipy": "--shots"} if shots else {}))
+    require_libraries(needs | ({"scipy": "shots"} if shots else {}))
     object_store.require(*shards)
 
 

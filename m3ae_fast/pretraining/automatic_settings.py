@@ -235,12 +235,12 @@ def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> 
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
-            raise UserError(f"--set {name}: use {meant} instead")
+            raise UserError(f"override {name}: use {meant} instead")
     if set_to(overrides, "model.init_from", None) is not None:  # in an override of the whole section
-        raise UserError("--set model.init_from: use --from instead")
+        raise UserError("override model.init_from: use --from instead")
     if set_to(overrides, "data.val", None):
         raise UserError(
-            "--set data.val: can be set only to [] (no held-out samples); specify held-out samples with SOURCE or --val"
+            "override data.val: can be only [] (no held-out samples); specify held-out samples with SOURCE or --val"
         )
     start = [] if start_from is None else [f"model.init_from={json.dumps(start_from)}"]
     return assumed_config([*start, *overrides])
@@ -334,11 +334,11 @@ def settings(
         if not statistics.classes:
             _require_probe(config, override)
         apply_override(config, override)
-    found = parse(Config, config, "--set")
+    found = parse(Config, config, "overrides")
     if shards.val and not found.data.val:
         config["train"]["probe"] = None
     config["optim"].setdefault("peak_lr", peak_rate(found.train.global_batch, found.model.emb_dim, factor))
-    return parse(Config, config, "--set")
+    return parse(Config, config, "overrides")
 
 
 def _model_section(statistics: DatasetStatistics, size: ModelSize, overrides: Sequence[str]) -> dict[str, Any]:
@@ -403,7 +403,8 @@ def _require_probe(config: dict[str, Any], override: str) -> None:
     name, train = override.partition("=")[0], config["train"]
     if name.startswith("train.probe.") and isinstance(train, dict) and train.get("probe") is None:
         raise UserError(
-            f"--set {name}: there is no probe, because the samples have no usable labels; choose a field with --labels"
+            f"override {name}: there is no probe, because the samples have no usable labels; choose a field with "
+            "--labels"
         )
 
 

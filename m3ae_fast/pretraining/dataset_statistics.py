@@ -159,7 +159,7 @@ def _tokenizer(
     found = CaptionTokenizer(learnt, _LONGEST)
     if size and found.vocab_size != size:
         raise UserError(
-            f"--set model.vocab_size={size}: the captions yield a vocabulary of {found.vocab_size} tokens; set "
+            f"override model.vocab_size={size}: the captions yield a vocabulary of {found.vocab_size} tokens; set "
             "this size, or leave out the option"
         )
     save_tokenizer(learnt, out / TOKENIZER)

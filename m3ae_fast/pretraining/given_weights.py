@@ -99,7 +99,9 @@ def _fitting(model: str, found: Pretrained, given: Sequence[str], own: Sequence[
             except UserError:
                 theirs = json.dumps(found.config.model_dump(mode="json").get(name.removeprefix("model.")))
                 have = "" if theirs == "null" else f", which have {name}={theirs}"
-                raise UserError(f"--set {name}={value}: does not fit the weights {model}{have}; leave it out") from None
+                raise UserError(
+                    f"override {name}={value}: does not fit the weights {model}{have}; leave it out"
+                ) from None
         raise
 
 
@@ -109,7 +111,7 @@ def _fitting_all(model: str, found: Pretrained, overrides: Sequence[str]) -> Pre
     config = assumed_config(overrides)
     m = config.model
     if m.size and SIZES[m.size] != (m.emb_dim, m.depth, m.num_heads):  # these three are those of the weights
-        raise UserError(f"--set model.size={m.size}: does not fit the weights {model}; leave it out")
+        raise UserError(f"override model.size={m.size}: does not fit the weights {model}; leave it out")
     start = start_for(config.model, found, norm_pix=config.loss.norm_pix)
     check_start(config.model, start, model)
     with torch.device("meta"):

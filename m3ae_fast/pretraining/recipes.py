@@ -32,11 +32,11 @@ def check_recipe(recipe: str | None, overrides: Sequence[str], start_from: str |
     name = check_name(recipe)
     if start_from is not None:
         raise UserError(
-            f"--recipe {recipe}: cannot be combined with --from, because the weights determine the decoder; leave out "
-            "--recipe"
+            f"recipe {recipe}: cannot be combined with given weights, because they determine the decoder; leave out "
+            "recipe"
         )
     if reason := _obstacle(name, overrides):
-        raise UserError(f"--recipe {recipe}: {reason}; leave out this setting or --recipe {recipe}")
+        raise UserError(f"recipe {recipe}: {reason}; leave out this setting or the recipe")
 
 
 def choose_recipe(recipe: Recipe | None, overrides: Sequence[str]) -> ChosenRecipe:
@@ -63,7 +63,7 @@ def _obstacle(recipe: Recipe, overrides: Sequence[str]) -> str:
     try:
         assumed_config([*as_overrides(METHODS[recipe]), *overrides])
     except UserError as error:
-        return str(error).removeprefix("--set: ")
+        return str(error).removeprefix("overrides: ")
     return ""
 
 
@@ -74,7 +74,7 @@ def _own_setting(recipe: Recipe, overrides: Sequence[str]) -> str:
     for override in overrides:
         name = override.partition("=")[0]
         if name in fixed:
-            return f"--set {override} sets one of its settings"
+            return f"{override} sets one of its settings"
         if setting := next((setting for setting in fixed if setting.startswith(f"{name}.")), ""):
-            return f"--set {override} replaces the section of its setting {setting}"
+            return f"{override} replaces the section of its setting {setting}"
     return ""

@@ -58,22 +58,22 @@ def convert(
         UserError: the source is unknown or damaged, the tokenizer does not fit, an argument is invalid, arguments
             cannot be combined, a library is missing, or the result cannot be written or uploaded.
     """
-    for option, value, allowed in (("format", format, get_args(Format)), ("weights", weights, get_args(Weights))):
+    for argument, value, allowed in (("format", format, get_args(Format)), ("weights", weights, get_args(Weights))):
         if value not in allowed:
-            raise UserError(f"--{option} {value}: must be one of {', '.join(allowed)}")
+            raise UserError(f"{argument} {value}: must be one of {', '.join(allowed)}")
     name, folder = os.fspath(source), os.fspath(out)
     if Path(name).suffix == ".msgpack":
         if format != "m3ae" or push:
-            raise UserError(f"{name}: an image tokenizer has only one format; leave out --format and --push")
+            raise UserError(f"{name}: an image tokenizer has only one format; leave out format and push")
         return convert_vqgan(name, folder)
     if push and format == "onnx":
-        raise UserError("--push uploads a folder, but --format onnx writes a file; leave out --push")
+        raise UserError("push uploads a folder, but format onnx writes a file; leave out push")
     if format == "onnx":
         require_libraries(NEEDS)
     found, about = _read(name, weights == "average", num_heads)
     if tokenizer:
         sizes = found.config.text_length, found.config.vocab_size
-        found = replace(found, tokenizer=load_tokenizer(tokenizer, *sizes, label="--tokenizer"))
+        found = replace(found, tokenizer=load_tokenizer(tokenizer, *sizes, label="tokenizer"))
     if format != "m3ae" and found.config.resize == "native":
         size = found.config.image_size
         square = f"this format accepts only square images of {size} x {size} pixels; other images need format m3ae"

@@ -22,7 +22,7 @@ from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.weights.timm_folder import model_arguments, timm_weights
 
-NEEDS = dict.fromkeys(("onnx", "timm"), "--format onnx")
+NEEDS = dict.fromkeys(("onnx", "timm"), "format onnx")
 SUFFIX = ".onnx"
 
 

@@ -140,7 +140,7 @@ def test_user_errors_are_reported_in_one_line_and_nothing_is_written(features, s
         (
             "new.npz",
             ["--set", "linear.batch=3"],
-            "--set linear.batch: embed does not use this setting; did you mean encode.batch?",
+            "override linear.batch: embed does not use this setting; did you mean encode.batch?",
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -150,11 +150,11 @@ def test_fine_tuning_does_not_depend_on_ranks_or_zero_stage(transfer, run, shard
         (["--set", "finetune.mixupp=1"], "did you mean finetune.mixup?"),
         (
             ["--set", "train.epochs=3"],
-            "--set train.epochs: finetune does not use this setting; did you mean finetune.epochs?",
+            "override train.epochs: finetune does not use this setting; did you mean finetune.epochs?",
         ),
         (
             ["--set", "linear.epochs=3"],
-            "--set linear.epochs: finetune does not use this setting; did you mean finetune.epochs?",
+            "override linear.epochs: finetune does not use this setting; did you mean finetune.epochs?",
         ),
         (
             ["--set", "encode.batch=3"],

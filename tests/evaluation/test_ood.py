@@ -345,7 +345,7 @@ def test_a_classifier_with_other_classes_or_another_input_is_refused(transfer, c
         (["--modality", "text"], "--modality text: the classifier .* was trained with image; leave it out"),
         (
             ["--set", "encode.pool=mean"],
-            "--set encode.pool=mean: the classifier was trained with encode.pool=cls; leave out",
+            "override encode.pool=mean: the classifier was trained with encode.pool=cls; leave out",
         ),
     ):
         with pytest.raises(UserError, match=message):

@@ -173,7 +173,7 @@ def test_hyper_parameters_are_reported_only_if_they_belong_to_a_single_draw(tran
 
 
 def test_too_many_shots_are_refused_before_any_probe(transfer, capsys):
-    with pytest.raises(UserError, match="--shots 99: the class 0 has only 16 training samples"):
+    with pytest.raises(UserError, match="shots 99: the class 0 has only 16 training samples"):
         transfer("knn", "--shots", "1,99")
     assert "1 shots" not in capsys.readouterr().out
 
@@ -184,7 +184,7 @@ def test_few_shot_samples_are_nested_and_differ_between_draws():
     assert {*one.keys} < {*five.keys} and five.labels_N.bincount().tolist() == [5, 5, 5]
     assert torch.equal(five.features_RD[:, 0].long() % 3, five.labels_N)
     assert {*five.keys} != {*few_shot(bank, 5, 1, range(3)).keys}
-    with pytest.raises(UserError, match="--shots 21: the class b has only 20 training samples"):
+    with pytest.raises(UserError, match="shots 21: the class b has only 20 training samples"):
         few_shot(bank, 21, 0, ["b", "a", "c"])
 
 
@@ -202,24 +202,24 @@ def test_layers_are_selected_by_the_number_of_blocks():
     assert chosen_layers("all", 4) == [1, 2, 3, 4] and chosen_layers(None, 4) == [4]
     assert chosen_layers("3,1,3", 4) == [1, 3]
     for wrong in ("0", "5", "1,,2", "last"):
-        with pytest.raises(UserError, match=f"--layers {wrong}: must be all, or numbers from 1 to 4"):
+        with pytest.raises(UserError, match=f"layers {wrong}: must be all, or numbers from 1 to 4"):
             chosen_layers(wrong, 4)
 
 
 def test_user_errors_are_reported_in_one_line_and_leave_no_files(transfer, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--resume: a probe with --layers, --pools or --shots has no checkpoints"):
+    with pytest.raises(UserError, match="resume: a probe with layers, pools or shots has no checkpoints"):
         transfer("linear", "--layers", "all", "--resume", "auto")
-    with pytest.raises(UserError, match="--layers 3: must be all, or numbers from 1 to 2"):
+    with pytest.raises(UserError, match="layers 3: must be all, or numbers from 1 to 2"):
         transfer("knn", "--layers", "3")
-    with pytest.raises(UserError, match=r"--pools replaces encode\.pool; leave out one of the two"):
+    with pytest.raises(UserError, match=r"pools replaces encode\.pool; leave out one of the two"):
         transfer("knn", "--pools", "all", *settings("encode.pool=cls"))
     with pytest.raises(UserError, match="argument --pools: max: there is no pooling 'max'; choose from mean, cls"):
         transfer("knn", "--pools", "max")
     with pytest.raises(UserError, match="unrecognized arguments: --pools all"):
         transfer("finetune", "--pools", "all")
-    with pytest.raises(UserError, match="--pools max: no such pooling; choose from mean, cls"):
+    with pytest.raises(UserError, match="pools max: no such pooling; choose from mean, cls"):
         evaluate("knn", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools=["max"])
-    with pytest.raises(UserError, match="--pools: finetune does not use it; leave it out"):
+    with pytest.raises(UserError, match="pools: finetune does not use it; leave it out"):
         evaluate("finetune", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools="all")
     assert not (tmp_path / "out").exists()
 

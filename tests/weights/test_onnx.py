@@ -77,6 +77,6 @@ def test_user_errors_are_reported_in_one_line_and_nothing_is_written(tmp_path, m
         onnx_model.write_onnx(tmp_path / "encoder", model.config, model.state_dict())
     for name in ("onnx", "timm"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"--format onnx needs onnx and timm: pip install 'm3ae-fast\[onnx\]'"):
+    with pytest.raises(UserError, match=r"format onnx needs onnx and timm: pip install 'm3ae-fast\[onnx\]'"):
         onnx_model.write_onnx(tmp_path / "a.onnx", model.config, model.state_dict())
     assert not list(tmp_path.iterdir())
