@@ -20,6 +20,9 @@ class UserError(Exception):
     what to do.
 
     Programs of this package print the message without a traceback and exit with `exit_code`.
+
+    It is not a ValueError: parsers raise ValueError for damaged files, and the code that catches it there would replace
+    the message of a UserError.
     """
 
     exit_code = 2
