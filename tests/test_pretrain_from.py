@@ -149,7 +149,7 @@ def test_a_run_with_the_value_range_of_the_given_weights_resumes(tmp_path, capsy
         ),
         (
             ["model.gelu=exact"],
-            r'--set model\.gelu=exact: does not fit the weights \S*, which have model\.gelu="tanh"; leave it out',
+            r'override model\.gelu=exact: does not fit the weights \S*, which have model\.gelu="tanh"; leave it out',
         ),
         (
             ["model.text_length=9", "model.patch_size=4"],

@@ -659,7 +659,7 @@ def test_images_with_more_than_8_bits_that_are_reduced_are_counted(tmp_path, cap
         Image.fromarray(values).save(tmp_path / f"in/{number}.png")
         np.save(tmp_path / f"in/array{number}.npy", values)
         (tmp_path / f"in/ordinary{number}.jpg").write_bytes(picture(number))
-    assert make(tmp_path / "in", tmp_path / "out", "--range", "dtype", "--keep-order") == 0
+    assert make(tmp_path / "in", tmp_path / "out", "--value-range", "dtype", "--keep-order") == 0
     assert "4 images with more than 8 bits per channel, reduced to 8 bits" in capsys.readouterr().out
 
 
