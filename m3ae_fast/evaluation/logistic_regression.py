@@ -29,6 +29,11 @@ from m3ae_fast.process.ranks import Ranks
 
 USUAL = 1.0  # scikit-learn's default inverse strength
 INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, USUAL)  # inverse strengths that `fit_chosen` tries
+# Minimum number of held-out samples for the one-standard-error rule. With fewer, the standard error is so large that
+# the rule often selects a far too strong penalty. Compared with the most accurate strength, it cost 7 to 14 points of
+# accuracy with 50 training samples, 3 to 5 points with 100, and 1.2 +- 0.4 points with 800 (scikit-learn's digits as
+# pixels and as HOG, wine and breast cancer; 20 random splits each).
+_ENOUGH = 100
 _CONVERGED = 1e-7  # a strength has converged if its next step is expected to decrease the mean loss by less than this
 _MOST_ITERATIONS = 1000
 _MEMORY = 10  # number of stored pairs; a pair is a step and the resulting change of the gradient
@@ -43,9 +48,10 @@ _CONSTANT, _TINY = 1e-6, 1e-30
 
 def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> tuple[LinearHeads, float]:
     """Fit one classifier to labels. The strongest penalty is used whose accuracy on a held-out tenth of the samples is
-    within one standard error of the highest; see `within_error`. The inverse strength is USUAL if there are fewer than
-    ten samples, or if no held-out sample is classified correctly, for example because each class has one sample. Every
-    rank must call it.
+    within one standard error of the highest; see `within_error`. If this tenth is smaller than _ENOUGH, the penalty
+    with the highest accuracy is used; in a tie, the one with the lowest loss. The inverse strength is USUAL if there
+    are fewer than ten samples, or if no held-out sample is classified correctly, for example because each class has
+    one sample. Every rank must call it.
 
     Returns:
         The classifier, as a single head, and its inverse strength.
@@ -57,7 +63,9 @@ def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = 
         judged = zip(INVERSE_STRENGTHS, judge(heads, bank.rows(parts.held_out)))
         tried = [RateTrial(each, *found) for each, found in judged]
         if best(tried).top1:
-            strength = min(each.peak_lr for each in within_error(tried, len(parts.held_out)))
+            is_enough = len(parts.held_out) >= _ENOUGH
+            accurate = within_error(tried, len(parts.held_out)) if is_enough else [best(tried)]
+            strength = min(each.peak_lr for each in accurate)
         strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks use the same value
         start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
     return _fit(bank, bank.labels, classes, [strength], heartbeats, start_HKP)[1], strength

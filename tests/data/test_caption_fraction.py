@@ -90,6 +90,13 @@ def test_a_tokenizer_is_required_only_if_captions_remain(tmp_path, store, pairs)
     assert open_corpus(source(mixed, 0.0), store).has_captions
 
 
+def test_pairs_may_be_in_the_last_of_several_shards(tmp_path, store):
+    kinds = {"a": "image", "b": "image", "c": "paired"}
+    shards = [write_tar(tmp_path / f"{name}.tar", members(range(3), kind)) for name, kind in kinds.items()]
+    assert open_corpus(source(shards, 0.5), store).has_captions
+    assert open_corpus(source(shards, 1.0, modality="paired"), store).has_captions
+
+
 def test_a_caption_fraction_without_pairs_is_refused(tmp_path, store):
     for modality in ("image", "text"):
         with pytest.raises(ValueError, match=f"caption_fraction 0.5 needs pairs, but modality is '{modality}'"):

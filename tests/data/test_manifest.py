@@ -252,6 +252,13 @@ def test_nodes_whose_manifests_differ_count_again(tmp_path, remote, case):
     assert fetched() == before  # both nodes have cached all shards
 
 
+def test_shards_are_counted_in_advance_if_only_the_last_of_them_is_remote(tmp_path, remote):
+    store, local = ShardStore(tmp_path / "node"), write_tar(tmp_path / "local.tar", members(range(3)))
+    names = [local, f"pipe:cat {tmp_path}/far/5.tar"]
+    together(1, 1, lambda ranks, _: manifest.prepare(names, store, ranks))
+    assert read(manifest.cached(names, store))["samples"].tolist() == [3, 8]
+
+
 def test_an_error_on_one_rank_is_raised_on_all(tmp_path, remote):
     pattern, _ = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]

@@ -25,7 +25,7 @@ def opened(tmp_path):
 
 
 def test_labels_are_read_from_cls_and_json(opened):
-    corpus = opened((range(4),), (range(4, 7),))
+    corpus = opened((range(4),), (range(4, 6),), (range(6, 7),))
     assert read_labels(corpus, "cls") == read_labels(corpus, "json.label") == [[0, 1, 2, 0, 1, 2, 0]]
     assert read_labels(corpus, "json.name") == [["blue", "green", "red", "blue", "green", "red", "blue"]]
     assert read_labels(corpus, "json.other") == [[None] * 7]
@@ -138,9 +138,17 @@ def test_an_invalid_label_field_is_refused(opened):
         read_labels(opened((range(3),)), "json.")
 
 
-def test_mixed_labels_are_refused(opened):
+@pytest.mark.parametrize("count", [2, 3])
+def test_mixed_labels_are_refused(opened, count):
     with pytest.raises(UserError, match=r"some labels .* are integers and some are text"):
-        label_corpus(opened((range(3), {1: "two"})), "json.label")
+        label_corpus(opened((range(count), {1: "two"})), "json.label")
+
+
+def test_a_missing_label_is_found_in_the_last_of_several_sources(tmp_path):
+    paths = [labelled_tar(tmp_path / f"{i}.tar", range(3), {} if i < 2 else {1: None}) for i in range(3)]
+    corpus = open_corpus([SourceConfig(shards=path) for path in paths], ShardStore(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"1 of 9 samples have no label .*, for example .*2\.tar/00001;"):
+        label_corpus(corpus, "cls")
 
 
 def test_an_index_of_an_earlier_version_is_rebuilt(opened, tmp_path):

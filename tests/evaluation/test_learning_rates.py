@@ -140,6 +140,7 @@ def test_an_accuracy_has_the_standard_error_of_the_held_out_tenth(monkeypatch, s
     labels, features = torch.arange(300) % 3, torch.randn(300, 60, generator=generator)
     features[torch.arange(300), labels] += 1.5
     bank, judged = FeatureBank([f"a.tar/{i:04}" for i in range(300)], features, labels), []
+    monkeypatch.setattr(logistic_regression, "_ENOUGH", 30)
     monkeypatch.setattr(logistic_regression, "judge", lambda *of: judged.append(judge(*of)) or judged[-1])
     strength = fit_chosen(bank, 3)[1]
     tried = [RateTrial(each, *found) for each, found in zip(INVERSE_STRENGTHS, judged[0])]

@@ -96,6 +96,18 @@ def test_the_strongest_penalty_within_one_standard_error_is_chosen(monkeypatch):
     assert chosen(0.0, 0.0, 0.0, 0.0, 0.0) == USUAL  # the held-out samples show nothing
 
 
+def test_the_most_accurate_penalty_is_chosen_if_few_samples_are_held_out(monkeypatch):
+    """In a tie, the loss decides. With 990 samples, 99 are held out."""
+
+    def chosen(count, *judged):
+        monkeypatch.setattr(logistic_regression, "judge", lambda *_: judged)
+        return fit_chosen(_bank(*_samples(count, 4, 2.0)), 4)[1]
+
+    judged = (0.79, 0.5), (0.8, 0.6), (0.81, 0.5), (0.81, 0.4), (0.81, 0.6)
+    assert chosen(1000, *judged) == INVERSE_STRENGTHS[0]
+    assert chosen(990, *judged) == chosen(60, *judged) == INVERSE_STRENGTHS[3]
+
+
 def test_stronger_regularisation_is_chosen_if_the_default_overfits():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1200, 1, generator=generator)  # all features are noisy multiples of this variable

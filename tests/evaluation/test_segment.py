@@ -143,6 +143,8 @@ def test_metrics_equal_those_of_scikit_learn():
     np.testing.assert_array_equal(counts.right_MC, apart)
     everything = counted(predicted, predicted, 5, None)  # a class that does not occur has no IoU
     assert everything.miou() == 1.0 and np.isnan(everything.iou()[4])
+    result = measured({MODEL: everything}, 0)
+    assert result["classes"] == 4 and [row["class"] for row in result["per_class"]] == [0, 1, 2, 3]
 
 
 def test_the_standard_error_of_a_single_image_is_undefined():
