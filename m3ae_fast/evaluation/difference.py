@@ -1,21 +1,23 @@
-"""Significance tests between results on the same samples: accuracies, or areas under ROC curves.
+"""Significance tests between results on the same samples: accuracies, mAP, mIoU, or areas under ROC curves.
 
-Shapes: N in-distribution samples, M out-of-distribution samples.
+Shapes: N in-distribution samples, M out-of-distribution samples (of `ood`) or held-out images, C classes.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.evaluation import multilabel, segment
 from m3ae_fast.evaluation.baselines import (
     BASELINES,
     LARGEST,
@@ -27,6 +29,8 @@ from m3ae_fast.evaluation.baselines import (
 )
 from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.evaluation.predictions import FILE, IMAGE_HASH, largest_share
+from m3ae_fast.evaluation.probe_grid import Case, main_case
+from m3ae_fast.evaluation.resampling import Resampled
 from m3ae_fast.evaluation.significance import difference, image_clusters, middle, verdict
 
 Table = dict[str, list[Any]]
@@ -37,51 +41,153 @@ _ADVICE = (
 )
 
 
+@dataclass(frozen=True)
+class Result:
+    """The predictions of a task, from its folder."""
+
+    folder: Path
+    table: Table
+
+    @property
+    def hashes(self) -> list[str]:
+        """Return the hash of each row's image; "" if it is unknown. See `image_clusters`."""
+        return self.table.get(IMAGE_HASH, [""] * len(self.table["key"]))
+
+    @property
+    def metric(self) -> str:
+        """Return the name of the metric by which it is compared."""
+        return next((name for name, metric in _METRICS.items() if {*metric.columns} <= self.table.keys()), _ACCURACY)
+
+    def rows(self, numbers: Sequence[int]) -> Result:
+        """Return the result with only these rows, in this order."""
+        return Result(self.folder, {name: [column[row] for row in numbers] for name, column in self.table.items()})
+
+    def parts(self, *names: str) -> dict[tuple[Any, ...], Result]:
+        """Return the rows that are equal in the columns `names`, by their values in these columns, in the order in
+        which they first occur."""
+        numbers: dict[tuple[Any, ...], list[int]] = {}
+        for row, values in enumerate(zip(*(self.table[name] for name in names))):
+            numbers.setdefault(values, []).append(row)
+        return {values: self.rows(own) for values, own in numbers.items()}
+
+    def matched(self, other: Result, *names: str) -> Result:
+        """Return the other result with its rows in the order of this one. Rows belong together if they are equal in the
+        columns `names`. Raises UserError if the samples are not the same."""
+        own, theirs = (list(zip(*(each.table[name] for name in names))) for each in (self, other))
+        _require_same((self.folder, other.folder), {*own}, {*theirs})
+        place = {which: row for row, which in enumerate(theirs)}
+        return other.rows([place[which] for which in own])
+
+
 def compare_results(folders: Sequence[Path]) -> str:
-    """Return lines that state, for each pair of results, which of them is better: one line for a pair of classifiers,
-    one for each attack for results of robustness, and one for each set and score for results of ood. Raises UserError
-    if there are fewer than two folders, a folder has no predictions of classes, or the results are not on the same
-    samples."""
+    """Return lines that state, for each pair of results, which of them is better: one line for each pair, or one for
+    each attack for results of robustness, and one for each set and score for results of ood. If a result has several
+    layers, poolings or numbers of training samples, its main accuracy is compared (see `main_case`). Raises UserError
+    if there are fewer than two folders, a folder has no predictions, or the results are not on the same samples."""
     if len(folders) < 2:
         raise UserError(f"{folders[0]}: cannot be compared alone; {_ADVICE}")
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
         raise UserError(f"{missing}: has no {FILE}; {_ADVICE}")
-    tables = [(folder, read_parquet(folder / FILE)) for folder in folders]
-    return "\n".join(
-        _compare((one, other), (first, second)) for (one, first), (other, second) in combinations(tables, 2)
-    )
+    results = [Result(folder, read_parquet(folder / FILE)) for folder in folders]
+    return "\n".join(line for pair in combinations(results, 2) for line in _compare(*pair))
 
 
-def _compare(folders: tuple[Path, Path], tables: tuple[Table, Table]) -> str:
-    """Return the lines about two results."""
-    if all({"set", "key", *SCORES} <= table.keys() for table in tables):
-        require_libraries({"sklearn": "the comparison of results of ood"})
-        return _compare_areas(folders, *tables)
-    attacks, others = map(_by_attack, tables)
+def _compare(one: Result, other: Result) -> Iterator[str]:
+    """Yield the lines about two results."""
+    if one.metric != other.metric:
+        raise UserError(
+            f"{one.folder} and {other.folder}: are measured by different metrics, {one.metric} and {other.metric}; "
+            "choose results with the same metric"
+        )
+    yield from _METRICS[one.metric].compare(one, other)
+
+
+def _compare_accuracies(one: Result, other: Result) -> Iterator[str]:
+    """Yield a sentence about the accuracies of two classifiers, or one for each attack."""
+    attacks, others = map(_by_attack, (one, other))
     if attacks.keys() != others.keys():
         names = ", ".join(sorted((attacks.keys() ^ others.keys()) - {""}))
         raise UserError(
-            f"{folders[0]} and {folders[1]}: only one of them contains {names}; "
+            f"{one.folder} and {other.folder}: only one of them contains {names}; "
             "choose two results of the same task with the same settings"
         )
-    lines = []
     for attack, first in attacks.items():
-        second = others[attack]
-        ours, theirs = (_correct(folder, table) for folder, table in zip(folders, (first, second)))
-        _require_same(folders, ours.keys(), theirs.keys())
-        _require_same_classes(folders, first, second)
-        lines.append((f"{attack}: " if attack else "") + _words(ours, theirs, folders, _hashes(first)))
-    return "\n".join(lines)
+        ours, theirs = _classified(first), _classified(others[attack])
+        _require_same((one.folder, other.folder), ours.labels.keys(), theirs.labels.keys())
+        _require_same_classes((one.folder, other.folder), ours.labels, theirs.labels)
+        yield (f"{attack}: " if attack else "") + ours.words(theirs)
 
 
-def _by_attack(table: Table) -> dict[str, Table]:
-    """Return the parts of a result of robustness by attack; the whole table, with the key "", for other results."""
-    rows: dict[str, list[int]] = {}
-    for row, attack in enumerate(table.get("condition", ())):
-        rows.setdefault(attack, []).append(row)
-    return {
-        attack: {name: [column[row] for row in own] for name, column in table.items()} for attack, own in rows.items()
-    } or {"": table}
+def _by_attack(result: Result) -> dict[str, Result]:
+    """Return the parts of a result of robustness by attack; the whole result, with the key "", for other tasks."""
+    if "condition" not in result.table:
+        return {"": result}
+    return {attack: part for (attack,), part in result.parts("condition").items()}
+
+
+def _compare_scores(one: Result, other: Result) -> Iterator[str]:
+    """Yield a sentence about the mAP of the scores of two results on lists of labels."""
+    other = one.matched(other, "key")
+    truth_MC, others_MC = (np.array(each.table["truth"]) for each in (one, other))
+    if not np.array_equal(truth_MC, others_MC):
+        raise UserError(
+            f"{one.folder} and {other.folder}: the samples have different lists of labels; choose results with the "
+            "same --labels and --train"
+        )
+    scores = {name: np.array(each.table["scores"]) for name, each in (("one", one), ("other", other))}
+    found = multilabel.resampled(truth_MC, scores, 0, one.hashes)
+    yield _apart("mAP", (one, other), found["one"], found["other"])
+
+
+def _compare_segmentations(one: Result, other: Result) -> Iterator[str]:
+    """Yield a sentence about the mIoU of two segmentations."""
+    other = one.matched(other, "key")
+    ours, theirs = segment.Counts.read([each.table for each in (one, other)])
+    if not np.array_equal(ours.truth_MC, theirs.truth_MC):
+        raise UserError(
+            f"{one.folder} and {other.folder}: the masks differ; choose results with the same masks, the same "
+            "segment.ignore_label, and models of the same image size"
+        )
+    found = segment.resampled({"one": ours, "other": theirs}, 0, one.hashes)
+    yield _apart("mIoU", (one, other), found["one"], found["other"])
+
+
+def _apart(metric: str, results: tuple[Result, Result], ours: Resampled, theirs: Resampled) -> str:
+    """Return a sentence that states whether the values of a metric in two results differ significantly."""
+    first, second = (str(each.folder) for each in results)
+    if apart := ours.minus(theirs):
+        return f"{metric}: {apart.words(first, second)}"
+    same = verdict(first, second, 0.0, is_significant=False)
+    return f"{metric}: {same}: no interval can be estimated; use more --val samples"
+
+
+def _compare_areas(one: Result, other: Result) -> Iterator[str]:
+    """Yield a sentence for each set of out-of-distribution samples and each score; see `areas_apart`."""
+    require_libraries({"sklearn": "the comparison of results of ood"})
+    sets = [
+        {name: part for (name,), part in each.parts("set").items()} for each in (one, one.matched(other, "set", "key"))
+    ]
+    for name in (name for name in sets[0] if name != VAL):
+        clusters = [image_clusters(sets[0][part].hashes) for part in (VAL, name)]
+        for score in SCORES:
+            ours, theirs = ([np.array(own[part].table[score]) for part in (VAL, name)] for own in sets)
+            yield f"{name}, {score}: {areas_apart(ours, theirs, str(one.folder), str(other.folder), clusters)}"
+
+
+class _Metric(NamedTuple):
+    """A metric by which results are compared."""
+
+    columns: tuple[str, ...]  # columns by which its tables are recognised
+    compare: Callable[[Result, Result], Iterator[str]]
+
+
+_ACCURACY = "accuracy"
+_METRICS = {
+    "AUROC": _Metric(("set", "key", *SCORES), _compare_areas),
+    "mAP": _Metric(("key", "truth", "scores"), _compare_scores),
+    "mIoU": _Metric(("key", *segment.BY_CLASS), _compare_segmentations),
+    _ACCURACY: _Metric(_COLUMNS, _compare_accuracies),
+}
 
 
 def verdicts(folder: Path, result: Mapping[str, Any], name: str, others: Mapping[str, Path]) -> list[str]:
@@ -109,16 +215,16 @@ def verdicts(folder: Path, result: Mapping[str, Any], name: str, others: Mapping
 
 
 def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
-    """Compare the result of the model `name` with the results of other models on the same samples, and with always
+    """Compare the accuracy of the model `name` with the accuracies of other models on the same samples, and with always
     predicting the largest class of these samples. Return one sentence for each comparison. `others`: folders of the
     other results by name of the model. Raises UserError as `compare_results` does."""
-    table = read_parquet(folder / FILE)
-    ours = _correct(folder, table)
-    compared = {other: _correct(path, read_parquet(path / FILE)) for other, path in others.items()}
-    labels = dict(zip(table["key"], table["label"]))
-    largest = _largest(labels.values())
-    compared[LARGEST] = {key: label == largest for key, label in labels.items()}
-    return [_words(ours, theirs, (name, other), _hashes(table)) for other, theirs in compared.items()]
+    ours = _classified(Result(folder, read_parquet(folder / FILE)), name)
+    compared = [_classified(Result(path, read_parquet(path / FILE)), other) for other, path in others.items()]
+    for theirs in compared:
+        _require_same((name, theirs.name), ours.labels.keys(), theirs.labels.keys())
+    largest = _largest(ours.labels.values())
+    always = {key: float(label == largest) for key, label in ours.labels.items()}
+    return [ours.words(theirs) for theirs in (*compared, ours._replace(name=LARGEST, right=always))]
 
 
 def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +253,7 @@ def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, 
         label_N, largest = np.array(table["label"]), _largest(table["label"])
         right_N = label_N == np.array(table["prediction"])
         top1 = float(right_N.mean())
-        if not difference(right_N, label_N == largest, image_clusters(_hashes(table))).is_better:
+        if not difference(right_N, label_N == largest, image_clusters(Result(folder, table).hashes)).is_better:
             others = {LARGEST: found["chance"]} | others
     if text := warning("top-1 accuracy", top1, others):
         found["warning"] = text
@@ -159,22 +265,46 @@ def one_prediction_each(table: Table) -> bool:
     return len({*table["key"]}) == len(table["key"])
 
 
+class _Classified(NamedTuple):
+    """Samples that a classifier has classified, by key."""
+
+    name: str  # of the classifier, in sentences
+    labels: dict[str, Any]
+    right: dict[str, float]  # fraction of the draws of training samples with which it is classified correctly
+    hashes: list[str]  # see `image_clusters`
+
+    def words(self, other: _Classified) -> str:
+        """Return a sentence that states whether the accuracies differ significantly. The samples are the same."""
+        first_N, second_N = (np.array([each.right[key] for key in self.right]) for each in (self, other))
+        return difference(first_N, second_N, image_clusters(self.hashes)).words(self.name, other.name)
+
+
+def _classified(result: Result, name: str = "") -> _Classified:
+    """Return which samples are classified correctly. If there are several layers, poolings or numbers of training
+    samples, the main ones are used. `name`: name of the classifier; "": the folder and, if there are several, the layer
+    and so on. Raises UserError unless the table has exactly one prediction for each sample and draw."""
+    folder, case = result.folder, ""
+    if result.table.keys() >= {*Case._fields}:
+        parts = {Case(*values): part for values, part in result.parts(*Case._fields).items()}
+        chosen = main_case([*parts])
+        result, case = parts[chosen], f" ({chosen.name(pools=True)})" if len(parts) > 1 else ""
+    draws = [*result.parts("draw").values()] if "draw" in result.table else [result]
+    keys = [each.table["key"] for each in draws if each.table.keys() >= {*_COLUMNS}]
+    complete = keys and not any(None in result.table[column] for column in _COLUMNS)
+    if not complete or any(own != keys[0] for own in keys) or not one_prediction_each(draws[0].table):
+        raise UserError(
+            f"{folder}: does not contain exactly one class prediction per sample; specify the folders of knn, "
+            "logistic, linear, attentive, finetune, segment, robustness or ood results"
+        )
+    right_DN = np.array([np.array(each.table["label"]) == np.array(each.table["prediction"]) for each in draws])
+    labels = dict(zip(keys[0], draws[0].table["label"]))
+    right = dict(zip(keys[0], right_DN.mean(0).tolist()))
+    return _Classified(name or f"{folder}{case}", labels, right, draws[0].hashes)
+
+
 def _largest(labels: Iterable[Any]) -> Any:
     ((largest, _),) = Counter(labels).most_common(1)
     return largest
-
-
-def _hashes(table: Table) -> list[str]:
-    """Return the hashes of the samples' images; see `image_clusters`."""
-    return table.get(IMAGE_HASH, [""] * len(table["key"]))
-
-
-def _words(ours: dict[str, bool], theirs: dict[str, bool], names: Sequence[Any], hashes: Sequence[str]) -> str:
-    """Return a sentence that states whether two results differ significantly. A result maps each sample's key to
-    whether the sample was classified correctly. `hashes`: those of the samples in `ours`."""
-    _require_same(names, ours.keys(), theirs.keys())
-    first_N, second_N = (np.array([each[key] for key in ours]) for each in (ours, theirs))
-    return difference(first_N, second_N, image_clusters(hashes)).words(str(names[0]), str(names[1]))
 
 
 def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
@@ -185,9 +315,8 @@ def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
         )
 
 
-def _require_same_classes(folders: Sequence[Path], first: Table, second: Table) -> None:
+def _require_same_classes(folders: Sequence[Path], labels: Mapping[str, Any], others: Mapping[str, Any]) -> None:
     """Raise UserError if the labels of the same samples differ in more than the names of the classes."""
-    labels, others = (dict(zip(table["key"], table["label"])) for table in (first, second))
     pairs = {(label, others[key]) for key, label in labels.items()}
     if len(pairs) > min(len({*labels.values()}), len({*others.values()})):
         raise UserError(
@@ -195,41 +324,26 @@ def _require_same_classes(folders: Sequence[Path], first: Table, second: Table) 
         )
 
 
-def _compare_areas(folders: Sequence[Path], first: Table, second: Table) -> str:
-    """Return a sentence for each set of out-of-distribution samples and each score; see `areas_apart`."""
-    samples, others = (list(zip(table["set"], table["key"])) for table in (first, second))
-    _require_same(folders, {*samples}, {*others})
-    place = {sample: row for row, sample in enumerate(others)}
-    rows_N = np.array([place[sample] for sample in samples])  # rows of the second table in the order of the first
-    sets_N, lines = np.array(first["set"]), []
-    for name in dict.fromkeys(first["set"]):
-        for score in SCORES if name != VAL else ():
-            ours_N, theirs_N = np.array(first[score]), np.array(second[score])[rows_N]
-            ours, theirs = ([scores_N[sets_N == part] for part in (VAL, name)] for scores_N in (ours_N, theirs_N))
-            lines.append(f"{name}, {score}: {areas_apart(ours, theirs, str(folders[0]), str(folders[1]))}")
-    return "\n".join(lines)
-
-
-def areas_apart(first: Sequence[np.ndarray], second: Sequence[np.ndarray], name: str, other: str) -> str:
+def areas_apart(
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    name: str,
+    other: str,
+    clusters: Sequence[np.ndarray] = (),
+) -> str:
     """Return a sentence that states whether the areas under the ROC curves of two models' scores differ significantly
-    (paired bootstrap over samples). `first`, `second`: scores of the same in-distribution and out-of-distribution
-    samples, [N] and [M], in the same order. `name`, `other`: names of the models."""
+    (paired bootstrap over images).
+
+    Args:
+        first, second: scores of the same in-distribution and out-of-distribution samples, [N] and [M], in the same
+            order.
+        name, other: names of the models.
+        clusters: see `bootstrap_areas`.
+    """
     apart = auroc_and_fpr(*first)[0] - auroc_and_fpr(*second)[0]
-    low, high = middle(bootstrap_areas(first[0], first[1], 0) - bootstrap_areas(second[0], second[1], 0))
-    known = min(map(len, first)) > 1  # bootstrap samples of a single sample do not vary
+    ours_B, theirs_B = (bootstrap_areas(inside, outside, 0, clusters) for inside, outside in (first, second))
+    low, high = middle(ours_B - theirs_B)
+    # bootstrap samples of a single image do not vary
+    known = all(ids.any() for ids in clusters or map(np.arange, map(len, first)))
     words = verdict(name, other, apart, known and not low <= 0 <= high)
     return f"{words}: AUROC {apart:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-
-
-def _correct(folder: Path, table: Table) -> dict[str, bool]:
-    """Return whether each sample was classified correctly, by key. Raises UserError unless the table has exactly one
-    prediction for each sample."""
-    complete = table.keys() >= {*_COLUMNS} and not any(None in table[name] for name in _COLUMNS)
-    if not complete or not one_prediction_each(table):
-        raise UserError(
-            f"{folder}: does not contain exactly one class prediction per sample; specify the folders of knn, "
-            "logistic, linear, finetune or attentive results at one layer, or of two robustness or ood results"
-        )
-    return {
-        key: label == prediction for key, label, prediction in zip(table["key"], table["label"], table["prediction"])
-    }

@@ -7,7 +7,7 @@ V different scores, B bootstrap samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,15 @@ from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.neighbours import nearest
+from m3ae_fast.evaluation.predictions import IMAGE_HASH
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
+from m3ae_fast.evaluation.significance import image_clusters
 
 # Returns the scores of this rank's queries, [R, C], given the features of the training samples, those of the queries,
 # and whether each training sample belongs to each class, bool [N, C]. Every rank calls it.
 Score = Callable[[FeatureBank, FeatureBank, Tensor], Tensor]
 _RESAMPLES = 200  # number of bootstrap samples
+_CHANCE = "chance"  # name of uninformative scores
 
 
 def run(job: Job, score: Score) -> dict[str, Any]:
@@ -42,8 +45,9 @@ def run(job: Job, score: Score) -> dict[str, Any]:
         name: own_queries.complete(score(own_bank, own_queries, truth_NC)).numpy()
         for name, (own_bank, own_queries) in encoded.items()
     }
-    job.keep(_columns(queries.keys, truth_MC, scores[MODEL], train.classes))
-    result = measured(truth_MC.numpy(), scores, truth_NC.any(0).numpy(), train.classes, job.config.run.seed)
+    known_C, hashes = truth_NC.any(0).numpy(), queries.image_hashes
+    result = measured(truth_MC.numpy(), scores, known_C, train.classes, job.config.run.seed, hashes)
+    job.keep(_columns(queries, truth_MC.numpy() & known_C, scores[MODEL], train.classes))
     return result | {
         "train_samples": len(bank.keys),
         "val_samples": len(queries.keys),
@@ -70,19 +74,24 @@ def neighbour_scores(bank: FeatureBank, queries: FeatureBank, truth_NC: Tensor, 
 
 
 def measured(
-    truth_MC: np.ndarray, scores: Mapping[str, np.ndarray], known_C: np.ndarray, classes: Classes, seed: int
+    truth_MC: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    known_C: np.ndarray,
+    classes: Classes,
+    seed: int,
+    hashes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the entries of result.json. The mAP is the mean over the classes that occur in both the training and the
     held-out samples. The model is compared with the baselines and with uninformative scores. Standard errors and the
-    intervals of the differences are computed by a bootstrap over samples. The average precision of uninformative
-    scores is the fraction of the samples that belong to the class.
+    intervals of the differences are computed by a bootstrap over images. The average precision of uninformative scores
+    is that of equal scores: the fraction of the samples that belong to the class.
 
     Args:
         truth_MC: whether a held-out sample belongs to a class.
         scores: scores of the held-out samples, [M, C]; the keys are MODEL and the names of the baselines.
         known_C: whether a class occurs in the training samples.
         classes: labels by class id.
-        seed: random seed of the bootstrap.
+        seed, hashes: as in `resampled`.
 
     Raises:
         UserError: no class occurs in both the training and the held-out samples.
@@ -90,17 +99,9 @@ def measured(
     counted = np.flatnonzero(truth_MC.any(0) & known_C).tolist()
     if not counted:
         raise UserError("--val: no readable sample has a label that also occurs in a readable training sample")
-    samples = len(truth_MC)
-    weights_BM = bootstrap_weights(np.arange(samples), _RESAMPLES, seed)
-    weights_BM = weights_BM[(weights_BM @ truth_MC[:, counted]).any(1)]  # a bootstrap sample may have no positives
-    of_class = {
-        name: np.array([average_precisions(truth_MC[:, c], scores_MC[:, c], weights_BM) for c in counted])
-        for name, scores_MC in scores.items()
-    }
-    missing_CB = np.isnan(of_class[MODEL])
-    chance_CB = np.where(missing_CB, np.nan, (truth_MC[:, counted].T @ weights_BM.T) / samples)
-    found = {name: Resampled(np.nanmean(found_CB, 0)) for name, found_CB in of_class.items()}
-    chance = Resampled(np.nanmean(chance_CB, 0))
+    even, own_MC, once_1M = np.zeros_like(scores[MODEL]), scores[MODEL], np.ones((1, len(truth_MC)), np.int64)
+    found = resampled(truth_MC & known_C, {**scores, _CHANCE: even}, seed, hashes)
+    chance = found.pop(_CHANCE)
     return {
         **found[MODEL].entries("map"),
         "chance_map": chance.value,
@@ -109,12 +110,35 @@ def measured(
             {
                 "class": classes[c],
                 "samples": int(truth_MC[:, c].sum()),
-                "average_precision": float(of_class[MODEL][row, 0]),
+                "average_precision": float(average_precisions(truth_MC[:, c], own_MC[:, c], once_1M)[0]),
             }
-            for row, c in enumerate(counted)
+            for c in counted
         ],
-        **compared("map", "mAP", found, chance, "chance", "random scores"),
+        **compared("map", "mAP", found, chance, _CHANCE, "random scores"),
     }
+
+
+def resampled(
+    truth_MC: np.ndarray, scores: Mapping[str, np.ndarray], seed: int, hashes: Sequence[str] = ()
+) -> dict[str, Resampled]:
+    """Return the mAP of each set of scores of the same samples, with the same bootstrap samples of the images. It is
+    the mean over the classes that occur.
+
+    Args:
+        truth_MC: whether a sample belongs to a class, bool; at least one sample belongs to one.
+        scores: scores of the samples, [M, C], by name.
+        seed: random seed of the bootstrap.
+        hashes: hash of each sample's image; the bootstrap draws samples with equal hashes together. Empty: all images
+            differ.
+    """
+    weights_BM = bootstrap_weights(image_clusters(hashes or [""] * len(truth_MC)), _RESAMPLES, seed)
+    weights_BM = weights_BM[(weights_BM @ truth_MC).any(1)]  # a bootstrap sample may have no positives
+    found = {}
+    for name, scores_MC in scores.items():
+        parts = ((truth_MC[:, c], scores_MC[:, c]) for c in np.flatnonzero(truth_MC.any(0)))
+        of_class = [average_precisions(truth_M, scores_M, weights_BM) for truth_M, scores_M in parts]
+        found[name] = Resampled(np.nanmean(of_class, 0))
+    return found
 
 
 def average_precisions(truth_M: np.ndarray, scores_M: np.ndarray, weights_BM: np.ndarray) -> np.ndarray:
@@ -133,8 +157,9 @@ def average_precisions(truth_M: np.ndarray, scores_M: np.ndarray, weights_BM: np
         return (precision_BV * added_BV).sum(1) / right_BV[:, -1]
 
 
-def _columns(keys: list[str], truth_MC: Tensor, scores_MC: np.ndarray, classes: Classes) -> dict[str, Any]:
-    """Return the columns of the predictions: keys, the labels of each sample, and its scores in the order of
-    `classes`."""
-    labels = [[str(classes[number]) for number in row.nonzero()[:, 0].tolist()] for row in truth_MC]
-    return {"key": keys, "labels": labels, "scores": scores_MC}
+def _columns(queries: FeatureBank, truth_MC: np.ndarray, scores_MC: np.ndarray, classes: Classes) -> dict[str, Any]:
+    """Return the columns of the predictions: keys, the labels of each sample, whether it belongs to each class, and its
+    scores, both in the order of `classes`, and the hashes of the images."""
+    labels = [[str(classes[number]) for number in row_C.nonzero()[0]] for row_C in truth_MC]
+    images = {IMAGE_HASH: queries.image_hashes} if queries.image_hashes else {}
+    return {"key": queries.keys, "labels": labels, "truth": truth_MC, "scores": scores_MC, **images}

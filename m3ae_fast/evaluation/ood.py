@@ -40,6 +40,7 @@ from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
+from m3ae_fast.evaluation.predictions import IMAGE_HASH
 from m3ae_fast.evaluation.significance import area_under_roc, image_clusters, middle
 from m3ae_fast.process.collectives import all_reduce
 
@@ -209,6 +210,7 @@ def run(job: Job) -> dict[str, Any]:
         "key": [*val.keys],
         "set": [VAL] * len(val.keys),
         **{name: [*own] for name, own in known.items()},
+        IMAGE_HASH: val.image_hashes or [""] * len(val.keys),
     }
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
     for name, corpus in outside.items():
@@ -222,7 +224,13 @@ def run(job: Job) -> dict[str, Any]:
         for warning in filter(None, (unknown_intervals(measured), inverted(measured))):
             warnings.append(f"{name or 'ood'}: {warning}")
             job.print(f"note: {warnings[-1]}")
-        more: dict[str, Any] = {"key": found.keys, "set": [name or "ood"] * len(found.keys), **other}
+        hashes = found.image_hashes or [""] * len(found.keys)
+        more: dict[str, Any] = {
+            "key": found.keys,
+            "set": [name or "ood"] * len(found.keys),
+            **other,
+            IMAGE_HASH: hashes,
+        }
         columns = {column: [*columns[column], *values] for column, values in more.items()}
         samples[f"{name or 'ood'}_samples"] = len(found.keys)
         path = job.out / (f"scores-{name}.png" if name else "scores.png")

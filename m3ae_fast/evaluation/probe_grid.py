@@ -53,6 +53,12 @@ class Case(NamedTuple):
         )
 
 
+def main_case(cases: Sequence[Case]) -> Case:
+    """Return the case to which the main accuracies of a result belong: the last layer with the first pooling and the
+    largest number of shots. `cases`: all cases of a grid, in their order."""
+    return [case for case in cases if case.pool == cases[0].pool][-1]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Features of the training and held-out samples. Keys are indices of feature types."""
@@ -96,15 +102,14 @@ class GridPredictions:
     def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return the entries of result.json for these rows."""
         train_samples, val_samples = self.samples
-        # the main accuracies are those of the last layer with the first pooling and the largest number of shots
-        main = [row for row in rows if row["pool"] == rows[0]["pool"]][-1]
+        main = rows[self.cases.index(main_case(self.cases))]
         result = {name: value for name, value in main.items() if name.startswith("top")}
         result |= {"classes": len(self.classes), "train_samples": train_samples, "draws": self.draws}
         return result | {WARNINGS: [*self.warnings], "val_samples": val_samples, "results": rows}
 
     def main_predictions(self) -> tuple[Case, list[Predictions]]:
         """Return the case to which the main accuracies of the result belong, and its predictions for each draw."""
-        case = [each for each in self.cases if each.pool == self.cases[0].pool][-1]
+        case = main_case(self.cases)
         return case, [predictions for other, _, predictions in self.made if other == case]
 
     def columns(self, made: Sequence[tuple[Case, int, Predictions]]) -> dict[str, list[Any]]:

@@ -36,12 +36,14 @@ from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_head
 from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.neighbours import nearest
+from m3ae_fast.evaluation.predictions import IMAGE_HASH
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
 from m3ae_fast.evaluation.significance import image_clusters
 from m3ae_fast.evaluation.stacked_optimizers import AdamW
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.ranks import Ranks
 
+BY_CLASS = ("class_pixels", "class_predicted", "class_right")  # columns of predictions.parquet
 _SHOWN = 8  # number of held-out images in the figure
 _RESAMPLES = 1000  # number of bootstrap samples
 _PREDICTED = 16  # number of images that are predicted at a time
@@ -88,6 +90,19 @@ class Counts:
         predicted_MC[:, first], right_MC[:, first] = self.truth_MC.sum(1), self.truth_MC[:, first]
         return Counts(right_MC, self.truth_MC, predicted_MC)
 
+    def columns(self) -> dict[str, Any]:
+        """Return the counts as columns of predictions.parquet: those of each image, in total and by class."""
+        totals = {"pixels": self.truth_MC.sum(1), "right": self.right_MC.sum(1)}
+        return totals | dict(zip(BY_CLASS, (self.truth_MC, self.predicted_MC, self.right_MC)))
+
+    @classmethod
+    def read(cls, tables: Sequence[Mapping[str, Sequence[Any]]]) -> list[Counts]:
+        """Return the counts in the columns of several predictions.parquet, with the same number of classes."""
+        found = [[np.array(table[name], dtype=np.int64) for name in BY_CLASS] for table in tables]
+        classes = max(truth_MC.shape[1] for truth_MC, *_ in found)
+        padded = [[np.pad(part, ((0, 0), (0, classes - part.shape[1]))) for part in parts] for parts in found]
+        return [cls(right_MC, truth_MC, predicted_MC) for truth_MC, predicted_MC, right_MC in padded]
+
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if no sample has a mask, a mask cannot be read, the masks of
@@ -115,7 +130,8 @@ def run(job: Job) -> dict[str, Any]:
         counts[name] = Counts(*val.bank.complete(counts_R3C).numpy().transpose(1, 0, 2))
         if name == MODEL:
             pictures = {row: cell for part in ranks.gather(cells) for row, cell in part.items()}
-    job.keep(_columns(val.bank.keys, counts[MODEL]))
+    images = {IMAGE_HASH: val.bank.image_hashes} if val.bank.image_hashes else {}
+    job.keep({"key": val.bank.keys} | counts[MODEL].columns() | images)
     job.pictures.append(lambda: _draw(job, opened["val"][0], val.bank.keys, pictures))
     if untrained := val_ids - known:
         names = ", ".join(map(str, sorted(untrained)))
@@ -293,6 +309,17 @@ def count(predicted_BSS: Tensor, masks_BSS: Tensor, classes: int, ignored: int |
     return torch.stack(found)
 
 
+def resampled(counts: Mapping[str, Counts], seed: int, hashes: Sequence[str] = ()) -> dict[str, Resampled]:
+    """Return the mIoU of each set of predictions of the same images, with the same bootstrap samples of the images.
+    Arguments as for `measured`."""
+    truth_MC = next(iter(counts.values())).truth_MC
+    weights_BM = bootstrap_weights(image_clusters(hashes or [""] * len(truth_MC)), _RESAMPLES, seed)
+    weights_BM = weights_BM[weights_BM @ truth_MC.sum(1) > 0]  # a bootstrap sample may have only ignored pixels
+    return {
+        name: Resampled(np.array([each.miou(weights_M) for weights_M in weights_BM])) for name, each in counts.items()
+    }
+
+
 def measured(counts: Mapping[str, Counts], seed: int, hashes: Sequence[str] = ()) -> dict[str, Any]:
     """Return the entries of result.json. The model is compared with the baselines and with always predicting the
     largest class. Standard errors and the intervals of the differences are computed by a bootstrap over images.
@@ -303,13 +330,9 @@ def measured(counts: Mapping[str, Counts], seed: int, hashes: Sequence[str] = ()
         seed: random seed of the bootstrap.
         hashes: hash of each image; the bootstrap draws images with equal hashes together. Empty: all images differ.
     """
-    model, largest = counts[MODEL], counts[MODEL].largest()
-    weights_BM = bootstrap_weights(image_clusters(hashes or [""] * len(model.truth_MC)), _RESAMPLES, seed)
-    weights_BM = weights_BM[weights_BM @ model.truth_MC.sum(1) > 0]  # a bootstrap sample may have only ignored pixels
-    found = {
-        name: Resampled(np.array([each.miou(weights_M) for weights_M in weights_BM])) for name, each in counts.items()
-    }
-    chance = Resampled(np.array([largest.miou(weights_M) for weights_M in weights_BM]))
+    model = counts[MODEL]
+    found = resampled({**counts, LARGEST: model.largest()}, seed, hashes)
+    chance = found.pop(LARGEST)
     iou_C, truth_C, pixels = model.iou(), model.truth_MC.sum(0), int(model.truth_MC.sum())
     return {
         **found[MODEL].entries("miou"),
@@ -323,12 +346,6 @@ def measured(counts: Mapping[str, Counts], seed: int, hashes: Sequence[str] = ()
         "classes": int((~np.isnan(iou_C)).sum()),
         **compared("miou", "mIoU", found, chance, LARGEST, "always predicting the largest class"),
     }
-
-
-def _columns(keys: list[str], counts: Counts) -> dict[str, Any]:
-    """Return the columns of predictions.parquet: the pixel counts of each image, in total and by class."""
-    by_class = {"class_pixels": counts.truth_MC, "class_predicted": counts.predicted_MC, "class_right": counts.right_MC}
-    return {"key": keys, "pixels": counts.truth_MC.sum(1), "right": counts.right_MC.sum(1), **by_class}
 
 
 def palette() -> Tensor:

@@ -1,10 +1,14 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3ae_fast.cli.evaluate import main
+from m3ae_fast.evaluation.baselines import UNTRAINED
+from m3ae_fast.evaluation.difference import compare_results
+from m3ae_fast.evaluation.significance import Difference
 from m3ae_fast.evaluation.tasks import TASKS
 from tests.helpers.labelled import labelled_tar, tiny_run
 
@@ -21,6 +25,17 @@ def figure_names(folder):
     events.Reload()
     assert set(names) <= set(events.Tags()["images"])
     return names
+
+
+def same_as_baseline(transfer, folder, task, *options, **more):
+    """Evaluate the tiny run with its baselines, and random weights alone. Return the sentence of `compare` about the
+    two, and the sentence that the first result contains about its baseline with random weights."""
+    options = [*options, *settings("run.seed=0")]  # the seed of the bootstrap of `compare`
+    result = transfer(task, *options, out="one", baselines=True, **more)
+    transfer(task, *options, out="other", model=f"random:{result['model']}", **more)
+    names = [str(folder / name) for name in ("one", "other")]
+    difference = Difference.read(result["baselines"][UNTRAINED]["difference"])
+    return compare_results([*map(Path, names)]), difference.words(*names)
 
 
 @pytest.fixture(scope="session")

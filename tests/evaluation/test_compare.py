@@ -25,7 +25,7 @@ from m3ae_fast.evaluation.ood import SCORES
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import difference
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
-from tests.evaluation.conftest import figure_names, settings
+from tests.evaluation.conftest import figure_names, same_as_baseline, settings
 from tests.helpers.labelled import tiny_run
 
 pytestmark = pytest.mark.slow
@@ -205,9 +205,11 @@ def test_significant_and_insignificant_differences_between_results_are_reported(
     transfer("knn", val=shards[0], out="elsewhere")
     with pytest.raises(UserError, match="66 samples are in only one of them"):
         main(["compare", folders[0], str(tmp_path / "elsewhere")])
-    transfer("knn", "--layers", "all", out="layers")
-    with pytest.raises(UserError, match="does not contain exactly one class prediction per sample"):
-        main(["compare", folders[0], str(tmp_path / "layers")])
+    compared_models = tmp_path / "compared"
+    columns = {"key": ["a", "a"], "label": [1, 1], "prediction": [1, 1], "model": ["m", "n"]}
+    write_parquet(compared_models / "predictions.parquet", columns)
+    with pytest.raises(UserError, match="compared: does not contain exactly one class prediction per sample"):
+        main(["compare", folders[0], str(compared_models)])
     with pytest.raises(
         UserError, match=r"nowhere: has no predictions.parquet; to compare results, specify the folders"
     ):
@@ -236,6 +238,41 @@ def test_each_pair_of_results_is_compared_and_results_of_robustness_for_each_att
     for option in (["--train", "a.tar"], ["--set", "knn.k=1"]):
         with pytest.raises(UserError, match="is needed to compare models; to compare results, specify only"):
             main(["compare", *map(str, folders), *option])
+
+
+@pytest.mark.parametrize("grid", [("--layers", "1,2"), ("--layers", "1,2", "--pools", "all", "--shots", "2,4")])
+def test_the_main_accuracies_of_grids_are_compared_as_those_of_a_model_and_its_baseline(transfer, tmp_path, grid):
+    case = "layer 2, mean, 4 shots" if "--shots" in grid else "layer 2, mean"
+    line, expected = same_as_baseline(transfer, tmp_path, "knn", *grid)
+    for name in ("one", "other"):
+        expected = expected.replace(str(tmp_path / name), f"{tmp_path / name} ({case})")
+    assert line == expected
+    transfer("knn", *settings("run.seed=0"), out="alone")
+    line = compare_results([tmp_path / "alone", tmp_path / "one"])
+    assert line.startswith(f"{tmp_path / 'alone'} ") and f" {tmp_path / 'one'} ({case})" in line
+    if "--shots" not in grid:  # the main accuracy is that of the last layer
+        assert "+0.0 points, 95 % interval +0.0 to +0.0" in line
+
+
+def test_results_with_different_metrics_are_not_compared(tmp_path):
+    keys, counts = ["a", "b"], [[1, 2], [3, 4]]
+    tables = {
+        "classes": {"label": [0, 1], "prediction": [0, 1]},
+        "masks": {"class_pixels": counts, "class_predicted": counts, "class_right": counts},
+        "lists": {"truth": [[True, False], [False, True]], "scores": [[1.0, 0.0], [0.0, 1.0]]},
+    }
+    for name, columns in tables.items():
+        write_parquet(tmp_path / name / "predictions.parquet", {"key": keys} | columns)
+    with pytest.raises(UserError, match="are measured by different metrics, accuracy and mIoU; choose results with"):
+        compare_results([tmp_path / "classes", tmp_path / "masks"])
+    with pytest.raises(UserError, match="are measured by different metrics, mIoU and mAP; choose results with"):
+        compare_results([tmp_path / "masks", tmp_path / "lists"])
+    one = {name: values[:1] for name, values in ({"key": keys} | tables["masks"]).items()}
+    for name in ("first", "second"):
+        write_parquet(tmp_path / name / "predictions.parquet", one)
+    assert "no interval can be estimated; use more --val samples" in compare_results(
+        [tmp_path / "first", tmp_path / "second"]
+    )
 
 
 def test_results_of_different_labels_are_not_compared(tmp_path):

@@ -14,12 +14,13 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.label_lists import list_corpus
 from m3ae_fast.evaluation.baselines import MODEL
+from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.logistic_regression import fit
-from m3ae_fast.evaluation.multilabel import average_precisions, measured, neighbour_scores
+from m3ae_fast.evaluation.multilabel import average_precisions, measured, neighbour_scores, resampled
 from m3ae_fast.evaluation.significance import Difference
-from tests.evaluation.conftest import settings
+from tests.evaluation.conftest import same_as_baseline, settings
 from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.shards import write_tar
 
@@ -61,6 +62,31 @@ def test_labels_determined_by_the_colour_are_predicted(transfer, tmp_path, task,
     assert table["labels"][0] == ["blue", "cold"] and table["labels"][2] == []
     truth, scores = np.array([["green" in own for own in table["labels"]]])[0], np.array(table["scores"])[:, 2]
     assert result["per_class"][2]["average_precision"] == pytest.approx(average_precision_score(truth, scores))
+
+
+@pytest.mark.slow
+def test_two_results_on_lists_of_labels_are_compared_as_a_model_and_its_baseline(transfer, tmp_path):
+    data = {"train": tagged_tar(tmp_path / "train.tar", tags_of(range(45)))}
+    wrong = {number: ["green"] for number in range(108, 114)}
+    data["val"] = tagged_tar(tmp_path / "val.tar", tags_of(range(90, 108)) | wrong)
+    line, expected = same_as_baseline(transfer, tmp_path, "knn", "--labels", "json.tags", **data)
+    assert line == f"mAP: {expected}"
+    data["train"] = tagged_tar(tmp_path / "train.tar", tags_of(range(45)) | {50: ["new"]})
+    transfer("knn", "--labels", "json.tags", out="more", **data)
+    with pytest.raises(UserError, match="have different lists of labels; choose results with the same --labels and"):
+        compare_results([tmp_path / "one", tmp_path / "more"])
+
+
+def test_copies_of_an_image_are_drawn_together():
+    """A sample that occurs four times has the standard error of one sample, not of four."""
+    random = np.random.default_rng(0)
+    truth = random.random((50, 2)) < 0.4
+    scores = truth + random.normal(size=(50, 2))
+    one, copied = ([np.repeat(each, times, 0) for each in (truth, scores)] for times in (1, 4))
+    hashes = [str(number) for number in range(50) for _ in range(4)]
+    apart, together = (resampled(copied[0], {"a": copied[1]}, 0, own)["a"].values_B[1:].std() for own in ((), hashes))
+    alone = resampled(one[0], {"a": one[1]}, 0)["a"].values_B[1:].std()
+    assert together == pytest.approx(alone) and apart < 0.7 * alone
 
 
 def test_average_precisions_equal_those_of_scikit_learn():

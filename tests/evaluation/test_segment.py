@@ -18,6 +18,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
 from m3ae_fast.evaluation.baselines import MODEL, UNTRAINED
+from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.run_report import write_report
@@ -25,7 +26,7 @@ from m3ae_fast.evaluation.segment import Counts, Images, Neighbours, count, fit,
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.label_mask import mask_view, read_mask
 from m3ae_fast.process.ranks import join_ranks
-from tests.evaluation.conftest import figure_names, settings
+from tests.evaluation.conftest import figure_names, same_as_baseline, settings
 from tests.helpers.labelled import labelled_tar
 from tests.helpers.shards import write_tar
 
@@ -98,6 +99,16 @@ def test_segmentation_exceeds_the_baseline_on_simple_shapes(transfer, masked, tm
     write_report(tmp_path / "out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "iou of each class" in page and f'<td class="number">{result["chance_miou"]:.1%}</td>' in page
+
+
+@pytest.mark.slow
+def test_two_segmentations_are_compared_as_a_model_and_its_baseline(transfer, masked, tmp_path):
+    data, head = {"train": masked[0], "val": masked[1]}, settings("segment.head=knn")
+    line, expected = same_as_baseline(transfer, tmp_path, "segment", *head, **data)
+    assert line == f"mIoU: {expected}"
+    transfer("segment", *head, *settings("segment.ignore_label=2"), out="ignored", **data)
+    with pytest.raises(UserError, match="the masks differ; choose results with the same masks, the same segment"):
+        compare_results([tmp_path / "one", tmp_path / "ignored"])
 
 
 @pytest.mark.slow
