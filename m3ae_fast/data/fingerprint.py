@@ -43,7 +43,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     fractions = [source.caption_fraction for source in data.train.sources]
     stream["data.train.caption_fraction"] = ", ".join(map(str, fractions))
     stream["data.train.loss_weight"] = ", ".join(f"{source.loss_weight:g}" for source in data.train.sources)
-    stream[WRITTEN] = _written(data.train)
+    stream[WRITTEN] = written(data.train)
     if labels := [source.labels.tolist() for source in data.train.sources if source.labels is not None]:
         stream["data.train.labels"] = f"{sum(map(len, labels)):,} labels, {_hash(labels)}"
     stream["data.order"] = str(layout)
@@ -54,7 +54,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     return stream
 
 
-def _written(corpus: Corpus) -> str:
+def written(corpus: Corpus) -> str:
     """Return the time at which the newest local shard was written, and a hash of the modification times of all local
     shards in whole seconds. The modification times of remote shards are unknown."""
     local = [shard for source in corpus.sources for shard in source.indexed if not corpus.store.is_cached(shard.shard)]

@@ -6,11 +6,14 @@ Shapes: N held-out samples, D trials with different seeds.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +21,10 @@ from torch import Tensor
 
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.parquet import read_parquet, write_parquet
 from m3ae_fast.base.progress import TimeLeft, duration
 from m3ae_fast.data import Corpus
+from m3ae_fast.data.fingerprint import written
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
 from m3ae_fast.evaluation import expected_duration
@@ -34,12 +39,14 @@ from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.probes import PROBES, Features, Setting, attentive_recipe
 from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 from m3ae_fast.weights.open_model import open_model, set_images
 
 _BASELINES = (UNTRAINED, *IMAGE_FEATURES.values())
 _DECODING = 0.1  # approximate cost of reading an image, relative to encoding it
 TABLE_FILE = "comparison.md"
+_TRIALS = "trials"  # folder in the output folder with the predictions of each probe and seed, until all are complete
 
 
 @dataclass
@@ -161,14 +168,18 @@ class ComputeCost:
     cost: float  # cost of encoding a sample, proportional to FLOPs
     seeded_weights: bool  # whether the weights depend on the seed
     training: dict[str, float]  # estimated training time in seconds, by probe
+    trials: dict[tuple[int, str], Path]  # files of the predictions, by seed and probe
+    missing: list[tuple[int, str]]  # seeds and probes for which the predictions have to be computed
 
-    def passes(self, seeds: int) -> int:
+    @property
+    def passes(self) -> int:
         """Return the number of passes over the images."""
-        return seeds if self.seeded_weights else 1
+        seeds = {seed for seed, _ in self.missing}
+        return len(seeds) if self.seeded_weights else min(len(seeds), 1)
 
-    def trials(self, probe: str, seeds: int) -> int:
-        """Return the number of probes to train."""
-        return seeds if self.seeded_weights or PROBES[probe].seeded else 1
+    def seconds(self, probes: Sequence[str]) -> float:
+        """Return the estimated time in which these probes are trained."""
+        return sum(self.training[probe] for _, probe in self.missing if probe in probes)
 
 
 def with_error(accuracy: Mapping[str, Any]) -> str:
@@ -185,22 +196,31 @@ def run(job: Job) -> dict[str, Any]:
         own, missing = [], ""
     names = model_names(options.models, own)
     # report mistakes before any work
-    shapes = {name: _shape(job, open_model(model, text=False)) for name, model in names.items() if model not in own}
+    shapes, digests, channels = dict[str, Shape](), dict[str, str](), dict[str, int]()
+    for name, model in names.items():
+        if model not in own:
+            opened = open_model(model, text=False)
+            shapes[name], digests[name] = _shape(job, opened), weights_digest(opened.state_dict())
+            channels[name] = opened.config.channels
     if missing:
         job.warn(missing)
     train, val, classes = job.open_labelled()
+    for name, number in channels.items():
+        if name not in _BASELINES:
+            job.warn_of_colours(train, number, name)
     features = open_image_features(own, job.config.data, job.ranks)
     decoding = _DECODING * next(iter(shapes.values())).cost
     shapes |= {name: _shape(job, features[model], decoding) for name, model in names.items() if model in own}
     found = ComparedPredictions(classes)
     training = cache(partial(_training, job, train.samples, len(classes)))  # measured once per shape
+    same = _identity(job, (train, val), classes)
     work = {
-        name: ComputeCost(shapes[name].cost, model.startswith(RANDOM), training(shapes[name]))
+        name: _work(job, shapes[name], model, f"{same} {digests.get(name, model)}", training(shapes[name]), seeds)
         for name, model in names.items()
     }
     whole = job.time_left(
-        (train.samples + val.samples) * sum(each.cost * each.passes(len(seeds)) for each in work.values()),
-        sum(each.trials(probe, len(seeds)) * each.training[probe] for each in work.values() for probe in each.training),
+        (train.samples + val.samples) * sum(each.cost * each.passes for each in work.values()),
+        sum(each.seconds(options.probes) for each in work.values()),
         shorter=lambda _: _shorter(job, work.values()),
     )
     job.print(
@@ -208,10 +228,13 @@ def run(job: Job) -> dict[str, Any]:
         f"encode {train.samples + val.samples:,} images each (random weights: once per seed)"
         + (f"; the probes train for about {duration(whole.other_work)} in total" if whole.other_work > 1 else "")
     )
+    if complete := sum(len(each.trials) - len(each.missing) for each in work.values()):
+        job.print(f"{complete} probes were completed by an earlier call, whose predictions are used")
     for done, (name, model) in enumerate(names.items(), 1):
-        _measure(job, found, (work[name], whole), name, features.get(model, model), seeds, (train, val))
+        _measure(job, found, (work[name], whole), name, features.get(model, model), (train, val))
         job.print(f"{done} of {len(names)} models done{whole.left()}")
     job.keep(found.columns())
+    job.ranks.on_main(lambda: rmtree(job.out / _TRIALS))
     page = found.page()
     job.ranks.on_main(lambda: write_text_atomically(job.out / TABLE_FILE, page))
     job.print(page)
@@ -247,13 +270,37 @@ def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, f
     return {probe: expected_duration.seconds(probe, samples, [size], setting) for probe, size in sizes.items()}
 
 
+def _identity(job: Job, corpora: Sequence[Corpus], classes: Classes) -> str:
+    """Return a description of everything that determines the predictions besides the model, the probe and the seed: the
+    settings, the samples and their labels."""
+    config = job.config.model_dump(mode="json", exclude={"run": {"dir"}, "data": {"workers"}})
+    shards = [(each.shard, each.summary.size) for part in corpora for source in part.sources for each in source.shards]
+    labels = [source.labels.tolist() for part in corpora for source in part.sources if source.labels is not None]
+    return json.dumps([config, shards, [written(part) for part in corpora], labels, list(classes)], sort_keys=True)
+
+
+def _work(
+    job: Job, shape: Shape, model: str, identity: str, training: dict[str, float], seeds: Sequence[int]
+) -> ComputeCost:
+    """Return the work that a model requires. Predictions that an interrupted call has computed are not computed again.
+    `identity`: see `_identity`, with the model's weights."""
+    seeded, trials = model.startswith(RANDOM), dict[tuple[int, str], Path]()
+    for number, seed in enumerate(seeds):
+        for probe in training:
+            if number == 0 or seeded or PROBES[probe].seeded:
+                digest = hashlib.sha256(f"{identity} {seeded} {probe} {seed}".encode()).hexdigest()
+                trials[seed, probe] = job.out / _TRIALS / f"{digest[:32]}.parquet"
+    missing = job.ranks.broadcast(lambda: [trial for trial, path in trials.items() if not path.exists()])
+    return ComputeCost(shape.cost, seeded, training, trials, missing)
+
+
 def _shorter(job: Job, work: Iterable[ComputeCost]) -> str:
     """Return a suggestion of options that shorten the comparison."""
     probes, seeds = job.options.probes, job.options.seeds
     ways = []
     if "attentive" in probes and len(probes) > 1:
         others = ",".join(probe for probe in probes if probe != "attentive")
-        seconds = sum(each.trials("attentive", seeds) * each.training.get("attentive", 0.0) for each in work)
+        seconds = sum(each.seconds(["attentive"]) for each in work)
         ways.append(f"--probes {others} saves about {duration(seconds)}")
     if seeds > 1:
         ways.append("--seeds 1")
@@ -280,11 +327,10 @@ def _measure(
     planned: tuple[ComputeCost, TimeLeft],
     name: str,
     model: str | ImageFeatures,
-    seeds: Sequence[int],
     corpora: tuple[Corpus, Corpus],
 ) -> None:
     """Encode the samples with a model, and add the predictions of each probe and seed to `found`. If the weights depend
-    on the seed, the samples are encoded once per seed.
+    on the seed, the samples are encoded once per seed. Complete predictions are read from their files.
 
     The probes of different seeds are not trained in one pass, because a seed determines the order of the samples as
     well as the initial weights. With the same order for all seeds, the standard error over seeds would be too small:
@@ -292,43 +338,46 @@ def _measure(
     initial weights, but 0.6 % of the predictions change with the order.
     """
     work, whole = planned
-    own, parts = job, list[tuple[FeatureBank, FeatureBank] | None]()
-    for number, seed in enumerate(seeds):
-        if number < work.passes(len(seeds)):
+    own, parts = job, dict[str, tuple[FeatureBank, FeatureBank] | None]()
+    encoded: int | None = None  # seed of the weights with which the samples were last encoded
+    for (seed, probe), path in work.trials.items():
+        if (seed, probe) not in work.missing:
+            columns = job.ranks.broadcast(partial(read_parquet, path))
+            found.add(name, probe, seed, Predictions.read(columns, found.classes))
+            continue
+        if encoded is None or (work.seeded_weights and seed != encoded):
             opened = open_model(model, text=False, seed=seed) if isinstance(model, str) else model
             own, parts = _encoded(job, opened, name, corpora, planned)
-        for probe, pair in zip(work.training, parts):
-            if number >= work.trials(probe, len(seeds)):
-                continue
-            about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
+            encoded = seed
+        about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
 
-            def warn(_: int, text: str, about: str = about) -> None:
-                job.print(f"note: {about}: {text}")
+        def warn(_: int, text: str, about: str = about) -> None:
+            job.print(f"note: {about}: {text}")
 
-            setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn)
-            with whole.aside(work.training[probe]):
-                if pair is None:
-                    recipe = attentive_recipe(corpora[0].samples, setting)
-                    left, depth = TimeLeft(passes(recipe, *corpora)), opened.config.depth
-                    predictions = predict_online(own, corpora, [Features(depth, None)], recipe, setting, left)[0]
-                else:
-                    predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
-            found.add(name, probe, seed, predictions)
-            job.print(f"{about}: {summary(predictions.accuracies())}{whole.left()}")
+        setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn)
+        with whole.aside(work.training[probe]):
+            if (pair := parts[probe]) is None:
+                recipe = attentive_recipe(corpora[0].samples, setting)
+                left, depth = TimeLeft(passes(recipe, *corpora)), opened.config.depth
+                predictions = predict_online(own, corpora, [Features(depth, None)], recipe, setting, left)[0]
+            else:
+                predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
+        found.add(name, probe, seed, predictions)
+        job.ranks.on_main(partial(write_parquet, path, predictions.columns(found.classes)))
+        job.print(f"{about}: {summary(predictions.accuracies())}{whole.left()}")
 
 
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, TimeLeft]
-) -> tuple[Job, list[tuple[FeatureBank, FeatureBank] | None]]:
+) -> tuple[Job, dict[str, tuple[FeatureBank, FeatureBank] | None]]:
     """Encode the samples with a model, in one pass over the images. Return a job for this model, and the features of
-    the training and held-out samples for each probe; None for a probe that will be trained online."""
+    the training and held-out samples by probe; None for a probe that will be trained online."""
     work, left = planned
     if not isinstance(model, ImageFeatures):
         set_images(model, job.config.data.image_settings())
     own = replace(job, model=model.to(job.ranks.device).eval())
-    if name not in _BASELINES:
-        own.warn_of_colours(corpora[0], name)
-    tokens = any(PROBES[probe].tokens for probe in work.training)
+    probes = {probe for _, probe in work.missing}
+    tokens = any(PROBES[probe].tokens for probe in probes)
     tokens = tokens and not trains_online(own, [model.config.depth], corpora, f"{name}: ")
     whole = []
     for corpus, title in zip(corpora, ("train", "val")):
@@ -338,4 +387,4 @@ def _encoded(
     bank, held_out = whole
     pooled = bank.pooled(), held_out.pooled()
     with_tokens = (bank.tokens(), held_out.tokens()) if tokens else None
-    return own, [with_tokens if PROBES[probe].tokens else pooled for probe in work.training]
+    return own, {probe: with_tokens if PROBES[probe].tokens else pooled for probe in probes}

@@ -92,7 +92,7 @@ class Job:
         `open_corpus` does."""
         train, val = self.open(self.config.data.train), self.open(self.config.data.val)
         if self.model is not None:
-            self.warn_of_colours(train)
+            self.warn_of_colours(train, getattr(self.model, "backbone", self.model).config.channels)
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
             self.print(
@@ -120,10 +120,10 @@ class Job:
         self.classes, self.names = classes, class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 
-    def warn_of_colours(self, corpus: Corpus, name: str = "the model") -> None:
-        """Warn if the model reads the images as grey although some of them have colours. `name`: name of the
-        model in the warning."""
-        if getattr(self.model, "backbone", self.model).config.channels > 1:
+    def warn_of_colours(self, corpus: Corpus, channels: int, name: str = "the model") -> None:
+        """Warn if a model with this number of channels reads the images as grey although some of them have colours.
+        `name`: name of the model in the warning."""
+        if channels > 1:
             return
         kinds = self.ranks.broadcast(lambda: part_of(corpus, "the images", "", None).kinds)
         if colours := sum(kind.channels == 3 for kind in kinds):

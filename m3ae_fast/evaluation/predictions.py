@@ -83,6 +83,14 @@ class Predictions:
         lists = [[*chain.from_iterable(getattr(part, name) for part in parts)] for name in ("keys", "image_hashes")]
         return cls(lists[0], tensors[0], tensors[1], tensors[2], lists[1])
 
+    @classmethod
+    def read(cls, columns: Mapping[str, Sequence[Any]], classes: Classes) -> Predictions:
+        """Return the predictions with these `columns`, in which only the best class of each sample is known."""
+        ids = {label: number for number, label in enumerate(classes)}
+        labels_N, best_N = (torch.tensor([ids[each] for each in columns[name]]) for name in ("label", "prediction"))
+        scores_N = torch.tensor(columns["score"], dtype=torch.float32)
+        return cls(list(columns["key"]), labels_N, best_N[:, None], scores_N, list(columns.get(IMAGE_HASH, ())))
+
     @property
     def correct_N(self) -> Tensor:
         """Return whether the best class is the correct one, bool [N]."""

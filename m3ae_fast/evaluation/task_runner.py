@@ -219,7 +219,8 @@ def _perform(
     result."""
     ranks, task = session.ranks, options.task
     if is_last:
-        session.stop.advice = "running the same command again starts over"
+        continues = "continues" if TASKS[task].compares else "starts over"
+        session.stop.advice = f"running the same command again {continues}"
     ranks.require_same({**vars(options), "out": str(out), "overrides": list(overrides)})
     ranks.on_main(lambda: require_for(task, options.shards, options.shots))
     if options.is_image_features:

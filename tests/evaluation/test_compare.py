@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy import stats
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import write_parquet
 from m3ae_fast.cli.evaluate import main
-from m3ae_fast.evaluation import ood
+from m3ae_fast.evaluation import compare, ood
 from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED
 from m3ae_fast.evaluation.compare import ComparedPredictions, model_names
 from m3ae_fast.evaluation.difference import compare_results
@@ -100,6 +101,43 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
         alone = parquet.read_table(tmp_path / task / "predictions.parquet").to_pandas()
         own = table[(table.model == name) & (table.probe == task) & (table.seed == seed)]
         assert alone.score.tolist() == own.score.tolist(), "each is what its task alone would give, to the bit"
+
+
+def test_an_interrupted_comparison_continues_with_the_probe_that_was_interrupted(
+    compared, run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(compare, "available", lambda: ([], ""))
+    options, add, encode, encoded = ("--probes", "knn,linear", "--seeds", "2"), ComparedPredictions.add, Job.encode, []
+
+    def perform(*more):
+        encoded.clear()
+        return compared(*options, *more, models=[run], short=_short("linear"))
+
+    def interrupted(*more):
+        added = []
+
+        def stop_at_the_sixth(found, *given):
+            added.append(given)
+            if len(added) == 6:  # random weights have four trials, and the model has three
+                raise KeyboardInterrupt
+            add(found, *given)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(ComparedPredictions, "add", stop_at_the_sixth)
+            perform(*more)
+
+    monkeypatch.setattr(Job, "encode", lambda job, *given, **more: encoded.append(1) or encode(job, *given, **more))
+    expected = perform()
+    assert len(encoded) == 6 and not (tmp_path / "out/trials").exists()
+    shutil.rmtree(tmp_path / "out")
+    interrupted(*settings("knn.k=3"))
+    interrupted()  # other settings have other predictions
+    assert len(encoded) == 6 and len([*(tmp_path / "out/trials").iterdir()]) == 10
+    capsys.readouterr()
+    found = perform()
+    assert "5 probes were completed by an earlier call, whose predictions are used" in capsys.readouterr().out
+    assert len(encoded) == 2 and not (tmp_path / "out/trials").exists()
+    assert [found[name] for name in ("rows", "tests")] == [expected[name] for name in ("rows", "tests")]
 
 
 def test_each_seed_of_an_online_probe_has_samples_in_another_order(compared, run, monkeypatch):
