@@ -1,1 +1,1 @@
-"""Experiments and stress tests: training under random faults, mutation testing, and small-scale studies."""
+"""Experiments at small scale: training and testing lists of trials."""
