@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,6 +27,7 @@ from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.throughput import newton_schulz_flops
 
 TOP1 = ("top1",)
+_OF_A_TRIAL = ("run.", "train.steps=")  # settings that a trial determines
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,21 @@ class TrialList:
     data: dict[str, dict[str, Any]]
     arms: dict[str, dict[str, Any]]
     groups: list[dict[str, Any]]
+    overrides: Sequence[str] = ()  # "section.key=value" for all trials
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> TrialList:
         """Read a list from a JSON file. `overrides`: "section.key=value", applied to the settings of all trials. Raises
-        UserError if there is no such file, or if it is not a list of trials."""
+        UserError if there is no such file, if it is not a list of trials, or if an override is not the same for all
+        trials."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found = cls(*(content[key] for key in ("about", "common", "data", "arms", "trials")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: is not a list of trials ({error}); lab/README.md describes the format") from None
-        for override in overrides:
-            apply_override(found.common, override)
-        return found
+        if own := next((each for each in overrides if each.startswith(_OF_A_TRIAL)), None):
+            raise UserError(f"--set {own}: each trial has its own value; change the list, or choose from its trials")
+        return replace(found, overrides=overrides)
 
     def trials(self) -> list[Trial]:
         """Return all trials, the first seed of every group before the second, so that an unfinished list is as
@@ -100,6 +103,8 @@ def config_of(trial_list: TrialList, trial: Trial, data: Path, run: Path) -> dic
     config["train"]["steps"] = trial.steps
     for setting, value in trial_list.arms[trial.arm].items():
         apply_override(config, f"{setting}={json.dumps(value)}")
+    for override in trial_list.overrides:
+        apply_override(config, override)
     return config
 
 

@@ -95,6 +95,8 @@ def test_user_errors_are_reported_in_one_line(call, tmp_path):
         call("--arms", "other")
     with pytest.raises(UserError, match=r"nosuch\.json: is not a list of trials"):
         program.main(["nosuch", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"--set train\.steps=10: each trial has its own value; change the list"):
+        call("--set", "train.steps=10")
     (tmp_path / "list.json").write_text("{}")
     with pytest.raises(UserError, match="is not a list of trials"):
         call()
@@ -107,6 +109,12 @@ def test_all_trials_of_the_shipped_lists_are_valid_configs(name, tmp_path):
         config = parse(Config, config_of(trial_list, trial, tmp_path, tmp_path / "run"), trial.name)
         assert config.train.steps == trial.steps and config.run.seed == trial.seed
         assert trial.arm in trial_list.arms
+
+
+def test_an_override_replaces_the_settings_of_datasets_and_arms(tmp_path):
+    trial_list = TrialList.read(program.LISTS / "race.json", ["model.depth=2", "optim.name=adamw"])
+    configs = [config_of(trial_list, trial, tmp_path, tmp_path / "run") for trial in trial_list.trials()]
+    assert {(each["model"]["depth"], each["optim"]["name"]) for each in configs} == {(2, "adamw")}
 
 
 def test_the_error_of_a_mean_covers_seeds_and_samples():
