@@ -22,6 +22,7 @@ from m3ae_fast.evaluation.baselines import (
     BASELINES,
     LARGEST,
     MODEL,
+    WARNINGS,
     baseline_name,
     differences,
     not_better,
@@ -235,8 +236,8 @@ def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, 
     - "chance_top5", if there are more than five classes: the share of the five largest classes;
     - "verdict", if there is one prediction per sample: a sentence that states whether the accuracy is significantly
     better than "chance";
-    - "warning", unless the accuracy is significantly better than each of the baselines in `result` and, if there is
-    one prediction per sample, than "chance".
+    - WARNINGS with a warning, unless the accuracy is significantly better than each of the baselines in `result` and,
+    if there is one prediction per sample, than "chance".
     """
     if not (folder / FILE).exists():
         return {}
@@ -256,7 +257,7 @@ def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, 
         if not difference(right_N, label_N == largest, image_clusters(Result(folder, table).hashes)).is_better:
             others = {LARGEST: found["chance"]} | others
     if text := warning("top-1 accuracy", top1, others):
-        found["warning"] = text
+        found[WARNINGS] = [text]
     return found
 
 

@@ -128,8 +128,6 @@ class LabelledTask(ABC):
         job.keep(self.predictions.columns(self.classes))
         job.pictures.append(lambda: self.draw(trainer))
         found = job.ranks.broadcast(lambda: self.warnings(trainer))
-        for warning in found:
-            job.print(f"note: {warning}")
         predictions, strengths = {MODEL: self.predictions}, {}
         for name, banks in job.encode_baselines(*self.corpora, job.stop).items():
             predictions[name], strength = logistic_regression.predict(*banks, len(self.classes), job.heartbeats)

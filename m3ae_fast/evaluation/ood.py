@@ -223,7 +223,6 @@ def run(job: Job) -> dict[str, Any]:
         job.print(f"{name or 'ood'}: {summary(metrics)}")
         for warning in filter(None, (unknown_intervals(measured), inverted(measured))):
             warnings.append(f"{name or 'ood'}: {warning}")
-            job.print(f"note: {warnings[-1]}")
         hashes = found.image_hashes or [""] * len(found.keys)
         more: dict[str, Any] = {
             "key": found.keys,

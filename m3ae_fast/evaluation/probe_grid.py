@@ -194,8 +194,6 @@ def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
     rows, columns = found.rows(found.made), found.columns(found.made)
     result = found.result(rows)
     job.keep(columns)
-    for warning in found.warnings:
-        job.print(f"note: {warning}")
     job.pictures.append(lambda: _draw(job, rows))
     return result | baseline_entries(_baselines(job, found, corpora))
 

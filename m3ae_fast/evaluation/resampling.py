@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from m3ae_fast.evaluation.baselines import MODEL, Baseline, baseline_entries, not_better, warning
+from m3ae_fast.evaluation.baselines import MODEL, WARNINGS, Baseline, baseline_entries, not_better, warning
 from m3ae_fast.evaluation.significance import ERROR, Difference, middle
 
 _SAME = 1e-12  # largest difference between values that differ only by rounding
@@ -63,7 +63,7 @@ def compared(
     name: str, title: str, found: Mapping[str, Resampled], chance: Resampled, chance_name: str, rule: str
 ) -> dict[str, Any]:
     """Return the entries of result.json that compare a model with baselines: "verdict", "baselines" and, if the model
-    is not significantly better than each of them or the errors cannot be estimated, "warning".
+    is not significantly better than each of them or the errors cannot be estimated, WARNINGS.
 
     Args:
         name: name of the metric in the result.
@@ -80,8 +80,8 @@ def compared(
     apart = model.minus(chance)
     if apart is None:
         text = f"the standard error of {title} cannot be estimated from these held-out samples; use more of them"
-        return result | {"warning": text}
+        return result | {WARNINGS: [text]}
     result["verdict"] = f"{title} {model.value:.1%}; difference from {rule} {apart.points()}"
     others = ({} if apart.is_better else {chance_name: chance.value}) | not_better(result, name)
     text = warning(title, model.value, others)
-    return result | ({"warning": text} if text else {})
+    return result | ({WARNINGS: [text]} if text else {})

@@ -244,9 +244,9 @@ def _perform(
             return None
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)})
         metrics = ranks.broadcast(lambda: class_metrics(job.out, job.classes, job.names, result))
+        found = [*result.pop(WARNINGS, ()), *metrics.pop(WARNINGS, ())]
         result |= metrics
-        doubts = [result.pop("warning")] if "warning" in result else []  # about the comparison with baselines
-        if warnings := [*job.warnings, *result.pop(WARNINGS, ()), *doubts]:
+        if warnings := [*job.warnings, *found]:
             result[WARNINGS] = warnings
         if "per_class" in metrics:  # present only for tasks with one prediction per sample
             job.pictures.insert(0, lambda: draw_class_metrics(job.out, job.classes, job.names))
@@ -263,6 +263,6 @@ def _perform(
         for name, each in result.get(BASELINES, {}).items():
             words = f"; {apart[name].words(MODEL, name)}" if name in apart else ""
             job.print(f"{task}: {baseline_name(name, each)}: {summary(each)}{words}")
-        for text in doubts:  # the other warnings have been printed
+        for text in found:  # those of the job have been printed
             job.print(f"warning: {text}")
         return result

@@ -117,7 +117,7 @@ def test_a_score_with_an_auroc_significantly_below_one_half_is_reported_as_inver
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))
     result = transfer("ood", "--ood", f"noise={other}", "--set", "knn.k=5")
     (warning,) = result["warnings"]
-    assert f"note: {warning}\n" in capsys.readouterr().out
+    assert f"warning: {warning}\n" in capsys.readouterr().out
     assert warning.startswith(f"noise: inverted scores: knn (AUROC {result['noise_knn_auroc']:.2f}). They rate out-of")
     fine = {f"{name}_auroc{end}": 0.5 for name in ood.SCORES for end in ("", "_high")}
     assert not ood.inverted(fine)
@@ -152,9 +152,8 @@ def test_two_aurocs_are_compared_with_paired_bootstrap_samples(transfer, run, tm
     bad, same = [inside + 0.9, outside], [inside + 1.0, outside]
     assert areas_apart(good, [inside, outside], "A", "B").startswith("A is better than B: AUROC +0.2")
     assert areas_apart([inside, outside], good, "B", "A").startswith("B is worse than A: AUROC -0.2")
-    assert areas_apart(good, good, "A", "B") == (
-        "A does not differ significantly from B on these samples: AUROC +0.000, 95 % interval +0.000 to +0.000"
-    )
+    even = areas_apart(good, good, "A", "B")
+    assert even.startswith("A does not differ") and even.endswith("AUROC +0.000, 95 % interval +0.000 to +0.000")
     # The confidence intervals of the two areas overlap, but with paired bootstrap samples their difference is
     # significant.
     low, high = auroc_interval(*bad, 0)[1], auroc_interval(*same, 0)[0]

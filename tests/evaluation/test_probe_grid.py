@@ -1,5 +1,6 @@
 """Probes by layer and by number of shots require one pass over the images and give the results of separate probes."""
 
+import re
 import weakref
 from types import SimpleNamespace
 
@@ -65,7 +66,7 @@ def test_images_are_encoded_once_for_all_layers_and_the_accuracies_are_plotted_b
     attends = task == "attentive"
     assert ("the patch tokens of 66 samples at 2 layers need" in output) == attends
     few = "layer 2: only 20 steps: without attentive.steps, the run would have at least 1,000"
-    assert (few in result.get("warnings", [])) == (f"note: {few}" in output) == attends
+    assert (few in result.get("warnings", [])) == (f"warning: {few}" in output) == attends
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
@@ -326,10 +327,7 @@ def test_the_memory_of_patch_tokens_is_that_of_all_ranks(monkeypatch):
         corpora = [SimpleNamespace(samples=samples) for samples in (90_000, 10_000)]
         assert probe_grid.trains_online(job, [6, 12], corpora) == online
     assert asked == [(100_000 * 2 * 196 * 768 * 2 / 3, 2)] * 2
-    assert said == [
-        "the patch tokens of 100,000 samples at 2 layers do not fit into memory (9 GB needed): each step encodes a "
-        "batch and discards its tokens"
-    ]
+    assert len(said) == 1 and re.search(r"100,000 samples at 2 layers do not fit into memory \(9 GB", said[0])
 
 
 def test_tokens_that_do_not_fit_into_memory_are_not_stored(transfer, peak, monkeypatch, capsys):

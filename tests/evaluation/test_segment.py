@@ -149,7 +149,7 @@ def test_metrics_equal_those_of_scikit_learn():
     largest = int(truth[seen].bincount().argmax())
     alone = jaccard_score(truth[seen], np.full(int(seen.sum()), largest), average="macro", zero_division=0)
     assert result["chance_miou"] == pytest.approx(alone)
-    assert result["warning"].startswith("the model is not significantly better than the largest class: mIoU")
+    assert result["warnings"][0].startswith("the model is not significantly better than the largest class: mIoU")
     apart = [count(predicted[i : i + 1], truth[i : i + 1], 4, IGNORED)[0, 0] for i in range(6)]
     np.testing.assert_array_equal(counts.right_MC, apart)
     everything = counted(predicted, predicted, 5, None)  # a class that does not occur has no IoU
@@ -165,7 +165,9 @@ def test_the_standard_error_of_a_single_image_is_undefined():
     none = np.zeros_like(pixels)
     result = measured({MODEL: Counts(right, pixels, pixels), UNTRAINED: Counts(none, pixels, pixels)}, 0)
     assert result["miou"] == pytest.approx((9 / 11 + 8 / 12) / 2)
-    assert result["warning"].startswith("the standard error of mIoU cannot be estimated from these held-out samples")
+    assert result["warnings"][0].startswith(
+        "the standard error of mIoU cannot be estimated from these held-out samples"
+    )
     assert result["baselines"] == {UNTRAINED: {"miou": 0.0}} and not {"miou_se", "verdict"} & result.keys()
 
 
@@ -174,7 +176,7 @@ def test_images_of_which_all_pixels_are_ignored_do_not_prevent_a_standard_error(
     pixels = np.array([[10, 10], [10, 10], [0, 0], [0, 0]])
     right = np.array([[9, 8], [5, 6], [0, 0], [0, 0]])
     result = measured({MODEL: Counts(right, pixels, pixels)}, 0)
-    assert 0 < result["miou_se"] < 1 and "warning" not in result
+    assert 0 < result["miou_se"] < 1 and "warnings" not in result
 
 
 def test_the_standard_error_equals_the_deviation_over_redrawn_images():
