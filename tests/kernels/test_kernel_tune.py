@@ -30,9 +30,8 @@ CPU = torch.device("cpu")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_reported_in_one_line_with_exit_code_2(capsys):
     assert program.main(["tune"]) == 2
-    assert capsys.readouterr().err == (
-        "m3ae-kernels tune: torch finds no GPU on this machine, so there is nothing to tune\n"
-    )
+    message = capsys.readouterr().err
+    assert message.startswith("m3ae-kernels tune: ") and "no GPU" in message and message.count("\n") == 1
 
 
 def test_an_unknown_kernel_and_an_old_gpu_are_refused(capsys, monkeypatch):
