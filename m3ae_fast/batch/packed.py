@@ -71,12 +71,6 @@ class PackedBatch:
     skipped: tuple[Any, ...] = ()  # samples that the loader could not use
     flops: float | None = None  # FLOPs of a step on these samples, if the loader has counted them
 
-    @property
-    def sequences(self) -> tuple[Segments, ...]:
-        """Return segments that together contain each token of the encoder and the decoder once."""
-        crosses = self.decoder.rows == self.loss.rows  # otherwise the decoder has at least one additional row, cls
-        return (self.encoder, self.decoder) if crosses else (self.decoder,)
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """Return the batch with its tensors on `device`. `non_blocking`: as in torch.Tensor.to."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
