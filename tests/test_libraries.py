@@ -136,12 +136,13 @@ def test_the_reason_why_a_library_cannot_be_imported_is_reported(tmp_path, monke
         library("msgpack", "x")
 
 
-def test_a_folder_of_tiffs_that_require_tifffile_is_reported(tmp_path, hide):
-    tifffile.imwrite(tmp_path / "a.tif", np.zeros((8, 8, 6), np.uint8), planarconfig="contig", photometric="minisblack")
+@pytest.mark.parametrize("name", ["a.tif", "A.TIFF"])
+def test_a_folder_of_tiffs_that_require_tifffile_is_reported(tmp_path, hide, name):
+    tifffile.imwrite(tmp_path / name, np.zeros((8, 8, 6), np.uint8), planarconfig="contig", photometric="minisblack")
     assert Folder(tmp_path)
     hide("tifffile")
     with pytest.raises(
-        UserError, match=r"a\.tif: a TIFF with bands .* needs tifffile: pip install 'm3ae-fast\[tiff\]'"
+        UserError, match=rf"{re.escape(name)}: a TIFF with bands .* needs tifffile: pip install 'm3ae-fast\[tiff\]'"
     ):
         Folder(tmp_path)
 

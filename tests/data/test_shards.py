@@ -557,3 +557,10 @@ def test_a_cache_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data\.cache_dir"):
         ShardStore(tmp_path / "file" / "cache")
+
+
+def test_shards_that_two_datasets_share_are_found_in_all_of_their_sources(tmp_path, store):
+    paths = [write_tar(tmp_path / f"{number}.tar", members([number])) for number in range(4)]
+    train = open_corpus([SourceConfig(shards=path) for path in paths[:3]], store)
+    val = open_corpus([SourceConfig(shards=path) for path in (paths[0], paths[3], paths[2])], store)
+    assert val.shared_with(train) == [paths[0], paths[2]]
