@@ -131,10 +131,3 @@ def test_the_workflow_tests_the_oldest_supported_python():
 @pytest.mark.parametrize("name", LONGEST)
 def test_the_test_files_that_are_run_first_exist(name):
     assert (ROOT / "tests" / name).is_file()
-
-
-@pytest.mark.parametrize("name", ["study", "race"])
-def test_the_guide_shows_the_current_figure_of_each_experiment(name):
-    """The guide has a copy of the figure, because pages can show only files below docs/."""
-    copy, own = ROOT / f"docs/guide/figures/{name}.png", ROOT / f"lab/results/{name}/{name}.png"
-    assert copy.read_bytes() == own.read_bytes()
