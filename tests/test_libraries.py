@@ -28,7 +28,7 @@ PROBE = json.dumps({name: [{"shards": "gs://bucket/{0..9}.tar"}] for name in ("t
 CASES = [
     ("sklearn", f"evaluate ood {TRAINS} --ood other.tar", "ood"),
     ("timm", f"evaluate finetune {TRAINS}", "finetune"),
-    ("scipy", f"evaluate linear {TRAINS} --shots 1,5", "--shots"),
+    ("scipy", f"evaluate linear {TRAINS} --shots 1,5", "shots"),
     ("tensorboard", f"evaluate knn {TRAINS}", "knn"),
     ("obstore", f"evaluate knn {TRAINS} s3://bucket/a.tar", "s3://bucket/a.tar"),
     ("boto3", f"evaluate ood {TRAINS} --ood gs://bucket/a.tar", "gs://bucket/a.tar"),
@@ -52,8 +52,8 @@ CASES = [
     ("datasets", "shards make owner/name --out out", "a Hugging Face dataset"),
     ("h5py", "shards make a.hdf5 --out out", "a.hdf5"),
     ("obstore", "shards table s3://bucket/a.tar", "s3://bucket/a.tar"),
-    ("onnx", "convert run --out out.onnx --format onnx", "--format onnx"),
-    ("timm", "convert run --out out.onnx --format onnx", "--format onnx"),
+    ("onnx", "convert run --out out.onnx --format onnx", "format onnx"),
+    ("timm", "convert run --out out.onnx --format onnx", "format onnx"),
     ("msgpack", "convert vqgan.msgpack --out out", "vqgan.msgpack"),
 ]
 

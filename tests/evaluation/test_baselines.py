@@ -445,12 +445,12 @@ def test_a_warning_names_each_baseline_that_is_not_exceeded(tmp_path):
         (
             "knn",
             ("--modality", "paired"),
-            "pixels: is computed from images, not from captions; leave out --modality",
+            "pixels: is computed from images, not from captions; leave out modality",
         ),
         (
             "knn",
             ("--layers", "1"),
-            "no poolings and no checkpoints; leave out --layers, --pools and --resume",
+            "no poolings and no checkpoints; leave out layers, pools and resume",
         ),
         ("knn", ("--pools", "cls"), "pixels: has no layers, no poolings and no checkpoints"),
         ("linear", ("--resume", "auto"), "pixels: has no layers, no poolings and no checkpoints"),

@@ -136,7 +136,7 @@ def test_user_errors_are_reported_in_one_line_and_leave_no_files(transfer, run, 
     foreign = labelled_tar(tmp_path / "foreign.tar", range(6), dict.fromkeys(range(6), 9))
     for options, more, message in (
         (["--set", "knn.kay=3"], {}, "unknown key knn.kay; did you mean knn.k?"),
-        (["--set", "linear.k=3"], {}, "--set linear.k: knn does not use this setting; did you mean knn.k?"),
+        (["--set", "linear.k=3"], {}, "override linear.k: knn does not use this setting; did you mean knn.k?"),
         ([], {"model": tmp_path / "nothing"}, "nothing: no such file or folder"),
         ([], {"val": foreign}, "no training sample has the label 9"),
         (["--labels", "txt"], {}, "must be cls, or json.FIELD"),

@@ -341,7 +341,7 @@ def test_a_classifier_with_other_classes_or_another_input_is_refused(transfer, c
     folder, _ = classifier
     for options, message in (
         (["--labels", "json.name"], "have 3 classes, and the classifier has 3: only one of the two has the class '0'"),
-        (["--modality", "text"], "--modality text: the classifier .* was trained with image; leave it out"),
+        (["--modality", "text"], "modality text: the classifier .* was trained with image; leave it out"),
         (
             ["--set", "encode.pool=mean"],
             "override encode.pool=mean: the classifier was trained with encode.pool=cls; leave out",
