@@ -1,6 +1,6 @@
 """Benchmarks of evaluation: k-NN search compared with its matrix product alone, with scikit-learn and with faiss; the
 memory of an online attentive probe by number of images; a grid of linear heads compared with a single head, both with
-the encoder in each step and on cached features; linear probes compared with scikit-learn's LogisticRegression.
+the encoder in each step and on cached features; logistic regression compared with scikit-learn's LogisticRegression.
 
 Shapes: N samples, M queries, D width, C classes, H heads.
 """
@@ -36,11 +36,9 @@ from m3ae_fast.data import ShardStore, Share, open_corpus
 from m3ae_fast.evaluation.encoding import encoding_loader
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_heads, logits
-from m3ae_fast.evaluation.heads import LinearHeads
 from m3ae_fast.evaluation.logistic_regression import fit_chosen
 from m3ae_fast.evaluation.neighbours import Neighbours, nearest
-from m3ae_fast.evaluation.probes import Setting, linear_recipe, train_heads
-from m3ae_fast.evaluation.stacked_optimizers import LARS
+from m3ae_fast.evaluation.probes import Setting, attentive_recipe, new_stack
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.shards.tar_member import add_member
@@ -186,11 +184,10 @@ def test_memory_of_an_online_attentive_probe(tmp_path):
 
 
 def _stacks(ranks: Ranks, width: int, layers: tuple[int, ...], rates: int) -> dict[int, Stack]:
-    stacks = {}
-    for layer in layers:
-        heads = LinearHeads(width, CLASSES, [0] * rates, ranks)
-        stacks[layer] = Stack(heads, LARS(heads.parameters()), torch.logspace(-2, 1, rates), ranks)
-    return stacks
+    config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
+    setting = Setting(config, CLASSES, 1, 0, ranks, HEARTBEATS)
+    recipe = attentive_recipe(20 * BATCH, setting)
+    return {layer: new_stack((width,), recipe, torch.logspace(-4, -2, rates).tolist(), setting) for layer in layers}
 
 
 def test_grid_of_heads(tmp_path):
@@ -244,12 +241,12 @@ def test_grid_of_heads(tmp_path):
         {"heads": name, "ms per step": 1e3 * statistics.median(own) / STEPS} for name, own in seconds.items()
     ]
     kinds = f"streamed: the small encoder runs in each step, at {IMAGE_SIZE} px; cached: features are read from memory"
-    title = f"Training of linear heads for {CLASSES:,} classes, width {width}, batch {BATCH} ({kinds})"
+    title = f"Training of linear heads with AdamW for {CLASSES:,} classes, width {width}, batch {BATCH} ({kinds})"
     results.write("heads", title, rows)
     assert statistics.median(b / a for a, b in zip(one, many)) < MOST_OF_ONE
 
 
-def test_linear_probes_and_scikit_learn():
+def test_logistic_regression_and_scikit_learn():
     generator = torch.Generator().manual_seed(0)
     means_CD = torch.randn(KINDS, WIDTH, generator=generator)
     # features whose spectrum is similar to the spectrum of a network's features
@@ -261,42 +258,33 @@ def test_linear_probes_and_scikit_learn():
         return _bank((means_CD[labels_N] + noise_ND) @ mixing_DD, labels_N)
 
     train, test = part(TRAIN), part(TEST)
-    config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
-    with join_ranks() as ranks:
-        setting = Setting(config, KINDS, 1, 0, ranks, HEARTBEATS)
-        recipe = linear_recipe(TRAIN, setting)
 
-        def probe() -> float:
-            trained = train_heads({0: train}, recipe, setting)[0]
-            return (logits(trained.heads, test).argmax(1) == test.labels).double().mean().item()
+    def logistic() -> float:
+        regression, _ = fit_chosen(train, KINDS)
+        return (logits(regression, test).argmax(1) == test.labels).double().mean().item()
 
-        def logistic() -> float:
-            regression, _ = fit_chosen(train, KINDS)
-            return (logits(regression, test).argmax(1) == test.labels).double().mean().item()
+    def judged() -> float:
+        judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            judge.fit(train.stored_SD.numpy(), train.labels.numpy())
+        return judge.score(test.stored_SD.numpy(), test.labels.numpy())
 
-        def regression() -> float:
-            judge = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                judge.fit(train.stored_SD.numpy(), train.labels.numpy())
-            return judge.score(test.stored_SD.numpy(), test.labels.numpy())
-
-        rows: list[results.Row] = []
-        ways = {
-            "m3ae-fast, logistic, five penalties": logistic,
-            "m3ae-fast, linear, six learning rates": probe,
-            "scikit-learn's LogisticRegression, one penalty": regression,
-        }
-        for name, work in ways.items():
-            start = time.process_time()
-            accuracy = work()
-            error = (accuracy * (1 - accuracy) / TEST) ** 0.5
-            seconds = time.process_time() - start
-            rows.append(
-                {"probe": name, "CPU seconds": seconds, "accuracy, %": 100 * accuracy, "standard error, %": 100 * error}
-            )
-    results.write("probe", f"Linear probes of {TRAIN:,} features of width {WIDTH}, {KINDS} classes", rows)
-    ours, _, theirs = ({name: float(str(row[name])) for name in row if name != "probe"} for row in rows)
+    rows: list[results.Row] = []
+    ways = {
+        "m3ae-fast, logistic, five penalties": logistic,
+        "scikit-learn's LogisticRegression, one penalty": judged,
+    }
+    for name, work in ways.items():
+        start = time.process_time()
+        accuracy = work()
+        error = (accuracy * (1 - accuracy) / TEST) ** 0.5
+        seconds = time.process_time() - start
+        rows.append(
+            {"probe": name, "CPU seconds": seconds, "accuracy, %": 100 * accuracy, "standard error, %": 100 * error}
+        )
+    results.write("probe", f"Logistic regression on {TRAIN:,} features of width {WIDTH}, {KINDS} classes", rows)
+    ours, theirs = ({name: float(str(row[name])) for name in row if name != "probe"} for row in rows)
     assert (
         ours["accuracy, %"] > theirs["accuracy, %"] - theirs["standard error, %"]
         and ours["CPU seconds"] < theirs["CPU seconds"]

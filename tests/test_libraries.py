@@ -28,7 +28,7 @@ PROBE = json.dumps({name: [{"shards": "gs://bucket/{0..9}.tar"}] for name in ("t
 CASES = [
     ("sklearn", f"evaluate ood {TRAINS} --ood other.tar", "ood"),
     ("timm", f"evaluate finetune {TRAINS}", "finetune"),
-    ("scipy", f"evaluate linear {TRAINS} --shots 1,5", "shots"),
+    ("scipy", f"evaluate logistic {TRAINS} --shots 1,5", "shots"),
     ("tensorboard", f"evaluate knn {TRAINS}", "knn"),
     ("obstore", f"evaluate knn {TRAINS} s3://bucket/a.tar", "s3://bucket/a.tar"),
     ("boto3", f"evaluate ood {TRAINS} --ood gs://bucket/a.tar", "gs://bucket/a.tar"),

@@ -116,21 +116,20 @@ def _add_grid_options(command: argparse.ArgumentParser, task: str) -> None:
         help="evaluate the features after each of these blocks, numbered from 1, in one pass over the images; OUT "
         "contains accuracies by depth, but no classifier (default: the last block)",
     )
-    if TASKS[task].pools:
-        features = f"the features of each of these poolings ({', '.join(POOLS)})"
-        if task == "attentive":
-            same = "in the same training steps as the attentive probes and with the same hyper-parameters"
-            about = f"also train linear classifiers on {features}, {same}"
-            default = "only attentive probes"
-        else:
-            about, default = f"evaluate {features} in one pass over the images", "only the pooling of encode.pool"
-        command.add_argument(
-            "--pools",
-            type=lambda text: [*POOLS] if text == "all" else names_of("pooling", POOLS)(text),
-            default=[],
-            metavar="all|NAME,NAME",
-            help=f"{about}; OUT contains no classifier (default: {default})",
-        )
+    features = f"the features of each of these poolings ({', '.join(POOLS)})"
+    if task == "attentive":
+        same = "in the same training steps as the attentive probes and with the same hyper-parameters"
+        about = f"also train linear classifiers on {features}, {same}"
+        default = "only attentive probes"
+    else:
+        about, default = f"evaluate {features} in one pass over the images", "only the pooling of encode.pool"
+    command.add_argument(
+        "--pools",
+        type=lambda text: [*POOLS] if text == "all" else names_of("pooling", POOLS)(text),
+        default=[],
+        metavar="all|NAME,NAME",
+        help=f"{about}; OUT contains no classifier (default: {default})",
+    )
     command.add_argument(
         "--shots",
         type=_counts,

@@ -67,8 +67,7 @@ class LinearProbeConfig(LoopConfig, ScheduleConfig):
     micro-batches with gradient accumulation; null: no gradient accumulation."""
     peak_lr: float | None = Field(None, gt=0)  # type: ignore[assignment]
     """Learning rate after the warm-up, for a batch of 256. It is multiplied by `global_batch` / 256. null: derived from
-    the number of training samples or, if each image is encoded only once (`--layers`, `--pools`, `--shots`, `compare`),
-    selected from six candidates by the accuracy on a held-out tenth of the training samples."""
+    the number of training samples."""
     warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
     """Length of the warm-up, in epochs; at most the whole run. null: a ninth of the run."""
     epochs: float | None = Field(None, gt=0, le=1e6)

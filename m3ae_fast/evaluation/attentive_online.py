@@ -23,8 +23,8 @@ from m3ae_fast.data import Corpus, Share, lay_out
 from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import HeadBatch, Heads, Input, fit_heads, losses, verdicts
+from m3ae_fast.evaluation.hyperparameter_choice import Trial, best
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.learning_rates import RateTrial
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.probes import (
     Features,
@@ -108,22 +108,23 @@ def predict_online(
         UserError: as `encode_corpus` does, or a score is not finite.
     """
     train, held_out = corpora
-    ranks, world, trying = job.ranks, job.ranks.world, len(recipe.scales) > 1
-    scales, types = [*recipe.scales.values()], FeatureTypes(kinds)
-    places = range(len(kinds))
-    stacks = {at: new_stack(shape, recipe, scales, setting) for at, shape in enumerate(types.shapes(job.model.config))}
+    ranks, world, trying = job.ranks, job.ranks.world, len(recipe.rates) > 1
+    types, places = FeatureTypes(kinds), range(len(kinds))
+    stacks = {
+        at: new_stack(shape, recipe, recipe.rates, setting) for at, shape in enumerate(types.shapes(job.model.config))
+    }
     accumulation = max(-(-recipe.batch // (job.config.encode.batch * world)), 1)
     share = Share(recipe.batch, accumulation, ranks.rank, world)
     layout = lay_out(job.config.data, train.sizes, recipe.batch)
     loader = job.batches(train, share, range(recipe.steps), layout, seed=setting.seed)
     steps = EncodedSteps(loader, accumulation, job.model, job.config.encode, types, ranks, trying)
-    title = f"{recipe.probe} probe, online" + (f", {len(scales)} rates" if trying else "")
+    title = "attentive probe, online" + (f", {len(recipe.rates)} rates" if trying else "")
     part = float(recipe.steps * recipe.batch)
     right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.heartbeats, whole, part)
     whole.after(part)
     heads = {at: stack.heads for at, stack in stacks.items()}
     features: dict[str, Any] = {"layers": types.layers, "pools": types.pools or None}
-    tried: dict[Input, list[RateTrial]] = {at: [] for at in places}
+    tried: dict[Input, list[Trial]] = {at: [] for at in places}
     if trying:
         reduce = partial(_judged, types, heads)
         found = job.encode(train, "evaluating learning rates", whole, train.samples, reduce=reduce, **features)
@@ -132,8 +133,8 @@ def predict_online(
         tried = {at: _tried(found.layer(at), recipe) for at in places}
     trained = {}
     for at in places:
-        number = tried[at].index(recipe.choose(tried[at], 0)) if trying else 0
-        rate = [*recipe.scales][number]
+        number = tried[at].index(best(tried[at])) if trying else 0
+        rate = recipe.rates[number]
         trained[at] = Trained(heads[at], right[at][:, number].tolist(), rate, tried[at], number)
         for text in head_warnings(trained[at], recipe):
             setting.warn(at, text)
@@ -146,7 +147,7 @@ def predict_online(
 
 def passes(recipe: Recipe, train: Corpus, held_out: Corpus) -> float:
     """Return the number of samples that `predict_online` encodes; a sample is counted each time that it is encoded."""
-    return recipe.steps * recipe.batch + train.samples * (len(recipe.scales) > 1) + held_out.samples
+    return recipe.steps * recipe.batch + train.samples * (len(recipe.rates) > 1) + held_out.samples
 
 
 def _judged(
@@ -159,11 +160,10 @@ def _judged(
     return torch.stack([torch.stack(part, 1) for part in parts], 1)
 
 
-def _tried(found: FeatureBank, recipe: Recipe) -> list[RateTrial]:
+def _tried(found: FeatureBank, recipe: Recipe) -> list[Trial]:
     totals_3H = found.features_RD.double().sum(0).cpu()
-    return [
-        RateTrial(rate, *each) for rate, each in zip(recipe.scales, verdicts(totals_3H, len(found.keys), found.ranks))
-    ]
+    judged = verdicts(totals_3H, len(found.keys), found.ranks)
+    return [Trial(rate, *each) for rate, each in zip(recipe.rates, judged)]
 
 
 def _logits(

@@ -192,7 +192,7 @@ def run(job: Job) -> dict[str, Any]:
     small."""
     options, seeds = job.options, range(job.config.run.seed, job.config.run.seed + job.options.seeds)
     own, missing = job.ranks.broadcast(available)
-    if all(PROBES[probe].tokens for probe in options.probes):
+    if all(PROBES[probe].is_attentive for probe in options.probes):
         own, missing = [], ""
     names = model_names(options.models, own)
     # report mistakes before any work
@@ -257,7 +257,7 @@ def _shape(job: Job, encoder: MultimodalEncoder, decoding: float = 0.0) -> Shape
     """Return the properties of a model. `decoding`: cost of reading an image, which is that of `ImageFeatures`."""
     c, probes = encoder.config, tuple(job.options.probes)
     if isinstance(encoder, ImageFeatures):
-        pooled = tuple(probe for probe in probes if not PROBES[probe].tokens)
+        pooled = tuple(probe for probe in probes if not PROBES[probe].is_attentive)
         return Shape(decoding, encoder.width, c.num_heads, c.most_patches, pooled)
     cost = float(c.depth * c.emb_dim**2 * c.most_patches)
     return Shape(cost, c.emb_dim, c.num_heads, c.most_patches, probes)
@@ -266,8 +266,11 @@ def _shape(job: Job, encoder: MultimodalEncoder, decoding: float = 0.0) -> Shape
 def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, float]:
     """Return the estimated training time of each probe on the features of a model, in seconds."""
     setting = Setting(job.config, classes, shape.heads, job.config.run.seed, job.ranks, job.heartbeats)
-    sizes = {probe: ((shape.patches,) if PROBES[probe].tokens else ()) + (shape.width,) for probe in shape.probes}
-    return {probe: expected_duration.seconds(probe, samples, [size], setting) for probe, size in sizes.items()}
+    size = shape.patches, shape.width
+    return {
+        probe: expected_duration.seconds(samples, [size], setting) if PROBES[probe].is_attentive else 0.0
+        for probe in shape.probes
+    }
 
 
 def _identity(job: Job, corpora: Sequence[Corpus], classes: Classes) -> str:
@@ -287,7 +290,7 @@ def _work(
     seeded, trials = model.startswith(RANDOM), dict[tuple[int, str], Path]()
     for number, seed in enumerate(seeds):
         for probe in training:
-            if number == 0 or seeded or PROBES[probe].seeded:
+            if number == 0 or seeded or PROBES[probe].is_attentive:
                 digest = hashlib.sha256(f"{identity} {seeded} {probe} {seed}".encode()).hexdigest()
                 trials[seed, probe] = job.out / _TRIALS / f"{digest[:32]}.parquet"
     missing = job.ranks.broadcast(lambda: [trial for trial, path in trials.items() if not path.exists()])
@@ -333,9 +336,7 @@ def _measure(
     on the seed, the samples are encoded once per seed. Complete predictions are read from their files.
 
     The probes of different seeds are not trained in one pass, because a seed determines the order of the samples as
-    well as the initial weights. With the same order for all seeds, the standard error over seeds would be too small:
-    for linear probes that are trained on 600 samples at the default learning rate, the predictions do not depend on the
-    initial weights, but 0.6 % of the predictions change with the order.
+    well as the initial weights. With the same order for all seeds, the standard error over seeds would be too small.
     """
     work, whole = planned
     own, parts = job, dict[str, tuple[FeatureBank, FeatureBank] | None]()
@@ -377,7 +378,7 @@ def _encoded(
         set_images(model, job.config.data.image_settings())
     own = replace(job, model=model.to(job.ranks.device).eval())
     probes = {probe for _, probe in work.missing}
-    tokens = any(PROBES[probe].tokens for probe in probes)
+    tokens = any(PROBES[probe].is_attentive for probe in probes)
     tokens = tokens and not trains_online(own, [model.config.depth], corpora, f"{name}: ")
     whole = []
     for corpus, title in zip(corpora, ("train", "val")):
@@ -387,4 +388,4 @@ def _encoded(
     bank, held_out = whole
     pooled = bank.pooled(), held_out.pooled()
     with_tokens = (bank.tokens(), held_out.tokens()) if tokens else None
-    return own, {probe: with_tokens if PROBES[probe].tokens else pooled for probe in probes}
+    return own, {probe: with_tokens if PROBES[probe].is_attentive else pooled for probe in probes}

@@ -1,4 +1,4 @@
-"""Estimate of a probe's training time from a few steps on random features, before any sample is encoded."""
+"""Estimate of the training time of attentive probes from a few steps on random features, before samples are encoded."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from time import perf_counter
 import torch
 
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.probes import PROBES, Setting, train_heads
+from m3ae_fast.evaluation.probes import Setting, attentive_recipe, train_heads
 from m3ae_fast.process.ranks import Ranks
 
 _LONG_ENOUGH_S = 0.2  # minimum duration of the measured steps, in seconds
 
 
-def seconds(probe: str, samples: int, shapes: Sequence[tuple[int, ...]], setting: Setting) -> float:
-    """Return the estimated training time of a probe in seconds, including the search for the learning rate; 0 if the
-    probe is not trained. Every rank must call it.
+def seconds(samples: int, shapes: Sequence[tuple[int, ...]], setting: Setting) -> float:
+    """Return the estimated training time of attentive probes in seconds, including the search for the learning rate.
+    Every rank must call it.
 
     Args:
-        probe: name of the probe in PROBES.
         samples: number of training samples.
         shapes: for each feature type on which a probe is trained, the shape of a sample's features.
         setting: context of the probe.
     """
-    if (start := PROBES[probe].recipe) is None:
-        return 0.0
-    recipe, ranks = start(samples, setting), setting.ranks
+    recipe, ranks = attentive_recipe(samples, setting), setting.ranks
     count = min(recipe.batch * 10 // 9 + 10, samples)
     random = {shape: _random(count, shape, setting.classes, ranks) for shape in dict.fromkeys(shapes)}
     banks = {number: random[shape] for number, shape in enumerate(shapes)}

@@ -20,8 +20,8 @@ from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
 from m3ae_fast.evaluation import multilabel
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.hyperparameter_choice import split
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.learning_rates import split
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import Predictions
 

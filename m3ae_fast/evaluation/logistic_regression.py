@@ -21,7 +21,7 @@ from torch import Tensor
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import judge, logits
 from m3ae_fast.evaluation.heads import BATCH_NORM_EPS, LinearHeads
-from m3ae_fast.evaluation.learning_rates import RateTrial, best, split, within_error
+from m3ae_fast.evaluation.hyperparameter_choice import Trial, best, split, within_error
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.heartbeats import Heartbeats
@@ -61,11 +61,11 @@ def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = 
         train = bank.rows(parts.train)
         tried_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, heartbeats)
         judged = zip(INVERSE_STRENGTHS, judge(heads, bank.rows(parts.held_out)))
-        tried = [RateTrial(each, *found) for each, found in judged]
+        tried = [Trial(each, *found) for each, found in judged]
         if best(tried).top1:
             is_enough = len(parts.held_out) >= _ENOUGH
             accurate = within_error(tried, len(parts.held_out)) if is_enough else [best(tried)]
-            strength = min(each.peak_lr for each in accurate)
+            strength = min(each.value for each in accurate)
         strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks use the same value
         start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
     return _fit(bank, bank.labels, classes, [strength], heartbeats, start_HKP)[1], strength

@@ -122,13 +122,11 @@ def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if a layer does not exist, a class has too few samples, or
     the memory is too small."""
     options, task = job.options, job.options.task
-    if options.resume != "no":
-        raise UserError("resume: a probe with layers, pools or shots has no checkpoints; leave out resume")
     if options.pools and "pool" in job.config.encode.model_fields_set:
         raise UserError("pools replaces encode.pool; leave out one of the two")
     layers = chosen_layers(options.layers, job.model.config.depth)
     pools: list[Pool | None] = [*options.pools] or [job.config.encode.pool]
-    pools = [None, *options.pools] if PROBES[task].tokens else pools
+    pools = [None, *options.pools] if PROBES[task].is_attentive else pools
     kinds = [Features(layer, pool) for layer in layers for pool in pools]
     draws = DRAWS if options.shots else 1
     numbers: list[int | None] = [*options.shots] or [None]
@@ -174,7 +172,7 @@ def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpu
     job.print(
         f"attentive probe at {len(FeatureTypes(kinds).layers)} of {job.model.config.depth} layers, online, "
         f"{_pooled(job.options)}{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, "
-        f"learning rates: {', '.join(map(str, recipe.scales))}"
+        f"learning rates: {', '.join(map(str, recipe.rates))}"
     )
     made = predict_online(job, (train, val), kinds, recipe, setting, whole)
     found.samples = train.samples, len(made[0].keys)  # unreadable samples are not classified
@@ -184,7 +182,7 @@ def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpu
 
 def _pooled(options: Options) -> str:
     """Return a description of the pooled features that --pools selects; "" without --pools."""
-    linear = "linear probes of " if PROBES[options.task].tokens else ""
+    linear = "linear probes of " if PROBES[options.task].is_attentive else ""
     return f"{linear}{' and '.join(options.pools)} features, " if options.pools else ""
 
 
@@ -226,11 +224,13 @@ def _append(chosen: list[dict[str, float]], _: int, values: dict[str, float]) ->
 
 
 def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, kinds: Sequence[Features]) -> float:
-    """Return the estimated training time of the probes of all feature types, in seconds."""
-    task, model = job.options.task, job.model.config
+    """Return the estimated training time of the probes of all feature types, in seconds; 0 if they are untrained."""
+    if not PROBES[job.options.task].is_attentive:
+        return 0.0
+    model = job.model.config
     samples = train.samples if shots is None else min(shots * len(classes), train.samples)
     setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.heartbeats)
-    return expected_duration.seconds(task, samples, FeatureTypes(kinds).shapes(model), setting)
+    return expected_duration.seconds(samples, FeatureTypes(kinds).shapes(model), setting)
 
 
 def _shorter(job: Job, layers: Sequence[int]) -> str:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig, Pool
-from m3ae_fast.engine.schedule import Schedule, warmup_cosine
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
+from m3ae_fast.config.evaluation import EvaluationConfig, Pool
+from m3ae_fast.engine.schedule import warmup_cosine
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.fit_heads import (
     BankSteps,
@@ -31,12 +31,12 @@ from m3ae_fast.evaluation.fit_heads import (
     subset,
 )
 from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
+from m3ae_fast.evaluation.hyperparameter_choice import Trial, best, edge, split
 from m3ae_fast.evaluation.knn import knn_predictions
 from m3ae_fast.evaluation.labelled_task import training_warnings
-from m3ae_fast.evaluation.learning_rates import FACTORS, RateTrial, best, choose, edge, split
 from m3ae_fast.evaluation.logistic_regression import predict
 from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.stacked_optimizers import LARS, AdamW
+from m3ae_fast.evaluation.stacked_optimizers import AdamW
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
@@ -120,86 +120,31 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyper-parameters of a probe's training for a number of samples."""
+    """The hyper-parameters of attentive probes, and of linear heads that are trained with them."""
 
-    probe: str
-    length: str  # the setting that determines the length of the training
     steps: int
     batch: int  # samples per step
-    lr: Callable[[int], float]  # learning rate of a step, for a scale of 1
-    scales: dict[float, float]  # factor of `lr` for each peak learning rate that is tried
-    usual: float  # peak learning rate if there are too few samples to try several
-    # creates heads, given the shape of a sample's features, (D,) or (L, D), and the number of heads
-    start: Callable[[tuple[int, ...], int], Heads]
-    optimizer: Callable[[Heads], LARS | AdamW]
-    # chooses a learning rate, given the results of those that were tried, and the number of held-out samples
-    choose: Callable[[Sequence[RateTrial], int], RateTrial]
+    attention_heads: int
+    weight_decay: float
+    rates: Sequence[float]  # peak learning rates; if there are several, they are tried
 
-
-def linear_recipe(samples: int, setting: Setting) -> Recipe:
-    """Return the hyper-parameters of linear probes for this number of training samples."""
-    given = setting.config.linear
-    config = with_defaults(given, samples, {})
-    schedule, peak_lr = Schedule(config, config, samples), config.peak_lr
-    assert peak_lr is not None
-    rates = (peak_lr,) if given.peak_lr is not None else tuple(float(f"{f * peak_lr:.3g}") for f in FACTORS)
-
-    def optimizer(heads: Heads) -> LARS:
-        return LARS(heads.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
-
-    return Recipe(
-        probe="linear",
-        length="linear.epochs",
-        steps=schedule.total_steps,
-        batch=schedule.train.global_batch,
-        lr=schedule.lr,
-        scales={rate: rate / peak_lr for rate in rates},
-        usual=peak_lr,
-        start=lambda shape, count: _linear_heads(shape, count, setting),
-        optimizer=optimizer,
-        choose=lambda tried, held_out: choose(tried, peak_lr, held_out),
-    )
+    def lr(self, step: int) -> float:
+        """Return the learning rate of a step as a fraction of the peak learning rate."""
+        return warmup_cosine(step, round(self.steps * _WARMUP), self.steps)
 
 
 def attentive_recipe(samples: int, setting: Setting) -> Recipe:
-    """Return the hyper-parameters of attentive probes for this number of training samples. They are also used for
-    linear heads on pooled features."""
-    given = setting.config.attentive
-    config = attentive_with_defaults(given, samples, setting.encoder_heads)
-    assert config.steps and config.batch and config.heads
-    heads, steps = config.heads, config.steps
-    rates = ATTENTIVE_RATES if given.peak_lr is None else (given.peak_lr,)
-
-    def start(shape: tuple[int, ...], count: int) -> Heads:
-        if len(shape) == 1:
-            return _linear_heads(shape, count, setting)
-        return AttentiveHeads(shape[-1], setting.classes, heads, [setting.seed] * count, setting.ranks)
-
+    """Return the hyper-parameters for this number of training samples, with defaults in place of settings that are
+    null."""
+    config, usual = setting.config.attentive, OFFICIAL["linear"].scaled(samples)
+    batch = min(config.batch or usual.global_batch, samples)
     return Recipe(
-        probe="attentive",
-        length="attentive.steps",
-        steps=steps,
-        batch=config.batch,
-        lr=lambda step: warmup_cosine(step, round(steps * _WARMUP), steps),
-        scales={rate: rate for rate in rates},
-        usual=_USUAL,
-        start=start,
-        optimizer=lambda each: AdamW(each.parameters(), weight_decay=config.weight_decay),
-        choose=lambda tried, held_out: best(tried),
+        steps=config.steps or math.ceil(usual.epochs * samples / batch),
+        batch=batch,
+        attention_heads=config.heads or setting.encoder_heads,
+        weight_decay=config.weight_decay,
+        rates=ATTENTIVE_RATES if config.peak_lr is None else (config.peak_lr,),
     )
-
-
-def _linear_heads(shape: tuple[int, ...], count: int, setting: Setting) -> LinearHeads:
-    (width,) = shape
-    return LinearHeads(width, setting.classes, [setting.seed] * count, setting.ranks)
-
-
-def attentive_with_defaults(config: AttentiveProbeConfig, samples: int, encoder_heads: int) -> AttentiveProbeConfig:
-    """Return the config with defaults in place of settings that are null, except for the learning rate."""
-    recipe = OFFICIAL["linear"].scaled(samples)
-    batch = min(config.batch or recipe.global_batch, samples)
-    steps = config.steps or math.ceil(recipe.epochs * samples / batch)
-    return config.model_copy(update={"batch": batch, "steps": steps, "heads": config.heads or encoder_heads})
 
 
 class Trained(NamedTuple):
@@ -208,7 +153,7 @@ class Trained(NamedTuple):
     heads: Heads  # the stack, in evaluation mode
     accuracies: list[float]  # training accuracy of each step, before the update
     peak_lr: float
-    tried: list[RateTrial]  # results of the learning rates that were tried; empty if the learning rate was set
+    tried: list[Trial]  # results of the learning rates that were tried; empty if the learning rate was set
     number: int = 0  # number of the head in the stack
 
 
@@ -216,73 +161,75 @@ def train_heads(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, T
     """Train one head on each bank, all in one pass, and return the heads. If the recipe has several learning rates, one
     of them is chosen for each head; see `try_rates`. Every rank must call it. Raises UserError if the weights of a head
     are not finite."""
-    rates = dict.fromkeys(banks, next(iter(recipe.scales)))
-    tried: dict[Input, list[RateTrial]] = {name: [] for name in banks}
-    if len(recipe.scales) > 1:
+    tried: dict[Input, list[Trial]] = {name: [] for name in banks}
+    rates = dict.fromkeys(banks, recipe.rates[0])
+    if len(recipe.rates) > 1:
         tried = try_rates(banks, recipe, setting)
-        few = len(next(iter(banks.values())).keys) // 10
-        rates = {name: recipe.choose(own, few).peak_lr if own else recipe.usual for name, own in tried.items()}
-    scales = {name: [recipe.scales.get(rate, rate)] for name, rate in rates.items()}
-    stacks, right = _fit(banks, recipe, scales, f"{recipe.probe} probe", setting)
+        rates = {name: best(own).value if own else _USUAL for name, own in tried.items()}
+    stacks, right = _fit(banks, recipe, {name: [rate] for name, rate in rates.items()}, "attentive probe", setting)
     if not all(p.isfinite().all() for stack in stacks.values() for p in stack.heads.parameters()):
-        raise UserError(
-            f"the {recipe.probe} probe diverged: its weights are not finite; set a lower {recipe.probe}.peak_lr"
-        )
+        raise UserError("the attentive probe diverged: its weights are not finite; set a lower attentive.peak_lr")
     return {name: Trained(stacks[name].heads, right[name][:, 0].tolist(), rates[name], tried[name]) for name in banks}
 
 
-def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, list[RateTrial]]:
+def try_rates(banks: Banks, recipe: Recipe, setting: Setting) -> dict[Input, list[Trial]]:
     """For each of the recipe's learning rates, train a head on nine tenths of the samples, for as many steps as in the
     final training. Return the results on the remaining tenth; they are empty if there are fewer than ten samples. The
     heads have the same initial weights and the same batches. Every rank must call it."""
     parts = split(next(iter(banks.values())))
     if not parts.held_out:
         return {name: [] for name in banks}
-    scales = {name: [*recipe.scales.values()] for name in banks}
-    title = f"{recipe.probe} probe, {len(recipe.scales)} rates"
-    stacks, _ = _fit(subset(banks, parts.train), recipe, scales, title, setting)
+    title = f"attentive probe, {len(recipe.rates)} rates"
+    stacks, _ = _fit(subset(banks, parts.train), recipe, dict.fromkeys(banks, recipe.rates), title, setting)
     held_out = subset(banks, parts.held_out)
     own = {name: judge(stack.heads, held_out[name]) for name, stack in stacks.items()}
     own = setting.ranks.broadcast(lambda: own)  # so that all ranks choose the same learning rate
-    return {name: [RateTrial(rate, *each) for rate, each in zip(recipe.scales, found)] for name, found in own.items()}
+    return {name: [Trial(rate, *each) for rate, each in zip(recipe.rates, found)] for name, found in own.items()}
 
 
 def _fit(
-    banks: Banks, recipe: Recipe, scales: Mapping[Input, Sequence[float]], title: str, setting: Setting
+    banks: Banks, recipe: Recipe, rates: Mapping[Input, Sequence[float]], title: str, setting: Setting
 ) -> tuple[dict[Input, Stack], dict[Input, torch.Tensor]]:
-    stacks = {name: new_stack(bank.stored_SD.shape[1:], recipe, scales[name], setting) for name, bank in banks.items()}
+    stacks = {name: new_stack(bank.stored_SD.shape[1:], recipe, rates[name], setting) for name, bank in banks.items()}
     batches = BankSteps(banks, range(recipe.steps), recipe.batch, setting.seed)
     ranks, heartbeats = setting.ranks, setting.heartbeats
     return stacks, fit_heads(batches, stacks, recipe.lr, recipe.steps, title, ranks, heartbeats)
 
 
-def new_stack(shape: tuple[int, ...], recipe: Recipe, scales: Sequence[float], setting: Setting) -> Stack:
-    """Return a stack of new heads, one for each scale of the learning rate. `shape`: shape of the features of a sample,
-    (D,) or (L, D)."""
-    device = setting.ranks.device
-    heads = recipe.start(shape, len(scales)).to(device)
-    return Stack(heads, recipe.optimizer(heads), torch.tensor(scales, device=device), setting.ranks)
+def new_stack(shape: tuple[int, ...], recipe: Recipe, rates: Sequence[float], setting: Setting) -> Stack:
+    """Return a stack of new heads, one for each peak learning rate. `shape`: shape of a sample's features, (D,) for
+    linear heads or (L, D) for attentive heads."""
+    ranks, seeds = setting.ranks, [setting.seed] * len(rates)
+    heads: Heads = (
+        LinearHeads(shape[0], setting.classes, seeds, ranks)
+        if len(shape) == 1
+        else AttentiveHeads(shape[-1], setting.classes, recipe.attention_heads, seeds, ranks)
+    )
+    heads = heads.to(ranks.device)
+    optimizer = AdamW(heads.parameters(), weight_decay=recipe.weight_decay)
+    return Stack(heads, optimizer, torch.tensor(rates, device=ranks.device), ranks)
 
 
 def head_warnings(trained: Trained, recipe: Recipe) -> list[str]:
     """Return warnings about the reliability of a head's accuracy, one line each."""
     lines = [{"accuracy": accuracy} for accuracy in trained.accuracies]
-    found = training_warnings(recipe.probe, recipe.length, recipe.steps, OFFICIAL["linear"], lines, recipe.batch)
-    return found + edge(trained.tried, trained.peak_lr, recipe.probe)
+    official = OFFICIAL["linear"]
+    found = training_warnings("attentive", "attentive.steps", recipe.steps, official, lines, recipe.batch)
+    return found + edge(trained.tried, trained.peak_lr)
 
 
 class Probe(NamedTuple):
-    """A kind of probe. It either trains heads with a recipe, or computes predictions without a recipe."""
+    """A kind of probe."""
 
-    recipe: Callable[[int, Setting], Recipe] | None = None  # returns the hyper-parameters of heads; None: no heads
-    # without a recipe: returns the predictions and the hyper-parameters that were selected
+    # returns the predictions and the hyper-parameters that were selected, for one type of features; None: heads are
+    # trained for all types in one pass
     find: Callable[[FeatureBank, FeatureBank, Setting], tuple[Predictions, dict[str, float]]] | None = None
-    tokens: bool = False  # whether it reads patch tokens [R, L, D] instead of pooled features
 
     @property
-    def seeded(self) -> bool:
-        """Return whether the result depends on the seed."""
-        return self.recipe is not None
+    def is_attentive(self) -> bool:
+        """Return whether heads are trained on patch tokens [R, L, D], so that the result depends on the seed. Other
+        probes read pooled features."""
+        return self.find is None
 
     def predict(self, banks: Banks, held_out: Banks, setting: Setting) -> dict[Input, Predictions]:
         """Return the predictions for the held-out samples, with the same keys as `banks`. Every rank must call it, and
@@ -302,8 +249,7 @@ class Probe(NamedTuple):
                 found[name], chosen = self.find(banks[name], held_out[name], setting)
                 setting.chose(name, chosen)
             return found
-        assert self.recipe is not None
-        recipe = self.recipe(len(next(iter(banks.values())).keys), setting)
+        recipe = attentive_recipe(len(next(iter(banks.values())).keys), setting)
         for name, trained in train_heads(banks, recipe, setting).items():
             for text in head_warnings(trained, recipe):
                 setting.warn(name, text)
@@ -324,8 +270,7 @@ def _by_regression(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -
 
 # The docstring of `tasks.py` lists what else a new probe needs.
 PROBES = {
-    "knn": Probe(find=_by_neighbours),
-    "logistic": Probe(find=_by_regression),
-    "linear": Probe(linear_recipe),
-    "attentive": Probe(attentive_recipe, tokens=True),
+    "knn": Probe(_by_neighbours),
+    "logistic": Probe(_by_regression),
+    "attentive": Probe(),
 }

@@ -66,11 +66,10 @@ def evaluate(
         modality: input of the encoder: "image", "text" or "paired"; None: the modality of the classifier or of the
             task, otherwise "image".
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
-        layers: for knn, logistic, linear and attentive: "all" or numbers of encoder blocks, from 1; None: the last
-            block.
-        pools: for knn, logistic and linear: "all" or poolings, "mean" and "cls"; empty: the pooling in encode.pool. For
+        layers: for knn, logistic and attentive: "all" or numbers of encoder blocks, from 1; None: the last block.
+        pools: for knn and logistic: "all" or poolings, "mean" and "cls"; empty: the pooling in encode.pool. For
             attentive: poolings on whose features linear classifiers are trained in the same steps; empty: none.
-        shots: for knn, logistic, linear and attentive: numbers of training samples per class; empty: all samples.
+        shots: for knn, logistic and attentive: numbers of training samples per class; empty: all samples.
         probes: for compare: the probes to use.
         seeds: for compare: number of random seeds of each probe and of random weights.
         baselines: for knn, logistic, linear, attentive, segment and finetune: whether the baselines are
@@ -170,10 +169,8 @@ def _require_image_features(options: Options) -> None:
         )
     if options.modality not in (None, "image"):
         raise UserError(f"{options.model}: is computed from images, not from captions; leave out modality")
-    if options.layers is not None or options.pools or options.resume != "no":
-        raise UserError(
-            f"{options.model}: has no layers, no poolings and no checkpoints; leave out layers, pools and resume"
-        )
+    if options.layers is not None or options.pools:
+        raise UserError(f"{options.model}: has no layers and no poolings; leave out layers and pools")
 
 
 def _open(

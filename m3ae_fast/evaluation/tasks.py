@@ -20,7 +20,7 @@ from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
 DRAWS = 5  # number of draws for each number of shots
 
-PROBE_NAMES = ("knn", "logistic", "linear", "attentive")  # probes that `compare` can use
+PROBE_NAMES = ("knn", "logistic", "attentive")  # probes that `compare` can use
 MOST_SEEDS = 100
 POOLS: tuple[Pool, ...] = get_args(Pool)
 COLUMN_NAMES = ("path", "class", "caption")  # additional columns of `embed`
@@ -40,8 +40,7 @@ class Task(NamedTuple):
     classifies: bool = False  # MODEL is a classifier; has the option --labels
     may_classify: bool = False  # MODEL may be a classifier
     modality: Modality | None = None  # the only modality that it supports; None: any
-    has_probe_grid: bool = False  # has the options --layers and --shots
-    pools: bool = False  # has the option --pools, which requires `has_probe_grid`
+    has_probe_grid: bool = False  # has the options --layers, --pools and --shots
     compares: bool = False  # accepts several MODELs, and opens them itself
     takes_image_features: bool = False  # MODEL may be one of IMAGE_FEATURES
     has_baselines: bool = False  # baselines are evaluated too; has the option --no-baselines
@@ -59,7 +58,6 @@ TASKS = {
     "knn": Task(
         "k-nearest-neighbour accuracy of frozen features",
         has_probe_grid=True,
-        pools=True,
         takes_image_features=True,
         has_baselines=True,
         sections=("encode", "knn"),
@@ -68,16 +66,13 @@ TASKS = {
     "logistic": Task(
         "logistic regression on frozen features, with one of five L2 penalties; the classifier is saved in OUT",
         has_probe_grid=True,
-        pools=True,
         takes_image_features=True,
         has_baselines=True,
     ),
     "linear": Task(
-        "train a linear classifier on frozen features; the classifier is saved in OUT",
+        "train a linear classifier on the frozen features of random crops, as in the official code; the classifier is "
+        "saved in OUT",
         resumes=True,
-        has_probe_grid=True,
-        pools=True,
-        takes_image_features=True,
         has_baselines=True,
         sections=("encode", "linear"),
         example="linear.peak_lr=0.1",
@@ -86,7 +81,6 @@ TASKS = {
         "train a linear classifier and a query that pools the frozen patch tokens",
         modality="image",
         has_probe_grid=True,
-        pools=True,
         has_baselines=True,
         sections=("encode", "attentive"),
         example="attentive.steps=1000",
@@ -125,7 +119,7 @@ TASKS = {
         "compare models and baselines with several probes, and test which of them differ significantly",
         modality="image",
         compares=True,
-        sections=("encode", "knn", "linear", "attentive"),
+        sections=("encode", "knn", "attentive"),
     ),
 }
 
@@ -160,7 +154,7 @@ class Options:
             "modality": not task.classifies,
             "resume": task.resumes,
             "layers": task.has_probe_grid,
-            "pools": task.pools,
+            "pools": task.has_probe_grid,
             "shots": task.has_probe_grid,
             "probes": task.compares,
             "seeds": task.compares,
@@ -213,8 +207,6 @@ class Options:
     def module(self) -> str:
         """Return the name of the module that runs the task."""
         uses_grid = self.task == "attentive" or bool(self.layers or self.pools or self.shots)
-        # a saved classifier needs a network
-        uses_grid = uses_grid or (self.task == "linear" and self.is_image_features)
         return "probe_grid" if uses_grid else self.task
 
 

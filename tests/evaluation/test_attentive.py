@@ -1,4 +1,5 @@
-"""The attentive probe is cross-attention with one query, and begins as a linear probe of the mean."""
+"""The attentive probe is cross-attention with one query, and begins as a linear probe of the mean. Linear heads are
+trained with it."""
 
 import math
 import re
@@ -9,22 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from m3ae_fast.config.evaluation import AttentiveProbeConfig, EvaluationConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation import probes
 from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.fit_heads import BankSteps
 from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
-from m3ae_fast.evaluation.learning_rates import best, split
+from m3ae_fast.evaluation.hyperparameter_choice import best, split
 from m3ae_fast.evaluation.probes import (
     PROBES,
     Setting,
     Trained,
     attentive_recipe,
-    attentive_with_defaults,
     head_warnings,
     train_heads,
 )
 from m3ae_fast.process.ranks import join_ranks
-from tests.evaluation.test_learning_rates import _Heartbeats
+from tests.evaluation.test_hyperparameter_choice import _Heartbeats
 
 
 def _tokens(samples, seed=0):
@@ -84,6 +85,11 @@ def _marked(samples, seed):
     return FeatureBank([f"a.tar/{i}" for i in range(samples)], tokens, labels, None, [])
 
 
+def _means(bank):
+    """Return a bank with the mean token of each sample."""
+    return replace(bank, stored_SD=bank.features_RD.mean(1))
+
+
 def _setting(ranks, **attentive):
     config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "attentive": attentive})
     return Setting(config, 5, 4, 3, ranks, _Heartbeats())
@@ -100,13 +106,12 @@ def test_the_attentive_probe_finds_an_informative_token_that_the_mean_hides():
     given = {"data": {"train": [{"shards": "x"}]}, "attentive": {"batch": 64, "steps": 150}}
     config = EvaluationConfig.model_validate(given)
     bank, held_out = _marked(400, 0), _marked(200, 1)
-    means = [FeatureBank(part.keys, part.features_RD.mean(1), part.labels_N, None, []) for part in (bank, held_out)]
     with join_ranks() as ranks:
         setting = Setting(config, 5, 4, 0, ranks, _Heartbeats())
         attends = PROBES["attentive"].predict({0: bank}, {0: held_out}, setting)[0].accuracies()["top1"]
         again = PROBES["attentive"].predict({0: bank}, {0: held_out}, setting)[0].accuracies()["top1"]
-        bank, held_out = means
-        linear = PROBES["linear"].predict({0: bank}, {0: held_out}, setting)[0].accuracies()["top1"]
+        means = {0: _means(bank)}, {0: _means(held_out)}
+        linear = PROBES["attentive"].predict(*means, setting)[0].accuracies()["top1"]
     assert attends == again > 0.9 > linear + 0.2
 
 
@@ -125,7 +130,7 @@ def test_attentive_heads_trained_together_equal_those_trained_separately():
 
 def test_linear_and_attentive_heads_trained_in_one_pass_equal_those_trained_separately():
     tokens = _marked(60, 0)
-    banks = {0: tokens, 1: replace(tokens, stored_SD=tokens.features_RD.mean(1))}
+    banks = {0: tokens, 1: _means(tokens)}
     with join_ranks("cpu") as ranks:
         setting = _setting(ranks, steps=20, batch=16)
         recipe = attentive_recipe(60, setting)
@@ -138,11 +143,13 @@ def test_linear_and_attentive_heads_trained_in_one_pass_equal_those_trained_sepa
                 assert torch.equal(tensor, both[number].heads.state_dict()[name])
 
 
-def test_attentive_probes_are_trained_by_adamw_on_the_cross_entropy_with_warm_up_and_cosine_decay():
-    bank = _marked(32, 0)
+@pytest.mark.parametrize("linear", [False, True])
+def test_heads_are_trained_by_adamw_on_the_cross_entropy_with_warm_up_and_cosine_decay(linear):
+    """Each step has all samples, so their order does not matter."""
+    bank = _means(_marked(32, 0)) if linear else _marked(32, 0)
     with join_ranks() as ranks:
         found = _trained(bank, ranks, batch=32, steps=18, heads=2, weight_decay=0.1, peak_lr=1e-2)
-    expected = AttentiveHeads(24, 5, 2, [3])
+    expected = LinearHeads(24, 5, [3]) if linear else AttentiveHeads(24, 5, 2, [3])
     optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2, weight_decay=0.1)
     for step in range(18):
         factor = step / 2 if step < 2 else (1 + math.cos(math.pi * (step - 2) / 16)) / 2
@@ -155,6 +162,10 @@ def test_attentive_probes_are_trained_by_adamw_on_the_cross_entropy_with_warm_up
         optimizer.step()
     torch.testing.assert_close(found.heads.linear.weight, expected.linear.weight, rtol=1e-4, atol=1e-6)
     assert found.accuracies[0] == pytest.approx(right), "before the step"
+    if linear:
+        mean, var = bank.features_RD.mean(0), bank.features_RD.var(0, correction=0)
+        torch.testing.assert_close(found.heads.norm.mean, (1 - 0.9**18) * mean)
+        torch.testing.assert_close(found.heads.norm.var, (1 - 0.9**18) * var + 0.9**18)
 
 
 def test_learning_rates_are_tried_on_nine_tenths_of_the_samples_and_compared_on_the_rest(monkeypatch):
@@ -165,12 +176,12 @@ def test_learning_rates_are_tried_on_nine_tenths_of_the_samples_and_compared_on_
     with join_ranks() as ranks:
         setting = _setting(ranks, **given)
         tried = probes.try_rates({0: bank}, attentive_recipe(60, setting), setting)[0]
-        assert [each.peak_lr for each in tried] == [*probes.ATTENTIVE_RATES] and best(tried) != tried[-1]
+        assert [each.value for each in tried] == [*probes.ATTENTIVE_RATES] and best(tried) != tried[-1]
         for each in tried:
-            trained = _trained(train, ranks, **given, peak_lr=each.peak_lr)
+            trained = _trained(train, ranks, **given, peak_lr=each.value)
             found = F.cross_entropy(probes.logits(trained.heads, held_out), held_out.labels_N)
             assert each.loss == pytest.approx(found.item(), rel=1e-4)
-        for rate, count, expected in ((None, 60, best(tried).peak_lr), (3e-4, 60, 3e-4), (None, 9, 1e-3)):
+        for rate, count, expected in ((None, 60, best(tried).value), (3e-4, 60, 3e-4), (None, 9, 1e-3)):
             some = bank.rows(list(range(count)))
             fitted = _trained(some, ranks, **given, **({"peak_lr": rate} if rate else {}))
             alone = _trained(some, ranks, **given, peak_lr=expected)
@@ -179,10 +190,12 @@ def test_learning_rates_are_tried_on_nine_tenths_of_the_samples_and_compared_on_
 
 
 def test_unset_hyper_parameters_follow_from_the_number_of_samples():
-    found = attentive_with_defaults(AttentiveProbeConfig(), 1000, 6)
-    assert (found.batch, found.heads) == (256, 6)
-    assert found.steps == math.ceil(334 * 1000 / 256)
-    assert attentive_with_defaults(AttentiveProbeConfig(batch=512, steps=7, heads=2), 100, 6).batch == 100
+    with join_ranks() as ranks:
+        found = attentive_recipe(1000, _setting(ranks))
+        assert (found.batch, found.attention_heads) == (256, 4)
+        assert found.steps == math.ceil(334 * 1000 / 256)
+        given = attentive_recipe(100, _setting(ranks, batch=512, steps=7, heads=2))
+        assert (given.batch, given.steps, given.attention_heads) == (100, 7, 2)
 
 
 def test_short_and_unfinished_trainings_are_reported():
@@ -192,3 +205,20 @@ def test_short_and_unfinished_trainings_are_reported():
     assert re.search("40 steps: .*attentive.steps, .*1,000", few)
     assert re.search(r"rising \(by 20\.0%\); raise attentive.steps", still)
     assert head_warnings(Trained(None, [0.9] * 1000, 1e-3, []), long) == []
+
+
+def test_each_epoch_of_cached_features_is_another_permutation():
+    features = FeatureBank([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100)
+    batches = list(BankSteps({1: features}, range(7), 5, seed=3))
+    rows = torch.cat([batch.inputs[1][:, 0] for batch in batches]).long()
+    epochs = rows[:30].view(3, 10)
+    assert all(epoch.sort().values.tolist() == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+    for batch in batches:
+        assert batch.targets.tolist() == [100 + row for row in batch.inputs[1][:, 0].long().tolist()]
+    later = list(BankSteps({1: features}, range(4, 7), 5, seed=3))
+    assert all(torch.equal(one.inputs[1], other.inputs[1]) for one, other in zip(batches[4:], later))
+    odd = torch.cat([batch.inputs[1][:, 0] for batch in BankSteps({1: features}, range(10), 3, seed=3)]).long()
+    assert torch.equal(odd, rows[:30]), "a step may span two epochs"
+    other = next(iter(BankSteps({1: features}, range(1), 10, seed=4)))
+    assert not torch.equal(other.inputs[1][:, 0].long(), epochs[0])

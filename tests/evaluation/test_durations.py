@@ -10,14 +10,13 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import expected_duration, labelled_task
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
 from m3ae_fast.evaluation.finetune import FineTuningTask
-from m3ae_fast.evaluation.heads import AttentiveHeads
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask
 from m3ae_fast.evaluation.linear import ProbingTask
-from m3ae_fast.evaluation.probes import Setting, attentive_with_defaults
-from m3ae_fast.evaluation.stacked_optimizers import LARS
+from m3ae_fast.evaluation.probes import Setting, attentive_recipe
+from m3ae_fast.evaluation.stacked_optimizers import AdamW
 from m3ae_fast.process.ranks import join_ranks
-from tests.evaluation.test_learning_rates import _Heartbeats
+from tests.evaluation.test_hyperparameter_choice import _Heartbeats
 
 
 def _config(**sections):
@@ -30,20 +29,14 @@ def _setting(ranks, **sections):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Simulate a clock that advances only with the steps of a probe."""
-    seconds = [0.0]
+    """Simulate a clock that advances only with the steps of a probe, each of which takes 0.01 seconds."""
+    seconds, real = [0.0], AdamW.step
 
-    def costs(module, name, cost):
-        real = getattr(module, name)
+    def slow(optimizer):
+        seconds[0] += 0.01
+        return real(optimizer)
 
-        def slow(*given, **more):
-            seconds[0] += cost
-            return real(*given, **more)
-
-        monkeypatch.setattr(module, name, slow)
-
-    costs(AttentiveHeads, "forward", 0.01)
-    costs(LARS, "step", 0.02)
+    monkeypatch.setattr(AdamW, "step", slow)
     monkeypatch.setattr(expected_duration, "perf_counter", lambda: seconds[0])
     return seconds
 
@@ -51,26 +44,22 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("samples", [30, 1000])
 def test_the_estimated_duration_of_a_probe_is_that_of_its_steps(clock, samples):
     with join_ranks() as ranks:
-        setting = _setting(ranks)
-        linear = with_defaults(setting.config.linear, samples, {})
-        steps = Schedule(linear, linear, samples).total_steps
-        found = expected_duration.seconds("linear", samples, [(4,)], setting)
-        assert found == pytest.approx(2 * 0.02 * steps), "rates are tried, and then one is taken"
-        given = _setting(ranks, linear={"peak_lr": 1.0, "steps": 70}, attentive={"peak_lr": 1e-3, "steps": 50})
-        assert expected_duration.seconds("linear", samples, [(4,)], given) == pytest.approx(0.02 * 70)
-        assert expected_duration.seconds("attentive", samples, [(3, 4)], given) == pytest.approx(0.01 * 50)
-        steps = attentive_with_defaults(setting.config.attentive, samples, 2).steps
-        found = expected_duration.seconds("attentive", samples, [(3, 4)], setting)
-        assert found == pytest.approx(2 * 0.01 * steps, rel=0.25), "five rates at once, which are judged, and then one"
-        assert expected_duration.seconds("knn", samples, [(4,)], setting) == 0.0
+        setting, tokens = _setting(ranks), (3, 4)
+        steps = attentive_recipe(samples, setting).steps
+        found = expected_duration.seconds(samples, [tokens], setting)
+        assert found == pytest.approx(2 * 0.01 * steps), "five rates are tried at once, and then one is taken"
+        given = _setting(ranks, attentive={"peak_lr": 1e-3, "steps": 50})
+        for shapes in ([tokens], [tokens, (4,)]):
+            found = expected_duration.seconds(samples, shapes, given)
+            assert found == pytest.approx(len(shapes) * 0.01 * 50)
 
 
 def test_one_slow_step_is_enough_to_estimate_the_duration(clock, monkeypatch):
-    real = AttentiveHeads.forward
-    monkeypatch.setattr(AttentiveHeads, "forward", lambda *given: clock.__setitem__(0, clock[0] + 2) or real(*given))
+    real = AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda *given: clock.__setitem__(0, clock[0] + 2) or real(*given))
     with join_ranks() as ranks:
         given = _setting(ranks, attentive={"peak_lr": 1e-3, "steps": 50})
-        assert expected_duration.seconds("attentive", 100, [(3, 4)], given) == pytest.approx(2.01 * 50) and clock[0] < 3
+        assert expected_duration.seconds(100, [(3, 4)], given) == pytest.approx(2.01 * 50) and clock[0] < 3
 
 
 def test_the_training_speed_is_measured_after_the_first_step(monkeypatch):

@@ -2,22 +2,16 @@ import json
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
 from m3ae_fast.evaluation import finetune, linear
 from m3ae_fast.evaluation.classifier import Classifier
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import BankSteps
 from m3ae_fast.evaluation.heads import LinearHeads
-from m3ae_fast.evaluation.learning_rates import FACTORS
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
@@ -176,38 +170,7 @@ def test_two_ranks_take_the_same_steps_as_one(transfer, run, shards, tmp_path):
 
 def test_a_learning_rate_that_is_too_high_ends_in_one_line(transfer):
     with pytest.raises(UserError, match=r"not finite.*lower linear.peak_lr"):
-        transfer("linear", "--layers", "2", *FAST, *settings("linear.peak_lr=1e30", "linear.steps=20"))
-
-
-def test_each_epoch_of_cached_features_is_another_permutation():
-    features = FeatureBank([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100)
-    batches = list(BankSteps({1: features}, range(7), 5, seed=3))
-    rows = torch.cat([batch.inputs[1][:, 0] for batch in batches]).long()
-    epochs = rows[:30].view(3, 10)
-    assert all(epoch.sort().values.tolist() == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
-    for batch in batches:
-        assert batch.targets.tolist() == [100 + row for row in batch.inputs[1][:, 0].long().tolist()]
-    later = list(BankSteps({1: features}, range(4, 7), 5, seed=3))
-    assert all(torch.equal(one.inputs[1], other.inputs[1]) for one, other in zip(batches[4:], later))
-    odd = torch.cat([batch.inputs[1][:, 0] for batch in BankSteps({1: features}, range(10), 3, seed=3)]).long()
-    assert torch.equal(odd, rows[:30]), "a step may span two epochs"
-    other = next(iter(BankSteps({1: features}, range(1), 10, seed=4)))
-    assert not torch.equal(other.inputs[1][:, 0].long(), epochs[0])
-
-
-def test_a_given_learning_rate_has_the_result_that_it_has_among_several_candidates(transfer, tmp_path):
-    """Each image is encoded only once, which is the condition for trying several learning rates."""
-    short = ["--layers", "2", *settings("linear.steps=12", "linear.global_batch=24")]
-    whole = transfer("linear", *short, out="whole")
-    rate, usual = whole["results"][0]["peak_lr"], OFFICIAL["linear"].scaled(48).peak_lr
-    assert rate in [pytest.approx(factor * usual, rel=5e-3) for factor in FACTORS]
-    assert "layer 2: only 12 steps: " in whole["warnings"][0]
-    given = transfer("linear", *short, *settings(f"linear.peak_lr={rate}"), out="given")
-    assert given["results"] == whole["results"]
-    tables = [read_parquet(tmp_path / name / "predictions.parquet") for name in ("whole", "given")]
-    np.testing.assert_allclose(*(table["score"] for table in tables), rtol=1e-5)
-    assert not (tmp_path / "whole/checkpoints").exists()
+        transfer("linear", *FAST, *settings("linear.peak_lr=1e30", "linear.steps=20"))
 
 
 def test_the_settings_are_printed_before_the_first_step_and_the_duration_soon_after(transfer, capsys):

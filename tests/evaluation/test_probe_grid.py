@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.evaluation import attentive_online, encoding, feature_bank, probe_grid
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.learning_rates import best
+from m3ae_fast.evaluation.hyperparameter_choice import best
 from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
 from m3ae_fast.evaluation.probes import ATTENTIVE_RATES
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.slow
 SHORT = {
     "knn": [],
     "logistic": [],
-    "linear": settings("linear.steps=30", "linear.global_batch=16", "linear.warmup_epochs=0"),
     "attentive": settings("attentive.steps=20", "attentive.batch=16"),
 }
 
@@ -87,7 +86,7 @@ def test_the_result_of_the_last_layer_is_bitwise_that_of_the_task_without_layers
         assert last[column].equals(plain[column])
 
 
-@pytest.mark.parametrize("task", ["knn", "logistic", "linear"])
+@pytest.mark.parametrize("task", ["knn", "logistic"])
 def test_images_are_encoded_once_for_all_poolings(transfer, tmp_path, encoded_samples, task, capsys):
     """Each accuracy is that of a run with only this pooling."""
     given = [*SHORT[task], *settings("encode.precision=fp32")]
@@ -133,6 +132,17 @@ def test_linear_and_attentive_heads_are_trained_in_one_pass(transfer, tmp_path, 
     np.testing.assert_allclose(found.score, alone.score, rtol=1e-4)
     scores = [table[(table.layer == 2) & (table.pool == pool)].score.to_numpy() for pool in ("mean", "cls")]
     assert not np.allclose(*scores)
+
+
+def test_a_given_learning_rate_has_the_result_that_it_has_among_several_candidates(transfer, tmp_path):
+    short = settings("attentive.steps=12", "attentive.batch=24")
+    whole = transfer("attentive", *short, out="whole")
+    (row,) = whole["results"]
+    assert row["peak_lr"] in ATTENTIVE_RATES and "layer 2: only 12 steps: " in whole["warnings"][0]
+    given = transfer("attentive", *short, *settings(f"attentive.peak_lr={row['peak_lr']}"), out="given")
+    assert given["results"] == whole["results"]
+    tables = [parquet.read_table(tmp_path / name / "predictions.parquet").to_pandas() for name in ("whole", "given")]
+    np.testing.assert_allclose(*(table["score"] for table in tables), rtol=1e-5)
 
 
 def test_few_shot_accuracies_equal_those_of_k_nn_computed_by_hand(transfer, run, shards, tmp_path):
@@ -208,8 +218,8 @@ def test_layers_are_selected_by_the_number_of_blocks():
 
 
 def test_user_errors_are_reported_in_one_line_and_leave_no_files(transfer, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="resume: a probe with layers, pools or shots has no checkpoints"):
-        transfer("linear", "--layers", "all", "--resume", "auto")
+    with pytest.raises(UserError, match="unrecognized arguments: --layers all"):
+        transfer("linear", "--layers", "all")
     with pytest.raises(UserError, match="layers 3: must be all, or numbers from 1 to 2"):
         transfer("knn", "--layers", "3")
     with pytest.raises(UserError, match=r"pools replaces encode\.pool; leave out one of the two"):
@@ -295,7 +305,7 @@ def test_an_online_probe_has_the_rate_with_the_best_results_on_the_held_out_tent
             tenth, val = (one.heads(_features(model, numbers, place == 0)) for numbers in (held_out, range(100, 118)))
         labels = torch.tensor(held_out) % 3
         for number, tried in enumerate(one.tried):
-            assert tried.peak_lr == ATTENTIVE_RATES[number]
+            assert tried.value == ATTENTIVE_RATES[number]
             assert tried.top1 == pytest.approx((tenth[:, number].argmax(1) == labels).double().mean().item())
             assert tried.loss == pytest.approx(cross_entropy(tenth[:, number], labels).item(), rel=1e-2)
         assert one.number == one.tried.index(best(one.tried)) and result["results"][place]["peak_lr"] == one.peak_lr

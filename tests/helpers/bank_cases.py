@@ -17,7 +17,7 @@ from m3ae_fast.evaluation.knn import knn_scores
 from m3ae_fast.evaluation.logistic_regression import fit_chosen
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.ood import Scores
-from m3ae_fast.evaluation.probes import PROBES, Setting, train_heads
+from m3ae_fast.evaluation.probes import Setting, attentive_recipe, train_heads
 from m3ae_fast.evaluation.segment import Images, Neighbours, fit
 from m3ae_fast.process.ranks import Ranks, join_ranks
 
@@ -93,25 +93,25 @@ def segmented(ranks: Ranks) -> dict[str, Tensor]:
 
 
 def heads(ranks: Ranks) -> dict[str, object]:
-    """Return the results and the training accuracies of probes that are trained on two layers of a bank."""
+    """Return the results and the training accuracies of linear and attentive heads that are trained on two layers of a
+    bank."""
     layers = torch.stack([features(SAMPLES, seed)[0] for seed in (0, 1)], 1)  # [N, 2, D]
     tokens = torch.stack((layers, layers.flip(2), 2 * layers), 2)  # [N, 2, L, D]
     labels_N = features(SAMPLES, 0)[1]
     reached: dict[str, object] = {}
-    for probe, features_ND in (("linear", layers), ("attentive", tokens)):
-        section = {"steps": 30, "weight_decay": 0.01, "global_batch" if probe == "linear" else "batch": 64}
-        setting = Setting(config(**{probe: section}), CLASSES, 2, 5, ranks, _Heartbeats())
-        whole = split(features_ND, labels_N, ranks)
-        banks = {number: whole.layer(number) for number in range(2)}
-        start = PROBES[probe].recipe
-        assert start is not None
-        for name, trained in train_heads(banks, start(SAMPLES, setting), setting).items():
-            reached[f"{probe}, layer {name}"] = {
-                "weights": trained.heads.state_dict(),
-                "accuracies": trained.accuracies,
-                "tried": trained.tried,
-                "logits": banks[name].complete(logits(trained.heads, banks[name])),
-            }
+    whole = config(attentive={"steps": 30, "weight_decay": 0.01, "batch": 64})
+    setting = Setting(whole, CLASSES, 2, 5, ranks, _Heartbeats())
+    banks = {
+        number: split(features_ND, labels_N, ranks).layer(number // 2)
+        for number, features_ND in enumerate((layers, tokens, layers, tokens))
+    }
+    for name, trained in train_heads(banks, attentive_recipe(SAMPLES, setting), setting).items():
+        reached[f"{type(trained.heads).__name__}, layer {name // 2}"] = {
+            "weights": trained.heads.state_dict(),
+            "accuracies": trained.accuracies,
+            "tried": trained.tried,
+            "logits": banks[name].complete(logits(trained.heads, banks[name])),
+        }
     return reached
 
 

@@ -36,10 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "knn": ("knn", {}),
     "logistic": ("logistic", {}),
     "linear": ("linear", {"overrides": ["linear.steps=3", "linear.global_batch=16", "linear.peak_lr=1"]}),
-    "poolings": (
-        "linear",
-        {"layers": "all", "pools": "all", "overrides": ["linear.steps=9", "linear.global_batch=16"]},
-    ),
+    "poolings": ("logistic", {"layers": "all", "pools": "all"}),
     "shots": ("knn", {"shots": [2, 5]}),
     "attentive": ("attentive", {"pools": "all", "overrides": _SHORT}),
     "logistic-lists": ("logistic", {"labels": "json.tags"}),

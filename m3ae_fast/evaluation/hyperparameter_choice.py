@@ -1,7 +1,5 @@
-"""Choice of a linear probe's learning rate among several that are tried at once on the same cached features, as in
-DINOv2 (arXiv 2304.07193).
-
-Shapes: S samples of a step, N held-out samples, D encoder width, K classes.
+"""Choice of a hyper-parameter on held-out training samples: the number of neighbours of k-NN, the penalty of logistic
+regression, or the learning rate of attentive probes.
 """
 
 from __future__ import annotations
@@ -14,13 +12,11 @@ from m3ae_fast.evaluation.encoding import key_digest
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.significance import standard_error
 
-FACTORS = (0.01, 0.03, 0.1, 0.3, 1, 3)  # candidate learning rates, as multiples of the recipe's learning rate
 
+class Trial(NamedTuple):
+    """A value of the hyper-parameter with its results on the held-out samples."""
 
-class RateTrial(NamedTuple):
-    """A learning rate with its results on the held-out samples."""
-
-    peak_lr: float  # peak learning rate, or inverse strength of a penalty
+    value: float
     top1: float  # 0 if the training diverged
     loss: float | None  # None if the training diverged
 
@@ -45,35 +41,28 @@ def split(bank: FeatureBank, most: int | None = None) -> Split:
     return Split(sorted(order[few:]), sorted(order[:few]))
 
 
-def best(tried: Sequence[RateTrial]) -> RateTrial:
-    """Return the learning rate with the highest accuracy; in a tie, the one with the lowest loss."""
+def best(tried: Sequence[Trial]) -> Trial:
+    """Return the value with the highest accuracy; in a tie, the one with the lowest loss."""
     return max(tried, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
 
 
-def within_error(tried: Sequence[RateTrial], held_out: int) -> list[RateTrial]:
+def within_error(tried: Sequence[Trial], held_out: int) -> list[Trial]:
     """Return the values whose accuracy is within one standard error of the highest (the one-standard-error rule of
-    Breiman et al. 1984): with few samples, the highest accuracy is largely due to chance. Values with which the
-    training diverged are left out, unless it diverged with all of them.
+    Breiman et al. 1984): with few samples, the highest accuracy is largely due to chance.
 
     Args:
         tried: results of the values; not empty.
         held_out: number of held-out samples.
     """
     top = best(tried).top1
-    tried = [each for each in tried if each.loss is not None] or tried
     return [each for each in tried if each.top1 >= top - standard_error(top, held_out)]
 
 
-def choose(tried: Sequence[RateTrial], usual: float, held_out: int) -> RateTrial:
-    """Return the learning rate nearest to the `usual` one, which is the recipe's, among those of `within_error`."""
-    return min(within_error(tried, held_out), key=lambda each: abs(math.log(each.peak_lr / usual)))
-
-
-def edge(tried: Sequence[RateTrial], peak_lr: float | None, probe: str = "linear") -> list[str]:
+def edge(tried: Sequence[Trial], peak_lr: float) -> list[str]:
     """Return a list that contains a warning if the chosen learning rate `peak_lr` is the lowest or the highest of those
     that were tried; otherwise an empty list."""
-    rates = [each.peak_lr for each in tried]
+    rates = [each.value for each in tried]
     if not rates or peak_lr not in (rates[0], rates[-1]):
         return []
     side, beyond = ("lowest", "lower") if peak_lr == rates[0] else ("highest", "higher")
-    return [f"the selected learning rate, {peak_lr:g}, is the {side} candidate; also try a {beyond} {probe}.peak_lr"]
+    return [f"the selected learning rate, {peak_lr:g}, is the {side} candidate; also try a {beyond} attentive.peak_lr"]
