@@ -457,6 +457,14 @@ def test_tasks_that_the_pixel_baseline_does_not_support_are_refused(transfer, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_note_names_a_folder_that_is_called_as_a_baseline(transfer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pixels").mkdir()
+    assert transfer("knn", model="pixels")["model"] == "pixels"
+    assert "note: pixels is the baseline; the folder of this name is ./pixels\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_the_difference_from_a_baseline_is_undefined_for_a_single_sample(samples):
     """The bootstrap samples of one sample are all equal."""
