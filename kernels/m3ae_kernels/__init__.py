@@ -2,6 +2,8 @@
 
 from .attention import packed_attention
 from .gather import GatherNorm, gather_tokens
+from .hog import hog_targets
+from .hog_loss import MaskedHogLoss, masked_hog_loss
 from .hugging_face import patch_model
 from .ids import flat_ids
 from .m3ae_loss import M3AEHeads, M3AELoss, head_inputs, m3ae_loss
@@ -15,6 +17,7 @@ __all__ = [
     "GatherNorm",
     "M3AEHeads",
     "M3AELoss",
+    "MaskedHogLoss",
     "MaskedPixelLoss",
     "MaskedTokenLoss",
     "PatchEmbed",
@@ -22,7 +25,9 @@ __all__ = [
     "flat_ids",
     "gather_tokens",
     "head_inputs",
+    "hog_targets",
     "m3ae_loss",
+    "masked_hog_loss",
     "masked_pixel_loss",
     "masked_token_loss",
     "packed_attention",

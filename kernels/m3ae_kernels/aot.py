@@ -52,6 +52,7 @@ MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
 
 # Sizes of M3AE-Large, which are constants in the kernels.
 DIM, PATCHES = 512, {"P": 16, "C": 3, "H": 256, "W": 256, "PLANAR": True, "NORMALISE": True, "table": None}
+CELLS = {name: value for name, value in PATCHES.items() if name != "table"}
 PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
 
 
@@ -138,6 +139,14 @@ CASES = [
                 x="hidden weight bias grad", u8="images", i32="ids", fp32="unit_weight mean rstd tile_loss tile_bias"
             ),
             ("D", "stride"), ("N",), PIXEL_FLOATS, PATCHES | {"NORM_PIX": True, "GRAD": True}, matmul=True,
+        ),
+        Case(
+            "hog", "hog_energy", _pointers(u8="images", fp32="energy table"), (), ("N",), (), CELLS, whole_rows=256,
+            table="hog",
+        ),
+        Case(
+            "hog", "hog_targets", _pointers(u8="images", i32="ids", fp32="energy targets table"), (), ("N",), (), CELLS,
+            whole_rows=256, table="hog",
         ),
     ),
     Case("rows", "take_rows", _pointers(x="x out", i32="rows"), ("D", "stride"), ("M",), table="rows"),

@@ -1,14 +1,14 @@
-"""Shared code of the two losses: reductions, and gradients computed in the forward pass.
+"""Shared code of the losses: reductions, and gradients computed in the forward pass.
 
 Shapes: M rows, D width, V outputs of the head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .dispatch import accumulator
+from .dispatch import accumulator, check_float, no_autocast
 from .registry import unwrapped
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -18,6 +18,25 @@ def check_reduction(reduction: str) -> None:
     """Raise ValueError if the reduction is unknown."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, but must be one of {', '.join(REDUCTIONS)}")
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor | None,
+    rows: torch.Size,
+    outputs: int,
+    images: Tensor,
+) -> None:
+    """Raise TypeError or ValueError unless the arguments of a loss of image patches are floating-point, on the device
+    of the images, and fit `rows`, the shape of the rows, and the number of outputs of the head."""
+    check_float("hidden", hidden, (*rows, None), images)
+    check_float("weight", weight, (outputs, hidden.shape[-1]), hidden)
+    if bias is not None:
+        check_float("bias", bias, (outputs,), hidden)
+    if row_weight is not None:
+        check_float("row_weight", row_weight, rows, hidden)
 
 
 def row_weights(
@@ -56,6 +75,72 @@ def empty_gradients(
         weight.new_empty(weight.shape if needs[1] else 0),
         weight.new_empty(weight.shape[0] if needs[2] else 0, dtype=accumulator(dtype)),
     )
+
+
+def squared_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    row_weight: Tensor,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+    compute: Callable[..., None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss, the row losses, the unit (see `unit_weights`), and the gradients of hidden, weight and bias
+    divided by the unit.
+
+    `compute(hidden, weight, bias, unit_weight, needs, row_loss, *gradients)` fills its last arguments. Its first three
+    arguments are those of this function in `dtype`, with zeros for no bias. It is not called without rows.
+    """
+    unit_weight_M, unit = unit_weights(row_weight)
+    row_loss_M = torch.empty_like(unit_weight_M)
+    grads = empty_gradients(hidden, weight, dtype, needs)
+    if not len(hidden):
+        for grad in grads:
+            grad.zero_()
+    else:
+        bias_V = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
+        with no_autocast(hidden):
+            compute(hidden.to(dtype), weight.to(dtype), bias_V, unit_weight_M, needs, row_loss_M, *grads)
+    return torch.dot(row_loss_M, row_weight), row_loss_M, unit, *grads
+
+
+def squared_errors(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    unit_weight: Tensor,
+    targets: Callable[[slice], Tensor],
+    chunk: int,
+    needs: Sequence[bool],
+    row_loss: Tensor,
+    grad_hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Fill the mean squared error of each row, row_loss [M], and grad_hidden, and return the gradients of weight and
+    bias in the dtype of unit_weight. The gradients that `needs` does not select are not computed.
+
+    Predictions are computed for `chunk` rows at a time. `targets` returns the targets of a slice of the rows, a new
+    tensor [rows, V] in the dtype of unit_weight. hidden, weight and bias must have the same dtype.
+    """
+    dtype, acc = hidden.dtype, unit_weight.dtype
+    sum_VD = torch.zeros_like(weight if needs[1] else weight[:0], dtype=acc)
+    sum_V = torch.zeros_like(bias if needs[2] else bias[:0], dtype=acc)
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        error_MV = targets(rows)
+        torch.sub(torch.addmm(bias, hidden[rows], weight.t()), error_MV, out=error_MV)
+        row_loss[rows] = torch.linalg.vector_norm(error_MV, dim=1).square_().div_(error_MV.shape[1])
+        if not any(needs):
+            continue
+        grad_MV = error_MV.mul_(unit_weight[rows, None] * (2 / error_MV.shape[1]))
+        grad_low_MV = grad_MV.to(dtype)
+        if needs[0]:
+            torch.mm(grad_low_MV, weight, out=grad_hidden[rows])
+        if needs[1]:
+            sum_VD += grad_low_MV.t() @ hidden[rows]
+        if needs[2]:
+            sum_V += grad_MV.sum(0)
+    return sum_VD, sum_V
 
 
 def save_gradients(ctx, inputs, output) -> None:

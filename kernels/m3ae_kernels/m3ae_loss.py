@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .dispatch import as_rows, check_float, check_index, with_lead
 from .gather import GatherNorm
+from .hog_loss import MaskedHogLoss
 from .pixel_loss import MaskedPixelLoss
 from .token_loss import MaskedTokenLoss
 
@@ -67,7 +68,7 @@ def m3ae_loss(
     image_hidden: Tensor,
     text_hidden: Tensor | None = None,
     *,
-    image_head: MaskedPixelLoss | MaskedTokenLoss,
+    image_head: MaskedPixelLoss | MaskedHogLoss | MaskedTokenLoss,
     images: Tensor | None = None,
     patch_ids: Tensor | None = None,
     image_targets: Tensor | None = None,
@@ -83,8 +84,8 @@ def m3ae_loss(
     Args:
         image_hidden: [I, D] floating-point; text_hidden: [W, D] floating-point, or None without a text head.
         image_head, text_head: heads with reduction "sum"; text_head is None for an image-only model.
-        images: [B, C, H, W] as in `MaskedPixelLoss`; patch_ids: [I] int; image_row_weight: [I] floating-point, or None
-            for ones: as in `masked_pixel_loss`.
+        images: [B, C, H, W] as in `MaskedPixelLoss` or `MaskedHogLoss`; patch_ids: [I] int; image_row_weight: [I]
+            floating-point, or None for ones: as in `masked_pixel_loss`.
         image_targets: [I] int, the patches' token ids, in place of images and patch_ids if image_head is a
             `MaskedTokenLoss`.
         targets: [W] int; text_row_weight: [W] floating-point, or None for ones: as in `masked_token_loss`.

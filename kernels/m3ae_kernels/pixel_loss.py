@@ -4,6 +4,7 @@ Shapes: M rows, D width, B images, C channels, H x W pixels, P patch size, K = P
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +13,14 @@ from torch import Tensor, nn
 from .dispatch import (
     accumulator,
     as_rows,
-    check_float,
     choose_impl,
     compute_dtype,
-    no_autocast,
     wants_grad,
     with_lead,
 )
 from .ids import check_distinct, check_range, checked, checks_enabled
 from .loss import (
+    check_head,
     check_reduction,
     empty_gradients,
     row_gradients,
@@ -28,7 +28,8 @@ from .loss import (
     save_gradients,
     save_inputs,
     scale_gradients,
-    unit_weights,
+    squared_errors,
+    squared_loss,
 )
 from .pixels import (
     check_patch_size,
@@ -44,6 +45,9 @@ from .plain import check_plain
 from .registry import Op
 
 CHUNK_ROWS = 1024  # rows per chunk of the torch implementation
+
+# images, patch_ids, patch_size, scale, shift, norm_pix
+Target = tuple[Tensor, Tensor, int, Sequence[float], Sequence[float], bool]
 
 
 def masked_pixel_loss(
@@ -102,13 +106,8 @@ def masked_pixel_loss(
     if norm_pix and patch_size**2 * images.shape[1] == 1:
         raise ValueError("norm_pix needs patches with at least two values, because a single value has no variance")
     lead = patch_ids.shape
-    check_float("hidden", hidden, (*lead, None), images)
-    check_float("weight", weight, (patch_size**2 * images.shape[1], hidden.shape[-1]), hidden)
-    if bias is not None:
-        check_float("bias", bias, (weight.shape[0],), hidden)
-    if row_weight is not None:
-        check_float("row_weight", row_weight, lead, hidden)
-        row_weight = as_rows(row_weight, 0)
+    check_head(hidden, weight, bias, row_weight, lead, patch_size**2 * images.shape[1], images)
+    row_weight = None if row_weight is None else as_rows(row_weight, 0)
     check_reduction(reduction)
     hidden, patch_ids = as_rows(hidden, 1), as_rows(patch_ids, 0)
     dtype = compute_dtype(hidden, weight)
@@ -143,24 +142,12 @@ def _forward(
         check_range("masked_pixel_loss", "patch_ids", patch_ids, count_patches(images, patch_size))
     if checks_enabled():
         check_distinct("masked_pixel_loss", "patch_ids", torch.where(row_weight == 0, -1, patch_ids))
-    unit_weight_M, unit = unit_weights(row_weight)
-    row_loss_M = torch.empty_like(unit_weight_M)
-    grads = empty_gradients(hidden, weight, dtype, needs)
     if impl == "triton":
         from .triton_impl.pixel_loss import pixel_loss
     else:
         pixel_loss = _pixel_loss
-    if not len(hidden):
-        for grad in grads:
-            grad.zero_()
-    else:
-        bias_K = weight.new_zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
-        with no_autocast(hidden):
-            pixel_loss(
-                hidden.to(dtype), weight.to(dtype), bias_K, unit_weight_M, images, patch_ids, patch_size, scale, shift,
-                norm_pix, needs, row_loss_M, *grads,
-            )  # fmt: skip
-    return torch.dot(row_loss_M, row_weight), row_loss_M, unit, *grads
+    target = (images, patch_ids, patch_size, scale, shift, norm_pix)
+    return squared_loss(hidden, weight, bias, row_weight, dtype, needs, partial(pixel_loss, target=target))
 
 
 def _fake(
@@ -219,43 +206,29 @@ def _pixel_loss(
     weight: Tensor,
     bias: Tensor,
     unit_weight: Tensor,
-    images: Tensor,
-    patch_ids: Tensor,
-    patch_size: int,
-    scale: Sequence[float],
-    shift: Sequence[float],
-    norm_pix: bool,
     needs: Sequence[bool],
     row_loss: Tensor,
     grad_hidden: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
+    *,
+    target: Target,
 ) -> None:
     """Fill row_loss [M] and the gradients selected by `needs`. hidden, weight and bias must have the same dtype."""
-    dtype, acc = hidden.dtype, unit_weight.dtype
+    images, patch_ids, patch_size, scale, shift, norm_pix = target
+
+    def targets(rows: slice) -> Tensor:
+        cut_MK = take_patches(images, patch_ids[rows], patch_size, scale, shift, unit_weight.dtype)
+        return standardise(cut_MK) if norm_pix else cut_MK
+
     weight, bias = to_cut(weight, images, patch_size, 0), to_cut(bias, images, patch_size, 0)
-    sum_KD, sum_K = torch.zeros_like(grad_weight, dtype=acc), torch.zeros_like(grad_bias)
-    for start in range(0, len(hidden), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        error_MK = take_patches(images, patch_ids[rows], patch_size, scale, shift, acc)
-        if norm_pix:
-            error_MK = standardise(error_MK)
-        torch.sub(torch.addmm(bias, hidden[rows], weight.t()), error_MK, out=error_MK)
-        row_loss[rows] = torch.linalg.vector_norm(error_MK, dim=1).square_().div_(error_MK.shape[1])
-        if not any(needs):
-            continue
-        grad_MK = error_MK.mul_(unit_weight[rows, None] * (2 / error_MK.shape[1]))
-        grad_low_MK = grad_MK.to(dtype)
-        if needs[0]:
-            torch.mm(grad_low_MK, weight, out=grad_hidden[rows])
-        if needs[1]:
-            sum_KD += grad_low_MK.t() @ hidden[rows]
-        if needs[2]:
-            sum_K += grad_MK.sum(0)
+    of_weight_KD, of_bias_K = squared_errors(
+        hidden, weight, bias, unit_weight, targets, CHUNK_ROWS, needs, row_loss, grad_hidden
+    )
     if needs[1]:
-        grad_weight.copy_(from_cut(sum_KD, images, patch_size, 0))
+        grad_weight.copy_(from_cut(of_weight_KD, images, patch_size, 0))
     if needs[2]:
-        grad_bias.copy_(from_cut(sum_K, images, patch_size, 0))
+        grad_bias.copy_(from_cut(of_bias_K, images, patch_size, 0))
 
 
 class MaskedPixelLoss(nn.Module):

@@ -33,6 +33,27 @@ def check_pixels(
     Raises:
         TypeError, ValueError: the named argument is wrong.
     """
+    check_images(images, patch_ids, patch_size)
+    if images.is_floating_point() and mean is None and std is None:
+        return [], []
+    channels = images.shape[1]
+    means, stds = (per_channel(values, channels) for values in (mean, std))
+    if means is None or stds is None:
+        kind = str(images.dtype).removeprefix("torch.")
+        neither = ", or neither" if images.is_floating_point() else ""
+        raise ValueError(
+            f"{kind} images need mean and std with one number for each of their {channels} channels{neither}"
+        )
+    if not all(abs(value) < math.inf for value in means):  # false for NaN too
+        raise ValueError(f"mean must be finite, got {tuple(means)}")
+    if not all(0 < value < math.inf for value in stds):
+        raise ValueError(f"std must be positive and finite, got {tuple(stds)}")
+    largest = LARGEST.get(images.dtype, 1)
+    return [1 / (largest * s) for s in stds], [-m / s for m, s in zip(means, stds)]
+
+
+def check_images(images: Tensor, patch_ids: Tensor, patch_size: int) -> None:
+    """Raise TypeError or ValueError unless these are images that can be divided into patches, and ids of patches."""
     check_tensor("images", images)
     if images.dim() != 4:
         raise ValueError(f"images has shape {tuple(images.shape)}, expected [B, C, H, W]")
@@ -47,21 +68,6 @@ def check_pixels(
     check_index("patch_ids", patch_ids, (...,), images)
     if images.dtype not in DTYPES and images.dtype not in LARGEST:
         raise TypeError(f"images must be uint8, uint16 or floating-point with 16, 32 or 64 bits, not {images.dtype}")
-    if images.is_floating_point() and mean is None and std is None:
-        return [], []
-    means, stds = (_per_channel(values, channels) for values in (mean, std))
-    if means is None or stds is None:
-        kind = str(images.dtype).removeprefix("torch.")
-        neither = ", or neither" if images.is_floating_point() else ""
-        raise ValueError(
-            f"{kind} images need mean and std with one number for each of their {channels} channels{neither}"
-        )
-    if not all(abs(value) < math.inf for value in means):  # false for NaN too
-        raise ValueError(f"mean must be finite, got {tuple(means)}")
-    if not all(0 < value < math.inf for value in stds):
-        raise ValueError(f"std must be positive and finite, got {tuple(stds)}")
-    largest = LARGEST.get(images.dtype, 1)
-    return [1 / (largest * s) for s in stds], [-m / s for m, s in zip(means, stds)]
 
 
 def check_patch_size(patch_size: int) -> None:
@@ -84,7 +90,7 @@ def normalisation_for(
     return (None, None) if images.is_floating_point() else (mean, std)
 
 
-def _per_channel(values: Any, channels: int) -> list[float] | None:
+def per_channel(values: Any, channels: int) -> list[float] | None:
     """Return one number per channel from a sequence, array or tensor; None if `values` does not contain one number per
     channel."""
     if hasattr(values, "flatten"):

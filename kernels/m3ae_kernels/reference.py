@@ -4,6 +4,7 @@ They have the same arguments and results as the ops and are written for readabil
 Sums are computed in the dtype of the inputs, so use float64 inputs to obtain reliable results.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -87,6 +88,48 @@ def masked_pixel_loss(
     target = patches(images, patch_size, mean, std, row_weight.dtype)[patch_ids.long()]
     if norm_pix:
         target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
+    return _reduced((prediction - target).square().mean(1), row_weight, reduction)
+
+
+def hog_targets(
+    images: Tensor,
+    patch_ids: Tensor,
+    *,
+    patch_size: int,
+    std: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See `m3ae_kernels.hog_targets`. `dtype`: dtype of the computation and of the result."""
+    x_BCHW = images.to(dtype) / LARGEST.get(images.dtype, 1)
+    if std is not None:
+        x_BCHW = x_BCHW * torch.tensor(std, dtype=dtype, device=images.device)[:, None, None]
+    x = F.pad(x_BCHW.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    dx, dy = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
+    angle = torch.atan2(dy, dx) % math.pi * 9 / math.pi
+    away = (angle - torch.arange(9, device=images.device)[:, None, None]).abs()
+    votes_B9HW = torch.hypot(dx, dy) * (1 - torch.minimum(away, 9 - away)).clamp(min=0)
+    cells_B9hw = F.avg_pool2d(votes_B9HW, patch_size)
+    squares = F.avg_pool2d(cells_B9hw.square().sum(1, keepdim=True), 3, 1, 1, count_include_pad=False)
+    shares = (cells_B9hw / ((9 * squares).sqrt() + 0.01)).clamp(max=0.2)
+    return ((shares - 0.06) / 0.07).flatten(2).mT.flatten(0, 1)[patch_ids.long()]
+
+
+def masked_hog_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    images: Tensor,
+    patch_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    patch_size: int,
+    std: Sequence[float] | None = None,
+    reduction: str,
+) -> Tensor:
+    """See `m3ae_kernels.masked_hog_loss`."""
+    row_weight = _ones(hidden) if row_weight is None else row_weight
+    prediction = F.linear(hidden, weight, bias).to(row_weight.dtype)
+    target = hog_targets(images, patch_ids, patch_size=patch_size, std=std, dtype=row_weight.dtype)
     return _reduced((prediction - target).square().mean(1), row_weight, reduction)
 
 

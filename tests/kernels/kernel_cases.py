@@ -126,6 +126,22 @@ def masked_pixel_loss(
     return Inputs(tensors, options)
 
 
+def masked_hog_loss(
+    dtype, rows, dim, batch, channels, patch, floating=False, channels_last=False, bias=True, std=False,
+    ids=torch.int32, reduction="sum", pixels=torch.uint8,
+) -> Inputs:  # fmt: skip
+    images, patches = _images(batch, channels, patch, dtype if floating else pixels)
+    tensors = {
+        "hidden": _random(rows, dim, dtype=dtype),
+        "weight": _random(9, dim, dtype=dtype, scale=dim**-0.5),
+        "bias": _random(9, dtype=dtype) if bias else None,
+        "images": _channels_last(images.detach()) if channels_last else images.detach(),
+        "patch_ids": torch.randperm(patches)[:rows].to(ids),
+        "row_weight": _row_weight(rows),
+    }
+    return Inputs(tensors, {"patch_size": patch, "std": BAND_STD[:channels] if std else None, "reduction": reduction})
+
+
 def masked_token_loss(
     dtype, rows, dim, vocab, label_smoothing=0.0, z_loss=0.0, bias=True, ids=torch.int32, reduction="sum", ignored=False
 ) -> Inputs:
@@ -242,6 +258,32 @@ CASES = {
         masked_pixel_loss,
         {"rows": 9, "dim": 24, "batch": 2, "channels": 6, "patch": 6, "floating": True, "channels_last": True},
     ),
+    "hog-empty": (masked_hog_loss, {"rows": 0, "dim": 48, "batch": 1, "channels": 3, "patch": 8}),
+    "hog-one": (masked_hog_loss, {"rows": 1, "dim": 123, "batch": 1, "channels": 1, "patch": 8}),
+    "hog-p16": (masked_hog_loss, {"rows": 37, "dim": 123, "batch": 8, "channels": 3, "patch": 16}),
+    "hog-p1": (masked_hog_loss, {"rows": 5, "dim": 48, "batch": 2, "channels": 4, "patch": 1}),
+    "hog-p48": (masked_hog_loss, {"rows": 2, "dim": 48, "batch": 1, "channels": 1, "patch": 48}),
+    "hog-float": (
+        masked_hog_loss,
+        {"rows": 5, "dim": 512, "batch": 2, "channels": 3, "patch": 8, "floating": True, "std": True},
+    ),
+    "hog-mean-last": (
+        masked_hog_loss,
+        {"rows": 21, "dim": 48, "batch": 4, "channels": 3, "patch": 7, "channels_last": True, "bias": False}
+        | {"ids": torch.int64, "reduction": "mean"},
+    ),
+    "hog-rows": (
+        masked_hog_loss,
+        {"rows": 21, "dim": 123, "batch": 4, "channels": 1, "patch": 4, "reduction": "none"},
+    ),
+    "hog-bands": (
+        masked_hog_loss,
+        {"rows": 9, "dim": 48, "batch": 2, "channels": 13, "patch": 6, "pixels": torch.uint16},
+    ),
+    "hog-bands-float": (
+        masked_hog_loss,
+        {"rows": 9, "dim": 24, "batch": 2, "channels": 6, "patch": 6, "floating": True, "channels_last": True},
+    ),
     "token-empty": (masked_token_loss, {"rows": 0, "dim": 48, "vocab": 97}),
     "token-one": (masked_token_loss, {"rows": 1, "dim": 123, "vocab": 97}),
     "token-some": (masked_token_loss, {"rows": 19, "dim": 512, "vocab": 97}),
@@ -261,7 +303,7 @@ CASES = {
 # One small case of each op, for tests that are not about sizes.
 SMALL = (
     "attend-queries", "embed-bands-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16",
-    "pixel-rows", "token-z", "token-rows",
+    "pixel-rows", "hog-p16", "hog-rows", "token-z", "token-rows",
 )  # fmt: skip
 
 

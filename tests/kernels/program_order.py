@@ -29,8 +29,8 @@ ORDERS: dict[str, Callable[[list[int]], None]] = {
 # Cases with incomplete tiles for every kernel. They are small, because the interpreter is slow.
 CHECKED = (
     "attend-some", "attend-queries", "embed-p14", "embed-last", "embed-bands-float", "gather-some", "norm-some",
-    "norm-no-bias", "scatter-vocab", "pixel-norm", "pixel-rows", "pixel-bands", "token-z", "token-mean",
-    "token-rows",
+    "norm-no-bias", "scatter-vocab", "pixel-norm", "pixel-rows", "pixel-bands", "hog-p48", "hog-bands",
+    "hog-mean-last", "token-z", "token-mean", "token-rows",
 )  # fmt: skip
 builder = interpreter.interpreter_builder
 
@@ -157,7 +157,7 @@ def test_program_instances_run_in_any_order_without_data_races(case, watch):
             assert torch.equal(got, results["forward"][name]), (order, name)
 
 
-@pytest.mark.parametrize("case", ["attend-some", "embed-bands", "pixel-norm"])
+@pytest.mark.parametrize("case", ["attend-some", "embed-bands", "pixel-norm", "hog-bands"])
 def test_h100_tiles_have_no_data_races(case, watch, monkeypatch):
     monkeypatch.setattr(tuning, "arch_of", lambda device: "sm_90")
     seen = watch("reversed")

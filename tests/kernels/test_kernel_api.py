@@ -55,6 +55,7 @@ def op_options(monkeypatch):
         ("gather", "gather_tokens"),
         ("patch_embed", "patch_embed"),
         ("pixel_loss", "masked_pixel_loss"),
+        ("hog_loss", "masked_hog_loss"),
         ("token_loss", "masked_token_loss"),
     ):
         watch(module, name)
@@ -67,6 +68,7 @@ def op_options(monkeypatch):
         (m3ae_kernels.GatherNorm, {"gather_tokens"}),
         (m3ae_kernels.PatchEmbed, {"patch_embed"}),
         (m3ae_kernels.MaskedPixelLoss, {"masked_pixel_loss"}),
+        (m3ae_kernels.MaskedHogLoss, {"masked_hog_loss"}),
         (m3ae_kernels.MaskedTokenLoss, {"masked_token_loss"}),
         (m3ae_kernels.M3AEHeads, {"gather_tokens", "masked_pixel_loss", "masked_token_loss"}),
     ],
@@ -78,12 +80,13 @@ def test_a_module_passes_each_of_its_options_to_its_ops(op_options, module, ops)
     assert all(own[p.name] != p.default for p in options if p.name != "channels")
     made = module(8, *([] if "vocab" not in inspect.signature(module).parameters else [31]), **own)
     ids, rows = torch.arange(3), {"image_rows": torch.arange(3), "text_rows": torch.arange(3, 6)}
-    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.float32 if module is m3ae_kernels.MaskedHogLoss else torch.uint8)
     targets = {"images": images, "patch_ids": ids, "targets": ids}
     {
         m3ae_kernels.GatherNorm: lambda: made(torch.randn(5, 8), ids),
         m3ae_kernels.PatchEmbed: lambda: made(images, ids),
         m3ae_kernels.MaskedPixelLoss: lambda: made(torch.randn(3, 8), images, ids),
+        m3ae_kernels.MaskedHogLoss: lambda: made(torch.randn(3, 8), images, ids),
         m3ae_kernels.MaskedTokenLoss: lambda: made(torch.randn(3, 8), ids),
         m3ae_kernels.M3AEHeads: lambda: made(torch.randn(6, 8), **rows, **targets),
     }[module]()
@@ -149,7 +152,7 @@ def test_a_head_without_bias_equals_one_with_zero_bias():
         torch.testing.assert_close(found, expected)
 
 
-def token_and_pixel_loss() -> dict:
+def losses() -> dict:
     """Return calls of each loss on one input, as a function and as a module, by its name."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(4, 12), torch.tensor([3, -100, 0, 30])
@@ -166,14 +169,18 @@ def token_and_pixel_loss() -> dict:
         "masked_pixel_loss": lambda **options: m.masked_pixel_loss(
             hidden, weight, images, ids, bias=bias, **PIXELS, **options
         ),
+        "masked_hog_loss": lambda **options: m.masked_hog_loss(
+            hidden, weight[:9], images, ids, patch_size=8, **options
+        ),
+        "MaskedHogLoss": lambda **options: module(m.MaskedHogLoss, inputs=(images, ids), patch_size=8, **options),
         "MaskedTokenLoss": lambda **options: module(m.MaskedTokenLoss, 31, inputs=(targets,), **options),
         "MaskedPixelLoss": lambda **options: module(m.MaskedPixelLoss, inputs=(images, ids), **PIXELS, **options),
     }
 
 
-@pytest.mark.parametrize("name", token_and_pixel_loss())
+@pytest.mark.parametrize("name", losses())
 def test_the_default_reduction_is_the_mean_as_in_torch(name):
-    compute = token_and_pixel_loss()[name]
+    compute = losses()[name]
     mean, total, rows = compute(), compute(reduction="sum"), compute(reduction="none")
     counted = 3 if "oken" in name else 4
     torch.testing.assert_close(rows.sum(), total)
@@ -270,7 +277,7 @@ def test_correct_predictions_are_counted_with_separate_weights():
     torch.testing.assert_close(correct(**both), (hits * own_weight).sum().detach())
 
 
-@pytest.mark.parametrize("op", ["token", "pixel", "embed"])
+@pytest.mark.parametrize("op", ["token", "pixel", "hog", "embed"])
 def test_float64_stays_float64_under_autocast(op):
     """The behaviour is that of torch's own layers."""
     torch.manual_seed(0)
@@ -279,6 +286,7 @@ def test_float64_stays_float64_under_autocast(op):
     work = {
         "token": lambda: m3ae_kernels.masked_token_loss(hidden, weight, patch_ids, reduction="sum"),
         "pixel": lambda: m3ae_kernels.masked_pixel_loss(hidden, weight, images, patch_ids, reduction="sum", **PIXELS),
+        "hog": lambda: m3ae_kernels.masked_hog_loss(hidden, weight[:9], images, patch_ids, patch_size=8),
         "embed": lambda: m3ae_kernels.patch_embed(images, patch_ids, weight, **PIXELS),
     }[op]
     expected = work()
@@ -318,7 +326,7 @@ def test_a_target_out_of_range_affects_only_its_own_loss(target):
     assert torch.equal(loss[others], expected[others]) and torch.equal(correct[others], right[others])
 
 
-@pytest.mark.parametrize("case", ["pixel-p16", "token-z"])
+@pytest.mark.parametrize("case", ["pixel-p16", "hog-p16", "token-z"])
 def test_reductions_agree(case):
     inputs = make(case, torch.float32)
     sums = {}
@@ -578,6 +586,10 @@ def test_pixel_targets_with_gradients_or_without_variance_are_refused():
     with torch.no_grad():
         evaluated = m3ae_kernels.masked_pixel_loss(hidden, weight, images, ids, **options)
     assert torch.equal(evaluated, m3ae_kernels.masked_pixel_loss(hidden, weight, images.detach(), ids, **options))
+    with pytest.raises(
+        ValueError, match=r"^images require a gradient, which masked_hog_loss .* pass images\.detach\(\)$"
+    ):
+        m3ae_kernels.masked_hog_loss(hidden, weight[:9], images, ids, patch_size=8)
     grey, options = images.detach()[:, :1], {"patch_size": 1, "norm_pix": True, "reduction": "sum"}
     with pytest.raises(ValueError, match="norm_pix needs patches with at least two values"):
         m3ae_kernels.masked_pixel_loss(hidden, weight[:1], grey, ids, **options)
@@ -667,7 +679,7 @@ def test_the_default_device_of_torch_has_no_effect(case):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("case", ["pixel-p16", "pixel-rows", "token-z", "token-rows"])
+@pytest.mark.parametrize("case", ["pixel-p16", "pixel-rows", "hog-p16", "hog-rows", "token-z", "token-rows"])
 def test_gradients_of_16_bits_are_never_multiplied_by_a_0d_factor_on_a_gpu(case):
     """On a GPU, torch rounds a 0-d factor to the dtype of the other factor, so a loss scale of 65,536 would be infinite
     in float16. Meta tensors follow the same path as tensors on a GPU."""
@@ -691,7 +703,7 @@ def test_gradients_of_16_bits_are_never_multiplied_by_a_0d_factor_on_a_gpu(case)
     assert not any({(torch.float16, dims), (torch.float32, 0)} <= each for each in products for dims in (1, 2))
 
 
-@pytest.mark.parametrize("module", [m3ae_kernels.PatchEmbed, m3ae_kernels.MaskedPixelLoss])
+@pytest.mark.parametrize("module", [m3ae_kernels.PatchEmbed, m3ae_kernels.MaskedPixelLoss, m3ae_kernels.MaskedHogLoss])
 def test_images_and_patch_sizes_of_modules_are_checked(module):
     options = {} if module is m3ae_kernels.PatchEmbed else {"reduction": "sum"}
     built, hidden = module(8, patch_size=2, **options), [torch.zeros(3, 8)] if options else []

@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (KERNELS / "README.md").read_text(en
 
 
 def test_examples_in_the_readme_run():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
     names: dict = {}
     for block in BLOCKS:
         exec(block, names)

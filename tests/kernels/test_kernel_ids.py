@@ -18,6 +18,8 @@ OUT_OF_RANGE = [
     ("embed-last", "patch_ids", 10**6, "from 0 to 35"),
     ("pixel-p16", "patch_ids", -1, "from 0 to 47"),
     ("pixel-rows", "patch_ids", 24, "from 0 to 23"),
+    ("hog-p16", "patch_ids", -1, "from 0 to 47"),
+    ("hog-rows", "patch_ids", 24, "from 0 to 23"),
     ("gather-some", "rows", 101, "from 0 to 100"),
     ("gather-long", "rows", -1, "from 0 to 30"),
     ("norm-some", "rows", 101, "from 0 to 100"),
@@ -68,7 +70,7 @@ def test_invalid_sample_boundaries_are_named(check, case, name, at, value, found
     "case, name",
     [
         ("gather-some", "rows"), ("norm-some", "rows"), ("scatter-mask", "src"), ("embed-p16", "patch_ids"),
-        ("pixel-p16", "patch_ids"),
+        ("pixel-p16", "patch_ids"), ("hog-p16", "patch_ids"),
     ],
 )  # fmt: skip
 def test_duplicate_rows_are_named_if_rows_must_be_distinct(check, case, name):
@@ -177,5 +179,6 @@ def test_flat_ids_number_the_patches_of_a_batch(dtype):
 def test_equal_patch_ids_are_accepted_as_padding(check):
     images, ids = torch.randn(1, 3, 8, 8), torch.tensor([2, 0, 3, 0, 0])
     m3ae_kernels.PatchEmbed(12, patch_size=4)(images, ids)
-    loss = m3ae_kernels.MaskedPixelLoss(12, patch_size=4, reduction="sum")
-    loss(torch.ones(5, 12), images, ids, torch.tensor([1.0, 1, 1, 0, 0]))
+    for kind in (m3ae_kernels.MaskedPixelLoss, m3ae_kernels.MaskedHogLoss):
+        loss = kind(12, patch_size=4, reduction="sum")
+        loss(torch.ones(5, 12), images, ids, torch.tensor([1.0, 1, 1, 0, 0]))

@@ -20,7 +20,7 @@ ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1", "M3AE_KERNELS_IMPL": "trito
 
 def test_ops_pass_their_tests_on_the_triton_interpreter():
     files = [
-        *(f"test_kernel_{name}.py" for name in ("ops", "api", "shapes", "ids")),
+        *(f"test_kernel_{name}.py" for name in ("ops", "hog", "api", "shapes", "ids")),
         "tiles.py",
         "program_order.py",
     ]

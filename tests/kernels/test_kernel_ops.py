@@ -79,6 +79,8 @@ def test_float64(case):
         ("pixel-bands", {"rows": 2, "dim": 2, "batch": 1, "channels": 13, "patch": 1, "pixels": torch.uint16}),
         ("pixel-rows", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "reduction": "none"}),
         ("pixel-mean-last", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "reduction": "mean"}),
+        ("hog-rows", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "reduction": "none"}),
+        ("hog-mean-last", {"rows": 3, "dim": 2, "batch": 1, "channels": 1, "patch": 2, "reduction": "mean"}),
         ("token-z", {"rows": 3, "dim": 2, "vocab": 5, "label_smoothing": 0.1, "z_loss": 0.1}),
         ("token-mean", {"rows": 4, "dim": 2, "vocab": 5, "ignored": True, "z_loss": 0.1, "reduction": "mean"}),
         ("token-rows", {"rows": 4, "dim": 2, "vocab": 5, "ignored": True, "label_smoothing": 0.1, "reduction": "none"}),
@@ -131,7 +133,7 @@ def test_any_upstream_gradient(case):
 
 STRIDED = (
     "attend-some", "attend-queries", "embed-p16", "embed-one", "gather-some", "norm-some",
-    "scatter-mask", "pixel-p16", "pixel-one", "token-some",
+    "scatter-mask", "pixel-p16", "pixel-one", "hog-p16", "token-some",
 )  # fmt: skip
 
 
@@ -497,7 +499,7 @@ def test_a_prediction_is_correct_only_if_its_target_is_the_first_maximum():
 def test_row_weights_of_any_magnitude_in_float16(scale):
     """Row weights far from 1 neither underflow nor overflow in the stored gradients. A loss scale compensates for the
     weight of 1e-7."""
-    for case in ("pixel-p16", "token-some"):
+    for case in ("pixel-p16", "hog-p16", "token-some"):
         inputs = make(case, torch.float16)
         upstream = torch.tensor(1.0)
         expected = run(m3ae_kernels, case, inputs, upstream)
@@ -508,7 +510,7 @@ def test_row_weights_of_any_magnitude_in_float16(scale):
 
 
 def test_row_weights_have_gradients_and_may_all_be_zero():
-    for case in ("pixel-p16", "token-z"):
+    for case in ("pixel-p16", "hog-p16", "token-z"):
         inputs = make(case, torch.float32)
         inputs.tensors["row_weight"].requires_grad_()
         true = run(reference, case, double(inputs))
@@ -547,6 +549,7 @@ def test_modules_equal_the_ops_with_their_weights():
     pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     embed = m3ae_kernels.PatchEmbed(12, **pixels)
     head = m3ae_kernels.MaskedPixelLoss(12, norm_pix=True, reduction="sum", **pixels)
+    gradients = m3ae_kernels.MaskedHogLoss(12, patch_size=8, reduction="sum")
     tokens = m3ae_kernels.MaskedTokenLoss(12, 31, reduction="sum", label_smoothing=0.1, z_loss=0.01)
     norm = m3ae_kernels.GatherNorm(12)
     hidden = embed(images, ids)
@@ -557,10 +560,13 @@ def test_modules_equal_the_ops_with_their_weights():
     target = (target - target.mean(1, keepdim=True)) / (target.var(1, keepdim=True) + 1e-6).sqrt()
     by_hand = ((head.predict(hidden) - target).square().mean(1) * weight).sum()
     assert torch.allclose(loss, by_hand)
+    hog_loss = gradients(hidden, images, ids, weight)
+    target = m3ae_kernels.hog_targets(images, ids, patch_size=8)
+    assert torch.allclose(hog_loss, ((gradients.predict(hidden) - target).square().mean(1) * weight).sum())
     text_loss, correct = tokens(hidden, ids, weight, return_correct=True)
     assert torch.equal(tokens.predict(hidden).argmax(1) == ids, correct)
-    (loss + text_loss).backward()
-    for module in (embed, head, tokens):
+    (loss + hog_loss + text_loss).backward()
+    for module in (embed, head, gradients, tokens):
         assert [name for name, _ in module.named_parameters()] == ["weight", "bias"]
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
         bound = (6 / sum(module.weight.shape)) ** 0.5
@@ -636,6 +642,16 @@ def test_m3ae_heads_equal_the_combination_of_their_parts(vocab):
         ("scatter-mask", {"fill": None}, ValueError, "fill and fill_ids must be given together"),
         ("scatter-no-fill", {"fill_order": torch.zeros(37).int()}, ValueError, "fill_order needs fill"),
         ("pixel-p16", {"reduction": "avg"}, ValueError, "reduction is 'avg'"),
+        (
+            "hog-p16",
+            {"std": (0.5,) * 3},
+            ValueError,
+            "std is for floating-point images, but the images are torch.uint8",
+        ),
+        ("hog-float", {"std": (0.5,)}, ValueError, r"std must be a positive, .* each of the 3 channels, got \(0\.5,\)"),
+        ("hog-float", {"std": (0.5, 0.0, 1.0)}, ValueError, "std must be a positive, finite number for each"),
+        ("hog-p16", {"weight": torch.zeros(8, 123)}, ValueError, r"weight has shape \(8, 123\), expected \[9, 123\]"),
+        ("hog-p16", {"patch_size": 7}, ValueError, "cannot be divided into patches of 7 x 7"),
         ("token-some", {"workspace": 0}, ValueError, "workspace is 0 bytes"),
         ("scatter-mask", {"fill": torch.zeros(2, 5)}, ValueError, "fill has shape"),
         ("scatter-mask", {"table_ids": torch.zeros(2).int()}, ValueError, "table_ids has shape"),

@@ -16,6 +16,7 @@ ROWS = {  # the inputs whose first dimension may be replaced by several
     "gather_tokens": ("x", "rows"),
     "scatter_tokens": ("x", "src", "fill", "fill_ids", "table", "table_ids"),
     "masked_pixel_loss": ("hidden", "patch_ids", "row_weight"),
+    "masked_hog_loss": ("hidden", "patch_ids", "row_weight"),
     "masked_token_loss": ("hidden", "targets", "row_weight"),
     "packed_attention": ("qkv", "q"),
 }
@@ -26,6 +27,8 @@ CASES = {
     "scatter": (cases.scatter_tokens, {"tokens": 24, "rows": 12, "dim": 16, "fill": 6, "table": 6}),
     "pixel": (cases.masked_pixel_loss, IMAGES),
     "pixel rows": (cases.masked_pixel_loss, IMAGES | {"reduction": "none"}),
+    "hog": (cases.masked_hog_loss, IMAGES),
+    "hog rows": (cases.masked_hog_loss, IMAGES | {"reduction": "none"}),
     "token": (cases.masked_token_loss, TOKENS),
     "token rows": (cases.masked_token_loss, TOKENS | {"reduction": "none"}),
     "attention": (cases.packed_attention, {"lengths": (5, 7, 12), "heads": 2, "dim": 16}),
@@ -72,7 +75,7 @@ def test_leading_dimensions_do_not_change_results_bitwise(case, lead):
         assert torch.equal(got.reshape(flat[name].shape), flat[name]), name
 
 
-@pytest.mark.parametrize("case", ["token rows", "pixel rows", "gather", "norm", "embed", "scatter"])
+@pytest.mark.parametrize("case", ["token rows", "pixel rows", "hog rows", "gather", "norm", "embed", "scatter"])
 def test_a_single_row_may_be_passed_without_a_row_dimension(case):
     op, inputs = make(case)
     several = {"x", "fill", "table"}

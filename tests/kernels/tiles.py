@@ -31,6 +31,9 @@ RAGGED = (
     "pixel-norm",
     "pixel-bands",
     "pixel-mean-last",
+    "hog-p48",
+    "hog-bands",
+    "hog-mean-last",
     "token-z",
     "token-rows",
 )

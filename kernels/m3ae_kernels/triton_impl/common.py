@@ -24,9 +24,9 @@ def launcher(launch: Callable) -> Callable:
     current device. The first argument is a tensor, or a tuple that begins with a tensor."""
 
     @wraps(launch)
-    def on_device(first, *arguments):
+    def on_device(first, *arguments, **options):
         with torch.cuda.device_of(first[0] if isinstance(first, tuple) else first):
-            return launch(first, *arguments)
+            return launch(first, *arguments, **options)
 
     return on_device
 
@@ -80,15 +80,15 @@ def pixel_arguments(images: Tensor, patch_size: int, scale: list[float], shift: 
     pad = [0.0] * (FEW_CHANNELS - len(scale))
     numbers = [*scale, *pad, *shift, *pad] if few else [0.0] * 2 * FEW_CHANNELS
     named = dict(zip(("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3"), numbers))
-    table = None if few or not scale else _table(tuple(scale), tuple(shift), images.device)
+    table = None if few or not scale else channel_table((*scale, *shift), images.device)
     constants = {"P": patch_size, "C": channels, "H": height, "W": width}
     return named | constants | {"table": table, "PLANAR": planar(images), "NORMALISE": bool(scale)}
 
 
 @lru_cache(maxsize=32)
-def _table(scale: tuple[float, ...], shift: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return scale and shift as float32 [2, C] on the device."""
-    return torch.tensor([scale, shift], dtype=torch.float32, device=device)
+def channel_table(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as a float32 tensor on the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 @triton.jit

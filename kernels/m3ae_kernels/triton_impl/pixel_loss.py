@@ -145,19 +145,17 @@ def pixel_loss(
     weight: Tensor,
     bias: Tensor,
     unit_weight: Tensor,
-    images: Tensor,
-    ids: Tensor,
-    patch_size: int,
-    scale,
-    shift,
-    norm_pix: bool,
     needs: Sequence[bool],
     row_loss: Tensor,
     grad_hidden: Tensor,
     grad_weight: Tensor,
     grad_bias: Tensor,
+    *,
+    target: tuple,
 ) -> None:
-    """Fill row_loss [M] and the gradients selected by `needs`; hidden, weight and bias must have the same dtype."""
+    """Fill row_loss [M] and the gradients selected by `needs`; hidden, weight and bias must have the same dtype.
+    `target`: as in `..pixel_loss`."""
+    images, ids, patch_size, scale, shift, norm_pix = target
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     (count, dim), patch = hidden.shape, len(weight)
     wide, stride = up(dim), up(patch)  # rows are aligned to 16 bytes for wide loads and vendor BLAS

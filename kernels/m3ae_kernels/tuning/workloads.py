@@ -230,6 +230,19 @@ def _pixel_norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     return _pixel(s, dtype, device, norm_pix=True)
 
 
+def _hog(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    work = _pixel(s, dtype, device)
+    k, d, m = 9, s.decoder, len(work.tensors["patch_ids"])
+    work.tensors |= {
+        "weight": _random(k, d, dtype=dtype, device=device, scale=d**-0.5),
+        "bias": _random(k, dtype=dtype, device=device),
+    }
+    work.op, work.options = "masked_hog_loss", {"patch_size": s.patch, "reduction": "sum"}
+    work.forward = 6 * m * d * k, 4 * m * d + work.tensors["images"].numel() + 4 * k * d
+    work.backward = 0, 4 * m * d + 6 * k * d
+    return work
+
+
 def _token(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     m, d, v = s.samples * (s.words - s.words // 4), s.decoder, s.vocab
     tensors = {
@@ -292,6 +305,7 @@ OPS: dict[str, Callable[[Sizes, torch.dtype, torch.device], Workload]] = {
     "scatter_tokens, decoder": _scatter_decoder,
     "masked_pixel_loss": _pixel,
     "masked_pixel_loss, norm_pix": _pixel_norm,
+    "masked_hog_loss": _hog,
     "masked_token_loss": _token,
     "packed_attention, encoder": _attention_encoder,
     "packed_attention, decoder": _attention_decoder,

@@ -1,0 +1,162 @@
+"""Histograms of oriented gradients (HOG; Dalal and Triggs, CVPR 2005) of patches, as targets of a masked autoencoder
+(MaskFeat, arXiv 2112.09133, section 3). The targets are computed from the pixels of a few images at a time.
+
+A patch is one cell. The image is the mean of the channels, from 0 to 1. Each pixel votes, with the magnitude of its
+gradient, for the two nearest of nine orientations from 0 to 180 degrees. The votes of a cell are averaged, divided by
+the norm of the histograms of the 3 x 3 cells around it, clipped, and brought to a mean of about 0 and a variance of
+about 1.
+
+Shapes: M rows, B images, C channels, H x W pixels, P patch size, h x w patches of an image.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import accumulator, as_rows, choose_impl, wants_grad, with_lead
+from .ids import check_distinct, check_range, checked, checks_enabled
+from .pixels import LARGEST, check_images, count_patches, per_channel
+from .registry import Op
+
+ORIENTATIONS = 9
+EPS = 0.01  # added to the norm of 3 x 3 cells, so that noise in flat patches gives small values
+LARGEST_SHARE = 0.2  # values of a normalised histogram above this are clipped, as in the paper by Dalal and Triggs
+# typical mean and standard deviation of the clipped values, by which they are standardised
+CENTRE, SPREAD = 0.06, 0.07
+CHUNK_PIXELS = 1 << 17  # pixels per chunk of the torch implementation; their float32 values fit into the caches
+
+
+def hog_targets(
+    images: Tensor, patch_ids: Tensor, *, patch_size: int, std: Sequence[float] | None = None, impl: str = "auto"
+) -> Tensor:
+    """Return the targets of `masked_hog_loss`, [..., 9] in float32 (float64 for float64 images).
+
+    Args:
+        images, patch_ids, patch_size, std, impl: as in `masked_hog_loss`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as in `masked_hog_loss`, except that equal ids are always accepted.
+    """
+    scale = check_hog("hog_targets", images, patch_ids, patch_size, std)
+    dtype = accumulator(images.dtype)
+    impl = choose_impl(impl, images.device, dtype)
+    ids = as_rows(patch_ids, 0)
+    return with_lead(hog_targets_op(images, ids, patch_size, scale, dtype, impl), patch_ids.shape)
+
+
+def check_hog(op: str, images: Tensor, patch_ids: Tensor, patch_size: int, std: Sequence[float] | None) -> list[float]:
+    """Check the image arguments, and return the factor of each channel in the sum that is the grey image.
+
+    Raises:
+        TypeError, ValueError: the named argument is wrong.
+    """
+    check_images(images, patch_ids, patch_size)
+    if wants_grad(images):
+        raise ValueError(f"images require a gradient, which {op} does not compute: pass images.detach()")
+    channels = images.shape[1]
+    if std is None:
+        return [1 / (LARGEST.get(images.dtype, 1) * channels)] * channels
+    if not images.is_floating_point():
+        raise ValueError(f"std is for floating-point images, but the images are {images.dtype}")
+    stds = per_channel(std, channels)
+    if stds is None or not all(0 < value < math.inf for value in stds):
+        raise ValueError(f"std must be a positive, finite number for each of the {channels} channels, got {std}")
+    return [value / channels for value in stds]
+
+
+def find_targets(
+    images: Tensor, patch_ids: Tensor, patch_size: int, scale: Sequence[float], dtype: torch.dtype, impl: str
+) -> Tensor:
+    """Return the targets of the patches `patch_ids` [M] of images [B, C, H, W], [M, 9] of `dtype`."""
+    out = images.new_empty(len(patch_ids), ORIENTATIONS, dtype=dtype)
+    if not len(patch_ids):
+        return out
+    if impl == "triton":
+        from .triton_impl.hog import hog_targets as fill
+    else:
+        fill = _hog_targets
+    fill(images, patch_ids, patch_size, scale, out)
+    return out
+
+
+def check_ids(
+    op: str, images: Tensor, patch_ids: Tensor, patch_size: int, impl: str, row_weight: Tensor | None = None
+) -> None:
+    """Check ids [M] as the ops do. With row weights [M], ids of rows whose weight is not 0 must be distinct.
+
+    Raises:
+        IndexError: an id is out of range, or occurs twice.
+    """
+    if checked(patch_ids, impl):
+        check_range(op, "patch_ids", patch_ids, count_patches(images, patch_size))
+    if row_weight is not None and checks_enabled():
+        check_distinct(op, "patch_ids", torch.where(row_weight == 0, -1, patch_ids))
+
+
+def _forward(
+    images: Tensor, patch_ids: Tensor, patch_size: int, scale: Sequence[float], dtype: torch.dtype, impl: str
+) -> Tensor:
+    check_ids("hog_targets", images, patch_ids, patch_size, impl)
+    return find_targets(images, patch_ids, patch_size, scale, dtype, impl)
+
+
+def _fake(images, patch_ids, patch_size, scale, dtype, impl):
+    return images.new_empty(patch_ids.shape[0], ORIENTATIONS, dtype=dtype)
+
+
+hog_targets_op = Op("hog_targets", _forward, _fake)
+
+
+def _hog_targets(images: Tensor, patch_ids: Tensor, patch_size: int, scale: Sequence[float], out: Tensor) -> None:
+    """Fill `out` [M, 9] with the targets, one chunk of images at a time. Other devices than a CPU process all images at
+    once, because the host would have to wait for the number of rows in each chunk."""
+    batch, _, height, width = images.shape
+    patches = height * width // patch_size**2
+    chunk = max(1, CHUNK_PIXELS // (height * width)) if images.device.type == "cpu" else batch
+    ids, order = patch_ids.long().sort()
+    starts = range(0, batch, chunk)
+    ends = [len(ids)]
+    if len(starts) > 1:
+        firsts = torch.tensor([patches * start for start in starts[1:]], device=ids.device)
+        ends = [*torch.searchsorted(ids, firsts).tolist(), len(ids)]
+    begin = 0
+    for start, end in zip(starts, ends):
+        if end > begin:
+            cells = _cells(images[start : start + chunk], patch_size, scale, out.dtype)
+            out[order[begin:end]] = _normalised(cells, ids[begin:end] - start * patches)
+        begin = end
+
+
+def _cells(images: Tensor, patch_size: int, scale: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Return the mean votes of the pixels of each patch, [B, h, w, 9] of `dtype`."""
+    values = images.to(dtype)
+    if images.is_floating_point():
+        values = values * values.new_tensor([each / scale[0] for each in scale])[:, None, None]
+    grey = F.pad(values.sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]  # in units of 1 / scale[0]
+    dx, dy = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2], grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
+    size = torch.hypot(dx, dy)
+    place = torch.atan2(dy, dx).mul_(ORIENTATIONS / math.pi)  # from -9 to 9
+    low = place.floor()
+    above = place.sub_(low).mul_(size)  # the vote for the orientation after `low`
+    batch, height, width = size.shape
+    h, w = height // patch_size, width // patch_size
+    first = torch.arange(0, batch * h * w * ORIENTATIONS, ORIENTATIONS, device=size.device)
+    bins = low.long().remainder_(ORIENTATIONS).view(batch, h, patch_size, w, patch_size) + first.view(batch, h, 1, w, 1)
+    bins = bins.flatten()
+    votes = size.new_zeros(2, batch * h * w * ORIENTATIONS)
+    votes[0].scatter_add_(0, bins, size.sub_(above).flatten())
+    votes[1].scatter_add_(0, bins, above.flatten())
+    cells = votes.view(2, batch, h, w, ORIENTATIONS)
+    return (cells[0] + cells[1].roll(1, -1)).mul_(scale[0] / patch_size**2)
+
+
+def _normalised(cells: Tensor, ids: Tensor) -> Tensor:
+    """Return the targets [M, 9] of the patches `ids` [M], given the mean votes of all patches [B, h, w, 9]. At the
+    border of an image, the squared norm is that of the existing cells, multiplied by 9 over their number."""
+    squares = cells.square().sum(-1)[:, None]
+    around = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).mul_(9)
+    norm_M1 = around.flatten()[ids, None].sqrt_().add_(EPS)
+    return cells.flatten(0, 2)[ids].div_(norm_M1).clamp_(max=LARGEST_SHARE).sub_(CENTRE).div_(SPREAD)
