@@ -253,11 +253,11 @@ def test_the_advice_of_the_report_depends_on_the_settings_of_the_run(tmp_path):
     assert "a lower optim.clip_grad" in head and "clip_grad=1.0" not in head
 
 
-@pytest.mark.parametrize("norm_pix", [False, True])
-def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
-    """A model that predicts the mean patch and the frequencies of words has relative losses of 1."""
+@pytest.mark.parametrize(("kind", "norm_pix"), [("pixels", False), ("pixels", True), ("hog", False)])
+def test_losses_are_relative_to_the_best_constant_prediction(kind, norm_pix):
+    """A model that predicts the mean target and the frequencies of words has relative losses of 1."""
     torch.manual_seed(0)
-    model = M3AE(SMALL, LossConfig(norm_pix=norm_pix, per="batch"))
+    model = M3AE(SMALL.model_copy(update={"image_targets": kind}), LossConfig(norm_pix=norm_pix, per="batch"))
     batch = pack(MIXED, model.geometry)
     with join_ranks() as ranks:
         ours = Baselines(model, "fp32", ranks)
@@ -269,7 +269,7 @@ def test_losses_are_relative_to_the_best_constant_prediction(norm_pix):
         again = parts.values({"val_image_loss": 1.0, "val_text_loss": 1.0})
     assert {name: again[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
     rows = batch.image_row_weight != 0
-    targets = ours._targets(batch, batch.image_patch_ids[rows])
+    targets = model.image_targets.of(batch, rows)
     words = batch.text_targets[batch.text_row_weight != 0].long()
     with torch.no_grad():
         for head in (model.image_head, model.text_head):

@@ -137,20 +137,23 @@ def _cells(images: Tensor, patch_size: int, scale: Sequence[float], dtype: torch
         values = values * values.new_tensor([each / scale[0] for each in scale])[:, None, None]
     grey = F.pad(values.sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]  # in units of 1 / scale[0]
     dx, dy = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2], grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
-    size = torch.hypot(dx, dy)
-    place = torch.atan2(dy, dx).mul_(ORIENTATIONS / math.pi)  # from -9 to 9
+    size = torch.addcmul(dx * dx, dy, dy).sqrt_()
+    # From -4.5 to 4.5. Where there is no gradient, 0 / 0 is replaced; such pixels do not vote.
+    place = torch.div(dy, dx).nan_to_num_(0, math.inf, -math.inf).atan_().mul_(ORIENTATIONS / math.pi)
     low = place.floor()
     above = place.sub_(low).mul_(size)  # the vote for the orientation after `low`
-    batch, height, width = size.shape
+    below = size.sub_(above)
+    batch, height, width = low.shape
     h, w = height // patch_size, width // patch_size
-    first = torch.arange(0, batch * h * w * ORIENTATIONS, ORIENTATIONS, device=size.device)
-    bins = low.long().remainder_(ORIENTATIONS).view(batch, h, patch_size, w, patch_size) + first.view(batch, h, 1, w, 1)
-    bins = bins.flatten()
-    votes = size.new_zeros(2, batch * h * w * ORIENTATIONS)
-    votes[0].scatter_add_(0, bins, size.sub_(above).flatten())
-    votes[1].scatter_add_(0, bins, above.flatten())
-    cells = votes.view(2, batch, h, w, ORIENTATIONS)
-    return (cells[0] + cells[1].roll(1, -1)).mul_(scale[0] / patch_size**2)
+    # A cell has 11 bins, for the places from -5 to 5.
+    first = torch.arange(5, batch * h * w * 11, 11, device=low.device)
+    bins = low.long().view(batch, h, patch_size, w, patch_size).add_(first.view(batch, h, 1, w, 1)).flatten()
+    votes = low.new_zeros(batch * h * w * 11)
+    votes.scatter_add_(0, bins, below.flatten()).scatter_add_(0, bins.add_(1), above.flatten())
+    bins_B11 = votes.mul_(scale[0] / patch_size**2).view(batch, h, w, 11)
+    cells = F.pad(bins_B11[..., 5:], (0, 3))  # the places from 0 to 5
+    cells[..., 4:] += bins_B11[..., :5]  # the places from -5 to -1 are the orientations from 4 to 8
+    return cells
 
 
 def _normalised(cells: Tensor, ids: Tensor) -> Tensor:

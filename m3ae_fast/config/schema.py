@@ -17,6 +17,7 @@ from m3ae_fast.config.messages import describe_error
 from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
+ORIENTATIONS = 9  # numbers per patch with HOG targets
 MAX_CHANNELS = 256  # more than any imaging spectrometer in use has
 LONGEST = 800  # maximum number of epochs of a run with a time limit; MAE trains for this number of epochs
 MAX_POSITIONS = 1 << 27  # maximum number of elements in a table of position embeddings: 512 MB
@@ -132,10 +133,12 @@ class ModelConfig(Section):
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
     """Number of tokens in the tokenizer's vocabulary. 0: an image-only MAE without text weights, which ignores the
     captions of its shards."""
-    image_targets: Literal["pixels", "vqgan"] = "pixels"
-    """Targets of masked patches: pixels, or token ids of a frozen VQGAN (`data.image_tokenizer`)."""
+    image_targets: Literal["pixels", "hog", "vqgan"] = "pixels"
+    """Targets of masked patches. `pixels`: the pixels, as in the official M3AE. `hog`: a histogram of oriented
+    gradients, nine numbers per patch (as in MaskFeat, arXiv 2112.09133), without `loss.norm_pix`. `vqgan`: token ids of
+    a frozen VQGAN (`data.image_tokenizer`)."""
     codebook_size: int = Field(1024, gt=0, le=MAX_VOCAB)
-    """Number of token ids in the VQGAN's codebook; not used with pixel targets."""
+    """Number of token ids in the VQGAN's codebook; used only with `image_targets: vqgan`."""
     gelu: Literal["tanh", "exact"] = "tanh"
     """Variant of GELU: the tanh approximation, as in the official M3AE, or the exact function, as in MAE and timm."""
     positions: Literal["sincos", "stored"] = "sincos"
@@ -174,6 +177,11 @@ class ModelConfig(Section):
                 raise ValueError(f"min_patches {self.min_patches} is more than max_patches {self.most_patches}")
             if self.image_targets == "vqgan":
                 raise ValueError("image_targets vqgan needs resize square, because a VQGAN needs images of one size")
+            if self.image_targets == "hog":
+                raise ValueError(
+                    "image_targets hog needs resize square, because native images are stored as separate patches, but "
+                    "the gradients of a patch depend on its neighbours"
+                )
         places = max(self.position_side**2, self.text_length)
         width = max(self.emb_dim, self.dec_emb_dim)
         if places * width > MAX_POSITIONS:
@@ -228,7 +236,7 @@ class ModelConfig(Section):
     @property
     def image_output_dim(self) -> int:
         """Return the number of outputs of the image head per patch."""
-        return self.codebook_size if self.image_targets == "vqgan" else self.patch_dim
+        return {"pixels": self.patch_dim, "hog": ORIENTATIONS, "vqgan": self.codebook_size}[self.image_targets]
 
 
 class MaskingConfig(Section):
@@ -597,11 +605,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        discrete = self.model.image_targets == "vqgan"
-        if discrete and self.data.image_tokenizer is None:
+        targets = self.model.image_targets
+        if targets == "vqgan" and self.data.image_tokenizer is None:
             raise ValueError("data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN")
-        if discrete and self.loss.norm_pix:
-            raise ValueError("loss.norm_pix needs pixel targets, but model.image_targets is vqgan")
+        if targets != "pixels" and self.loss.norm_pix:
+            raise ValueError(
+                f"loss.norm_pix standardises pixels, but model.image_targets is {targets}: set loss.norm_pix to false"
+            )
         if self.model.dec_attention == "cross" and (self.loss.image_all_tokens or self.loss.text_all_tokens):
             raise ValueError(
                 "model.dec_attention cross predicts only masked tokens: set loss.image_all_tokens and "

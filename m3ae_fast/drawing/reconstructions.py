@@ -19,8 +19,10 @@ from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, Preparation, eval_samples, open_image_tokenizer
 from m3ae_fast.drawing.figures import BLACK, GREEN, RED, Colour, levels, shown, stretched
+from m3ae_fast.drawing.gradient_glyphs import glyphs
 from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.images.patch_grid import Grid, patch_rows
+from m3ae_fast.model.image_targets import Hog
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import load_weights
 from m3ae_fast.model.transformer import whole_depth
@@ -99,19 +101,20 @@ def draw_reconstructions(
 ) -> None:
     """Write a PNG with a row for each sample. Visible patches and text tokens are shown unchanged, and masked ones are
     shown as predicted. If the image targets are ids of `vqgan`, the whole image is decoded from the true and the
-    predicted ids. If the model has loss.norm_pix, a column shows the zero prediction (see `views_of`), and the error of
-    the reconstructions is written as a fraction of its error.
+    predicted ids. For HOG targets, their true and predicted values are drawn as lines (see `gradient_glyphs`), and
+    visible patches have their true values. If the model has loss.norm_pix, a column shows the zero prediction (see
+    `views_of`), and the error of the reconstructions is written as a fraction of its error.
 
     Args:
         model: model on any device, in any mode.
         samples: samples with masks and images [C, H, W].
         tokenizer: tokenizer of the captions; None: tokens are shown as ids.
-        vqgan: the frozen image tokenizer, on the CPU; None if pixels are predicted.
+        vqgan: the frozen image tokenizer, on the CPU; None if the targets are not its ids.
         channels: displayed channels, as in `figures.levels`.
     """
     with whole_depth():
         rows = [_row(model, sample, tokenizer, vqgan, channels) for sample in samples]
-    titles = ["original", "masked", "reconstruction"] + ["zero prediction"] * model.loss_config.norm_pix
+    titles = _titles(model)
     left = len(titles) * (SIDE + GAP)
     notes = _notes(rows) if model.loss_config.norm_pix else []
     height = 24 + sum(row.picture.height + GAP for row in rows) + len(notes) * _LINE
@@ -146,16 +149,20 @@ def _row(
 ) -> _Row:
     device, norm_pix = next(model.parameters()).device, model.loss_config.norm_pix
     output_IK, logits_WV = model.predict(pack([sample], model.geometry).to(device))
-    left = (3 + norm_pix) * (SIDE + GAP)
+    left = len(_titles(model)) * (SIDE + GAP)
     row = Image.new("RGB", (left + TEXT_WIDTH, TALLEST), "white")
     height, errors = SIDE, [0.0, 0.0]
     if sample.image is not None and sample.image_mask is not None:
         output_IK = output_IK.float().cpu()
-        images = views_of(model, sample.image, sample.image_mask, None if vqgan else output_IK)
+        pixels = model.config.image_targets == "pixels"
+        images = views_of(model, sample.image, sample.image_mask, output_IK if pixels else None)
         if vqgan:
             images.append(decode_predicted(model, vqgan, sample.image, sample.image_mask, output_IK))
-        for i, image in enumerate(images):
-            row.paste(shown(levels(image, model.config, channels), SIDE), (GAP + i * (SIDE + GAP), 0))
+        pictures = [shown(levels(image, model.config, channels), SIDE) for image in images]
+        if isinstance(model.image_targets, Hog):
+            pictures += _hog_pictures(model, model.image_targets, sample.image, sample.image_mask, output_IK)
+        for i, picture in enumerate(pictures):
+            row.paste(picture, (GAP + i * (SIDE + GAP), 0))
         if norm_pix:  # visible patches are unchanged, so that only masked ones differ
             original, _, *predicted = (image.float() for image in images)
             errors = [(each - original).square().sum().item() for each in predicted]
@@ -165,6 +172,22 @@ def _row(
         views = caption_views(sample.tokens, sample.text_mask, guesses, tokenizer)
         height = min(max(_write_captions(ImageDraw.Draw(row), views, left + GAP), SIDE), TALLEST)
     return _Row(row.crop((0, 0, row.width, height)), *errors)
+
+
+def _titles(model: M3AE) -> list[str]:
+    """Return the headings of the columns with images."""
+    if isinstance(model.image_targets, Hog):
+        return ["original", "masked", "gradients", "predicted gradients"]
+    return ["original", "masked", "reconstruction"] + ["zero prediction"] * model.loss_config.norm_pix
+
+
+def _hog_pictures(model: M3AE, hog: Hog, image: Tensor, mask_L: Tensor, output_IK: Tensor) -> list[Image.Image]:
+    """Return pictures of the true targets, and of the targets with the predictions at the masked patches."""
+    true_LK = hog.of_patches(image[None], torch.arange(len(mask_L)))
+    predicted_LK = true_LK.clone()
+    predicted_LK[_with_loss(mask_L, model.loss_config.image_all_tokens)] = output_IK
+    predicted_LK[~mask_L] = true_LK[~mask_L]
+    return [glyphs(each, model.geometry.grid(image), SIDE) for each in (true_LK, predicted_LK)]
 
 
 def decode_predicted(model: M3AE, vqgan: VQGAN, image: Tensor, mask_L: Tensor, logits_IK: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from m3ae_kernels.pixels import check_pixels, standardise, take_patches
 from torch import Tensor
 
 from m3ae_fast.batch.packed import PackedBatch
@@ -68,7 +67,8 @@ class Baselines:
         """Start an evaluation. `precision`: precision in which features are computed."""
         self._model, self._precision, self._ranks = model, precision, ranks
         c = model.config
-        self._moments_2K = torch.zeros(2, c.patch_dim, dtype=torch.float64)  # sums of targets and of their squares
+        # sums of targets and of their squares; not used if the targets are ids
+        self._moments_2K = torch.zeros(2, c.image_output_dim, dtype=torch.float64)
         self._patches = 0
         ids = c.codebook_size if c.image_targets == "vqgan" else 0
         self._image_ids = torch.zeros(ids, dtype=torch.float64)
@@ -79,12 +79,8 @@ class Baselines:
     def add(self, batch: PackedBatch) -> None:
         """Add a batch with its targets, which must be on the device. Features are computed from the visible tokens."""
         image_I, text_W = batch.image_row_weight != 0, batch.text_row_weight != 0  # padding rows have weight 0
-        if len(self._image_ids):
-            self._image_ids += torch.bincount(batch.image_targets[image_I], minlength=len(self._image_ids)).cpu()
-        elif image_I.any():
-            targets_IK = self._targets(batch, batch.image_patch_ids[image_I]).double()
-            self._moments_2K += torch.stack((targets_IK.sum(0), targets_IK.square().sum(0))).cpu()
-            self._patches += len(targets_IK)
+        if image_I.any():
+            self._add_targets(self._model.image_targets.of(batch, image_I))
         if len(self._text_ids):
             self._text_ids += torch.bincount(batch.text_targets[text_W], minlength=len(self._text_ids)).cpu()
         with encoding(self._model, self._precision, self._ranks.device):
@@ -93,20 +89,22 @@ class Baselines:
         self._gram_DD += features_ND.T @ features_ND
         self._samples += len(features_ND)
 
-    def _targets(self, batch: PackedBatch, ids_I: Tensor) -> Tensor:
-        m = self._model.config
-        means = (None, None) if batch.images.is_floating_point() else (m.image_mean, m.image_std)
-        scale, shift = check_pixels(batch.images, ids_I, m.patch_size, *means)
-        targets_IK = take_patches(batch.images, ids_I, m.patch_size, scale, shift, torch.float32, channels_last=True)
-        return standardise(targets_IK) if self._model.loss_config.norm_pix else targets_IK
+    def _add_targets(self, targets: Tensor) -> None:
+        """Add the image targets of a batch, float32 [I, K] or ids [I]."""
+        if len(self._image_ids):
+            self._image_ids += torch.bincount(targets, minlength=len(self._image_ids)).cpu()
+            return
+        targets_IK = targets.double()
+        self._moments_2K += torch.stack((targets_IK.sum(0), targets_IK.square().sum(0))).cpu()
+        self._patches += len(targets_IK)
 
     def values(self, losses: dict[str, float]) -> dict[str, float]:
         """Return `val_image_relative` and `val_text_relative`, which are the `losses` divided by the losses of the best
         constant predictions, and `val_rankme`. Every rank must call it.
 
-        For pixels, the best constant prediction is the mean patch, and its loss is the variance of the patches. For
-        ids, the best constant prediction is the distribution of their frequencies, and its loss is the entropy of the
-        ids.
+        For pixels and HOG, the best constant prediction is the mean target, and its loss is the variance of the
+        targets. For ids, the best constant prediction is the distribution of their frequencies, and its loss is the
+        entropy of the ids.
         """
         counts = torch.tensor([self._patches, self._samples])
         parts = self._moments_2K, self._image_ids, self._text_ids, self._gram_DD, counts

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from m3ae_kernels import MaskedPixelLoss, MaskedTokenLoss, head_inputs, m3ae_loss, scatter_tokens
+from m3ae_kernels import MaskedTokenLoss, head_inputs, m3ae_loss, scatter_tokens
 from m3ae_kernels.cpu.norm import LayerNorm
 from torch import Tensor, nn
 
@@ -23,7 +23,8 @@ from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.cross_decoder import CrossDecoder
-from m3ae_fast.model.encoder import MultimodalEncoder, pixel_options
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.image_targets import image_targets
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.pretrained import Pretrained, build, read_pretrained, write_pretrained
 from m3ae_fast.model.transformer import EPS, QKV, Gelu, Transformer, gelu
@@ -106,7 +107,6 @@ class M3AE(MultimodalEncoder):
     def __init__(self, config: ModelConfig, loss: LossConfig | None = None) -> None:
         super().__init__(config)
         self.loss_config = loss or LossConfig()
-        pixels = pixel_options(config)
         head_depth, width = config.output_head_depth, config.dec_emb_dim
 
         self.decoder_input = DecoderInput(config)
@@ -120,11 +120,8 @@ class M3AE(MultimodalEncoder):
             *sizes, gelu=config.gelu, drop_path=config.drop_path, drop_key=1
         )
         self.image_mlp = HeadMLP(width, head_depth, config.gelu)
-        self.image_head: MaskedPixelLoss | MaskedTokenLoss
-        if config.image_targets == "vqgan":
-            self.image_head = MaskedTokenLoss(width, config.codebook_size, reduction="sum")
-        else:
-            self.image_head = MaskedPixelLoss(width, **pixels, norm_pix=self.loss_config.norm_pix, reduction="sum")
+        self.image_targets = image_targets(config, self.loss_config)
+        self.image_head = self.image_targets.head()
         self.text_mlp = HeadMLP(width, head_depth, config.gelu) if config.vocab_size else None
         self.text_head = MaskedTokenLoss(width, config.vocab_size, reduction="sum") if config.vocab_size else None
         self.reset_parameters()
@@ -213,8 +210,8 @@ class M3AE(MultimodalEncoder):
     @torch.no_grad()
     def predict(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Return predictions for the rows that carry loss, as a pair. For images, it contains normalised pixels
-        [I, P*P*C] (standardised per patch with `norm_pix`) or, with VQGAN targets, logits [I, codebook]. For texts, it
-        contains logits [W, V], or None if the model is image-only."""
+        [I, P*P*C] (standardised per patch with `norm_pix`), HOG [I, 9] or, with VQGAN targets, logits [I, codebook],
+        according to `model.image_targets`. For texts, it contains logits [W, V], or None if the model is image-only."""
         hidden_IE, hidden_WE = self.forward_decoder(self.forward_encoder(batch), batch)
         logits_WV = None if self.text_head is None or hidden_WE is None else self.text_head.predict(hidden_WE)
         return self.image_head.predict(hidden_IE), logits_WV

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from statistics import median
+from typing import Any
 
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.config import Config, ModelConfig
@@ -82,7 +83,8 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
 
 def open_options(config: Config) -> str:
     """Return a line on the options in which a run differs from the official M3AE; "" if there are none."""
-    values = {
+    values: dict[str, tuple[Any, ...]] = {  # the value, and the official values
+        "model.image_targets": (config.model.image_targets, "pixels", "vqgan"),
         "model.dec_attention": (config.model.dec_attention, "self"),
         "masking.image_predicted": (config.masking.image_predicted, 1.0),
         "masking.text_predicted": (config.masking.text_predicted, 1.0),
@@ -90,7 +92,7 @@ def open_options(config: Config) -> str:
         "optim.layer_decay": (config.optim.layer_decay, 1.0),
         "optim.schedule": (config.optim.schedule, "cosine"),
     }
-    changed = [f"{name}={value}" for name, (value, official) in values.items() if value != official]
+    changed = [f"{name}={value}" for name, (value, *official) in values.items() if value not in official]
     if not changed:
         return ""
     return f"Open: {', '.join(changed)}; without these settings the run is Closed, that is, equal to the official M3AE"

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases CASES FILE
 
-CASES: matrix, unclipped, configs, uneven or muon.
+CASES: matrix, unclipped, configs, uneven, muon or hog.
 Writes one line of JSON per case to FILE: its name, and (loss, gradient norm) of every step.
 """
 
@@ -104,6 +104,13 @@ def muon(world: int) -> Iterator[Case]:
         yield f"{precision} stage={stage}", config_of(world, stage, 2, precision, zero, **options)
 
 
+def hog(world: int) -> Iterator[Case]:
+    """Yield cases whose image targets are histograms of oriented gradients."""
+    for stage in (None, 0, 1, 2, 3):
+        zero = SMALL_BUCKET if stage else {}
+        yield f"stage={stage}", config_of(world, stage, 2, "fp32", zero, model={"image_targets": "hog"})
+
+
 def configs(world: int) -> Iterator[Case]:
     """Yield the shipped configs in the precision of a GPU with small sizes, each also with plain torch. Configs that
     differ only in data, learning rate and length are equal here, because the engine does not depend on these."""
@@ -167,7 +174,7 @@ def take(ranks: Ranks, engine: ModelEngine, config: Config, steps: range) -> lis
 def main(argv: list[str] | None = None) -> int:
     which, out = argv or sys.argv[1:]
     logging.disable(logging.WARNING)
-    cases = {"matrix": matrix, "unclipped": unclipped, "configs": configs, "uneven": uneven, "muon": muon}[which]
+    cases = {f.__name__: f for f in (matrix, unclipped, configs, uneven, muon, hog)}[which]
     with join_ranks() as ranks, open(out if ranks.is_main else os.devnull, "w", encoding="utf-8") as file:
         torch.set_num_threads(1)
         curves: dict[str, list[tuple[float, float]]] = {}

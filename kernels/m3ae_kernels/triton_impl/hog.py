@@ -5,6 +5,8 @@
    Reading the pixels twice needs less memory than storing the histograms of all patches.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -131,7 +133,7 @@ def hog_targets(images: Tensor, ids: Tensor, patch_size: int, scale, out: Tensor
     """Fill `out` [M, 9] with the targets of the patches `ids` [M]."""
     images = in_place(images)
     channels, height, width = images.shape[1:]
-    sizes = {"P": patch_size, "C": channels, "H": height, "W": width, "PLANAR": planar(images)}
+    sizes: dict[str, Any] = {"P": patch_size, "C": channels, "H": height, "W": width, "PLANAR": planar(images)}
     sizes |= {"table": channel_table(tuple(scale), images.device), "ACC": acc_type(out.dtype)}
     tile = config("hog", images.device, torch.float32)
     elements = tile.pop("TILE")

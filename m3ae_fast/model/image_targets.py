@@ -1,0 +1,87 @@
+"""What is predicted for masked patches: a class for each value of `model.image_targets`.
+
+A further kind of target needs a class here, a value of the setting, and its number of outputs in
+`ModelConfig.image_output_dim`.
+
+Shapes: I patches, K outputs of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from m3ae_kernels import MaskedHogLoss, MaskedPixelLoss, MaskedTokenLoss, hog_targets
+from m3ae_kernels.pixels import check_pixels, standardise, take_patches
+from torch import Tensor
+
+from m3ae_fast.batch.packed import PackedBatch
+from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.model.encoder import pixel_options
+
+ImageHead = MaskedPixelLoss | MaskedHogLoss | MaskedTokenLoss
+
+
+class Pixels:
+    """Pixels, with `loss.norm_pix` standardised per patch."""
+
+    def __init__(self, config: ModelConfig, loss: LossConfig) -> None:
+        self._config, self._norm_pix = config, loss.norm_pix
+
+    def head(self) -> ImageHead:
+        """Return a new head. Its loss is the sum over patches of the weighted mean of the K squared errors."""
+        options = pixel_options(self._config)
+        return MaskedPixelLoss(self._config.dec_emb_dim, **options, norm_pix=self._norm_pix, reduction="sum")
+
+    def of(self, batch: PackedBatch, chosen_I: Tensor) -> Tensor:
+        """Return the targets, float32 [I, K]. `chosen_I`: bool, which rows of the image loss to return."""
+        c, ids = self._config, batch.image_patch_ids[chosen_I]
+        means = (None, None) if batch.images.is_floating_point() else (c.image_mean, c.image_std)
+        scale, shift = check_pixels(batch.images, ids, c.patch_size, *means)
+        targets_IK = take_patches(batch.images, ids, c.patch_size, scale, shift, torch.float32, channels_last=True)
+        return standardise(targets_IK) if self._norm_pix else targets_IK
+
+
+class Hog:
+    """Histograms of oriented gradients; see `m3ae_kernels.hog`."""
+
+    def __init__(self, config: ModelConfig, loss: LossConfig) -> None:
+        self._config = config
+
+    def head(self) -> ImageHead:
+        """Return a new head; its loss is that of `Pixels.head` with other targets."""
+        c = self._config
+        return MaskedHogLoss(c.dec_emb_dim, patch_size=c.patch_size, std=c.image_std, reduction="sum")
+
+    def of(self, batch: PackedBatch, chosen_I: Tensor) -> Tensor:
+        """Return the targets, float32 [I, 9]; see `Pixels.of`."""
+        return self.of_patches(batch.images, batch.image_patch_ids[chosen_I])
+
+    def of_patches(self, images: Tensor, ids_I: Tensor) -> Tensor:
+        """Return the targets of the patches `ids_I` of images, model inputs [B, C, H, W]."""
+        std: Sequence[float] | None = self._config.image_std if images.is_floating_point() else None
+        return hog_targets(images, ids_I, patch_size=self._config.patch_size, std=std).float()
+
+
+class VqganTokens:
+    """Token ids of a frozen VQGAN, which are added to each batch (`vqgan.model.with_image_targets`)."""
+
+    def __init__(self, config: ModelConfig, loss: LossConfig) -> None:
+        self._config = config
+
+    def head(self) -> ImageHead:
+        """Return a new head. Its loss is the weighted sum of the cross-entropies."""
+        return MaskedTokenLoss(self._config.dec_emb_dim, self._config.codebook_size, reduction="sum")
+
+    def of(self, batch: PackedBatch, chosen_I: Tensor) -> Tensor:
+        """Return the targets, int [I]; see `Pixels.of`."""
+        return batch.image_targets[chosen_I]
+
+
+ImageTargets = Pixels | Hog | VqganTokens
+_KINDS: dict[str, type[ImageTargets]] = {"pixels": Pixels, "hog": Hog, "vqgan": VqganTokens}
+
+
+def image_targets(config: ModelConfig, loss: LossConfig) -> ImageTargets:
+    """Return the image targets of a model."""
+    return _KINDS[config.image_targets](config, loss)
