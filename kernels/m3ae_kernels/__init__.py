@@ -2,8 +2,7 @@
 
 from .attention import packed_attention
 from .gather import GatherNorm, gather_tokens
-from .hog import hog_targets
-from .hog_loss import MaskedHogLoss, masked_hog_loss
+from .hog_loss import MaskedHogLoss, hog_targets, masked_hog_loss
 from .hugging_face import patch_model
 from .ids import flat_ids
 from .m3ae_loss import M3AEHeads, M3AELoss, head_inputs, m3ae_loss

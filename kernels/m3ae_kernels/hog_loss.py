@@ -1,8 +1,9 @@
-"""The HOG loss of a masked autoencoder, including the head. hog.py describes the targets.
+"""The HOG loss of a masked autoencoder, including the head, and its targets, which hog.py describes.
 
 Shapes: M rows, D width, B images, C channels, H x W pixels, P patch size.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import accumulator, as_rows, check_tensor, choose_impl, compute_dtype, wants_grad, with_lead
-from .hog import ORIENTATIONS, check_hog, check_ids, find_targets
+from .hog import ORIENTATIONS, fill_targets
+from .ids import check_distinct, check_range, checked, checks_enabled
 from .loss import (
     check_head,
     check_reduction,
@@ -24,8 +26,89 @@ from .loss import (
     squared_errors,
     squared_loss,
 )
-from .pixels import check_patch_size
+from .pixels import LARGEST, check_images, check_patch_size, count_patches, per_channel
 from .registry import Op
+
+
+def hog_targets(
+    images: Tensor, patch_ids: Tensor, *, patch_size: int, std: Sequence[float] | None = None, impl: str = "auto"
+) -> Tensor:
+    """Return the targets of `masked_hog_loss`, [..., 9] in float32 (float64 for float64 images).
+
+    Args:
+        images, patch_ids, patch_size, std, impl: as in `masked_hog_loss`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as in `masked_hog_loss`, except that equal ids are always accepted.
+    """
+    scale = check_hog("hog_targets", images, patch_ids, patch_size, std)
+    dtype = accumulator(images.dtype)
+    impl = choose_impl(impl, images.device, dtype)
+    ids = as_rows(patch_ids, 0)
+    return with_lead(hog_targets_op(images, ids, patch_size, scale, dtype, impl), patch_ids.shape)
+
+
+def check_hog(op: str, images: Tensor, patch_ids: Tensor, patch_size: int, std: Sequence[float] | None) -> list[float]:
+    """Check the image arguments, and return the factor of each channel in the sum that is the grey image.
+
+    Raises:
+        TypeError, ValueError: the named argument is wrong.
+    """
+    check_images(images, patch_ids, patch_size)
+    if wants_grad(images):
+        raise ValueError(f"images require a gradient, which {op} does not compute: pass images.detach()")
+    channels = images.shape[1]
+    if std is None:
+        return [1 / (LARGEST.get(images.dtype, 1) * channels)] * channels
+    if not images.is_floating_point():
+        raise ValueError(f"std is for floating-point images, but the images are {images.dtype}")
+    stds = per_channel(std, channels)
+    if stds is None or not all(0 < value < math.inf for value in stds):
+        raise ValueError(f"std must be a positive, finite number for each of the {channels} channels, got {std}")
+    return [value / channels for value in stds]
+
+
+def find_targets(
+    images: Tensor, patch_ids: Tensor, patch_size: int, scale: Sequence[float], dtype: torch.dtype, impl: str
+) -> Tensor:
+    """Return the targets of the patches `patch_ids` [M] of images [B, C, H, W], [M, 9] of `dtype`."""
+    out = images.new_empty(len(patch_ids), ORIENTATIONS, dtype=dtype)
+    if not len(patch_ids):
+        return out
+    if impl == "triton":
+        from .triton_impl.hog import fill_targets as fill
+    else:
+        fill = fill_targets
+    fill(images, patch_ids, patch_size, scale, out)
+    return out
+
+
+def check_ids(
+    op: str, images: Tensor, patch_ids: Tensor, patch_size: int, impl: str, row_weight: Tensor | None = None
+) -> None:
+    """Check ids [M] as the ops do. With row weights [M], ids of rows whose weight is not 0 must be distinct.
+
+    Raises:
+        IndexError: an id is out of range, or occurs twice.
+    """
+    if checked(patch_ids, impl):
+        check_range(op, "patch_ids", patch_ids, count_patches(images, patch_size))
+    if row_weight is not None and checks_enabled():
+        check_distinct(op, "patch_ids", torch.where(row_weight == 0, -1, patch_ids))
+
+
+def _targets_forward(
+    images: Tensor, patch_ids: Tensor, patch_size: int, scale: Sequence[float], dtype: torch.dtype, impl: str
+) -> Tensor:
+    check_ids("hog_targets", images, patch_ids, patch_size, impl)
+    return find_targets(images, patch_ids, patch_size, scale, dtype, impl)
+
+
+def _targets_fake(images, patch_ids, patch_size, scale, dtype, impl):
+    return images.new_empty(patch_ids.shape[0], ORIENTATIONS, dtype=dtype)
+
+
+hog_targets_op = Op("hog_targets", _targets_forward, _targets_fake)
 
 
 def masked_hog_loss(

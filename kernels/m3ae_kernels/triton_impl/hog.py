@@ -129,7 +129,7 @@ def hog_targets_kernel(
 
 
 @launcher
-def hog_targets(images: Tensor, ids: Tensor, patch_size: int, scale, out: Tensor) -> None:
+def fill_targets(images: Tensor, ids: Tensor, patch_size: int, scale, out: Tensor) -> None:
     """Fill `out` [M, 9] with the targets of the patches `ids` [M]."""
     images = in_place(images)
     channels, height, width = images.shape[1:]
