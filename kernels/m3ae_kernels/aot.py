@@ -145,7 +145,7 @@ CASES = [
             table="hog",
         ),
         Case(
-            "hog", "hog_targets", _pointers(u8="images", i32="ids", fp32="energy targets table"), (), ("N",), (), CELLS,
+            "hog", "hog_targets", _pointers(u8="images", i32="ids", fp32="energy out table"), (), ("N",), (), CELLS,
             whole_rows=256, table="hog",
         ),
     ),

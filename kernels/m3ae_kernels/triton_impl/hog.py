@@ -100,11 +100,11 @@ def hog_energy_kernel(
 
 @triton.jit(do_not_specialize=["N"], do_not_specialize_on_alignment=["ids"])
 def hog_targets_kernel(
-    images, ids, energy, targets, N, table,
+    images, ids, energy, out, N, table,
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute the targets [N, 9] of the patches `ids` [N] from their pixels and the `energy` of all patches. Cost: as
+    """Compute the targets (out [N, 9]) of the patches `ids` [N] from their pixels and the `energy` of all patches. Cost: as
     `hog_energy` for N patches."""
     grid_w: tl.constexpr = W // P
     grid_h: tl.constexpr = H // P
@@ -124,8 +124,8 @@ def hog_targets_kernel(
     votes = histograms(images, patch, m < N, table, P, C, H, W, PLANAR, ACC, BLOCK_M, BLOCK_D)
     shares = tl.minimum(votes / norm[:, None], MOST)
     n = tl.arange(0, 16)
-    out = targets + m.to(tl.int64)[:, None] * BINS + n[None, :]
-    tl.store(out, (shares - MIDDLE) / WIDTH, mask=(m < N)[:, None] & (n < BINS)[None, :])
+    places = out + m.to(tl.int64)[:, None] * BINS + n[None, :]
+    tl.store(places, (shares - MIDDLE) / WIDTH, mask=(m < N)[:, None] & (n < BINS)[None, :])
 
 
 @launcher
