@@ -104,8 +104,8 @@ def hog_targets_kernel(
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute the targets (out [N, 9]) of the patches `ids` [N] from their pixels and the `energy` of all patches. Cost: as
-    `hog_energy` for N patches."""
+    """Compute the targets (out [N, 9]) of the patches `ids` [N] from their pixels and the `energy` of all patches.
+    Cost: as `hog_energy` for N patches."""
     grid_w: tl.constexpr = W // P
     grid_h: tl.constexpr = H // P
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
