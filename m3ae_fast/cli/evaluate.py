@@ -19,12 +19,12 @@ from typing import Any
 
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program, use_device
+from m3ae_fast.config import POOLS
 from m3ae_fast.config.describe import settings_help
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.tasks import (
     MODALITIES,
     MOST_SEEDS,
-    POOLS,
     PROBE_NAMES,
     TASKS,
     Task,

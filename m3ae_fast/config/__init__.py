@@ -12,9 +12,11 @@ from m3ae_fast.config.load import (
     stored_config,
 )
 from m3ae_fast.config.schema import (
+    GRIDS,
     LONGEST,
     MAX_CHANNELS,
     MAX_VOCAB,
+    POOLS,
     USUAL_K,
     Config,
     DataConfig,
@@ -26,6 +28,7 @@ from m3ae_fast.config.schema import (
     MaskingConfig,
     ModelConfig,
     OptimConfig,
+    Pool,
     PretrainingOptimConfig,
     RunConfig,
     ScheduleConfig,

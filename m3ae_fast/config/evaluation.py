@@ -11,6 +11,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.load import apply_override, parse
 from m3ae_fast.config.messages import settings_called
 from m3ae_fast.config.schema import (
+    GRIDS,
     Batch,
     Beta,
     Count,
@@ -19,6 +20,7 @@ from m3ae_fast.config.schema import (
     KnnConfig,
     LoopConfig,
     OptimConfig,
+    Pool,
     Rate,
     RunConfig,
     ScheduleConfig,
@@ -26,21 +28,27 @@ from m3ae_fast.config.schema import (
     TransformerLoopConfig,
 )
 
-Pool = Literal["mean", "cls"]
-
 _COMMON = ("run", "data")  # sections that every task reads
 
 
 class EncodeConfig(Section):
     """Features that the frozen encoder computes from unmasked input."""
 
-    pool: Pool = "mean"
+    pool: Pool | None = None
     """Pooling of the features after the final LayerNorm: `mean`, the mean over all tokens except cls; `cls`, the cls
-    token."""
+    token; `grid2` and `grid4`, the means over the patches of each cell of a grid of 2 x 2 or 4 x 4 cells, one after
+    another, so that the features show where something is. Grids have 4 and 16 times as many features, and need
+    images. null: for `knn` and `logistic`, the pooling with which logistic regression is most accurate on held-out
+    training samples, among those with at most 4,096 features; for other tasks, `mean`."""
     batch: Batch = 64
     """Number of samples per forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if it is faster than fp32 on this hardware)."""
+
+    @property
+    def fixed_pool(self) -> Pool:
+        """Return `pool`, or "mean" if it is null."""
+        return self.pool or "mean"
 
 
 class LinearProbeConfig(LoopConfig, ScheduleConfig):
@@ -111,7 +119,7 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     SECTION: ClassVar[str] = "finetune"
     LENGTH_FOLLOWS: ClassVar[bool] = True
 
-    pool: Pool = "cls"
+    pool: Literal["mean", "cls"] = "cls"
     """Input of the head: `cls`, the cls token; `mean`, the mean of all other tokens."""
     layer_decay: float = Field(0.6, gt=0, le=1)
     """Learning rate of a layer, as a fraction of the learning rate of the next layer."""
@@ -215,6 +223,12 @@ class EvaluationConfig(Section):
     finetune: FineTuneConfig = FineTuneConfig()
     segment: SegmentConfig = SegmentConfig()
     robustness: RobustnessConfig = RobustnessConfig()
+
+    @model_validator(mode="after")
+    def _possible(self) -> EvaluationConfig:
+        if self.encode.pool in GRIDS and any(source.modality == "text" for source in self.data.train):
+            raise ValueError(f"encode.pool: {self.encode.pool} needs images, but captions are encoded; use mean or cls")
+        return self
 
 
 def evaluation_config(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
@@ -31,6 +31,11 @@ Layers = Annotated[int, Field(gt=0, le=1024)]
 Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
 Count = Annotated[int, Field(gt=0, le=1 << 40)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+
+Pool = Literal["mean", "cls", "grid2", "grid4"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
+# number of cells per side of the poolings that keep the position in the image
+GRIDS = {pool: int(pool.removeprefix("grid")) for pool in POOLS if pool.startswith("grid")}
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # one number per channel; in strict mode, pydantic would not accept a JSON array for a tuple
 Channels = Annotated[tuple[float, ...], Strict(False)]
@@ -520,8 +525,8 @@ class KnnProbeConfig(KnnConfig):
     """Data sources of the samples to classify."""
     labels: str = "cls"
     """Source of the labels: `cls` (integers in KEY.cls), or `json.FIELD` (a field of KEY.json)."""
-    pool: Literal["mean", "cls"] = "mean"
-    """Pooling of the features: the mean over all tokens except cls, or the cls token."""
+    pool: Pool = "mean"
+    """Pooling of the features, as in `encode.pool`."""
     every: Count | None = None
     """Number of optimiser steps between probes; null: only at the start and the end."""
 

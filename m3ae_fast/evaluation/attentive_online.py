@@ -73,7 +73,7 @@ class EncodedSteps:
     def _encoded(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the pooled features, the patch tokens and the labels of a batch."""
         assert batch.labels is not None
-        layers, pools = self.types.layers, self.types.pools or [self.config.pool]
+        layers, pools = self.types.layers, self.types.pools or [self.config.fixed_pool]
         with encoding(self.model, self.config.precision, self.ranks.device):
             pooled_SKD, tokens_SKLD = self.model.pooled_and_patches(batch, layers, pools)
         tokens_SKLD = tokens_SKLD.half()  # the precision in which a bank stores tokens
@@ -130,7 +130,7 @@ def predict_online(
         found = job.encode(train, "evaluating learning rates", whole, train.samples, reduce=reduce, **features)
         whole.after(train.samples)
         found = found.rows([row for row, key in enumerate(found.keys) if is_held_out(key)])
-        tried = {at: _tried(found.layer(at), recipe) for at in places}
+        tried = {at: _tried(found.part(at), recipe) for at in places}
     trained = {}
     for at in places:
         number = tried[at].index(best(tried[at])) if trying else 0
@@ -142,7 +142,7 @@ def predict_online(
     reduce = partial(_logits, types, trained)
     logits = job.encode(held_out, "encoding val", whole, held_out.samples, reduce=reduce, **features)
     whole.after(held_out.samples)
-    return {at: logits.predictions(logits.layer(at).features_RD) for at in places}
+    return {at: logits.predictions(logits.part(at).features_RD) for at in places}
 
 
 def passes(recipe: Recipe, train: Corpus, held_out: Corpus) -> float:

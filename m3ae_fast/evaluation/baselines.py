@@ -26,7 +26,7 @@ class Baseline(NamedTuple):
     metrics: Mapping[str, float]  # metrics with their standard errors
     difference: Difference | None  # model's result minus the baseline's result; None: it cannot be estimated
     probe: str = ""  # description of the baseline's classifier; "": the same classifier as for the model
-    chosen: Mapping[str, float] = {}  # hyper-parameters of the classifier that were selected
+    chosen: Mapping[str, Any] = {}  # hyper-parameters of the classifier that were selected
 
 
 def baseline_models(model: str) -> dict[str, str]:
@@ -58,7 +58,7 @@ def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
 
 
 def accuracy_entries(
-    found: Mapping[str, Predictions], chosen: Mapping[str, Mapping[str, float]], probe: str = ""
+    found: Mapping[str, Predictions], chosen: Mapping[str, Mapping[str, Any]], probe: str = ""
 ) -> dict[str, Any]:
     """Return the accuracies of a model and of its baselines as entries of result.json.
 

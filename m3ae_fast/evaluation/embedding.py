@@ -28,8 +28,8 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
-from m3ae_fast.config import ModelConfig, Overrides, override_list
-from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
+from m3ae_fast.config import ModelConfig, Overrides, Pool, override_list
+from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.data.loader import collate
@@ -71,7 +71,7 @@ def embed(
         source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of image files.
         out: a .parquet or .npz file to which the features are also written.
         modality: input of the encoder: "image", "text" or "paired"; for image files, "image".
-        pool: "mean" over all tokens except cls, or "cls"; None: the value of `encode.pool`.
+        pool: "mean" over all tokens except cls, "cls", "grid2" or "grid4"; None: the value of `encode.pool`.
         labels: source of the labels in shards: "cls", or "json." and the name of a field.
         patches: whether to also return the features of all patches.
         columns: additional columns about the samples of shards: "path", "class", "caption"; a list, or a text such as

@@ -1,7 +1,7 @@
 """Encoding of datasets by a frozen encoder.
 
-Shapes: S samples of a batch, R samples of this rank, L patches per image, D encoder width, K layers, or pairs of a
-layer and a pooling.
+Shapes: S samples of a batch, R samples of this rank, L patches per image, D encoder width, K feature vectors of
+all pairs of a layer and a pooling.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,13 +25,14 @@ from m3ae_fast.base.hardware import pins_memory
 from m3ae_fast.base.progress import TimeLeft, track
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config import DataConfig
-from m3ae_fast.config.evaluation import EncodeConfig, Pool
+from m3ae_fast.config import DataConfig, Pool
+from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
 from m3ae_fast.evaluation.feature_bank import FeatureBank, Rows
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
+from m3ae_fast.model.pooling import vectors
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stop_request import StopRequest
@@ -123,7 +124,7 @@ def encode_corpus(
         reduce=reduce,
         folder=folder,
     )
-    return bank if layers else bank.layer(0)
+    return bank if layers else bank.part(0, vectors(config.fixed_pool))
 
 
 def encode_by_each(
@@ -135,15 +136,18 @@ def encode_by_each(
     monitor: PassMonitor = NO_MONITOR,
     *,
     layer: int | None = None,
+    pools: Sequence[Pool] | None = None,
     patches: bool = False,
     folder: Path | None = None,
 ) -> list[FeatureBank]:
     """Return the features of one block for each of several models, which must have the same input. Each batch is
-    decoded only once for all models. `layer`: number of the block, from 1; None: the last block. See `encode_corpus`
+    decoded only once for all models. `layer`: number of the block, from 1; None: the last block. `pools`: poolings,
+    whose vectors are stored as [R, K, D]; None: only the pooling of `config`, with features [R, D]. See `encode_corpus`
     for the other arguments and the errors."""
     batches, layers = _batches(models[0], corpus, data, config, ranks), [layer] if layer else None
-    banks = _encode(models, batches, config, ranks, monitor, layers=layers, patches=patches, folder=folder)
-    return [bank.layer(0) for bank in banks]
+    more: dict[str, Any] = {"layers": layers, "pools": pools, "patches": patches, "folder": folder}
+    banks = _encode(models, batches, config, ranks, monitor, **more)
+    return banks if pools else [bank.part(0, vectors(config.fixed_pool)) for bank in banks]
 
 
 class Batches(NamedTuple):
@@ -169,7 +173,7 @@ def encode_batches(
     """Return the features of the last block for the batches of all ranks. See `encode_corpus` for the other arguments
     and the errors."""
     (bank,) = _encode([model], batches, config, ranks, NO_MONITOR, patches=patches)
-    return bank.layer(0)
+    return bank.part(0, vectors(config.fixed_pool))
 
 
 def _encode(
@@ -195,7 +199,7 @@ def _encode(
         for model in models:
             inside.enter_context(encoding(model, config.precision, ranks.device))
             encoders.append(
-                partial(_pool, model, layers or [model.config.depth], pools or [config.pool], patches, reduce)
+                partial(_pool, model, layers or [model.config.depth], pools or [config.fixed_pool], patches, reduce)
             )
         shown = monitor.over(batches.loader, ranks)
         for batch, found in _one_behind(lambda batch: [encode(batch) for encode in encoders], shown, ranks.device):

@@ -87,10 +87,12 @@ class FeatureBank:
         more: dict[str, Any] = {"grids": grids, "image_hashes": images}
         return replace(self, keys=keys, labels_N=labels_N, **more, own_R=own_R[kept], at_R=at_R[kept])
 
-    def layer(self, number: int) -> FeatureBank:
-        """Return a bank of the features of one layer, or of one pair of a layer and a pooling, given its index."""
+    def part(self, number: int, count: int = 1) -> FeatureBank:
+        """Return a bank of `count` of the feature vectors of each sample, from index `number` on, one after another. If
+        there are patch tokens, they are those of the layer with this index."""
         patches_SLD = None if self.patches_SLD is None else self.patches_SLD[:, number]
-        return replace(self, stored_SD=self.stored_SD[:, number], patches_SLD=patches_SLD)
+        stored_SD = self.stored_SD[:, number : number + count].flatten(1, 2)
+        return replace(self, stored_SD=stored_SD, patches_SLD=patches_SLD)
 
     def tokens(self) -> FeatureBank:
         """Return a bank whose features are the patch tokens, [R, L, D]."""

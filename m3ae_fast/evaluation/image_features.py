@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import library, require_libraries
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config import DataConfig, ModelConfig, Range
-from m3ae_fast.config.evaluation import Pool
+from m3ae_fast.config import DataConfig, ModelConfig, Pool, Range
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.images.image_kind import Kind, channels_and_dtype
 from m3ae_fast.images.normalisation import normalised, to_unit

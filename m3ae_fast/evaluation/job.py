@@ -22,8 +22,8 @@ from m3ae_fast.base.progress import TimeLeft, duration
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
-from m3ae_fast.config import SourceConfig
-from m3ae_fast.config.evaluation import EvaluationConfig, Pool
+from m3ae_fast.config import Pool, SourceConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.label_lists import are_lists
@@ -34,6 +34,8 @@ from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.encoding import PassMonitor, Reduce, UnusableSamples, encode_by_each, encode_corpus
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.heads import LinearProbeHead
+from m3ae_fast.evaluation.image_features import ImageFeatures
+from m3ae_fast.evaluation.pool_choice import best_pool, candidates, part_of_pool
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
@@ -66,6 +68,7 @@ class Job:
     open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
+    pools: dict[str, Pool] = field(default_factory=dict)  # see `encode_for_classes`
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the task
     warnings: list[str] = field(default_factory=list)  # warnings for the result, which have been printed
 
@@ -169,6 +172,33 @@ class Job:
         are left out with a warning. `patches`: see `encode_corpus`."""
         return self._encode_by_each({MODEL: self.model, **self.open_baselines()}, train, val, patches=patches)
 
+    def encode_for_classes(self, train: Corpus, val: Corpus) -> dict[str, tuple[FeatureBank, FeatureBank]]:
+        """Encode the labelled samples as `encode_with_baselines` does. If `encode.pool` is null, choose the pooling of
+        each network by `best_pool`. Sets `pools`, the pooling of each network by its key in the result."""
+        models = {MODEL: self.model, **self.open_baselines()}
+        networks = {name: model for name, model in models.items() if not isinstance(model, ImageFeatures)}
+        if networks and self.config.encode.pool is None:
+            pools = candidates(networks[MODEL].config, self.modality)
+            found = self._encode_by_each(models, train, val, pools=pools)
+            for name, (bank, held_out) in found.items():
+                if name in networks:
+                    self.pools[name] = best_pool(bank, pools, len(self.classes), self.heartbeats)
+                    own = pools, self.pools[name]
+                    found[name] = part_of_pool(bank, *own), part_of_pool(held_out, *own)
+                else:
+                    found[name] = bank.part(0), held_out.part(0)
+            shown = ", ".join(f"{name}: {pool}" for name, pool in self.pools.items())
+            self.print(f"pooling, chosen on held-out training samples: {shown}")
+        else:
+            self.pools = dict.fromkeys(networks, self.config.encode.fixed_pool)
+            found = self._encode_by_each(models, train, val)
+        return found
+
+    def chosen_pool(self, name: str) -> dict[str, Pool]:
+        """Return the pooling of a network, as an entry of result.json; empty for features without a network. `name`:
+        MODEL or the name of a baseline."""
+        return {"pool": self.pools[name]} if name in self.pools else {}
+
     def encode_baselines(
         self,
         train: Corpus,
@@ -209,14 +239,15 @@ class Job:
         stop: StopRequest | None = None,
         layer: int | None = None,
         pool: Pool | None = None,
+        pools: Sequence[Pool] | None = None,
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
         """Return the features of the training and held-out samples by model, in one pass for all models that have the
-        same input. `prefix`: prefix of the titles in the progress display. `layer`: see `encode_by_each`."""
+        same input. `prefix`: prefix of the titles in the progress display. `layer`, `pools`: see `encode_by_each`."""
         shorter = "fewer --train shards" + (" or --no-baselines" if {*models} != {MODEL} else "")
         inputs = list(dict.fromkeys(model.geometry for model in models.values()))
         whole = self.time_left(len(inputs) * (train.samples + val.samples), shorter=lambda _: shorter)
         config = self.config
-        encode = config.encode.model_copy(update={"pool": pool or config.encode.pool})
+        encode = config.encode.model_copy(update={"pool": pool or config.encode.fixed_pool})
         found: dict[str, tuple[FeatureBank, FeatureBank]] = {}
         for geometry in inputs:
             same = {name: model for name, model in models.items() if model.geometry == geometry}
@@ -233,6 +264,7 @@ class Job:
                             self.ranks,
                             monitor,
                             layer=layer,
+                            pools=pools,
                             patches=patches,
                             folder=self.out,
                         )
@@ -342,13 +374,14 @@ class Job:
     def save_probe(self, task: Literal["linear", "logistic"], head: LinearProbeHead) -> None:
         """Write a classifier that consists of the model and a head that `task` has trained on its pooled features, as
         `Classifier.save_pretrained` does. Every rank must call it."""
+        pool = self.pools.get(MODEL, self.config.encode.fixed_pool)
 
         def save() -> None:
             classifier = Classifier(
                 ClassifierConfig(
                     model=self.model.config,
                     head=task,
-                    pool=self.config.encode.pool,
+                    pool=pool,
                     modality=self.modality,
                     classes=list(self.classes),
                 )

@@ -72,11 +72,11 @@ def run(job: Job) -> dict[str, Any]:
             job, partial(multilabel.neighbour_scores, k=config.fixed_k, temperature=config.temperature)
         )
     train, val, classes = job.open_labelled()
-    encoded = job.encode_with_baselines(train, val)
+    encoded = job.encode_for_classes(train, val)
     found, chosen = {}, {}
     for name, banks in encoded.items():
         found[name], k = knn_predictions(*banks, len(classes), config)
-        chosen[name] = {"k": k}
+        chosen[name] = {"k": k, **job.chosen_pool(name)}
     job.keep(found[MODEL].columns(classes))
     predicted_M, (bank, queries) = found[MODEL].best_NK[:, 0], encoded[MODEL]
     shown = _shown(bank, queries)

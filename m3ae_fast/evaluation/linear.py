@@ -16,6 +16,7 @@ from m3ae_fast.evaluation.heads import LinearHeads
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
+from m3ae_fast.model.pooling import vectors
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer
 
@@ -32,7 +33,7 @@ class ProbingTask(LabelledTask):
     val: FeatureBank
 
     def first_line(self, trainer: Trainer) -> str:
-        task = f"linear probe of {self.job.config.encode.pool} features, {len(self.classes)} classes, "
+        task = f"linear probe of {self.job.config.encode.fixed_pool} features, {len(self.classes)} classes, "
         return task + sentence(self.settings, trainer.schedule, trainer.step)
 
     def is_due(self, trainer: Trainer) -> bool:
@@ -64,11 +65,12 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     ranks, run, encode = job.ranks, job.config.run, job.config.encode
     start = open_training(job, job.config.linear)
     held_out = job.encode(start.val, "encoding val")
-    heads = LinearHeads(job.model.config.emb_dim, len(start.classes), [run.seed], ranks).to(ranks.device)
+    width = vectors(encode.fixed_pool) * job.model.config.emb_dim
+    heads = LinearHeads(width, len(start.classes), [run.seed], ranks).to(ranks.device)
     engine = ProbeEngine(heads, start.settings, ranks, job.model, encode)
     weights = weights_digest(job.model.state_dict())
     sections = {
-        "encode": encode.model_dump(mode="json"),
+        "encode": encode.model_copy(update={"pool": encode.fixed_pool}).model_dump(mode="json"),
         "task": {"model": job.options.model, "weights": weights, "classes": list(start.classes)},
     }
     layout = lay_out(job.config.data, start.train.sizes, start.share.global_batch)

@@ -51,7 +51,7 @@ class ProbeEngine:
 
     def step(self, batches: Sequence, counts: float, lr: float) -> tuple[list[ClassLosses], Tensor]:
         with encoding(self.frozen, self.encode.precision, self.ranks.device):
-            features_SD = torch.cat([self.frozen.pooled(batch, self.encode.pool) for batch in batches])
+            features_SD = torch.cat([self.frozen.pooled(batch, self.encode.fixed_pool) for batch in batches])
         labels_S = torch.cat([batch.labels for batch in batches])
         samples = int(self.ranks.sum([len(labels_S)])[0])
         self.before_update()  # must precede the forward pass, which already changes the statistics of BatchNorm

@@ -20,11 +20,12 @@ def run(job: Job) -> dict[str, Any]:
             lambda bank, held_out, truth_NC: logits(fit(bank, truth_NC, truth_NC.shape[1], job.heartbeats), held_out),
         )
     train, val, classes = job.open_labelled()
-    encoded = job.encode_with_baselines(train, val)
+    encoded = job.encode_for_classes(train, val)
     bank, held_out = encoded[MODEL]
-    job.print(f"logistic regression of {job.config.encode.pool} features of {len(bank.keys):,} samples")
+    job.print(f"logistic regression of {bank.stored_SD.shape[1]:,} features of {len(bank.keys):,} samples")
     heads, strength = fit_chosen(bank, len(classes), job.heartbeats)
-    found, chosen = {MODEL: held_out.predictions(logits(heads, held_out))}, {MODEL: {"inverse_strength": strength}}
+    found = {MODEL: held_out.predictions(logits(heads, held_out))}
+    chosen = {MODEL: {"inverse_strength": strength, **job.chosen_pool(MODEL)}}
     numbers = {
         "classes": len(classes),
         "train_samples": len(bank.keys),
@@ -37,5 +38,5 @@ def run(job: Job) -> dict[str, Any]:
     for name, banks in encoded.items():
         if name != MODEL:
             found[name], strength = predict(*banks, len(classes), job.heartbeats)
-            chosen[name] = {"inverse_strength": strength}
+            chosen[name] = {"inverse_strength": strength, **job.chosen_pool(name)}
     return accuracy_entries(found, chosen) | numbers

@@ -13,7 +13,7 @@ import numpy as np
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import TimeLeft, duration
-from m3ae_fast.config.evaluation import Pool
+from m3ae_fast.config import GRIDS, Pool
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
@@ -124,8 +124,10 @@ def run(job: Job) -> dict[str, Any]:
     options, task = job.options, job.options.task
     if options.pools and "pool" in job.config.encode.model_fields_set:
         raise UserError("pools replaces encode.pool; leave out one of the two")
+    if job.modality == "text" and (grids := [pool for pool in options.pools if pool in GRIDS]):
+        raise UserError(f"pools {grids[0]}: needs images, but captions are encoded; use mean or cls")
     layers = chosen_layers(options.layers, job.model.config.depth)
-    pools: list[Pool | None] = [*options.pools] or [job.config.encode.pool]
+    pools: list[Pool | None] = [*options.pools] or [job.config.encode.fixed_pool]
     pools = [None, *options.pools] if PROBES[task].is_attentive else pools
     kinds = [Features(layer, pool) for layer in layers for pool in pools]
     draws = DRAWS if options.shots else 1
@@ -279,7 +281,7 @@ def encode_kinds(
         whole.after(corpus.samples)
         tokens, pooled = (found.tokens() if types.has_tokens else found), found.pooled()
         banks = (tokens if kind.is_tokens else pooled for kind in kinds)
-        parts.append({n: bank.layer(types.place(kind)) for n, (kind, bank) in enumerate(zip(kinds, banks))})
+        parts.append({n: bank.part(*types.place(kind)) for n, (kind, bank) in enumerate(zip(kinds, banks))})
     return Encoded(parts[0], parts[1], classes)
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config import ModelConfig
-from m3ae_fast.config.evaluation import EvaluationConfig, Pool
+from m3ae_fast.config import ModelConfig, Pool
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
 from m3ae_fast.evaluation.feature_bank import FeatureBank
@@ -37,6 +37,7 @@ from m3ae_fast.evaluation.labelled_task import training_warnings
 from m3ae_fast.evaluation.logistic_regression import predict
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.stacked_optimizers import AdamW
+from m3ae_fast.model.pooling import vectors
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
@@ -89,20 +90,30 @@ class FeatureTypes(NamedTuple):
 
     def shapes(self, model: ModelConfig) -> list[tuple[int, ...]]:
         """Return the shape of a sample's features of each type: (D,) or (L, D)."""
-        return [(model.most_patches, model.emb_dim) if kind.is_tokens else (model.emb_dim,) for kind in self.kinds]
+        return [
+            (model.most_patches, model.emb_dim) if kind.pool is None else (vectors(kind.pool) * model.emb_dim,)
+            for kind in self.kinds
+        ]
 
-    def place(self, kind: Features) -> int:
-        """Return the index of this feature type among the pooled features or the patch tokens."""
+    def place(self, kind: Features) -> tuple[int, int]:
+        """Return the index of this feature type's first vector among the pooled features, and the number of its
+        vectors; or the index of its layer among the patch tokens, and 1."""
         layer = self.layers.index(kind.layer)
-        return layer if kind.pool is None else layer * len(self.pools) + self.pools.index(kind.pool)
+        if kind.pool is None:
+            return layer, 1
+        counts = [vectors(pool) for pool in self.pools]
+        before = self.pools.index(kind.pool)
+        return layer * sum(counts) + sum(counts[:before]), counts[before]
 
     def inputs(self, pooled_SKD: Tensor, tokens_SKLD: Tensor) -> dict[Input, Tensor]:
         """Return the features of a batch by index of the feature type: pooled features [S, D] or patch tokens
         [S, L, D]."""
-        return {
-            number: (tokens_SKLD if kind.is_tokens else pooled_SKD)[:, self.place(kind)]
-            for number, kind in enumerate(self.kinds)
-        }
+        found = {}
+        for number, kind in enumerate(self.kinds):
+            first, count = self.place(kind)
+            source = tokens_SKLD if kind.is_tokens else pooled_SKD
+            found[number] = source[:, first : first + count].flatten(1, 2)
+        return found
 
 
 class Setting(NamedTuple):

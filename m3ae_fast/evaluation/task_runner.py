@@ -14,14 +14,14 @@ from typing import Any, Literal
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
-from m3ae_fast.config import Overrides, override_list
-from m3ae_fast.config.evaluation import EvaluationConfig, Pool, evaluation_config
+from m3ae_fast.config import POOLS, Overrides, Pool, override_list
+from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, WARNINGS, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.evaluation.image_features import available, open_image_features
 from m3ae_fast.evaluation.job import RESULT_FILE, Job, refuse_existing, show_result, summary, write_result
-from m3ae_fast.evaluation.tasks import POOLS, PROBE_NAMES, TASKS, Modality, Options, require_for
+from m3ae_fast.evaluation.tasks import PROBE_NAMES, TASKS, Modality, Options, require_for
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session, joined_program
@@ -67,7 +67,7 @@ def evaluate(
             task, otherwise "image".
         resume: for linear and finetune: "auto", "no" or the path of a checkpoint or run folder.
         layers: for knn, logistic and attentive: "all" or numbers of encoder blocks, from 1; None: the last block.
-        pools: for knn and logistic: "all" or poolings, "mean" and "cls"; empty: the pooling in encode.pool. For
+        pools: for knn and logistic: "all" or poolings; empty: the pooling in encode.pool. For
             attentive: poolings on whose features linear classifiers are trained in the same steps; empty: none.
         shots: for knn, logistic and attentive: numbers of training samples per class; empty: all samples.
         probes: for compare: the probes to use.

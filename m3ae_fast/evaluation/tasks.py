@@ -15,14 +15,13 @@ from typing import Any, Literal, NamedTuple, get_args
 from m3ae_fast.base import object_store
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
-from m3ae_fast.config.evaluation import Pool
+from m3ae_fast.config import POOLS, Pool
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
 DRAWS = 5  # number of draws for each number of shots
 
 PROBE_NAMES = ("knn", "logistic", "attentive")  # probes that `compare` can use
 MOST_SEEDS = 100
-POOLS: tuple[Pool, ...] = get_args(Pool)
 COLUMN_NAMES = ("path", "class", "caption")  # additional columns of `embed`
 Modality = Literal["image", "text", "paired"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)

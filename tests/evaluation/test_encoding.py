@@ -13,7 +13,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.config import DataConfig, ModelConfig, SourceConfig
+from m3ae_fast.config import POOLS, DataConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
@@ -53,7 +53,7 @@ def test_features_are_pooled_from_the_representation(model, pool):
         assert not found.requires_grad
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("pool", POOLS)
 def test_padding_rows_do_not_affect_features(model, pool):
     samples = [
         Sample(str(i), image=x, image_mask=torch.zeros(model.config.patches_per_image, dtype=torch.bool))
@@ -304,7 +304,7 @@ def test_matmuls_have_the_requested_or_the_fastest_precision(model, monkeypatch,
 
 
 @pytest.mark.parametrize("order", ["after_norm", "before_norm"])
-@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("pool", ["mean", "cls", "grid2"])
 def test_features_have_the_precision_of_the_weights_and_at_least_float32(run, pool, order):
     pictures = list(images(3))
     own = open_model(str(run), text=False).eval()
@@ -316,7 +316,7 @@ def test_features_have_the_precision_of_the_weights_and_at_least_float32(run, po
         with torch.no_grad():
             alone = own.pooled(batch, pool)
             pooled, patches = own.pooled_and_patches(batch, [2], [pool])
-        for found in (own.encode(pictures, pool=pool, precision="fp32"), alone, pooled[:, 0]):
+        for found in (own.encode(pictures, pool=pool, precision="fp32"), alone, pooled.flatten(1)):
             assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
         assert patches.dtype == dtype
@@ -360,7 +360,7 @@ def test_a_file_that_is_not_an_image_is_named(model, tmp_path):
         ({"images": [torch.zeros(3, 0, 32, dtype=torch.uint8)]}, "has shape"),
         ({"images": [b"a file"]}, "images must be paths, PIL images, arrays or tensors, not bytes"),
         ({"images": [torch.full((3, 32, 32), math.nan)]}, "values that are not finite"),
-        ({"images": [torch.zeros(3, 32, 32)], "pool": "max"}, "pool 'max': must be mean or cls"),
+        ({"images": [torch.zeros(3, 32, 32)], "pool": "max"}, "pool 'max': must be one of mean, cls, grid2, grid4"),
         ({"images": [torch.zeros(3, 32, 32)], "precision": "fp64"}, "precision 'fp64': must be auto, bf16 or fp32"),
         ({"images": [torch.zeros(3, 32, 32)], "batch_size": -1}, "batch_size -1: must be an integer of at least 1"),
     ],

@@ -17,7 +17,7 @@ from tests.helpers.trainer import ROOT
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("pool", ["mean", "cls", "grid2"])
 def test_robustness_and_ood_use_the_saved_logistic_classifier(transfer, run, shards, tmp_path, pool):
     labels = ["--labels", "json.name"]
     encode = settings("encode.precision=fp32", f"encode.pool={pool}")

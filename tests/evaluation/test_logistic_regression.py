@@ -61,6 +61,17 @@ def test_logistic_regression_equals_that_of_scikit_learn_in_few_iterations(monke
     assert len(found[:, 2].unique()) == len(found[:, 3].unique()) == 1  # of no sample, and of all
 
 
+def test_wide_features_are_classified_as_by_scikit_learn_although_few_eigenvalues_are_computed(monkeypatch, passes):
+    monkeypatch.setattr(logistic_regression, "_EIGENVALUES", 40)
+    options = {"width": logistic_regression._WIDE + 9, "noise": 4.0}
+    (features, labels), (queries, _) = _samples(200, 3, **options), _samples(50, 3, seed=1, **options)
+    features[:, 5] = queries[:, 5] = 1.0
+    found = logits(fit(_bank(features), labels, 3), _bank(queries, torch.zeros(50).long()))
+    expected = _of_scikit_learn(features.double(), labels, queries.double())
+    torch.testing.assert_close(found - found.mean(1, keepdim=True), expected.float(), rtol=0.05, atol=0.05)
+    assert sum(passes) < 60
+
+
 def test_two_classes_have_the_penalty_of_scikit_learn():
     (features, labels), (queries, _) = _samples(60, 2, 4.0), _samples(50, 2, 4.0, seed=1)
     found = logits(fit(_bank(features), labels, 2), _bank(queries, torch.zeros(50).long()))

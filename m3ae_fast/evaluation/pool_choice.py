@@ -1,0 +1,50 @@
+"""Choice of an encoder's pooling by the accuracy of logistic regression on held-out training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from m3ae_fast.config import GRIDS, POOLS, ModelConfig, Pool
+from m3ae_fast.evaluation.encoding import key_digest
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.logistic_regression import held_out_accuracy
+from m3ae_fast.evaluation.tasks import Modality
+from m3ae_fast.model.pooling import vectors
+from m3ae_fast.process.heartbeats import Heartbeats
+
+_MOST_FEATURES = 4096  # poolings with more features are not candidates
+_MOST_SAMPLES = 5000  # number of training samples with which the candidates are compared
+_FEWEST_SAMPLES = 10  # with fewer samples, none can be held out
+
+
+def candidates(model: ModelConfig, modality: Modality) -> list[Pool]:
+    """Return the poolings among which one is chosen, the mean first. `modality`: the input of the encoder."""
+    is_image, width = modality == "image", model.emb_dim
+    return [pool for pool in POOLS if pool not in GRIDS or (is_image and vectors(pool) * width <= _MOST_FEATURES)]
+
+
+def best_pool(bank: FeatureBank, pools: Sequence[Pool], classes: int, heartbeats: Heartbeats) -> Pool:
+    """Return the pooling with the highest accuracy on held-out samples; in a tie, the one that comes first. If there
+    are too few samples, return the first one. Every rank must call it, and gets the same result.
+
+    Args:
+        bank: features of the training samples [R, K, D], with the vectors of all poolings in the order of `pools`.
+        pools: the candidates.
+        classes: number of classes.
+        heartbeats: heartbeats of this rank.
+    """
+    if len(bank.keys) > _MOST_SAMPLES:
+        digests = [key_digest(key, "pool") for key in bank.keys]
+        bank = bank.rows(sorted(sorted(range(len(digests)), key=digests.__getitem__)[:_MOST_SAMPLES]))
+    if len(bank.keys) < _FEWEST_SAMPLES:
+        return pools[0]
+    accuracies = {}
+    for pool in pools:
+        accuracies[pool] = held_out_accuracy(part_of_pool(bank, pools, pool), classes, heartbeats)
+    return max(accuracies, key=accuracies.__getitem__)
+
+
+def part_of_pool(bank: FeatureBank, pools: Sequence[Pool], pool: Pool) -> FeatureBank:
+    """Return the features of one of several poolings, [R, D]. `bank`, `pools`: as in `best_pool`."""
+    before = pools[: pools.index(pool)]
+    return bank.part(sum(map(vectors, before)), vectors(pool))

@@ -1,0 +1,100 @@
+"""The tasks knn and logistic choose the pooling of an encoder on held-out training samples."""
+
+import numpy as np
+import pytest
+import torch
+from pyarrow import parquet
+
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.evaluation import pool_choice
+from m3ae_fast.evaluation.classifier import Classifier
+from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.evaluation.pool_choice import best_pool, candidates, part_of_pool
+from m3ae_fast.model.encoder import MultimodalEncoder
+from tests.evaluation.conftest import settings
+
+POOLS = ["mean", "cls", "grid2"]
+
+
+class _Heartbeats:
+    def mark(self, _):
+        pass
+
+
+def _bank(samples, informative, seed=0):
+    """Return features of which only the vectors with the given indices contain the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(samples) % 3
+    features = torch.randn(samples, 6, 8, generator=generator)
+    features[:, informative] += 4 * torch.eye(8)[labels][:, None]
+    return FeatureBank([f"a.tar/{number}" for number in range(samples)], features, labels)
+
+
+def _config(width):
+    given = {"size": None, "emb_dim": width, "depth": 1, "num_heads": 1, "vocab_size": 0}
+    return ModelConfig.model_validate(given, strict=False)
+
+
+@pytest.mark.parametrize(("informative", "pool"), [([1], "cls"), ([4], "grid2"), ([0, 1, 2, 3, 4, 5], "mean")])
+def test_the_most_accurate_pooling_is_chosen_and_the_mean_in_a_tie(informative, pool):
+    bank = _bank(300, informative)
+    assert best_pool(bank, POOLS, 3, _Heartbeats()) == pool
+    part = part_of_pool(bank, POOLS, pool).stored_SD
+    first, count = {"mean": (0, 1), "cls": (1, 1), "grid2": (2, 4)}[pool]
+    assert torch.equal(part, bank.stored_SD[:, first : first + count].flatten(1))
+
+
+def test_the_mean_is_used_if_no_sample_can_be_held_out():
+    assert best_pool(_bank(9, [1]), POOLS, 3, _Heartbeats()) == "mean"
+    assert best_pool(_bank(30, [1]), POOLS, 3, _Heartbeats()) == "cls"
+
+
+def test_some_of_many_samples_are_compared(monkeypatch):
+    seen = []
+    monkeypatch.setattr(pool_choice, "_MOST_SAMPLES", 40)
+    monkeypatch.setattr(pool_choice, "held_out_accuracy", lambda bank, *_: seen.append(bank.keys) or 0.5)
+    assert best_pool(_bank(300, [1]), POOLS, 3, _Heartbeats()) == "mean"
+    assert [len(keys) for keys in seen] == [40] * 3 and seen[0] == seen[1] == sorted(
+        seen[0], key=lambda key: int(key.removeprefix("a.tar/"))
+    )
+
+
+def test_grids_are_candidates_for_images_and_up_to_4096_features():
+    assert candidates(_config(256), "image") == ["mean", "cls", "grid2", "grid4"]
+    assert candidates(_config(260), "image") == ["mean", "cls", "grid2"]
+    assert candidates(_config(2048), "image") == ["mean", "cls"]
+    assert candidates(_config(64), "text") == candidates(_config(64), "paired") == ["mean", "cls"]
+
+
+@pytest.mark.parametrize("task", ["knn", "logistic"])
+def test_the_result_is_that_of_the_chosen_pooling(transfer, tmp_path, task, monkeypatch, capsys):
+    chosen = iter(["grid2", "cls"])  # of the model, and of its random weights
+    monkeypatch.setattr("m3ae_fast.evaluation.job.best_pool", lambda *_: next(chosen))
+    result = transfer(task, baselines=True)
+    assert result["pool"] == "grid2" and result["baselines"]["random weights"]["pool"] == "cls"
+    assert "pool" not in result["baselines"]["downscaled pixels"]
+    assert "chosen on held-out training samples: the model: grid2, random weights: cls" in capsys.readouterr().out
+    alone = transfer(task, *settings("encode.pool=grid2"), baselines=True, out="alone")
+    for name in ("top1", "top1_se"):
+        assert result[name] == alone[name]
+        assert result["baselines"]["downscaled pixels"][name] == alone["baselines"]["downscaled pixels"][name]
+    tables = [parquet.read_table(tmp_path / out / "predictions.parquet").to_pandas() for out in ("out", "alone")]
+    np.testing.assert_allclose(tables[0].score, tables[1].score, rtol=1e-4)
+    if task == "logistic":
+        classifier = Classifier.from_pretrained(tmp_path / "out").eval()
+        assert classifier.config.pool == "grid2"
+        assert classifier.head.linear.in_features == 4 * classifier.config.model.emb_dim
+
+
+def test_samples_are_encoded_once_for_all_candidates(transfer, monkeypatch):
+    seen, pooled = [], MultimodalEncoder.pooled_of_layers
+    monkeypatch.setattr(
+        MultimodalEncoder,
+        "pooled_of_layers",
+        lambda self, batch, layers, pools: (
+            seen.append((len(batch.keys), tuple(pools))) or pooled(self, batch, layers, pools)
+        ),
+    )
+    transfer("knn")
+    assert {pools for _, pools in seen} == {("mean", "cls", "grid2", "grid4")}
+    assert sum(count for count, _ in seen) == 48 + 18
