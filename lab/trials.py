@@ -186,6 +186,5 @@ def results(trial_list: TrialList, out: Path) -> Iterator[tuple[Trial, dict[str,
 def _flops(config: Config) -> float:
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
-    batch, steps = typical_batch(config, model), config.train.steps or 0
-    sample = executed_flops(config.model, batch) / len(batch.keys)
+    steps, sample = config.train.steps or 0, executed_flops(config.model, typical_batch(config, model))
     return steps * (sample * config.train.global_batch + newton_schulz_flops(config, model, world=1))

@@ -79,14 +79,13 @@ def read_members(
 
 
 def label_corpus(
-    corpus: Corpus, field: str, classes: Classes | None = None, *, gaps: bool = False, progress: bool = False
+    corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False
 ) -> tuple[Corpus, Classes]:
     """Return the part of a dataset that consists of all samples whose label is not -1, and the classes by id.
     `Source.labels` of the returned dataset contains class ids.
 
     `field`: as in `read_labels`. `classes`: classes of the training samples; None: the samples are training samples and
-    define the classes. `gaps`: whether to allow missing label numbers, as in a subset of the classes; the labels that
-    occur are then renumbered consecutively.
+    define the classes.
 
     Raises:
         UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed, a
@@ -102,7 +101,7 @@ def label_corpus(
     if not used:
         raise UserError(f"{where}: no sample has a label ({field}) other than -1")
     if classes is None:
-        classes = _define_classes(used, where, field, gaps)
+        classes = _define_classes(used, where, field)
     ids = {label: number for number, label in enumerate(classes)} | {LEFT_OUT: LEFT_OUT}
     for label in used:
         if label not in ids:
@@ -190,7 +189,7 @@ def _fields(shard: IndexedShard, row: int, store: ShardStore) -> list[str]:
     return found[:_SHOWN] + more
 
 
-def _define_classes(used: set[Label], where: str, field: str, gaps: bool) -> Classes:
+def _define_classes(used: set[Label], where: str, field: str) -> Classes:
     names = sorted(label for label in used if isinstance(label, str))
     if names and len(names) < len(used):
         raise UserError(
@@ -210,8 +209,6 @@ def _define_classes(used: set[Label], where: str, field: str, gaps: bool) -> Cla
             f"{where}: the label {low if low < 0 else high} ({field}) is out of range; class ids must be from 0 to "
             f"{MAX_CLASSES - 1}, or -1 to exclude a sample"
         )
-    if gaps:
-        return sorted(numbers)
     empty = next((number for number in range(high) if number not in numbers), None)
     if empty is not None:
         raise UserError(

@@ -115,11 +115,6 @@ class FeatureBank:
         own = self.own, values_R.cpu()
         return _in_order(self.ranks.gather(own) if self.ranks else [own])
 
-    def local(self) -> FeatureBank:
-        """Return a bank of only this rank's samples."""
-        own = self.own.tolist()
-        return replace(self.rows(own), own_R=None, ranks=None)
-
     def check_finite(self) -> None:
         """Raise UserError on every rank if a feature of any sample is not finite. The message contains the key of the
         first such sample."""

@@ -96,17 +96,16 @@ class _Needs:
             self.model = M3AE(config.model, config.loss)
         self.config = config
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.batch = typical_batch(config, self.model)
+        sample = typical_batch(config, self.model)
         one_step = config.train.global_batch // (config.train.micro_batch or config.train.global_batch)
         self.world = world or max(one_step, 1)
         self.share = split_batch(config.train, self.world)
-        samples = len(self.batch.keys)
-        self.flops = executed_flops(config.model, self.batch) / samples  # per sample
+        self.flops = executed_flops(config.model, sample)  # per sample
         peaks = data_sheet("H100")
         assert peaks is not None
         self.peaks = peaks
         self.rate = UTILISATION * peaks.flops / self.flops  # samples per second of an H100
-        self.activations = self.share.micro_batch * activation_bytes(config, self.batch) / samples  # bytes per rank
+        self.activations = self.share.micro_batch * activation_bytes(config, sample)  # bytes per rank
         self.matrices = matrix_elements(config, self.model)
 
 

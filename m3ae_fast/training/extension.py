@@ -33,10 +33,8 @@ def resumed_schedule(config: Config, samples: int, info: checkpoint.Info | None)
         return Schedule(cfg, config.optim, samples)
     changes = tuple(Change(*each) for each in info.changes) if cfg.hours else ()
     schedule = Schedule(cfg, config.optim, samples, changes)
-    if (
-        not (cfg.hours and is_extended(config, info)) or info.decays
-    ):  # a decay that has begun is stretched by the time limit
-        return schedule
+    if not (cfg.hours and is_extended(config, info)) or info.decays:
+        return schedule  # the time limit stretches a decay that has begun
     return schedule.changed(info.step, _expected_steps(schedule, info, 3600 * cfg.hours))
 
 
