@@ -3,8 +3,9 @@
 m3ae-fast evaluate knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
 m3ae-fast evaluate knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
 
-Labels are integers in KEY.cls (the default), or integers or names in a field of KEY.json (--labels json.FIELD). The
-output folder, OUT, contains result.json, the predictions of all held-out samples, figures and TensorBoard events.
+Labels are integers in KEY.cls (the default), or integers or names in a field of KEY.json (--labels json.FIELD). For knn
+and logistic, the field may also contain lists of them. The output folder, OUT, contains result.json, the predictions of
+all held-out samples, figures and TensorBoard events.
 On several GPUs: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
 
 To list the options and settings of a task, add --help after its name.
