@@ -30,6 +30,7 @@ from m3ae_fast.weights.model_name import HISTOGRAM, HOG, IMAGE_FEATURES, PIXELS
 
 _SIZE, _PATCH = 48, 16  # sides of the image and of its patches, in pixels
 _INSPECTED = 128  # number of training samples that determine how files are read, and the mean and standard deviation
+_OUTLIERS = 0.05  # fraction of the images whose highest values, and whose lowest values, do not determine the range
 SIDE = 16  # side of the downscaled image in pixels
 _LEVELS, _BINS = 4, 16  # levels per channel of the joint histogram of three channels; bins of any other channel
 _HOG = {"orientations": 9, "pixels_per_cell": (8, 8), "cells_per_block": (2, 2), "block_norm": "L2-Hys"}
@@ -181,13 +182,15 @@ def input_config(data: DataConfig, image_size: int = _SIZE, patch_size: int = _P
 
 def _reading(kinds: Sequence[Kind]) -> tuple[int, str, Range | None]:
     """Return the number of channels, the dtype and the value range with which images of these kinds are read. If values
-    have more than 8 bits, the range is that of the values that occur. Colours with more than 8 bits per channel are
-    read with 8 bits, as Pillow does."""
+    have more than 8 bits, the range is that of the values that occur in most of the images. Colours with more
+    than 8 bits per channel are read with 8 bits, as Pillow does."""
     channels, dtype = channels_and_dtype(kinds)
     deep = [kind for kind in kinds if kind.depth is not None]
     if not deep:
         return channels, dtype, None
     if any(kind.channels == 3 and not kind.is_array for kind in deep):
         return channels, "uint8", "dtype"
-    low, high = min(kind.low for kind in deep), max(kind.high for kind in deep)
+    # a few images with outliers would otherwise reduce the contrast of all others
+    left_out = int(_OUTLIERS * len(deep))
+    low, high = sorted(kind.low for kind in deep)[left_out], sorted(kind.high for kind in deep)[-1 - left_out]
     return channels, "float32", (low, high if high > low else low + 1)

@@ -164,6 +164,11 @@ def test_image_features_read_the_channels_and_values_of_the_files(tmp_path):
     assert (found.channels, found.image_dtype, found.value_range) == (1, "float32", (1000, 3000))
     assert (found.image_mean, found.image_std) == ((0.5,), (0.5,))
 
+    values = [np.full((48, 48), 1000.0 + number, np.float32) for number in range(20)]
+    values[7][3, 4], values[9][0, 0] = 1e6, -1e6  # the range is not that of one outlier
+    found = _input_of(tmp_path, {f"{number}.npy": write_npy(each) for number, each in enumerate(values)})
+    assert found.value_range == (1000, 1019)
+
     bands = {"0.npy": write_npy(np.zeros((48, 48, 5), np.uint8)), "1.npy": write_npy(np.ones((48, 48, 5), np.uint8))}
     assert _input_of(tmp_path, bands).channels == 5
 
