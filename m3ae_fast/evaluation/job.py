@@ -168,8 +168,8 @@ class Job:
         self, train: Corpus, val: Corpus, *, patches: bool = False
     ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
         """Encode the samples with the model and with each baseline. Return the features of the training and held-out
-        samples; the keys are MODEL and the names of the baselines. Baselines for which too many samples cannot be read
-        are left out with a warning. `patches`: see `encode_corpus`."""
+        samples; the keys are MODEL and the names of the baselines. Baselines for which too many samples cannot be read,
+        or that cannot read a sample of the model, are left out with a warning. `patches`: see `encode_corpus`."""
         return self._encode_by_each({MODEL: self.model, **self.open_baselines()}, train, val, patches=patches)
 
     def encode_for_classes(self, train: Corpus, val: Corpus) -> dict[str, tuple[FeatureBank, FeatureBank]]:
@@ -276,7 +276,13 @@ class Job:
                 self.warn(f"the result is written without {' and '.join(same)}: {error}")
             else:
                 found |= dict(zip(same, zip(*parts)))
-        return _of_common_samples(found)
+        found = _of_common_samples(found)
+        for name, banks in list(found.items()):
+            first = next(iter(found.values()))
+            if lacking := sum(len(each.keys) - len(own.keys) for each, own in zip(first, banks)):
+                self.warn(f"the result is written without {name}, which cannot read {lacking:,} of the samples")
+                del found[name]
+        return found
 
     def encoder(self, passes: float) -> Callable[..., FeatureBank]:
         """Return a function that calls `encode` for one of several datasets, and reports the progress and the remaining

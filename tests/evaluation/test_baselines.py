@@ -1,6 +1,7 @@
 """The baselines that a representation has to exceed: the share of the largest class, random weights, and the pixels
 themselves."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet, write_parquet
@@ -216,6 +218,27 @@ def test_samples_that_the_model_cannot_read_are_left_out_of_the_baselines(transf
     assert (result["train_samples"], result["val_samples"], result["skipped"]) == (24, 18, 2)
     assert [*result["baselines"]] == [UNTRAINED, *FEATURES]
     assert all("difference" in each for each in result["baselines"].values())
+
+
+@pytest.mark.slow
+def test_baselines_that_cannot_read_a_sample_of_the_model_are_left_out(transfer, run, tmp_path, monkeypatch):
+    """Only the first samples are inspected, so the baselines have no value range for the image of 16 bits."""
+    monkeypatch.setattr(image_features, "_INSPECTED", 1)
+    deep = io.BytesIO()
+    Image.fromarray(np.full((32, 32), 9000, np.uint16)).save(deep, "PNG")
+    members = [(f"{number}.png", coloured(number, ("red", "blue")[number % 2])) for number in range(20)]
+    members.append(("x.png", deep.getvalue()))
+    files = [
+        each
+        for number, (name, data) in enumerate(members)
+        for each in ((name, data), (f"{name[:-4]}.json", json.dumps({"tags": [number % 2]}).encode()))
+    ]
+    shard = write_tar(tmp_path / "a.tar", files)
+    options = ["--labels", "json.tags", *settings("data.value_range=dtype")]
+    result = transfer("knn", *options, baselines=True, train=shard, val=shard)
+    assert (result["train_samples"], result["skipped"]) == (21, 0) and [*result["baselines"]] == [UNTRAINED]
+    for name in FEATURES:
+        assert f"the result is written without {name}, which cannot read 2 of the samples" in result["warnings"]
 
 
 def test_patch_features_of_the_pixel_baseline_are_its_pixels():
