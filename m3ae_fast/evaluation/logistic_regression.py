@@ -72,9 +72,12 @@ def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = 
 
 
 def held_out_accuracy(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> float:
-    """Return the highest accuracy of the inverse strengths on a held-out tenth of the samples, of which there must be
-    at least ten. Every rank must call it, and gets the same value."""
-    accuracy = best(_tried(bank, split(bank), classes, heartbeats)[0]).top1
+    """Return the highest accuracy of the inverse strengths on a held-out tenth of the samples; 0 if there are too few
+    different samples to hold one out. Every rank must call it, and gets the same value."""
+    parts = split(bank)
+    if not parts.held_out:
+        return 0.0
+    accuracy = best(_tried(bank, parts, classes, heartbeats)[0]).top1
     return bank.ranks.from_main(accuracy) if bank.ranks else accuracy
 
 

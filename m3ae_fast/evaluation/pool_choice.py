@@ -14,7 +14,6 @@ from m3ae_fast.process.heartbeats import Heartbeats
 
 _MOST_FEATURES = 4096  # poolings with more features are not candidates
 _MOST_SAMPLES = 5000  # number of training samples with which the candidates are compared
-_FEWEST_SAMPLES = 10  # with fewer samples, none can be held out
 
 
 def candidates(model: ModelConfig, modality: Modality) -> list[Pool]:
@@ -24,8 +23,8 @@ def candidates(model: ModelConfig, modality: Modality) -> list[Pool]:
 
 
 def best_pool(bank: FeatureBank, pools: Sequence[Pool], classes: int, heartbeats: Heartbeats) -> Pool:
-    """Return the pooling with the highest accuracy on held-out samples; in a tie, the one that comes first. If there
-    are too few samples, return the first one. Every rank must call it, and gets the same result.
+    """Return the pooling with the highest accuracy on held-out samples; in a tie, or if there are too few different
+    samples to hold one out, the one that comes first. Every rank must call it, and gets the same result.
 
     Args:
         bank: features of the training samples [R, K, D], with the vectors of all poolings in the order of `pools`.
@@ -36,8 +35,6 @@ def best_pool(bank: FeatureBank, pools: Sequence[Pool], classes: int, heartbeats
     if len(bank.keys) > _MOST_SAMPLES:
         digests = [key_digest(key, "pool") for key in bank.keys]
         bank = bank.rows(sorted(sorted(range(len(digests)), key=digests.__getitem__)[:_MOST_SAMPLES]))
-    if len(bank.keys) < _FEWEST_SAMPLES:
-        return pools[0]
     accuracies = {}
     for pool in pools:
         accuracies[pool] = held_out_accuracy(part_of_pool(bank, pools, pool), classes, heartbeats)

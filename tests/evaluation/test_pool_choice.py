@@ -1,5 +1,7 @@
 """The tasks knn and logistic choose the pooling of an encoder on held-out training samples."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,8 @@ def test_the_most_accurate_pooling_is_chosen_and_the_mean_in_a_tie(informative, 
 def test_the_mean_is_used_if_no_sample_can_be_held_out():
     assert best_pool(_bank(9, [1]), POOLS, 3, _Heartbeats()) == "mean"
     assert best_pool(_bank(30, [1]), POOLS, 3, _Heartbeats()) == "cls"
+    copies = replace(_bank(30, [1]), image_hashes=["a", "b", "c"] * 10)  # a copy of each image would be on both sides
+    assert best_pool(copies, POOLS, 3, _Heartbeats()) == "mean"
 
 
 def test_some_of_many_samples_are_compared(monkeypatch):
