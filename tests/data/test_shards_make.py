@@ -652,6 +652,14 @@ def test_a_group_that_no_sample_has_is_an_error_that_lists_the_fields(tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_column_called_folder_is_not_confused_with_the_folder_of_an_image(tmp_path, pictures):
+    (pictures / "table.csv").write_text("image,caption,folder\ncat/0.jpg,a cat,3\n")
+    more = {"captions": pictures / "table.csv", "held_out": 0.3, "workers": 1}
+    with pytest.raises(UserError, match=r"the table has a column of this name; use json\.folder for the column"):
+        making.make(pictures, tmp_path / "out", group="folder", **more)
+    assert not (tmp_path / "out").exists()
+
+
 def test_images_with_more_than_8_bits_that_are_reduced_are_counted(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for number in range(4):

@@ -166,6 +166,11 @@ class Folder(Records):
     def values(self, split: str, field: str) -> list[Any]:
         rows = self._rows[split].tolist()
         if field == "folder":
+            if field in self.fields(split)[1:]:
+                raise UserError(
+                    "--group folder: is the folder of the image, but the table has a column of this name; use "
+                    "json.folder for the column, or rename the column"
+                )
             return [os.path.dirname(self._paths[row]) for row in rows for _ in self._samples[row]]
         name = field.removeprefix("json.")
         return [self._about(row, sample).get(name) for row in rows for sample in self._samples[row]]
