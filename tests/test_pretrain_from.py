@@ -183,11 +183,15 @@ def test_files_that_are_not_a_model_are_refused(base, tmp_path):
     new = tmp_path / "new"  # a run that was stopped before its first checkpoint
     new.mkdir()
     (new / "config.json").write_text('{"run": {}}')
+    (base / "results").mkdir(exist_ok=True)
     for name, message in (
         (tmp_path / "nowhere", "--from .*nowhere: no such file or folder"),
         (new, "--from .*new: this run has no checkpoint yet; continue the run, or specify another model"),
         (tmp_path, "--from .*: the folder contains neither checkpoints nor an exported model"),
-        (base / "checkpoints", f"--from .*: specify the run folder, {base}, or one of the checkpoints in"),
+        *(
+            (folder, f"--from .*: specify the run folder, {base}, or one of the checkpoints in {base}/checkpoints$")
+            for folder in (base / "checkpoints", base / "results")
+        ),
         (
             checkpoint_folder / "state.json",
             f"--from .*: is one file of a checkpoint .*; specify its folder, {checkpoint_folder}",

@@ -62,7 +62,6 @@ def from_vit(
         UserError: a weight is missing or cannot be represented in an M3AE, or the number of attention heads is unknown.
     """
     theirs = {name: tensor for name, tensor in weights.items() if not _LEFT_OUT.fullmatch(name)}
-    check_dtypes(theirs, where)
     notes = []
     norms_the_mean = "norm.weight" not in theirs and "fc_norm.weight" in theirs
     if norms_the_mean:
@@ -71,6 +70,7 @@ def from_vit(
     for name, axes in {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4}.items():
         if name not in theirs or theirs[name].ndim != axes:
             raise UserError(f"{where}: is neither an MAE nor a timm ViT: it lacks the weight {name} with {axes} axes")
+    check_dtypes(theirs, where)
     config = config_of(theirs, options, "before_norm" if norms_the_mean else "after_norm", where)
     with torch.device("meta"):
         own = M3AE(config).state_dict()
@@ -113,13 +113,19 @@ def _ours(name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
 def config_of(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, where: str) -> ModelConfig:
     """Return the config that the shapes of the weights `theirs` (as in `from_vit`) and the options imply. Without a
     decoder, the config has MAE's decoder: width 512, depth 8. `mean_pool`: model.mean_pool; `where`: beginning of error
-    messages. Raises UserError if the patches or the image are not square, the number of attention heads is unknown, or
-    a value is invalid."""
+    messages. Raises UserError if the patches or the image are not square, the number of attention heads, a mean or a
+    standard deviation is unknown, or a value is invalid."""
     width, channels, patch, columns = theirs["patch_embed.proj.weight"].shape
     patches = theirs["pos_embed"].shape[1] - 1
     side = math.isqrt(max(patches, 0))
     if patch != columns or side * side != patches:
         raise UserError(f"{where}: its patches are not square, or {patches} of them do not fill a square image")
+    if not len(options.mean) == len(options.std) == channels:
+        raise UserError(
+            f"{where}: has {channels} channel{'s' * (channels != 1)}, but {len(options.mean)} means and "
+            f"{len(options.std)} standard deviations are known; use a folder that timm has saved, whose config.json "
+            "contains one of each for every channel"
+        )
     dec_width = theirs["decoder_embed.weight"].shape[0] if "decoder_embed.weight" in theirs else 512
     data = {
         "size": None,
@@ -150,5 +156,8 @@ def _depth(theirs: dict[str, Tensor], part: str) -> int:
 
 def _heads(given: int | None, known: dict[int, int], width: int, flag: str, where: str) -> int:
     if given is None and width not in known:
-        raise UserError(f"{where}: the number of attention heads for width {width} is unknown; specify {flag}")
+        raise UserError(
+            f"{where}: the number of attention heads for width {width} is unknown; specify it with m3ae-fast convert "
+            f"{flag}"
+        )
     return known[width] if given is None else given

@@ -18,7 +18,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import find_folder
 from m3ae_fast.base.output_folder import MODEL_FILE, read_folder_config, read_tensors
 from m3ae_fast.base.untrusted_file import open_regular
-from m3ae_fast.checkpoint import INFO_FILE
+from m3ae_fast.checkpoint import INFO_FILE, checkpoints_dir
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretrained
 from m3ae_fast.training.metrics_log import METRICS_FILE
@@ -80,7 +80,8 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
     if (path / MODEL_FILE).is_file():
         return read_pretrained(source)
     if is_run(path.parent):
-        raise UserError(f"{source}: specify the run folder, {path.parent}, or one of the checkpoints in {path}")
+        checkpoints = checkpoints_dir(path.parent)
+        raise UserError(f"{source}: specify the run folder, {path.parent}, or one of the checkpoints in {checkpoints}")
     if (path / METRICS_FILE).is_file() or "run" in read_folder_config(path):
         raise UserError(f"{source}: this run has no checkpoint yet; continue the run, or specify another model")
     raise UserError(f"{source}: the folder contains neither checkpoints nor an exported model")
@@ -114,7 +115,7 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged or hostile files raise many kinds of errors
-        named = re.search(r"Unsupported (?:global: GLOBAL|class|operand) (\S+)", str(error))
+        named = re.search(r"(?i)unsupported (?:global: GLOBAL|GLOBAL|class|operand) (\S+)", str(error))
         reason = (
             f"it refers to {named[1]}, which is not loaded for security reasons"
             if named
