@@ -140,7 +140,7 @@ def test_the_readmes_commands_train_an_image_model_and_use_it(site, tmp_path):
     output = run("-c", RUN, input=json.dumps(lines))
     for part in ("20 samples", "fewer than the 2,048 requested", "drew runs/mine/reconstructions.png"):
         assert part in output
-    for part in ("images.npz: keys [20]", "finished at step 3 of 3", "parameters"):
+    for part in ("images.npz: keys [20]", "Finished at step 3 of 3", "parameters"):
         assert part in output
     assert M3AE.from_pretrained(tmp_path / "again").encode([Image.new("RGB", (40, 40))]).isfinite().all()
     made = {"again", "cache", "images", "images.npz", "out", "results", "runs", "shards", "tokenizer.json"}

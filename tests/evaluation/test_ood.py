@@ -281,7 +281,7 @@ def test_several_ood_datasets_require_names():
     for given in ([["a.tar"], ["b=b.tar"]], [["b=a.tar"], ["b=b.tar"]]):
         with pytest.raises(UserError, match="give each set a different name"):
             named_sets(given)
-    with pytest.raises(UserError, match="val: the result already uses this name for --val"):
+    with pytest.raises(UserError, match="ood val: the result already uses this name for val"):
         Options("ood", ["run"], ["b.tar"], ["c.tar"], ood=named_sets([["val=a.tar"]]))
 
 

@@ -24,7 +24,7 @@ from multiprocessing.context import ForkServerProcess as Process
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
-LIMIT_S = 200
+LIMIT_S = 500
 _SHOW_STACKS = signal.SIGUSR2  # makes a late rank print the stack traces of all its threads
 _forks = multiprocessing.get_context("forkserver")
 _IMPORTED = (
