@@ -102,7 +102,7 @@ def heads(ranks: Ranks) -> dict[str, object]:
     whole = config(attentive={"steps": 30, "weight_decay": 0.01, "batch": 64})
     setting = Setting(whole, CLASSES, 2, 5, ranks, _Heartbeats())
     banks = {
-        number: split(features_ND, labels_N, ranks).layer(number // 2)
+        number: split(features_ND, labels_N, ranks).part(number // 2)
         for number, features_ND in enumerate((layers, tokens, layers, tokens))
     }
     for name, trained in train_heads(banks, attentive_recipe(SAMPLES, setting), setting).items():
