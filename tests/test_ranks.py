@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -109,6 +110,13 @@ def test_a_single_rank_starts_no_gloo_threads(monkeypatch):
         wait = alone.start_sum(values)
         values[0] = 2
         assert wait() == [1.0] and alone.on_main(lambda: 4) == alone.together(lambda: 4) == 4
+
+
+def test_tracebacks_of_a_single_rank_are_printed_unchanged():
+    hook = sys.excepthook
+    with program.joined_program():
+        assert sys.excepthook is hook
+    assert sys.excepthook is hook
 
 
 def many_clients():

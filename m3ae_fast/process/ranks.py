@@ -277,7 +277,10 @@ def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessG
         store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
     backend = "gloo" if device.type == "cpu" else "nccl"
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # number of collectives in NCCL's flight recorder
+    hook = sys.excepthook
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    if world == 1:
+        sys.excepthook = hook  # torch's hook would begin each line of the caller's tracebacks with [rank0]
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return cast(dist.ProcessGroup, control), store
 
