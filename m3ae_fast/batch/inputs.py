@@ -203,7 +203,7 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
             pixels = pixels_of(image, *kind) if isinstance(image, Image) else pixels_of_bands(checked(image), *kind)
         except BadSample as error:
             is_first = isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[0] == channels
-            hint = "; x.transpose(1, 2, 0) moves its channels to the end" if is_first else ""
+            hint = "; x.transpose(1, 2, 0) moves its channels to the end" if is_first else _converted(image, channels)
             raise ValueError(f"the image cannot be used: {_of_call(error)}{hint}") from None
         return _prepared(pixels, config)
     if not isinstance(image, Tensor):
@@ -239,6 +239,13 @@ class Preprocess:
         c = self.config
         size = f"{c.image_size} x {c.image_size}" if c.resize == "square" else "native"
         return f"Preprocess({size}, {c.channels} channels, {c.image_dtype})"
+
+
+def _converted(image: Image | np.ndarray, channels: int) -> str:
+    """Return how to convert an array of another colour mode, as files are converted; "" for other images."""
+    if isinstance(image, Image) or image.dtype != np.uint8 or image.ndim != 3 or channels not in (1, 3):
+        return ""
+    return "; PIL.Image.fromarray(x) is converted" if image.shape[2] in {3, 4} - {channels} else ""
 
 
 def _of_call(error: BadSample) -> str:
