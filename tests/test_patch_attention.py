@@ -167,8 +167,8 @@ def test_the_draw_command_passes_its_options(tmp_path, monkeypatch):
     assert len(pictures) == 4
     out.unlink()
     for options, message in (
-        (["--patch", "4,0"], "--patch 4,0: must be row and column from 0,0 to 3,3"),
-        (["--patch", "1"], "--patch 1: must be row and column"),
+        (["--patch", "4,0"], "--patch 4,0: must be ROW,COLUMN, from 0,0 to 3,3"),
+        (["--patch", "1"], "--patch 1: must be ROW,COLUMN"),
         (["--layer", "3"], "--layer 3: must be from 1 to 2"),
         (["--head", "0"], "--head 0: must be from 1 to 4"),
     ):

@@ -32,7 +32,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def _options_of_a_run() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--out", type=output(".png"), metavar="FILE.png", help="output file (default: RUN/COMMAND.png)")
+    parser.add_argument(
+        "--out",
+        type=output(".png"),
+        metavar="FILE.png",
+        help="output file (default: reconstructions.png or attention.png in RUN)",
+    )
     parser.add_argument(
         "--val", nargs="+", default=(), metavar="SHARDS", help="samples to draw (default: samples of the run)"
     )

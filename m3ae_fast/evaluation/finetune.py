@@ -100,8 +100,8 @@ class FineTuningTask(LabelledTask):
         return trainer.to_evaluate(self.settings.eval_every or self._default_period(trainer), "val_top1")
 
     def _default_period(self, trainer: Trainer) -> int:
-        """Return the default number of steps between evaluations. With it, evaluations take only a small part
-        of the time. Per sample, an evaluation takes a third of the time of a training step."""
+        """Return the default number of steps between evaluations, which keeps their share of the time small. Per
+        sample, an evaluation takes a third of the time of a training step."""
         schedule = trainer.schedule
         cheap = math.ceil(self.val.samples / (3 * trainer.share.global_batch * _EVALUATING))
         return max(schedule.total_steps // _EVALUATIONS, schedule.steps_per_epoch, cheap)

@@ -68,7 +68,7 @@ class Predictions:
         votes: bool = False,
         image_hashes: Sequence[str] = (),
     ) -> Predictions:
-        """Return the predictions for scores of the classes, floating-point. By default, scores are logits, and their
+        """Return the predictions for floating-point class scores. By default, scores are logits, and their
         softmax is stored. If `votes` is set, they are votes, and each class's fraction of the votes is stored. Raises
         UserError as `best_classes` does."""
         best_NK = best_classes(scores_NC)

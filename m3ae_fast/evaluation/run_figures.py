@@ -178,5 +178,5 @@ def _patch(given: str | tuple[int, int] | None, model: ModelConfig) -> tuple[int
     side, text = model.longest_side, given if isinstance(given, str) else ",".join(map(str, given))
     found = re.fullmatch(r"(\d{1,5}),(\d{1,5})", text)
     if not found or max(place := (int(found[1]), int(found[2]))) >= side:
-        raise UserError(f"--patch {text}: must be row and column from 0,0 to {side - 1},{side - 1}")
+        raise UserError(f"--patch {text}: must be ROW,COLUMN, from 0,0 to {side - 1},{side - 1}")
     return place

@@ -8,8 +8,8 @@ from m3ae_fast.engine.schedule import Change, Schedule
 
 
 def is_extended(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether a run whose learning rate is constant before its decay is now configured to be longer (in steps,
-    epochs or hours) than when the checkpoint was written."""
+    """Return whether the config makes the run longer (in steps, epochs or hours) than when the checkpoint was written.
+    False unless `optim.decay` is set."""
     was, now = info.config.get("train") or {}, config.train
     lengths = ((getattr(now, key), was.get(key)) for key in ("steps", "epochs", "hours"))
     longer = any(new and old and new > old for new, old in lengths)
@@ -20,8 +20,8 @@ def resumed_schedule(config: Config, samples: int, info: checkpoint.Info | None)
     """Return the schedule of a run when it starts or resumes.
 
     The number of steps of a run with `train.hours` may have been changed before the checkpoint. A run that is
-    resumed keeps these changes, and therefore its learning rates. A run that is extended becomes longer before its
-    first step, because its decay would otherwise begin at the step for which it was planned.
+    resumed keeps these changes, and therefore its learning rates. An extended run is lengthened when it resumes, before
+    it takes a step; otherwise, its decay would begin at the step for which it was planned at first.
 
     Args:
         config: config of the run.

@@ -38,8 +38,8 @@ class RunFolder:
     """A run folder that is locked for this process. Use as a context manager.
 
     Two locks are used: a POSIX lock on a file, which all file systems support, and flock on the folder itself, which
-    remains effective if the file is removed. Both are released when this process ends, even if it is killed: the POSIX
-    lock is not inherited by loader workers, and they release the flock. The filelock library is not used, because it
+    remains effective if the file is removed. Both are released when this process ends, even if it is killed: loader
+    workers do not inherit the POSIX lock, and close their handle of the folder. The filelock library is not used, as it
     applies flock to a file. If this file is removed, two processes can hold the lock. In versions of the library
     before 4, loader workers inherit the lock. On file systems without flock, a killed run leaves a lock file behind.
 

@@ -40,7 +40,7 @@ class SampleCounts(NamedTuple):
         return cls(sum(len(batch.keys) for batch in batches), sum(len(batch.skipped) for batch in batches))
 
     def denominators(self, world: int) -> float:
-        """Return the engine's loss denominators, per rank, from the sums over `world` ranks."""
+        """Return each rank's loss denominators, given counts summed over `world` ranks."""
         return max(self.samples, 1.0) / world
 
 
@@ -79,7 +79,7 @@ class StepCounts(NamedTuple):
     flops: float  # executed FLOPs, forward and backward
 
     def denominators(self, world: int) -> LossCounts:
-        """Return the engine's loss denominators, per rank, from the sums over `world` ranks."""
+        """Return each rank's loss denominators, given counts summed over `world` ranks."""
         return LossCounts(self.loss_image / world, self.loss_text / world)
 
     @classmethod

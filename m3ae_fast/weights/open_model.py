@@ -114,7 +114,7 @@ def load_model(
             random weights.
         tokenizer: file or name of a caption tokenizer to use instead of the model's own.
         seed: random seed of random weights.
-        device: device for the model.
+        device: device for the model; by default the CPU, even if there is a GPU.
 
     Raises:
         UserError: the model does not exist or is damaged, `tokenizer` does not fit it, or torch finds no GPU although

@@ -44,7 +44,7 @@ def mlp(x: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O:
 def _forward(
     x_RI: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the result and the input of GELU."""
+    """Return the MLP's output, and the input of GELU."""
     if multiplies(x_RI, weight_HI):
         hidden_RH, y_RH = product(x_RI, weight_HI, bias_H, transposed=True, before_gelu=True)
         assert y_RH is not None
@@ -74,7 +74,7 @@ def _fake_hidden_gradients(grad_RO, weight_OH, hidden_RH, needs):
 
 def _setup_context(ctx, inputs, output):
     x_RI, weight_HI, _, weight_OH, _ = inputs
-    # without this, a tensor of zeros for the gradient of GELU's input would be the largest tensor of the backward pass
+    # without this, autograd would pass zeros as the gradient of GELU's input, the largest tensor of the backward pass
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x_RI, weight_HI, weight_OH, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -85,7 +85,7 @@ def _backward(ctx, grad_RO, _):
         return (None,) * 5
     x_RI, weight_HI, weight_OH, hidden_RH = ctx.saved_tensors
     needs = list(ctx.needs_input_grad)
-    # two ops, so that a compiled graph frees GELU's input after the first one, and computes x only for the second one
+    # two ops: a compiled graph can then free GELU's input after the first, and need not compute x until the second
     grad_RH, *of_fc2 = mlp_backward_op(grad_RO, weight_OH, hidden_RH, needs[3:])
     grads = *linear_backward_op(grad_RH, x_RI, weight_HI, needs[:3]), *of_fc2
     return tuple(grad if need else None for grad, need in zip(grads, needs))
