@@ -18,8 +18,8 @@ from .loss import (
     check_head,
     check_reduction,
     empty_gradients,
-    row_gradients,
     row_weights,
+    rows_backward,
     save_gradients,
     save_inputs,
     scale_gradients,
@@ -212,24 +212,12 @@ def _rows_fake(hidden, weight, bias, images, patch_ids, patch_size, scale, dtype
     return hidden.new_empty(hidden.shape[0], dtype=accumulator(dtype))
 
 
-def _rows_setup_context(ctx, inputs, output):
-    save_inputs(ctx, inputs, (output,))
-
-
-def _rows_backward(ctx, upstream):
-    def loss(inputs, row_weight, needs):
-        *inputs, impl = inputs
-        return hog_loss_op(*inputs[:3], row_weight, *inputs[3:], needs, impl)
-
-    return row_gradients(ctx, upstream, loss)
-
-
 def _backward(ctx, upstream, *_):
     return scale_gradients(ctx, upstream, 11)
 
 
 hog_loss_op = Op("hog_loss", _forward, _fake, save_gradients, _backward)
-hog_rows_op = Op("hog_rows", _rows_forward, _rows_fake, _rows_setup_context, _rows_backward)
+hog_rows_op = Op("hog_rows", _rows_forward, _rows_fake, save_inputs, rows_backward(hog_loss_op))
 
 
 def _hog_loss(

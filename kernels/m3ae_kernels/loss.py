@@ -166,9 +166,11 @@ def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor |
 
 def save_inputs(ctx, inputs, output) -> None:
     """Save the inputs of a loss with reduction "none", whose gradients are computed in the backward pass. This is the
-    `setup_context` of an op. Inputs start with (hidden, weight, bias), and outputs start with the row losses."""
+    `setup_context` of an op. Inputs start with (hidden, weight, bias). `output`: the row losses, or a tuple that begins
+    with them."""
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(*output[1:])
     tensors = [value if isinstance(value, Tensor) else None for value in inputs]
     ctx.save_for_backward(*tensors)
     ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
@@ -186,6 +188,17 @@ def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ..
     _, _, unit, *grads = loss(inputs, upstream, needs)
     scaled = [_scaled(g, unit).to(dtype) if need else None for g, dtype, need in zip(grads, ctx.dtypes, needs)]
     return *scaled, *[None] * (len(inputs) - 3)
+
+
+def rows_backward(loss_op):
+    """Return the backward pass of an op with reduction "none" whose inputs were saved by `save_inputs`. `loss_op`: the
+    op of the summed loss, which has row_weight as an additional input after bias, and `needs` before the last input."""
+
+    def loss(inputs, row_weight, needs):
+        *inputs, impl = inputs
+        return loss_op(*inputs[:3], row_weight, *inputs[3:], needs, impl)
+
+    return lambda ctx, upstream: row_gradients(ctx, upstream, loss)
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from .loss import (
     check_head,
     check_reduction,
     empty_gradients,
-    row_gradients,
     row_weights,
+    rows_backward,
     save_gradients,
     save_inputs,
     scale_gradients,
@@ -181,24 +181,12 @@ def _rows_fake(hidden, weight, bias, images, patch_ids, patch_size, scale, shift
     return hidden.new_empty(hidden.shape[0], dtype=accumulator(dtype))
 
 
-def _rows_setup_context(ctx, inputs, output):
-    save_inputs(ctx, inputs, (output,))
-
-
-def _rows_backward(ctx, upstream):
-    def loss(inputs, row_weight, needs):
-        *inputs, impl = inputs
-        return pixel_loss_op(*inputs[:3], row_weight, *inputs[3:], needs, impl)
-
-    return row_gradients(ctx, upstream, loss)
-
-
 def _backward(ctx, upstream, *_):
     return scale_gradients(ctx, upstream, 13)
 
 
 pixel_loss_op = Op("pixel_loss", _forward, _fake, save_gradients, _backward)
-pixel_rows_op = Op("pixel_rows", _rows_forward, _rows_fake, _rows_setup_context, _rows_backward)
+pixel_rows_op = Op("pixel_rows", _rows_forward, _rows_fake, save_inputs, rows_backward(pixel_loss_op))
 
 
 def _pixel_loss(

@@ -17,7 +17,7 @@ from m3ae_fast.config.messages import describe_error
 from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
-ORIENTATIONS = 9  # numbers per patch with HOG targets
+ORIENTATIONS = 9  # numbers per patch with HOG targets, as in m3ae_kernels.hog, whose import would import torch
 MAX_CHANNELS = 256  # more than any imaging spectrometer in use has
 LONGEST = 800  # maximum number of epochs of a run with a time limit; MAE trains for this number of epochs
 MAX_POSITIONS = 1 << 27  # maximum number of elements in a table of position embeddings: 512 MB

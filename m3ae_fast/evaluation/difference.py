@@ -281,9 +281,10 @@ class _Classified(NamedTuple):
 
 
 def _classified(result: Result, name: str = "") -> _Classified:
-    """Return which samples are classified correctly. If there are several layers, poolings or numbers of training
-    samples, the main ones are used. `name`: name of the classifier; "": the folder and, if there are several, the layer
-    and so on. Raises UserError unless the table has exactly one prediction for each sample and draw."""
+    """Compare the predictions of a result with the labels, and return which samples are classified correctly. If there
+    are several layers, poolings or numbers of training samples, the main ones are used. `name`: name of the classifier;
+    "": the folder and, if there are several, the layer and so on. Raises UserError unless the table has exactly one
+    prediction for each sample and draw."""
     folder, case = result.folder, ""
     if result.table.keys() >= {*Case._fields}:
         parts = {Case(*values): part for values, part in result.parts(*Case._fields).items()}

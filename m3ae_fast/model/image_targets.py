@@ -1,4 +1,4 @@
-"""What is predicted for masked patches: a class for each value of `model.image_targets`.
+"""Prediction targets of masked patches, with one class for each value of `model.image_targets`.
 
 A further kind of target needs a class here, a value of the setting, and its number of outputs in
 `ModelConfig.image_output_dim`.
