@@ -7,14 +7,13 @@ any vendor.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lab.labelled.packages import fetch, read_members
+from lab.labelled.packages import fetch, is_held_out, read_members
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.shards.sources.interface import Record, Records
 
@@ -23,7 +22,6 @@ LICENCES = {  # licences of the images; those of the tables of names are MIT
     "twitter": "CC-BY 4.0, Twemoji, Copyright Twitter, Inc and other contributors",
     "google": "Apache 2.0, Noto Emoji, Copyright Google Inc",
 }
-HELD_OUT = 0.2  # fraction of the emoji that are held out
 _PARTS = "Component"  # the category of skin tones and hair styles
 
 
@@ -65,11 +63,6 @@ class Emoji(Records):
         picture = self._pictures[split][number]
         label = self.classes.index(picture.about["category"])
         return Record(self._images[picture.image], picture.caption, label, dict(picture.about))
-
-
-def is_held_out(emoji: str) -> bool:
-    """Return whether the emoji with these code points is held out."""
-    return int.from_bytes(hashlib.blake2b(emoji.encode(), digest_size=8).digest(), "big") < HELD_OUT * 2**64
 
 
 def pictures_of(table: list[dict[str, Any]], vendor: str, held_out: bool) -> list[Picture]:

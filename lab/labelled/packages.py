@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import subprocess
 import tarfile
@@ -10,6 +11,7 @@ from typing import IO
 
 from m3ae_fast.base.errors import UserError
 
+HELD_OUT = 0.2  # fraction of the emoji, and of the families of icons, that are held out
 _AR, _HEADER = b"!<arch>\n", 60  # magic number, and bytes of a member's header
 
 
@@ -49,6 +51,11 @@ def read_members(package: Path, folder: str, suffix: str) -> dict[str, bytes]:
     if not found:
         raise UserError(f"{package}: has no {folder}/*{suffix}; it is a different package or version")
     return found
+
+
+def is_held_out(group: str) -> bool:
+    """Return whether the samples of this group, such as an emoji's code points, are held out."""
+    return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "big") < HELD_OUT * 2**64
 
 
 def _tar_of(file: IO[bytes]) -> IO[bytes]:

