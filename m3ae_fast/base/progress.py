@@ -30,7 +30,6 @@ class TimeLeft:
     def __init__(
         self,
         total: float,
-        other_work: float = 0.0,
         report: Callable[[float], None] | None = None,
         now: Clock = time.monotonic,
     ) -> None:
@@ -38,11 +37,10 @@ class TimeLeft:
 
         Args:
             total: the size of the task, in the unit in which the parts are measured.
-            other_work: expected seconds of work that does not belong to any part; see `aside`.
             report: called once, with the first reliable estimate of the seconds left.
             now: the clock.
         """
-        self.total, self.other_work, self.done = total, other_work, 0.0
+        self.total, self.done = total, 0.0
         self._report, self._now, self._started, self._spent = report, now, now(), 0.0
 
     def after(self, part: float) -> str:
@@ -53,8 +51,8 @@ class TimeLeft:
         return self.left()
 
     def left(self) -> str:
-        """Return ", about H:MM:SS left" for the remaining parts and other work; "" after the last part."""
-        if not self.done or (self.done >= self.total and not self.other_work):
+        """Return ", about H:MM:SS left" for the remaining parts; "" after the last part."""
+        if not self.done or self.done >= self.total:
             return ""
         return f", about {duration(self._estimate(self.done, self._spent))} left"
 
@@ -72,17 +70,8 @@ class TimeLeft:
         if report:
             report(left)
 
-    @contextmanager
-    def aside(self, seconds: float) -> Iterator[None]:
-        """Return a context manager for work that belongs to no part. `seconds`: the duration of this work that is
-        included in `other_work`."""
-        began = self._now()
-        yield
-        self._started += self._now() - began
-        self.other_work = max(self.other_work - seconds, 0.0)
-
     def _estimate(self, done: float, spent: float) -> float:
-        return spent / done * (self.total - done) + self.other_work
+        return spent / done * (self.total - done)
 
 
 class Lines:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from shutil import rmtree
@@ -22,12 +22,11 @@ from torch import Tensor
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet, write_parquet
-from m3ae_fast.base.progress import TimeLeft, duration
+from m3ae_fast.base.progress import TimeLeft
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.fingerprint import written
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
-from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
@@ -167,7 +166,6 @@ class ComputeCost:
 
     cost: float  # cost of encoding a sample, proportional to FLOPs
     seeded_weights: bool  # whether the weights depend on the seed
-    training: dict[str, float]  # estimated training time in seconds, by probe
     trials: dict[tuple[int, str], Path]  # files of the predictions, by seed and probe
     missing: list[tuple[int, str]]  # seeds and probes for which the predictions have to be computed
 
@@ -176,10 +174,6 @@ class ComputeCost:
         """Return the number of passes over the images."""
         seeds = {seed for seed, _ in self.missing}
         return len(seeds) if self.seeded_weights else min(len(seeds), 1)
-
-    def seconds(self, probes: Sequence[str]) -> float:
-        """Return the estimated time in which these probes are trained."""
-        return sum(self.training[probe] for _, probe in self.missing if probe in probes)
 
 
 def with_error(accuracy: Mapping[str, Any]) -> str:
@@ -212,21 +206,18 @@ def run(job: Job) -> dict[str, Any]:
     decoding = _DECODING * next(iter(shapes.values())).cost
     shapes |= {name: _shape(job, features[model], decoding) for name, model in names.items() if model in own}
     found = ComparedPredictions(classes)
-    training = cache(partial(_training, job, train.samples, len(classes)))  # measured once per shape
     same = _identity(job, (train, val), classes)
     work = {
-        name: _work(job, shapes[name], model, f"{same} {digests.get(name, model)}", training(shapes[name]), seeds)
+        name: _work(job, shapes[name], model, f"{same} {digests.get(name, model)}", seeds)
         for name, model in names.items()
     }
     whole = job.time_left(
         (train.samples + val.samples) * sum(each.cost * each.passes for each in work.values()),
-        sum(each.seconds(options.probes) for each in work.values()),
-        shorter=lambda _: _shorter(job, work.values()),
+        shorter=lambda _: _shorter(job),
     )
     job.print(
         f"compare: {', '.join(names)}; probes: {', '.join(options.probes)}; {len(seeds)} seeds; {len(names)} models "
         f"encode {train.samples + val.samples:,} images each (random weights: once per seed)"
-        + (f"; the probes train for about {duration(whole.other_work)} in total" if whole.other_work > 1 else "")
     )
     if complete := sum(len(each.trials) - len(each.missing) for each in work.values()):
         job.print(f"{complete} probes were completed by an earlier call, whose predictions are used")
@@ -244,12 +235,9 @@ def run(job: Job) -> dict[str, Any]:
 
 
 class Shape(NamedTuple):
-    """Properties of a model on which its computation time depends."""
+    """Properties of a model that determine its work."""
 
     cost: float  # cost of encoding a sample, proportional to FLOPs
-    width: int  # width of the features
-    heads: int
-    patches: int
     probes: tuple[str, ...]  # probes that can use its features
 
 
@@ -258,19 +246,8 @@ def _shape(job: Job, encoder: MultimodalEncoder, decoding: float = 0.0) -> Shape
     c, probes = encoder.config, tuple(job.options.probes)
     if isinstance(encoder, ImageFeatures):
         pooled = tuple(probe for probe in probes if not PROBES[probe].is_attentive)
-        return Shape(decoding, encoder.width, c.num_heads, c.most_patches, pooled)
-    cost = float(c.depth * c.emb_dim**2 * c.most_patches)
-    return Shape(cost, c.emb_dim, c.num_heads, c.most_patches, probes)
-
-
-def _training(job: Job, samples: int, classes: int, shape: Shape) -> dict[str, float]:
-    """Return the estimated training time of each probe on the features of a model, in seconds."""
-    setting = Setting(job.config, classes, shape.heads, job.config.run.seed, job.ranks, job.heartbeats)
-    size = shape.patches, shape.width
-    return {
-        probe: expected_duration.seconds(samples, [size], setting) if PROBES[probe].is_attentive else 0.0
-        for probe in shape.probes
-    }
+        return Shape(decoding, pooled)
+    return Shape(float(c.depth * c.emb_dim**2 * c.most_patches), probes)
 
 
 def _identity(job: Job, corpora: Sequence[Corpus], classes: Classes) -> str:
@@ -282,29 +259,26 @@ def _identity(job: Job, corpora: Sequence[Corpus], classes: Classes) -> str:
     return json.dumps([config, shards, [written(part) for part in corpora], labels, list(classes)], sort_keys=True)
 
 
-def _work(
-    job: Job, shape: Shape, model: str, identity: str, training: dict[str, float], seeds: Sequence[int]
-) -> ComputeCost:
+def _work(job: Job, shape: Shape, model: str, identity: str, seeds: Sequence[int]) -> ComputeCost:
     """Return the work that a model requires. Predictions that an interrupted call has computed are not computed again.
     `identity`: see `_identity`, with the model's weights."""
     seeded, trials = model.startswith(RANDOM), dict[tuple[int, str], Path]()
     for number, seed in enumerate(seeds):
-        for probe in training:
+        for probe in shape.probes:
             if number == 0 or seeded or PROBES[probe].is_attentive:
                 digest = hashlib.sha256(f"{identity} {seeded} {probe} {seed}".encode()).hexdigest()
                 trials[seed, probe] = job.out / _TRIALS / f"{digest[:32]}.parquet"
     missing = job.ranks.broadcast(lambda: [trial for trial, path in trials.items() if not path.exists()])
-    return ComputeCost(shape.cost, seeded, training, trials, missing)
+    return ComputeCost(shape.cost, seeded, trials, missing)
 
 
-def _shorter(job: Job, work: Iterable[ComputeCost]) -> str:
+def _shorter(job: Job) -> str:
     """Return a suggestion of options that shorten the comparison."""
     probes, seeds = job.options.probes, job.options.seeds
     ways = []
     if "attentive" in probes and len(probes) > 1:
         others = ",".join(probe for probe in probes if probe != "attentive")
-        seconds = sum(each.seconds(["attentive"]) for each in work)
-        ways.append(f"--probes {others} saves about {duration(seconds)}")
+        ways.append(f"--probes {others}")
     if seeds > 1:
         ways.append("--seeds 1")
     return " or ".join([*ways, "fewer --train shards"])
@@ -356,13 +330,12 @@ def _measure(
             job.print(f"note: {about}: {text}")
 
         setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn)
-        with whole.aside(work.training[probe]):
-            if (pair := parts[probe]) is None:
-                recipe = attentive_recipe(corpora[0].samples, setting)
-                left, depth = TimeLeft(passes(recipe, *corpora)), opened.config.depth
-                predictions = predict_online(own, corpora, [Features(depth, None)], recipe, setting, left)[0]
-            else:
-                predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
+        if (pair := parts[probe]) is None:
+            recipe = attentive_recipe(corpora[0].samples, setting)
+            left, depth = TimeLeft(passes(recipe, *corpora)), opened.config.depth
+            predictions = predict_online(own, corpora, [Features(depth, None)], recipe, setting, left)[0]
+        else:
+            predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
         found.add(name, probe, seed, predictions)
         job.ranks.on_main(partial(write_parquet, path, predictions.columns(found.classes)))
         job.print(f"{about}: {summary(predictions.accuracies())}{whole.left()}")

@@ -351,12 +351,12 @@ class Job:
         self.print(f"warning: {text}")
         self.warnings.append(text)
 
-    def time_left(self, total: float, other_work: float = 0.0, *, shorter: Callable[[float], str]) -> TimeLeft:
+    def time_left(self, total: float, *, shorter: Callable[[float], str]) -> TimeLeft:
         """Return an estimator of the task's remaining time. On a CPU, a note is printed as soon as it is clear that the
         task takes long.
 
         Args:
-            total, other_work: as in `TimeLeft`.
+            total: as in `TimeLeft`.
             shorter: function that is called with a fraction, and returns a suggestion of options that reduce the time
                 of the task to about this fraction.
         """
@@ -368,10 +368,7 @@ class Job:
                     f"{shorter(SHORT_S / left)}"
                 )
 
-        left = TimeLeft(total, other_work, report)
-        if other_work > LONG_S:
-            left.report_once(other_work)  # the other work alone takes long, so there is no need to wait for an estimate
-        return left
+        return TimeLeft(total, report)
 
     def keep(self, columns: Columns) -> None:
         """Write the predictions of each sample to predictions.parquet."""

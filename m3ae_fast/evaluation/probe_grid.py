@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.progress import TimeLeft, duration
+from m3ae_fast.base.progress import TimeLeft
 from m3ae_fast.config import GRIDS, Pool
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
-from m3ae_fast.evaluation import expected_duration
 from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.baselines import LOGISTIC, WARNINGS, Baseline, accuracy_difference, baseline_entries
 from m3ae_fast.evaluation.encoding import key_digest
@@ -135,28 +134,25 @@ def run(job: Job) -> dict[str, Any]:
     train, val, classes = job.open_labelled()
     if task == "attentive" and not options.shots and trains_online(job, layers, [train, val]):
         return _run_online(job, kinds, (train, val, classes))
-    expected = {shots: draws * _seconds(job, shots, train, classes, kinds) for shots in numbers}
-    whole = job.time_left(train.samples + val.samples, sum(expected.values()), shorter=lambda _: _shorter(job, layers))
+    encoding = job.time_left(train.samples + val.samples, shorter=lambda _: _shorter(job, layers))
     probes = len(kinds) * len(numbers) * draws
     job.print(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + _pooled(options)
         + (f"{', '.join(map(str, options.shots))} training samples per class, out of " if options.shots else "all ")
         + f"{train.samples:,} training samples: {probes} probe{'s' * (probes != 1)}"
-        + (f"; training takes about {duration(whole.other_work)}" if whole.other_work > 1 else "")
     )
-    encoded = encode_kinds(job, kinds, (train, val, classes), whole)
+    encoded = encode_kinds(job, kinds, (train, val, classes), encoding)
     if options.shots:
         few_shot(encoded.bank[0], max(options.shots), 0, classes)  # reports too many shots before any training
     found = GridPredictions(kinds, numbers, draws, classes, encoded.samples)
     for shots in numbers:
         for draw in range(draws):
-            with whole.aside(expected[shots] / draws):
-                made = _predictions(job, found, encoded, shots, draw)
+            made = _predictions(job, found, encoded, shots, draw)
             found.made += [(Case(*kinds[number], shots), draw, own) for number, own in made.items()]
         for row in found.rows([each for each in found.made if each[0].shots == shots]):
             case = Case(*(row.pop(name) for name in Case._fields))
-            job.print(f"{case.name(found.pools)}: {summary(row)}{whole.left()}")
+            job.print(f"{case.name(found.pools)}: {summary(row)}")
     return _concluded(job, found, (train, val))
 
 
@@ -223,16 +219,6 @@ def _baselines(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
 
 def _append(chosen: list[dict[str, float]], _: int, values: dict[str, float]) -> None:
     chosen.append(values)
-
-
-def _seconds(job: Job, shots: int | None, train: Corpus, classes: Classes, kinds: Sequence[Features]) -> float:
-    """Return the estimated training time of the probes of all feature types, in seconds; 0 if they are untrained."""
-    if not PROBES[job.options.task].is_attentive:
-        return 0.0
-    model = job.model.config
-    samples = train.samples if shots is None else min(shots * len(classes), train.samples)
-    setting = Setting(job.config, len(classes), model.num_heads, job.config.run.seed, job.ranks, job.heartbeats)
-    return expected_duration.seconds(samples, FeatureTypes(kinds).shapes(model), setting)
 
 
 def _shorter(job: Job, layers: Sequence[int]) -> str:
