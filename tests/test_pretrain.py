@@ -137,7 +137,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     config = settings(statistics, Shards([shards], [shards], []), run, MODEL_SIZES[0], 1, 9, "cls", [])
     (run / "config.json").write_text(config.model_dump_json())
     trained = []
-    monkeypatch.setattr(stages, "pre_train", lambda *_, **options: trained.append(options))
+    monkeypatch.setattr(stages, "pre_train", lambda *_, **options: trained.append(options) or 0.0)
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
     monkeypatch.setattr(stages, "unused_gpus", lambda world, device: 3)
     monkeypatch.setattr(stages, "evaluate_run", lambda *args: seen.append(args))  # returns that it was stopped
@@ -250,11 +250,12 @@ def test_results_are_computed_from_the_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_the_run_and_its_initial_weights_are_evaluated_on_the_samples_of_the_probe(tmp_path, monkeypatch):
-    run, start, given = tiny_run(tmp_path / "run"), tmp_path / "start", []
+    run, start, given, features = tiny_run(tmp_path / "run"), tmp_path / "start", [], []
     start.mkdir()
 
-    def evaluate(task, model, *, out, session, **options):
+    def evaluate(task, model, *, out, session, shared, **options):
         given.append((task, model, options))
+        features.append(shared)
         result = {"top1": 0.5, "top1_se": 0, "val_samples": 2}
         final_evaluation.write_text_atomically(out / "result.json", json.dumps(result))
 
@@ -267,9 +268,10 @@ def test_the_run_and_its_initial_weights_are_evaluated_on_the_samples_of_the_pro
     options = {"train": ["a.tar", "b.tar"], "val": ["c.tar"], "labels": "json.kind"}
     assert given == [
         (task, str(model), options | {"baselines": model == run})
-        for task in ("knn", "logistic")
         for model in (run, start)
+        for task in ("knn", "logistic")
     ]
+    assert [each is features[0] for each in features] == [True, True, False, False] and features[2] is features[3]
 
 
 def test_the_table_of_accuracies_is_aligned_by_task_and_model():

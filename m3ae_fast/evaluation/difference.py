@@ -32,7 +32,7 @@ from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.evaluation.predictions import FILE, IMAGE_HASH, largest_share
 from m3ae_fast.evaluation.probe_grid import Case, main_case
 from m3ae_fast.evaluation.resampling import Resampled
-from m3ae_fast.evaluation.significance import difference, image_clusters, middle, verdict
+from m3ae_fast.evaluation.significance import Difference, difference, image_clusters, middle, verdict
 
 Table = dict[str, list[Any]]
 _COLUMNS = ("key", "label", "prediction")
@@ -137,7 +137,7 @@ def _compare_scores(one: Result, other: Result) -> Iterator[str]:
         )
     scores = {name: np.array(each.table["scores"]) for name, each in (("one", one), ("other", other))}
     found = multilabel.resampled(truth_MC, scores, 0, one.hashes)
-    yield _apart("mAP", (one, other), found["one"], found["other"])
+    yield _metrics_apart("mAP", (one, other), found["one"], found["other"])
 
 
 def _compare_segmentations(one: Result, other: Result) -> Iterator[str]:
@@ -150,10 +150,10 @@ def _compare_segmentations(one: Result, other: Result) -> Iterator[str]:
             "segment.ignore_label, and models of the same image size"
         )
     found = segment.resampled({"one": ours, "other": theirs}, 0, one.hashes)
-    yield _apart("mIoU", (one, other), found["one"], found["other"])
+    yield _metrics_apart("mIoU", (one, other), found["one"], found["other"])
 
 
-def _apart(metric: str, results: tuple[Result, Result], ours: Resampled, theirs: Resampled) -> str:
+def _metrics_apart(metric: str, results: tuple[Result, Result], ours: Resampled, theirs: Resampled) -> str:
     """Return a sentence that states whether the values of a metric in two results differ significantly."""
     first, second = (str(each.folder) for each in results)
     if apart := ours.minus(theirs):
@@ -205,27 +205,42 @@ def verdicts(folder: Path, result: Mapping[str, Any], name: str, others: Mapping
     If predictions are missing or belong to different samples, the verdict in `result`, if there is one, replaces the
     sentences about the other models and the largest class.
     """
+    found, is_complete = all_differences(folder, result, name, others)
+    sentences = [each.words(name, other) for other, each in found.items()]
+    return sentences + [str(result[key]) for key in ("verdict",) if key in result and not is_complete]
+
+
+def all_differences(
+    folder: Path, result: Mapping[str, Any], name: str, others: Mapping[str, Path]
+) -> tuple[dict[str, Difference], bool]:
+    """Return the differences between the model `name` and its baselines, other models and always predicting the largest
+    class, by name; and whether they are complete. If predictions are missing or belong to different samples, there are
+    only the differences from the baselines. See `verdicts` for the arguments."""
     baselines = result.get(BASELINES, {})
     own = {baseline_name(other, baselines[other]): each for other, each in differences(result).items()}
-    sentences = [each.words(name, other) for other, each in own.items()]
     try:
         others = {other: path for other, path in others.items() if other not in own}
-        return sentences + in_words(folder, name, others)
+        return own | _apart(folder, name, others), True
     except UserError:
-        return sentences + [str(result[key]) for key in ("verdict",) if key in result]
+        return own, False
 
 
 def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
-    """Compare the accuracy of the model `name` with the accuracies of other models on the same samples, and with always
-    predicting the largest class of these samples. Return one sentence for each comparison. `others`: folders of the
-    other results by name of the model. Raises UserError as `compare_results` does."""
+    """Return one sentence for each of the differences that `_apart` returns."""
+    return [each.words(name, other) for other, each in _apart(folder, name, others).items()]
+
+
+def _apart(folder: Path, name: str, others: Mapping[str, Path]) -> dict[str, Difference]:
+    """Return the differences between the accuracy of the model `name` and the accuracies of other models on the same
+    samples, and of always predicting the largest class of these samples. `others`: folders of the other results by name
+    of the model. Raises UserError as `compare_results` does."""
     ours = _classified(Result(folder, read_parquet(folder / FILE)), name)
     compared = [_classified(Result(path, read_parquet(path / FILE)), other) for other, path in others.items()]
     for theirs in compared:
         _require_same((name, theirs.name), ours.labels.keys(), theirs.labels.keys())
     largest = _largest(ours.labels.values())
     always = {key: float(label == largest) for key, label in ours.labels.items()}
-    return [ours.words(theirs) for theirs in (*compared, ours._replace(name=LARGEST, right=always))]
+    return {theirs.name: ours.minus(theirs) for theirs in (*compared, ours._replace(name=LARGEST, right=always))}
 
 
 def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,8 +291,12 @@ class _Classified(NamedTuple):
 
     def words(self, other: _Classified) -> str:
         """Return a sentence that states whether the accuracies differ significantly. The samples are the same."""
+        return self.minus(other).words(self.name, other.name)
+
+    def minus(self, other: _Classified) -> Difference:
+        """Return the difference between the accuracies on the same samples."""
         first_N, second_N = (np.array([each.right[key] for key in self.right]) for each in (self, other))
-        return difference(first_N, second_N, image_clusters(self.hashes)).words(self.name, other.name)
+        return difference(first_N, second_N, image_clusters(self.hashes))
 
 
 def _classified(result: Result, name: str = "") -> _Classified:

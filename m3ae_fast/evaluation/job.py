@@ -55,6 +55,16 @@ Columns = Mapping[str, Sequence[Any]]
 
 
 @dataclass
+class SharedFeatures:
+    """Features that several tasks on the same model and samples share, so that the samples are encoded only once. The
+    first of these tasks fills it in `Job.encode_for_classes`."""
+
+    encoded: dict[str, tuple[FeatureBank, FeatureBank]] = field(default_factory=dict)
+    pools: dict[str, Pool] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)  # warnings of the encoding
+
+
+@dataclass
 class Job:
     """A run of a task on a model."""
 
@@ -71,6 +81,7 @@ class Job:
     pools: dict[str, Pool] = field(default_factory=dict)  # see `encode_for_classes`
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the task
     warnings: list[str] = field(default_factory=list)  # warnings for the result, which have been printed
+    shared: SharedFeatures = field(default_factory=SharedFeatures)  # see `encode_for_classes`
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats, _ = self.session
@@ -173,26 +184,39 @@ class Job:
         return self._encode_by_each({MODEL: self.model, **self.open_baselines()}, train, val, patches=patches)
 
     def encode_for_classes(self, train: Corpus, val: Corpus) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Encode the labelled samples as `encode_with_baselines` does. If `encode.pool` is null, choose the pooling of
-        each network by `best_pool`. Sets `pools`, the pooling of each network by its key in the result."""
+        """Encode the labelled samples as `encode_with_baselines` does, unless `shared` contains their features. If
+        `encode.pool` is null, choose the pooling of each network by `best_pool`. Sets `pools`, the pooling of each
+        network by its key in the result."""
+        shared, before = self.shared, len(self.warnings)
+        if not shared.encoded:
+            shared.encoded, shared.pools = self._encoded_for_classes(train, val)
+            shared.warnings = self.warnings[before:]
+        else:
+            self.warnings += shared.warnings
+        self.pools = shared.pools
+        return dict(shared.encoded)
+
+    def _encoded_for_classes(
+        self, train: Corpus, val: Corpus
+    ) -> tuple[dict[str, tuple[FeatureBank, FeatureBank]], dict[str, Pool]]:
+        """Return the features for `encode_for_classes`, and the pooling of each network."""
         models = {MODEL: self.model, **self.open_baselines()}
         networks = {name: model for name, model in models.items() if not isinstance(model, ImageFeatures)}
-        if networks and self.config.encode.pool is None:
-            pools = candidates(networks[MODEL].config, self.modality)
-            found = self._encode_by_each(models, train, val, pools=pools)
-            for name, (bank, held_out) in found.items():
-                if name in networks:
-                    self.pools[name] = best_pool(bank, pools, len(self.classes), self.heartbeats)
-                    own = pools, self.pools[name]
-                    found[name] = part_of_pool(bank, *own), part_of_pool(held_out, *own)
-                else:
-                    found[name] = bank.part(0), held_out.part(0)
-            shown = ", ".join(f"{name}: {pool}" for name, pool in self.pools.items())
-            self.print(f"pooling, chosen on held-out training samples: {shown}")
-        else:
-            self.pools = dict.fromkeys(networks, self.config.encode.fixed_pool)
-            found = self._encode_by_each(models, train, val)
-        return found
+        if not networks or self.config.encode.pool is not None:
+            return self._encode_by_each(models, train, val), dict.fromkeys(networks, self.config.encode.fixed_pool)
+        chosen: dict[str, Pool] = {}
+        pools = candidates(networks[MODEL].config, self.modality)
+        found = self._encode_by_each(models, train, val, pools=pools)
+        for name, (bank, held_out) in found.items():
+            if name in networks:
+                chosen[name] = best_pool(bank, pools, len(self.classes), self.heartbeats)
+                own = pools, chosen[name]
+                found[name] = part_of_pool(bank, *own), part_of_pool(held_out, *own)
+            else:
+                found[name] = bank.part(0), held_out.part(0)
+        shown = ", ".join(f"{name}: {pool}" for name, pool in chosen.items())
+        self.print(f"pooling, chosen on held-out training samples: {shown}")
+        return found, chosen
 
     def chosen_pool(self, name: str) -> dict[str, Pool]:
         """Return the pooling of a network, as an entry of result.json; empty for features without a network. `name`:

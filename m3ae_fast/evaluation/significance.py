@@ -18,6 +18,7 @@ import numpy as np
 
 ERROR = "_se"  # suffix of an accuracy's name that denotes its standard error
 _RESAMPLES = 10_000  # number of bootstrap samples
+_NORMAL = 1.959964  # half the length of a 95 % interval of a normal distribution, in standard deviations
 LEVEL = 0.05  # significance level of the tests; 1 minus the coverage of the intervals
 
 
@@ -98,6 +99,12 @@ class Difference(NamedTuple):
     def is_significant(self) -> bool:
         """Return whether the interval excludes 0 and the p-value, if there is one, is below LEVEL."""
         return not self.low <= 0 <= self.high and (self.p is None or self.p < LEVEL)
+
+    @property
+    def error(self) -> float:
+        """Return the standard error, computed from the interval as if the bootstrap samples were normally
+        distributed."""
+        return (self.high - self.low) / (2 * _NORMAL)
 
     @property
     def is_better(self) -> bool:

@@ -20,7 +20,15 @@ from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, WARNINGS
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.evaluation.image_features import available, open_image_features
-from m3ae_fast.evaluation.job import RESULT_FILE, Job, refuse_existing, show_result, summary, write_result
+from m3ae_fast.evaluation.job import (
+    RESULT_FILE,
+    Job,
+    SharedFeatures,
+    refuse_existing,
+    show_result,
+    summary,
+    write_result,
+)
 from m3ae_fast.evaluation.tasks import PROBE_NAMES, TASKS, Modality, Options, require_for
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.ranks import Ranks
@@ -50,6 +58,7 @@ def evaluate(
     overrides: Overrides = (),
     device: Device | None = None,
     session: Session | None = None,
+    shared: SharedFeatures | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate a model with a task, and write the result, predictions and figures to a folder.
 
@@ -80,6 +89,8 @@ def evaluate(
         device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
         session: session of a program that continues after the evaluation; its device is used. None: this process joins
             the ranks that were started with it.
+        shared: for knn and logistic, with `session`: an object that is passed to both, with the same model, samples and
+            settings, so that the samples are encoded only once. None: the task encodes them.
 
     Returns:
         The content of result.json; None if the task was stopped before its end.
@@ -107,9 +118,9 @@ def evaluate(
     )
     given = override_list(overrides)
     if session is not None:
-        return _perform(options, Path(out), given, session, is_last=False)
+        return _perform(options, Path(out), given, session, shared or SharedFeatures(), is_last=False)
     with joined_program(device) as own:
-        return _perform(options, Path(out), given, own, is_last=True)
+        return _perform(options, Path(out), given, own, SharedFeatures(), is_last=True)
     return None  # stopped
 
 
@@ -209,9 +220,9 @@ def _open_baselines(job: Job) -> dict[str, MultimodalEncoder]:
 
 
 def _perform(
-    options: Options, out: Path, overrides: Sequence[str], session: Session, *, is_last: bool
+    options: Options, out: Path, overrides: Sequence[str], session: Session, shared: SharedFeatures, *, is_last: bool
 ) -> dict[str, Any] | None:
-    """Run the task, write its result and return it; return None if it was stopped. `is_last`:
+    """Run the task, write its result and return it; return None if it was stopped. `shared`: see `evaluate`; `is_last`:
     whether the program ends after this task. Raises UserError if the task cannot be run; `out` then contains no
     result."""
     ranks, task = session.ranks, options.task
@@ -233,7 +244,7 @@ def _perform(
     model = _open(options, modality, config, ranks)
     model = model and model.to(ranks.device)
     with ranks.on_main(lambda: RunFolder(config.run.dir)) or nullcontext() as folder:
-        job = Job(options, modality, config, session, folder, model)
+        job = Job(options, modality, config, session, folder, model, shared=shared)
         if options.evaluates_baselines(modality):
             job.open_baselines = partial(_open_baselines, job)
         result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{options.module}").run(job)

@@ -17,10 +17,11 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.config import Config, SourceConfig
-from m3ae_fast.evaluation.baselines import BASELINES, LARGEST, WARNINGS
+from m3ae_fast.evaluation.baselines import BASELINES, LARGEST
 from m3ae_fast.evaluation.compare import with_error
-from m3ae_fast.evaluation.difference import verdicts
-from m3ae_fast.evaluation.job import RESULT_FILE
+from m3ae_fast.evaluation.difference import all_differences
+from m3ae_fast.evaluation.job import RESULT_FILE, SharedFeatures
+from m3ae_fast.evaluation.significance import Difference
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.pretraining import RESUME_NOTE
 from m3ae_fast.process.how_to_resume import resumed_by
@@ -28,6 +29,7 @@ from m3ae_fast.process.session import Session, joined_program
 
 _TASKS = {"knn": "k-NN", "logistic": "logistic regression"}
 RESULTS = "results"  # a folder in the run folder
+_CLEAR = 2  # a difference of fewer standard errors is not reported as an improvement
 _MEASURED = "measured"  # file in the folder of the results that identifies the evaluated checkpoint
 RUN = "this run"
 STARTED = "its initial weights"
@@ -60,27 +62,32 @@ def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
-    found: dict[str, dict[str, Any]] = {}
-    for task, title in _TASKS.items():
-        for whose, model in _models(config).items():
-            out = run / RESULTS / f"{task}{_SUFFIXES[whose]}"
-            if not (out / RESULT_FILE).exists():
-                print(f"{title} of {whose}:", flush=True)
-                with stage(device) as session:
-                    evaluate(
-                        task,
-                        model,
-                        train=shard_names(probe.train),
-                        val=shard_names(probe.val),
-                        labels=probe.labels,
-                        out=out,
-                        baselines=whose == RUN,
-                        session=session,
-                    )
-                if session.stop.requested or not (out / RESULT_FILE).exists():
-                    return None
-            found.setdefault(task, {})[whose] = _result(out / RESULT_FILE)
-    return found
+    out = {(task, whose): run / RESULTS / f"{task}{suffix}" for task in _TASKS for whose, suffix in _SUFFIXES.items()}
+    models = _models(config)
+    for whose, model in models.items():
+        missing = [task for task in _TASKS if not (out[task, whose] / RESULT_FILE).exists()]
+        if not missing:
+            continue
+        with stage(device) as session:
+            shared = SharedFeatures()
+            for task in missing:
+                if session.stop.requested:
+                    break
+                print(f"{_TASKS[task]} of {whose}:", flush=True)
+                evaluate(
+                    task,
+                    model,
+                    train=shard_names(probe.train),
+                    val=shard_names(probe.val),
+                    labels=probe.labels,
+                    out=out[task, whose],
+                    baselines=whose == RUN,
+                    session=session,
+                    shared=shared,
+                )
+        if session.stop.requested or not all((out[task, whose] / RESULT_FILE).exists() for task in missing):
+            return None
+    return {task: {whose: _result(out[task, whose] / RESULT_FILE) for whose in models} for task in _TASKS}
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -117,9 +124,7 @@ def shard_names(sources: list[SourceConfig]) -> list[str]:
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Return the lines of a table of the accuracies on held-out samples by model and task, with their standard errors.
     The last line shows the share of the largest class."""
-    accuracies = {
-        task: {RUN: results[RUN], **results[RUN].get(BASELINES, {}), **results} for task, results in found.items()
-    }
+    accuracies = {task: _by_model(results) for task, results in found.items()}
     first = next(iter(accuracies.values()))
     width = max(map(len, _TASKS.values())) + 4
     lines = [f"{'held-out accuracy, %':22}" + "".join(f"{_TASKS[task]:>{width}}" for task in found)]
@@ -129,14 +134,37 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, f"{LARGEST:22}{shares}   ({first[RUN]['val_samples']:,} samples)"]
 
 
-def verdict_lines(run: Path, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return lines that state for each task whether the run differs significantly from the baselines, from its initial
-    weights and from always predicting the largest class. The warning of a result is included if there is one. `found`:
-    results by task and by model."""
-    lines = []
-    for task, results in found.items():
-        others = {whose: run / RESULTS / f"{task}{_SUFFIXES[whose]}" for whose in results if whose != RUN}
-        lines += [f"{_TASKS[task]}: {words}" for words in verdicts(run / RESULTS / task, results[RUN], RUN, others)]
-        for text in results[RUN].get(WARNINGS, ()):
-            lines.append(f"warning: {_TASKS[task]}: {text}")
-    return lines
+def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return one sentence that states whether the run is better than everything that needs no training: the baselines,
+    its initial weights if they were given, and always predicting the largest class. It is about the task in which the
+    highest accuracy was reached, by the run or by a baseline. The run counts as better only if the difference is
+    significant and above two standard errors. `found`: results by task and by model; empty without classes."""
+    if not found:
+        return "verdict: the features were not evaluated, because the samples have no classes"
+    task = max(found, key=lambda task: max(each["top1"] for each in _by_model(found[task]).values()))
+    result = found[task][RUN]
+    others = {whose: run / RESULTS / f"{task}{_SUFFIXES[whose]}" for whose in found[task] if whose != RUN}
+    apart, _ = all_differences(run / RESULTS / task, result, RUN, others)
+    # a model without a difference could not be compared
+    free: dict[str, Difference | None] = dict.fromkeys(name for name in _by_model(found[task]) if name != RUN)
+    free |= sorted(apart.items(), key=lambda item: item[1].value)
+    better = [name for name, each in free.items() if each and each.is_better and each.value > _CLEAR * each.error]
+    sure, unsure = (
+        ", ".join(
+            name + (f" ({100 * each.value:+.1f} ± {100 * each.error:.1f} points)" if each else "")
+            for name, each in free.items()
+            if (name in better) == is_better
+        )
+        for is_better in (True, False)
+    )
+    if not unsure:
+        words = f"is better than everything that needs no training: {sure}"
+    else:
+        words = f"is better than {sure}, but not better than {unsure}" if sure else f"is not better than {unsure}"
+        words += f", which need{'s' if len(free) == len(better) + 1 else ''} no training"
+    return f"verdict: by {_TASKS[task]} ({with_error(result)} %), {RUN} {words}"
+
+
+def _by_model(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results of a task by model, including those of the baselines."""
+    return {RUN: results[RUN], **results[RUN].get(BASELINES, {}), **results}

@@ -39,12 +39,13 @@ from m3ae_fast.pretraining.final_evaluation import (
     shard_names,
     stage,
     table,
-    verdict_lines,
+    verdict,
 )
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.recipes import ChosenRecipe, check_recipe, choose_recipe
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
+from m3ae_fast.pretraining.time_spent import TimeSpent
 from m3ae_fast.process.launchers import alone
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
@@ -182,6 +183,7 @@ def pretrain(
 def _run_stages(call: _Call, value_range: Range | None, folder: RunFolder) -> Outcome:
     """Run the stages that are not completed yet, in the locked run folder. `value_range`: value range of the images;
     None: detected. Raises UserError as `pretrain` does."""
+    spent = TimeSpent(call.began)
     _check_folder(call)
     config = _kept_config(call) if call.continues else None
     config = config or _chosen_config(call, value_range)
@@ -193,13 +195,19 @@ def _run_stages(call: _Call, value_range: Range | None, folder: RunFolder) -> Ou
         config = session.ranks.broadcast(call.load_config)
         if others := unused_gpus(session.ranks.world, session.ranks.device):
             print(f"note: {others} more GPUs of this machine are not used: {SEVERAL_RANKS}", flush=True)
-        pre_train(config, session, resume="auto", make_probe=knn_probe, folder=folder)
+        spent.add("preparation")
+        evaluating = pre_train(config, session, resume="auto", make_probe=knn_probe, folder=folder)
+    spent.add("training steps")
+    spent.move(evaluating, "training steps", "evaluations during training")
     if session.stop.requested or status(call.out)[0] != "finished":
         return outcome
     results = evaluate_run(config, device) if config.train.probe else {}
     if results is None:
         return outcome
+    spent.add("evaluation after training")
     _present(results, outcome)
+    spent.add("report and export")
+    print(f"{spent.line()}\n{verdict(outcome.run, results)}")
     return outcome._replace(finished=True, results=results)
 
 
@@ -237,7 +245,7 @@ def _present(results: dict[str, dict[str, Any]], outcome: Outcome) -> None:
     for name, what, suggestion in unusual:
         print(f"warning: {name}: {what}; to try: {suggestion}")
     if results:
-        print("\n".join([*table(results), *verdict_lines(outcome.run, results)]))
+        print("\n".join(table(results)))
     write_report(outcome.run, outcome.report)
     convert(outcome.run, outcome.export)
     print(f"{outcome.report}: curves and figures; {outcome.export}: model for m3ae_fast.load_model")

@@ -63,8 +63,9 @@ def pre_train(
     profile: bool = False,
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
     folder: RunFolder | None = None,
-) -> None:
-    """Open the data, build or restore the model, and train it. Every rank must call this function.
+) -> float:
+    """Open the data, build or restore the model, and train it. Return the seconds of the evaluations in the meantime.
+    Every rank must call this function.
 
     Args:
         config: config of the run.
@@ -87,6 +88,7 @@ def pre_train(
     with locked or nullcontext() as folder:
         trainer = set_up(config, resume, session, folder, make_probe)
         trainer.train(config.run.dir if profile and ranks.is_main else None)
+        return trainer.evaluating
 
 
 def set_up(

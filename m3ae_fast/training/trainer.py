@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats, _ = self.session
         self.step = self.start  # optimiser steps so far
+        self.evaluating = 0.0  # seconds of the evaluations so far
         self.log: RunLog = SilentLog()
         if self.ranks.is_main:
             self.log = RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
@@ -244,11 +246,14 @@ class Trainer:
             return True
         return not self.ranks.broadcast(lambda: self.log.has(self.step, names))
 
-    def evaluation(self, name: str, every: int | None) -> AbstractContextManager[None]:
-        """Return a context manager with which the time limit measures the duration of an evaluation. `every`: number of
+    @contextmanager
+    def evaluation(self, name: str, every: int | None) -> Iterator[None]:
+        """Enter a context that measures the duration of an evaluation, also for the time limit. `every`: number of
         steps between evaluations; None: evaluation only at the end of the run."""
-        due = self.step == 0 or self.schedule.due(self.step, every)
-        return self.limit.evaluation(name, every, due) if self.limit else nullcontext()
+        due, began = self.step == 0 or self.schedule.due(self.step, every), time.monotonic()
+        with self.limit.evaluation(name, every, due) if self.limit else nullcontext():
+            yield
+        self.evaluating += time.monotonic() - began
 
     def cut_short(self) -> None:
         """Log that a stop request has interrupted an evaluation, which is repeated when the run resumes."""

@@ -30,7 +30,7 @@ from m3ae_fast.evaluation.tasks import Options
 from m3ae_fast.images.bands import write_npy
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.pretraining.final_evaluation import RUN, verdict_lines
+from m3ae_fast.pretraining.final_evaluation import RUN, STARTED, verdict
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
 from tests.evaluation.conftest import settings
 from tests.helpers import task_cases
@@ -416,10 +416,10 @@ def test_a_report_names_the_probe_of_the_baselines(tmp_path):
 
 
 @pytest.mark.parametrize("predictions", [True, False])
-def test_the_end_of_a_run_and_its_report_state_the_same_verdicts(tmp_path, predictions):
+def test_the_end_of_a_run_and_its_report_state_the_same_differences(tmp_path, predictions):
     """Without predictions, the verdict in the result replaces the comparison with the largest class."""
     folder, right = tmp_path / "results/knn", "the model is better than the largest class: +9.0 points"
-    result = {"task": "knn", "model": "m", "top1": 1.0, "verdict": right}
+    result = {"task": "knn", "model": "m", "top1": 1.0, "top1_se": 0.0, "verdict": right}
     result["baselines"] = {SCALED: {"top1": 0.5, "difference": Difference(0.4, 0.3, 0.5, 0.01).entries()}}
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result))
@@ -429,11 +429,62 @@ def test_the_end_of_a_run_and_its_report_state_the_same_verdicts(tmp_path, predi
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0}))
     write_report(tmp_path, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    first, second = verdict_lines(tmp_path, {"knn": {RUN: result}})
-    assert first.startswith(f"k-NN: {RUN} is better than {SCALED}: +40.0 points")
-    assert second == f"k-NN: {right}" if not predictions else f"{RUN} is better than {LARGEST}: +50.0" in second
-    for line in (first, second):
-        assert escape(f"{line.replace('k-NN', 'knn').replace(RUN, 'm')}.") in page
+    words = verdict(tmp_path, {"knn": {RUN: result}})
+    begin = f"verdict: by k-NN (100.0 ± 0.0 %), {RUN} is better than everything that needs no training: "
+    assert words.startswith(f"{begin}{SCALED} (+40.0 ± 5.1 points)") and (LARGEST in words) == predictions
+    assert f"knn: m is better than {SCALED}: +40.0 points" in page
+    assert escape(right if not predictions else f"knn: m is better than {LARGEST}: +50.0 points") in page
+
+
+def _predicted(folder, top1, right, baselines):
+    """Write the predictions of a result on 400 samples of four classes, of which the first `right` are correct. Return
+    the result."""
+    labels = [number % 4 for number in range(400)]
+    given = [label if number < right else (label + 1) % 4 for number, label in enumerate(labels)]
+    folder.mkdir(parents=True)
+    write_parquet(
+        folder / "predictions.parquet", {"key": [*map(str, range(400))], "label": labels, "prediction": given}
+    )
+    entries = {
+        name: {"top1": other, "top1_se": 0.02, "difference": Difference(top1 - other, low, high, p).entries()}
+        for name, (other, low, high, p) in baselines.items()
+    }
+    return {"task": folder.name, "model": "m", "top1": top1, "top1_se": 0.02, "baselines": entries}
+
+
+def test_the_verdict_claims_only_differences_above_two_standard_errors(tmp_path):
+    """A difference can be significant by the bootstrap and by McNemar's test although it is slightly smaller."""
+    knn = _predicted(tmp_path / "results/knn", 0.8, 320, {UNTRAINED: (0.7, 0.06, 0.14, 1e-6)})
+    logistic = _predicted(
+        tmp_path / "results/logistic",
+        0.82,
+        328,
+        {UNTRAINED: (0.76, 0.03, 0.09, 1e-4), SCALED: (0.779, 0.001, 0.084, 0.04), "HOG": (0.9, -0.12, -0.04, 1e-4)},
+    )
+    assert Difference(0.041, 0.001, 0.084, 0.04).is_better
+    words = verdict(tmp_path, {"knn": {RUN: knn}, "logistic": {RUN: logistic}})
+    assert words == (
+        f"verdict: by logistic regression (82.0 ± 2.0 %), {RUN} is better than {UNTRAINED} (+6.0 ± 1.5 points), "
+        f"{LARGEST} (+57.0 ± 2.6 points), but not better than HOG (-8.0 ± 2.0 points), {SCALED} (+4.1 ± 2.1 points), "
+        "which need no training"
+    )
+
+
+def test_the_verdict_says_plainly_that_a_run_is_no_better_than_what_is_free(tmp_path):
+    """It is about the probe with the highest accuracy, even if only a baseline reached it."""
+    knn = _predicted(tmp_path / "results/knn", 0.3, 120, {UNTRAINED: (0.31, -0.03, 0.01, 0.6)})
+    logistic = _predicted(tmp_path / "results/logistic", 0.25, 100, {SCALED: (0.5, -0.3, -0.2, 1e-9)})
+    logistic["baselines"]["HOG"] = {"top1": 0.2, "top1_se": 0.02}  # it could not be compared
+    (tmp_path / "results/logistic/predictions.parquet").unlink()
+    words = verdict(tmp_path, {"knn": {RUN: knn}, "logistic": {RUN: logistic}})
+    assert words == (
+        f"verdict: by logistic regression (25.0 ± 2.0 %), {RUN} is not better than {SCALED} (-25.0 ± 2.6 points), HOG, "
+        "which need no training"
+    )
+    start = _predicted(tmp_path / "results/knn-start", 0.3, 120, {})
+    words = verdict(tmp_path, {"knn": {RUN: knn, STARTED: start}})
+    assert f"but not better than {UNTRAINED} (-1.0 ± 1.0 points), {STARTED} (+0.0 ± 0.0 points), which need" in words
+    assert verdict(tmp_path, {}) == "verdict: the features were not evaluated, because the samples have no classes"
 
 
 @pytest.mark.slow

@@ -8,11 +8,13 @@ import torch
 from pyarrow import parquet
 
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.evaluation import pool_choice
+from m3ae_fast.evaluation import job, pool_choice
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.pool_choice import best_pool, candidates, part_of_pool
+from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.process.session import joined_program
 from tests.evaluation.conftest import settings
 
 POOLS = ["mean", "cls", "grid2"]
@@ -102,3 +104,23 @@ def test_samples_are_encoded_once_for_all_candidates(transfer, monkeypatch):
     transfer("knn")
     assert {pools for _, pools in seen} == {("mean", "cls", "grid2", "grid4")}
     assert sum(count for count, _ in seen) == 48 + 18
+
+
+@pytest.mark.slow
+def test_two_tasks_that_share_features_encode_once_and_have_the_same_results(run, shards, tmp_path, monkeypatch):
+    passes, encode = [], job.encode_by_each
+    monkeypatch.setattr(job, "encode_by_each", lambda *args, **more: passes.append(args[1]) or encode(*args, **more))
+
+    def perform(task, how, **more):
+        given = {"train": shards[0], "val": shards[1], "overrides": "data.workers=0", **more}
+        result = evaluate(task, run, out=tmp_path / f"{how}-{task}", session=session, **given)
+        return result | {"seconds": 0, "config": 0}
+
+    with joined_program("cpu") as session:
+        alone = {task: perform(task, "alone") for task in ("knn", "logistic")}
+        once, shared = len(passes) // 2, job.SharedFeatures()
+        together = {task: perform(task, "together", shared=shared) for task in alone}
+    assert together == alone and len(passes) == 3 * once
+    for task in alone:
+        tables = [parquet.read_table(tmp_path / f"{how}-{task}/predictions.parquet") for how in ("alone", "together")]
+        assert tables[0].equals(tables[1])
