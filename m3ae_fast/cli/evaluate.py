@@ -33,7 +33,7 @@ from m3ae_fast.evaluation.tasks import (
     require_for,
 )
 from m3ae_fast.process.launchers import alone
-from m3ae_fast.weights.model_name import CLASSIFIER_HELP, IMAGE_FEATURES, MODEL_HELP
+from m3ae_fast.weights.model_name import CLASSIFIER_HELP, FEATURES_HELP, IMAGE_FEATURES, MODEL_HELP
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -60,6 +60,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
     if task.takes_image_features:
         about += f"; or {', '.join(IMAGE_FEATURES)} for features that are computed from the images without a network"
     if task.compares:
+        about += f"; {FEATURES_HELP}"
         about += ". Without --train, --val and --out: the OUT folders of two or more tasks on the same samples"
     command.add_argument("model", metavar="MODEL", nargs="+" if task.compares else None, help=about)
     needed = not task.compares  # results that exist are compared without them

@@ -31,18 +31,21 @@ from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.image_features import ImageFeatures, available, open_image_features
+from m3ae_fast.evaluation.image_features import ImageFeatures, available, input_config, open_image_features
 from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.probes import PROBES, Features, Setting, attentive_recipe
 from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
+from m3ae_fast.evaluation.stored_features import SUFFIX, StoredFeatures, open_features
+from m3ae_fast.evaluation.timm_features import TimmFeatures, open_timm
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pretrained import weights_digest
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM, TIMM
 from m3ae_fast.weights.open_model import open_model, set_images
 
 _BASELINES = (UNTRAINED, *IMAGE_FEATURES.values())
+_TOKENS = 196  # number of patches of a ViT for 224 px
 _DECODING = 0.1  # approximate cost of reading an image, relative to encoding it
 TABLE_FILE = "comparison.md"
 _TRIALS = "trials"  # folder in the output folder with the predictions of each probe and seed, until all are complete
@@ -191,8 +194,14 @@ def run(job: Job) -> dict[str, Any]:
     names = model_names(options.models, own)
     # report mistakes before any work
     shapes, digests, channels = dict[str, Shape](), dict[str, str](), dict[str, int]()
+    others = {name: model for name, model in names.items() if is_features(model)}
+    if others and all(PROBES[probe].is_attentive for probe in options.probes):
+        raise UserError(
+            f"{next(iter(others.values()))}: has no patch tokens, which attentive probes need; add knn or logistic to "
+            "--probes"
+        )
     for name, model in names.items():
-        if model not in own:
+        if model not in own and name not in others:
             opened = open_model(model, text=False)
             shapes[name], digests[name] = _shape(job, opened), weights_digest(opened.state_dict())
             channels[name] = opened.config.channels
@@ -202,9 +211,11 @@ def run(job: Job) -> dict[str, Any]:
     for name, number in channels.items():
         if name not in _BASELINES:
             job.warn_of_colours(train, number, name)
-    features = open_image_features(own, job.config.data, job.ranks)
-    decoding = _DECODING * next(iter(shapes.values())).cost
-    shapes |= {name: _shape(job, features[model], decoding) for name, model in names.items() if model in own}
+    features: dict[str, ImageFeatures] = {**open_image_features(own, job.config.data, job.ranks)}
+    for name, opened in _opened(job, others, (train, val)).items():
+        features[names[name]], digests[name] = opened, opened.digest
+    decoding = _DECODING * max([shape.cost for shape in shapes.values()], default=1.0)
+    shapes |= {name: _shape(job, features[model], decoding) for name, model in names.items() if model in features}
     found = ComparedPredictions(classes)
     same = _identity(job, (train, val), classes)
     work = {
@@ -245,6 +256,8 @@ def _shape(job: Job, encoder: MultimodalEncoder, decoding: float = 0.0) -> Shape
     """Return the properties of a model. `decoding`: cost of reading an image, which is that of `ImageFeatures`."""
     c, probes = encoder.config, tuple(job.options.probes)
     if isinstance(encoder, ImageFeatures):
+        if isinstance(encoder, TimmFeatures):  # 12 D^2 weights of a block, applied to about as many tokens as a ViT has
+            decoding += encoder.parameters_of_network / 12 * _TOKENS
         pooled = tuple(probe for probe in probes if not PROBES[probe].is_attentive)
         return Shape(decoding, pooled)
     return Shape(float(c.depth * c.emb_dim**2 * c.most_patches), probes)
@@ -285,17 +298,41 @@ def _shorter(job: Job) -> str:
 
 
 def model_names(models: Sequence[str], image_features: Sequence[str]) -> dict[str, str]:
-    """Return the compared models by display name. The first ones are the baselines: the first model's network with
-    random weights, and `image_features`. Raises UserError if a model is listed twice, or if a model is listed that is
-    one of IMAGE_FEATURES."""
+    """Return the compared models by display name. The first ones are the baselines: the network of the first M3AE with
+    random weights, if there is an M3AE, and `image_features`. Raises UserError if a model is listed twice, or if a
+    model is listed that is one of IMAGE_FEATURES."""
     if len({*models}) < len(models):
         raise UserError("MODEL: the same model is given twice; specify each model only once")
     if given := [model for model in models if model in IMAGE_FEATURES]:
         raise UserError(f"{given[0]}: compare always includes this baseline; leave it out")
-    first, short = models[0].removeprefix(RANDOM), [Path(model).name for model in models]
-    baselines = {UNTRAINED: f"{RANDOM}{first}"} | {IMAGE_FEATURES[name]: name for name in image_features}
+    short = [model if model.startswith(TIMM) else Path(model).name for model in models]
+    first = next((model.removeprefix(RANDOM) for model in models if not is_features(model)), None)
+    baselines = ({} if first is None else {UNTRAINED: f"{RANDOM}{first}"}) | {
+        IMAGE_FEATURES[name]: name for name in image_features
+    }
     unique = len({*short, *baselines}) == len(models) + len(baselines)
     return baselines | dict(zip(short if unique else models, models))
+
+
+def _opened(
+    job: Job, others: Mapping[str, str], corpora: tuple[Corpus, Corpus]
+) -> dict[str, StoredFeatures | TimmFeatures]:
+    """Return the features of other programs by display name. `others`: their names on the command line. Every rank must
+    call it. Raises UserError as `open_features` and `open_timm` do."""
+    if not others:
+        return {}
+    reading, allowed = job.ranks.broadcast(lambda: input_config(job.config.data)), job.config.data.max_bad_fraction
+    return {
+        name: job.ranks.main_first(partial(open_timm, model, reading))
+        if model.startswith(TIMM)
+        else job.ranks.together(partial(open_features, model, reading, corpora, allowed))
+        for name, model in others.items()
+    }
+
+
+def is_features(model: str) -> bool:
+    """Return whether the name of a model denotes features of another program: an .npz file or a timm model."""
+    return model.startswith(TIMM) or model.endswith(SUFFIX)
 
 
 def _measure(
@@ -358,6 +395,8 @@ def _encoded(
         part = work.cost * corpus.samples
         whole.append(own.encode(corpus, f"{name}: {title}", left, part, patches=tokens))
         left.after(part)
+    if isinstance(model, StoredFeatures):
+        model.check_complete(job.ranks)
     bank, held_out = whole
     pooled = bank.pooled(), held_out.pooled()
     with_tokens = (bank.tokens(), held_out.tokens()) if tokens else None

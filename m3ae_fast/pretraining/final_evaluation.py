@@ -140,14 +140,13 @@ def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
     highest accuracy was reached, by the run or by a baseline. The run counts as better only if the difference is
     significant and above two standard errors. `found`: results by task and by model; empty without classes."""
     if not found:
-        return "verdict: the features were not evaluated, because the samples have no classes"
+        return "verdict: none, because evaluating the features needs held-out samples with classes"
     task = max(found, key=lambda task: max(each["top1"] for each in _by_model(found[task]).values()))
     result = found[task][RUN]
     others = {whose: run / RESULTS / f"{task}{_SUFFIXES[whose]}" for whose in found[task] if whose != RUN}
     apart, _ = all_differences(run / RESULTS / task, result, RUN, others)
-    # a model without a difference could not be compared
-    free: dict[str, Difference | None] = dict.fromkeys(name for name in _by_model(found[task]) if name != RUN)
-    free |= sorted(apart.items(), key=lambda item: item[1].value)
+    free: dict[str, Difference | None] = dict(sorted(apart.items(), key=lambda item: item[1].value))
+    free |= {name: None for name in _by_model(found[task]) if name != RUN and name not in free}  # without a difference
     better = [name for name, each in free.items() if each and each.is_better and each.value > _CLEAR * each.error]
     sure, unsure = (
         ", ".join(

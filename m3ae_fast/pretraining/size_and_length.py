@@ -21,10 +21,10 @@ from m3ae_fast.process.session import Session
 from m3ae_fast.training.throughput_estimate import ThroughputEstimate, measure
 
 # maximum time for measuring a model size: as a fraction of the available time, and in seconds
-_TRIAL, _LONGEST_TRIAL = 0.03, 30.0
+_TRIAL, _LONGEST_TRIAL = 0.02, 30.0
 _LEAST = 0.5  # minimum fraction of the available time that is used for training
 _OVER = 1.05  # a plan is reported as too long if it takes more than the available time times this factor
-_EVALUATING = 0.1  # maximum fraction of the training time for evaluations between the first and the last step
+_EVALUATING = 0.05  # maximum fraction of the training time for evaluations between the first and the last step
 # seconds to start the loaders of an evaluation, to start a task, and to write the report and the export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
 _REGRESSION = 5e-6  # seconds of a logistic regression per training sample and class, at a width of up to 768
@@ -70,8 +70,8 @@ class Budget:
         """Return the estimated seconds for everything after training."""
         if not self._probed:
             return _REPORT
-        calls = _TASKS * (self._models - _BASELINES) * (_TASK + _START)
-        encoding = _TASKS * (self._features(pace) - _START)
+        calls = (self._models - _BASELINES) * (_TASKS * _TASK + _START)
+        encoding = self._features(pace) - _START
         regression = _REGRESSION * self.statistics.samples * self.statistics.classes
         return calls + self._models * encoding + (self._models + _FURTHER) * regression + _REPORT
 

@@ -64,9 +64,7 @@ def _recognise(source: str, heads: ViTOptions) -> Pretrained:
         return _read_vit(_read_safetensors(path), {}, heads, source)
     if head.startswith(_ZIP) or head == _OLD_TORCH:
         saved = _read_torch(path)
-        weights = saved.get("model", saved.get("state_dict", saved)) if isinstance(saved, dict) else None
-        if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise UserError(f"{source}: is not an MAE checkpoint: it contains no dictionary of weights")
+        weights = _weights_in(saved, f"{source}: is not an MAE checkpoint")
         args = saved.get("args")
         return _read_vit(weights, vars(args) if isinstance(args, argparse.Namespace) else {}, heads, source)
     return read_jax_checkpoint(path)
@@ -100,6 +98,27 @@ def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOption
         notes.append(f"to continue training with MAE's loss, set loss.per=batch and {wanted}")
         kind = "MAE checkpoint"
     return Pretrained(config, state, norm_pix=trained, kind=kind, notes=tuple(notes))
+
+
+def read_weights(file: str) -> dict[str, Tensor]:
+    """Return the weights in a safetensors file, or in a torch file that can be read with `weights_only`, by name.
+    Raises UserError if the file cannot be read or contains no weights."""
+    if file.endswith(".safetensors"):
+        return _read_safetensors(Path(file))
+    try:
+        open_regular(file).close()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    return _weights_in(_read_torch(Path(file)), file)
+
+
+def _weights_in(saved: Any, where: str) -> dict[str, Tensor]:
+    """Return the weights in the content of a torch file. Raises UserError if there are none. `where`: beginning of the
+    message."""
+    weights = saved.get("model", saved.get("state_dict", saved)) if isinstance(saved, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{where}: it contains no dictionary of weights")
+    return weights
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

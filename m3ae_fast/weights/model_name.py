@@ -1,5 +1,6 @@
 """Names of models on the command line. This module imports nothing, so that `--help` is fast."""
 
+TIMM = "timm:"  # prefix of the name of a timm model
 RANDOM = "random:"  # prefix of a model name for the same network with random weights
 PIXELS, HISTOGRAM, HOG = "pixels", "histogram", "hog"
 # display names of the features that are computed from the images without a network, by name on the command line
@@ -7,5 +8,9 @@ IMAGE_FEATURES = {PIXELS: "downscaled pixels", HISTOGRAM: "colour histogram", HO
 MODEL_HELP = (
     "a run folder (its last checkpoint is used, with the averaged weights if train.ema is set), a checkpoint, an "
     "export folder, a name on the Hub, or random:MODEL for the same network with random weights"
+)
+FEATURES_HELP = (  # what `compare` also accepts
+    "an .npz file of features (keys, features and, optionally, shards, as written by embed), timm:NAME for a timm "
+    "model, or timm:NAME=FILE for its weights in a file"
 )
 CLASSIFIER_HELP = "the OUT folder of a logistic, linear or finetune task"
