@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
@@ -101,14 +102,15 @@ def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOption
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
-    """Return the weights in a safetensors file, or in a torch file that can be read with `weights_only`, by name.
-    Raises UserError if the file cannot be read or contains no weights."""
-    if file.endswith(".safetensors"):
-        return _read_safetensors(Path(file))
+    """Return the weights and buffers, of any dtype, in a safetensors file, or in a torch file that can be read with
+    `weights_only`, by name. Raises UserError if the file cannot be read or contains no weights."""
     try:
         open_regular(file).close()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+        if file.endswith(".safetensors"):
+            return load_file(file)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(f"{file}: cannot be read ({reason})") from None
     return _weights_in(_read_torch(Path(file)), file)
 
 

@@ -483,7 +483,10 @@ def test_the_verdict_says_plainly_that_a_run_is_no_better_than_what_is_free(tmp_
     )
     start = _predicted(tmp_path / "results/knn-start", 0.3, 120, {})
     words = verdict(tmp_path, {"knn": {RUN: knn, STARTED: start}})
-    assert f"but not better than {UNTRAINED} (-1.0 ± 1.0 points), {STARTED} (+0.0 ± 0.0 points), which need" in words
+    assert (
+        f"is not better than {UNTRAINED} (-1.0 ± 1.0 points), {STARTED} (+0.0 ± 0.0 points), {LARGEST} (+5.0 ± 3.1"
+        in words
+    )
     assert verdict(tmp_path, {}) == "verdict: none, because evaluating the features needs held-out samples with classes"
 
 

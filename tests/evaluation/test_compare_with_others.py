@@ -115,7 +115,7 @@ def test_mistakes_with_timm_models_are_one_line_each(tmp_path, opened, monkeypat
         "timm:no_such_model=x": "timm cannot open the model no_such_model",
         f"timm:{NETWORKS[1]}={file}": "the file lacks the weight conv1.0.weight of this model",
         f"timm:vit_small_patch16_224={file}": "the weight cls_token in the file has the shape",
-        f"timm:{NETWORKS[0]}={tmp_path / 'missing.safetensors'}": "missing.safetensors: is not a safetensors file",
+        f"timm:{NETWORKS[0]}={tmp_path / 'missing.safetensors'}": "missing.safetensors: cannot be read (No such file",
         f"timm:{NETWORKS[0]}={tmp_path / 'missing.pth'}": "missing.pth: cannot be read",
         f"timm:{NETWORKS[0]}={evil}": "cannot be read as torch weights",
     }
