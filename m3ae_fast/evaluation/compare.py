@@ -212,8 +212,8 @@ def run(job: Job) -> dict[str, Any]:
         if name not in _BASELINES:
             job.warn_of_colours(train, number, name)
     features: dict[str, ImageFeatures] = {**open_image_features(own, job.config.data, job.ranks)}
-    for name, opened in _opened(job, others, (train, val)).items():
-        features[names[name]], digests[name] = opened, opened.digest
+    for name, each in _opened(job, others, (train, val)).items():
+        features[names[name]], digests[name] = each, each.digest
     decoding = _DECODING * max([shape.cost for shape in shapes.values()], default=1.0)
     shapes |= {name: _shape(job, features[model], decoding) for name, model in names.items() if model in features}
     found = ComparedPredictions(classes)

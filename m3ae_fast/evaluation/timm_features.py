@@ -82,7 +82,7 @@ def open_timm(name: str, config: ModelConfig) -> TimmFeatures:
     return TimmFeatures(given, network, found_SD.shape[1]).eval()
 
 
-def _load(network: nn.Module, weights: dict[str, Tensor], name: str) -> None:
+def _load(network: Any, weights: dict[str, Tensor], name: str) -> None:
     """Load weights into a network without a classifier. Raises UserError unless they are those of this network; a
     classifier in the file is left out."""
     own, about = network.state_dict(), network.pretrained_cfg
