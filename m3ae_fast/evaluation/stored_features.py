@@ -146,5 +146,14 @@ def _read(name: str) -> dict[str, Any]:
             return {array: file[array] for array in ("keys", "features", "shards") if array in file}
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, LookupError, TypeError, AttributeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        LookupError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise UserError(f"{name}: cannot be read ({error}); {_FORMAT}") from None

@@ -73,7 +73,7 @@ def open_timm(name: str, config: ModelConfig) -> TimmFeatures:
         raise UserError(f"{name}: its images of {side} x {columns} pixels are not square, which is not supported")
     patch = max(each for each in range(1, min(side, _LARGEST_PATCH) + 1) if side % each == 0)
     changes = {"image_size": side, "patch_size": patch, "channels": channels}
-    given = config.model_copy(update=changes | {"image_mean": [*about["mean"]], "image_std": [*about["std"]]})
+    given = config.model_copy(update=changes | {"image_mean": tuple(about["mean"]), "image_std": tuple(about["std"])})
     network.eval()
     with torch.no_grad():
         found_SD = network(torch.zeros(1, channels, side, side))
