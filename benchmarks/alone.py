@@ -30,7 +30,7 @@ class Alone:
         model: fields of ModelConfig.
         samples: number of samples in the batch.
         env: additional environment variables.
-        options: `masking` (fields of MaskingConfig), `optim` (fields of PretrainingOptimConfig), `words` and `batches`;
+        options: `masking` (fields of MaskingConfig), `optim` (fields of OptimConfig), `words` and `batches`;
             see `implementations.build`.
     """
 
@@ -116,11 +116,11 @@ def serve(spec: dict) -> None:
 
 def _serve(spec: dict, ranks, answers) -> None:
     from benchmarks.implementations import build
-    from m3ae_fast.config import MaskingConfig, ModelConfig, PretrainingOptimConfig
+    from m3ae_fast.config import MaskingConfig, ModelConfig, OptimConfig
 
     options = spec["options"]
     options["masking"] = MaskingConfig(**options.get("masking", {}))
-    options["optim"] = PretrainingOptimConfig(**options.get("optim", {}))
+    options["optim"] = OptimConfig(**options.get("optim", {}))
     step = build(spec["name"], ModelConfig(**spec["model"]), spec["samples"], ranks, **options)
     answer = [step().item() for _ in range(2)]
     while True:

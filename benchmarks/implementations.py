@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.reference import ReferenceTrainer
 from benchmarks.workload import PRECISION, WORDS, make_batch, make_config
-from m3ae_fast.config import MaskingConfig, ModelConfig, PretrainingOptimConfig
+from m3ae_fast.config import MaskingConfig, ModelConfig, OptimConfig
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
@@ -28,7 +28,7 @@ def build(
     ranks: Ranks,
     *,
     masking: MaskingConfig | None = None,
-    optim: PretrainingOptimConfig | None = None,
+    optim: OptimConfig | None = None,
     words: tuple[int, int] = WORDS,
     batches: int = 1,
 ) -> Callable[[], Tensor]:

@@ -14,7 +14,7 @@ from m3ae_fast.config import (
     DataConfig,
     MaskingConfig,
     ModelConfig,
-    PretrainingOptimConfig,
+    OptimConfig,
     SourceConfig,
     TrainConfig,
 )
@@ -31,14 +31,14 @@ def make_config(
     samples: int,
     *,
     masking: MaskingConfig | None = None,
-    optim: PretrainingOptimConfig | None = None,
+    optim: OptimConfig | None = None,
     **train,
 ) -> Config:
     """Return a config for engines whose batches are passed directly. `train`: settings of the section train."""
     return Config(
         model=model,
         masking=masking or MaskingConfig(),
-        optim=optim or PretrainingOptimConfig(),
+        optim=optim or OptimConfig(),
         data=DataConfig(train=[SourceConfig(shards="none")]),
         train=TrainConfig(global_batch=samples, steps=1, **train),
         deepspeed=None,

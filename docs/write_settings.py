@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from m3ae_fast.config.describe import allowed_values, default_value
-from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.config.evaluation import EvaluationConfig, Uses
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.config.schema import IMAGE_SETTINGS, Config, ModelConfig
 from m3ae_fast.evaluation.tasks import TASKS
@@ -30,10 +30,16 @@ EVALUATION_HEAD = """# Evaluation settings
 Settings of [`m3ae-fast evaluate`](guide/evaluating.md) and `m3ae-fast embed`. These commands have no config file; their
 settings are passed with `--set section.key=value`. A command or task accepts only the settings that it uses:
 
-{table}
+{readers}
 
 Each of them also uses the sections `run` and `data`, which are described on the page [Settings](config.md). Some of the
 settings in these two sections have their own options, such as `--out` and `--train`.
+
+`linear` and `finetune` use settings of [training](config.md). The defaults that differ from those of training are in
+parentheses. Derived defaults follow this [rule](guide/evaluating.md#default-hyper-parameters-by-dataset-size), and a
+resumed run keeps them.
+
+{shared}
 
 `python docs/write_settings.py` generates this page from m3ae_fast/config/evaluation.py.
 """
@@ -41,19 +47,44 @@ settings in these two sections have their own options, such as `--out` and `--tr
 
 def train_page() -> str:
     """Return docs/config.md: a table for each section of a training run."""
-    return _page(TRAIN_HEAD, Config)
+    own = {kind: about for kind, about in _sections(EvaluationConfig).items() if kind not in _sections(Config)}
+    return _page(TRAIN_HEAD, Config, _links(own, "evaluation-config.md"))
 
 
 def evaluation_page() -> str:
     """Return docs/evaluation-config.md: the sections that only the tasks of `evaluate` have."""
-    return _page(EVALUATION_HEAD.format(table=_readers()), EvaluationConfig, _links(_sections(Config), "config.md"))
+    head = EVALUATION_HEAD.format(readers=_readers(), shared=_shared())
+    return _page(head, EvaluationConfig, _links(_sections(Config), "config.md"))
 
 
 def _readers() -> str:
-    """Return a table of the tasks of `evaluate`, and of `embed`, with the sections that each of them reads."""
-    rows = [*((name, task.sections) for name, task in TASKS.items()), ("m3ae-fast embed", ("encode",))]
-    lines = [f"| {name} | {', '.join(f'[{each}](#{each})' for each in sections)} |" for name, sections in rows]
-    return "\n".join(["| task | sections |", "|---|---|", *lines])
+    """Return a table of the tasks of `evaluate`, and of `embed`, with the sections that each of them uses. A section of
+    which it uses only some settings is followed by their keys, unless the section is on the page of training."""
+
+    def link(uses: Uses, section: str) -> str:
+        if section in Config.model_fields:
+            return f"[{section}](config.md#{section})"
+        only = "" if section in uses else f" (only {', '.join(f'`{key}`' for key in uses.keys(section))})"
+        return f"[{section}](#{section}){only}"
+
+    lines = ["| task | sections |", "|---|---|"]
+    for name, uses in [*((name, task.uses) for name, task in TASKS.items()), ("m3ae-fast embed", Uses())]:
+        lines.append(f"| {name} | {', '.join(link(uses, section) for section in uses.sections)} |")
+    return "\n".join(lines)
+
+
+def _shared() -> str:
+    """Return a table of the settings of training that tasks use."""
+    lines = ["| task | section | settings |", "|---|---|---|"]
+    for task, uses in ((name, task.uses) for name, task in TASKS.items()):
+        for section in ("optim", "train", "deepspeed"):
+            if section in uses:
+                lines.append(f"| {task} | {section} | all settings ({uses.default(section)}) |")
+            elif keys := uses.keys(section):
+                own = ((key, uses.default(f"{section}.{key}")) for key in keys)
+                shown = [f"`{key}`" + (f" ({default})" if default else "") for key, default in own]
+                lines.append(f"| {task} | {section} | {', '.join(shown)} |")
+    return "\n".join(lines)
 
 
 _Sections = dict[type[BaseModel], tuple[str, str]]
@@ -85,11 +116,15 @@ def _page(head: str, root: type[BaseModel], elsewhere: dict[type[BaseModel], str
 
 
 def _table(section: type[BaseModel], name: str, note: str, links: dict[type[BaseModel], str]) -> str:
-    about = " ".join(filter(None, (inspect.cleandoc(section.__doc__ or ""), note)))
+    elsewhere = [base for base in section.__mro__[1:] if base in links]  # sections that this one extends
+    more = [f"It also has the settings of {links[base]}." for base in elsewhere]
+    about = " ".join(filter(None, (inspect.cleandoc(section.__doc__ or ""), note, *more)))
     lines = [f"## {name}", "", about, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
     schemas = section.model_json_schema()["properties"]
     for key, field in section.model_fields.items():
         if section is ModelConfig and key in IMAGE_SETTINGS:  # these are set in `data`
+            continue
+        if any(key in base.model_fields for base in elsewhere):
             continue
         kind = section_of(field.annotation)
         allowed = allowed_values(schemas[key], links[kind] if kind else "")

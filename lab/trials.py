@@ -21,6 +21,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, parse
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.engine.memory_estimate import typical_batch
+from m3ae_fast.evaluation.tasks import TASKS
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.training.metrics_log import read_metrics
@@ -153,9 +154,9 @@ def _evaluate(
     folder = run.with_name(f"{run.name}-{_words(name)}")
     if (path := folder / "result.json").exists():  # of an earlier call that was stopped during a later test
         return values_of(json.loads(path.read_text(encoding="utf-8")), test.get("value", TOP1))
-    overrides = [f"run.seed={seed}"]
-    for section in ("encode", test["task"]):
-        overrides += [f"{section}.{key}={json.dumps(value)}" for key, value in sections.get(section, {}).items()]
+    given = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    uses = TASKS[test["task"]].uses
+    overrides = {"run.seed": seed} | {name: value for name, value in given.items() if name in uses}
     shards = {key: str(data / test[key]) for key in ("train", "val")}
     if "ood" in test:
         shards["ood"] = {each: [str(data / pattern)] for each, pattern in test["ood"].items()}

@@ -148,7 +148,7 @@ def test_options_that_abbreviate_a_setting_apply_in_command_line_order():
 @pytest.mark.parametrize("name", TASKS)
 def test_the_help_of_a_task_shows_a_setting_that_the_task_reads(name, capsys):
     task = TASKS[name]
-    evaluation_config({"data": {"train": [{"shards": "a.tar"}]}}, [task.example], (name, task.sections))
+    evaluation_config({"data": {"train": [{"shards": "a.tar"}]}}, [task.example], name, task.uses)
     with pytest.raises(SystemExit):
         evaluate.main([name, "--help"])
     assert f"for example --set {task.example} " in " ".join(capsys.readouterr().out.split())

@@ -26,6 +26,7 @@ from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.engine.memory_estimate import zero_bytes
 from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.engine.optimizer import ADAM_EPS
+from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process import ranks
 from m3ae_fast.training.dry_run import (
@@ -414,14 +415,12 @@ def test_the_memory_table_includes_an_update_by_muon_if_it_needs_more_than_the_a
 
 
 def test_the_learning_rate_equals_optax_warmup_cosine():
-    from m3ae_fast.config import OptimConfig
-    from m3ae_fast.engine.schedule import learning_rate
-
-    config = OptimConfig(peak_lr=1.0, end_lr=0.01)
-    rates = [learning_rate(step, config, 512, 10, 110) for step in (0, 5, 10, 60, 110, 500)]
+    optim = OptimConfig(peak_lr=1.0, end_lr=0.01, warmup_epochs=10)
+    schedule = Schedule(TrainConfig(global_batch=512, steps=110), optim, samples=512)
+    rates = [schedule.lr(step) for step in (0, 5, 10, 60, 110, 500)]
     # twice the values of optax.warmup_cosine_decay_schedule(0.0, 1.0, 10, 110, 0.01), because the batch is 2 x 256
     assert rates == pytest.approx([0.0, 1.0, 2.0, 1.01, 0.02, 0.02])
-    assert learning_rate(0, config, 256, 0, 10) == 1.0
+    assert Schedule(TrainConfig(global_batch=256, steps=10), OptimConfig(peak_lr=1.0, warmup_epochs=0), 1).lr(0) == 1.0
 
 
 def test_the_shards_of_the_repository_exist():
@@ -637,7 +636,12 @@ def test_the_page_of_settings_lists_the_allowed_values(key, allowed):
 def test_each_type_of_config_section_is_explained_once():
     headings = [line for line in "".join(WRITTEN.values()).splitlines() if line.startswith("## ")]
     assert len(headings) == len(set(headings)) and "## data.train" in headings and "## data.val" not in headings
-    assert "[deepspeed](config.md#deepspeed) or `null`" in WRITTEN["evaluation-config.md"]
+    assert "| finetune | deepspeed | all settings (`null`, which is plain torch) |" in WRITTEN["evaluation-config.md"]
+
+
+def test_no_setting_is_listed_on_both_pages():
+    rows = [{line for line in page.splitlines() if line.startswith("| `")} for page in WRITTEN.values()]
+    assert not rows[0] & rows[1]
 
 
 def test_every_program_is_listed_in_the_help():

@@ -17,7 +17,6 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, parse
-from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.engine import optimizer
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.memory_estimate import (
@@ -303,8 +302,3 @@ def test_settings_without_a_counterpart_in_the_official_code_are_reported_as_ope
     without_text = partly | {"model": TINY["model"] | {"vocab_size": 0}}
     assert open_options(parse(Config, partly, "test")).startswith("Open: masking.text_predicted=0.5; ")
     assert open_options(parse(Config, without_text, "test")) == ""
-
-
-def test_fine_tuning_supports_only_adamw():
-    with pytest.raises(UserError, match=r"unknown key .*name"):
-        parse(FineTuneConfig, {"name": "muon", "epochs": 1}, "test")

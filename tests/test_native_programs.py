@@ -87,7 +87,7 @@ def test_evaluation_tasks_support_native_images(run, shards, tmp_path, task, cap
     if task == "attentive":
         perform(task, run, "attentive.steps=2")
         return
-    tune = ["finetune.steps=2", "finetune.global_batch=8", "finetune.warmup_epochs=0", "finetune.precision=fp32"]
+    tune = ["train.steps=2", "train.global_batch=8", "optim.warmup_epochs=0", "train.precision=fp32"]
     if task == "finetune":
         with pytest.raises(
             UserError, match=r"can mix only images of one size, but data\.resize is native; set both to 0"

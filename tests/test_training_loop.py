@@ -23,8 +23,7 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.checkpoint.saver import Saver
 from m3ae_fast.checkpoint.staging import Staging
-from m3ae_fast.config import Config, LoopConfig, MaskingConfig, OptimConfig, SourceConfig, parse
-from m3ae_fast.config.evaluation import FineTuneConfig
+from m3ae_fast.config import Config, MaskingConfig, OptimConfig, SourceConfig, TrainConfig, parse
 from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
 from m3ae_fast.data.loader import collate
 from m3ae_fast.engine import feed as feed_module
@@ -703,16 +702,16 @@ def test_an_epoch_consists_of_whole_batches():
 
 
 @pytest.mark.parametrize(
-    ("optim", "batch", "words"),
+    ("optim", "batch", "scaled", "words"),
     [
-        (OptimConfig(peak_lr=1e-3), 56, "learning rate 0.000219 = optim.peak_lr 0.001 x batch 56 / 256"),
-        (OptimConfig(peak_lr=1.5e-4), 4096, "learning rate 0.0024 = optim.peak_lr 0.00015 x batch 4,096 / 256"),
-        (OptimConfig(peak_lr=1e-3), 256, "learning rate 0.001"),
-        (FineTuneConfig(peak_lr=1e-3, warmup_epochs=5), 1024, "learning rate 0.001"),
+        (OptimConfig(peak_lr=1e-3), 56, True, "learning rate 0.000219 = optim.peak_lr 0.001 x batch 56 / 256"),
+        (OptimConfig(peak_lr=1.5e-4), 4096, True, "learning rate 0.0024 = optim.peak_lr 0.00015 x batch 4,096 / 256"),
+        (OptimConfig(peak_lr=1e-3), 256, True, "learning rate 0.001"),
+        (OptimConfig(peak_lr=1e-3), 1024, False, "learning rate 0.001"),
     ],
 )
-def test_the_learning_rate_is_printed_as_logged_and_as_configured(optim, batch, words):
-    schedule = Schedule(LoopConfig(steps=10, global_batch=batch), optim, 100)
+def test_the_learning_rate_is_printed_as_logged_and_as_configured(optim, batch, scaled, words):
+    schedule = Schedule(TrainConfig(steps=10, global_batch=batch), optim, 100, scaled=scaled)
     assert schedule.describe_rate() == words
     assert f"{schedule.lr(schedule.warmup_steps):.3g}" == words.split()[2]
 
@@ -722,7 +721,7 @@ def test_the_learning_rate_stays_constant_after_the_end_of_the_schedule():
     optim = config.optim.model_copy(update={"warmup_epochs": 1.0, "end_lr": 0.01, "peak_lr": 1.0})
     schedule = Schedule(config.train, optim, samples=5)
     last = schedule.lr(schedule.total_steps)
-    assert last == pytest.approx(0.01 * optim.lr_factor(config.train.global_batch))
+    assert last == pytest.approx(0.01 * schedule.lr_factor)
     assert [schedule.lr(schedule.total_steps + more) for more in (1, 2, 5, 9)] == [last] * 4
 
 

@@ -223,7 +223,7 @@ def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: 
     the average begins with the checkpoint's weights. Every rank must call this function. Raises UserError if the
     checkpoint is damaged or one of its tensors does not fit the model.
     """
-    had_ema = any((section or {}).get("ema") is not None for section in info.config.values())
+    had_ema = (info.config.get("train") or {}).get("ema") is not None
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     state = ranks.together(lambda: checkpoint.open_state(path, ranks.rank, ranks.world))
     wanted = {

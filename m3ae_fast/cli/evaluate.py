@@ -22,7 +22,6 @@ from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.command_line import add_labels, add_resume, add_settings, names_of, output, program, use_device
 from m3ae_fast.config import POOLS
 from m3ae_fast.config.describe import settings_help
-from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.tasks import (
     MODALITIES,
     MOST_SEEDS,
@@ -52,7 +51,7 @@ def _add_task(tasks: Any, name: str, task: Task) -> None:
         name,
         help=task.about,
         description=task.about,
-        epilog=settings_help(EvaluationConfig, task.sections),
+        epilog=settings_help(task.uses),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     about = CLASSIFIER_HELP if task.classifies else MODEL_HELP

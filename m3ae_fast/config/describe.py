@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from textwrap import wrap
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from m3ae_fast.config.messages import section_of
+from m3ae_fast.config.evaluation import Uses, section_class
 
 _INDENT = " " * 6
 _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
-def settings_help(root: type[BaseModel], names: Iterable[str]) -> str:
-    """Return the settings of some sections of `root` as lines for --help: default, allowed values and meaning."""
+def settings_help(uses: Uses) -> str:
+    """Return the settings that a task uses as lines for --help: default, allowed values and meaning."""
     lines = ["settings, which are passed with --set KEY=VALUE (for the settings of data and run, see docs/config.md):"]
-    for name in names:
-        section = section_of(root.model_fields[name].annotation)
-        assert section is not None
+    for name in uses.sections:
+        section = section_class(name)
         schemas = section.model_json_schema()["properties"]
-        for key, field in section.model_fields.items():
-            allowed, default = allowed_values(schemas[key], "a section"), default_value(section, key, field)
-            text = f"{' '.join((field.description or '').split())} Default: {default}; allowed: {allowed}."
+        for key in uses.keys(name):
+            field = section.model_fields[key]
+            default = uses.default(f"{name}.{key}") or uses.default(name) or default_value(section, key, field)
+            meaning = " ".join((field.description or "").split())
+            text = f"{meaning} Default: {default}; allowed: {allowed_values(schemas[key], 'a section')}."
             lines += [
                 "",
                 f"  {name}.{key}",

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.load import apply_override, parse
-from m3ae_fast.config.messages import settings_called
+from m3ae_fast.config.messages import section_of, settings_called
 from m3ae_fast.config.schema import (
     GRIDS,
     Batch,
-    Beta,
     Count,
     DataConfig,
     DeepSpeedConfig,
     KnnConfig,
-    LoopConfig,
     OptimConfig,
     Pool,
     Rate,
     RunConfig,
-    ScheduleConfig,
     Section,
-    TransformerLoopConfig,
+    TrainConfig,
 )
 
 _COMMON = ("run", "data")  # sections that every task reads
@@ -43,47 +42,12 @@ class EncodeConfig(Section):
     batch: Batch = 64
     """Number of samples per forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if it is faster than fp32 on this hardware)."""
+    """Dtype of the encoder's computations; see `train.precision`."""
 
     @property
     def fixed_pool(self) -> Pool:
         """Return `pool`, or "mean" if it is null."""
         return self.pool or "mean"
-
-
-class LinearProbeConfig(LoopConfig, ScheduleConfig):
-    """A linear classifier on frozen features, trained with LARS.
-
-    Settings that are null are derived from the number of training samples by this
-    [rule](guide/evaluating.md#default-hyper-parameters-by-dataset-size). For ImageNet, the rule gives the official
-    hyper-parameters, except for `encode.pool`, which is `cls` in the official code. A resumed run keeps the values that
-    were derived at its start.
-    """
-
-    SECTION: ClassVar[str] = "linear"
-    LENGTH_FOLLOWS: ClassVar[bool] = True
-
-    weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of the linear layer, including its bias."""
-    momentum: Beta = 0.9
-    """Momentum of LARS."""
-    global_batch: Batch | None = None  # type: ignore[assignment]
-    """Number of samples per optimiser step, over all ranks; null: a value from 256 to 2,048, derived from the number of
-    training samples."""
-    micro_batch: Batch | None = 64
-    """Maximum number of samples per rank in each forward pass. Larger per-rank batches are split evenly into
-    micro-batches with gradient accumulation; null: no gradient accumulation."""
-    peak_lr: float | None = Field(None, gt=0)  # type: ignore[assignment]
-    """Learning rate after the warm-up, for a batch of 256. It is multiplied by `global_batch` / 256. null: derived from
-    the number of training samples."""
-    warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
-    """Length of the warm-up, in epochs; at most the whole run. null: a ninth of the run."""
-    epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run, in epochs; alternative to `steps`. null: 90 or more, derived from the number of training
-    samples."""
-    eval_every: Count | None = None
-    """Number of optimiser steps between evaluations; null: one evaluation per epoch, but at most about
-    100 per run."""
 
 
 class AttentiveProbeConfig(Section):
@@ -109,20 +73,12 @@ class AttentiveProbeConfig(Section):
     With `--shots`, they are always stored."""
 
 
-class FineTuneConfig(TransformerLoopConfig, OptimConfig):
-    """Fine-tuning of the encoder with a classification head.
-
-    The defaults are those of the official recipe for ImageNet. As in that recipe, `peak_lr` is not multiplied by the
-    batch size. Settings that are null are derived from the number of training samples, as for the linear probe.
-    """
-
-    SECTION: ClassVar[str] = "finetune"
-    LENGTH_FOLLOWS: ClassVar[bool] = True
+class FineTuneConfig(Section):
+    """Fine-tuning of the encoder with a classification head. The defaults are those of the official recipe for
+    ImageNet."""
 
     pool: Literal["mean", "cls"] = "cls"
     """Input of the head: `cls`, the cls token; `mean`, the mean of all other tokens."""
-    layer_decay: float = Field(0.6, gt=0, le=1)
-    """Learning rate of a layer, as a fraction of the learning rate of the next layer."""
     drop_path: Rate = 0.1
     """Stochastic depth: probability that a sample skips a residual branch of a block. The probability is the same in
     all blocks."""
@@ -137,34 +93,6 @@ class FineTuneConfig(TransformerLoopConfig, OptimConfig):
     """Probability that CutMix is used instead of mixup, if both are enabled."""
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment of the training images, as a string in timm's format; null: no RandAugment."""
-    ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of an exponential moving average of the weights. The average is evaluated and saved. null: no
-    average."""
-    deepspeed: DeepSpeedConfig | None = None
-    """Settings of DeepSpeed, as in training; null: plain torch with data parallelism (DDP)."""
-
-    global_batch: Batch | None = None  # type: ignore[assignment]
-    """Number of samples per optimiser step, over all ranks; null: a value from 64 to 1,024, derived from the number of
-    training samples."""
-    eval_every: Count | None = None
-    """Number of optimiser steps between evaluations; null: about ten evaluations per run, or fewer if ten would take
-    more than a twentieth of the run."""
-    epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run, in epochs; alternative to `steps`. null: 100 or more, derived from the number of training
-    samples."""
-    warmup_epochs: float | None = Field(None, ge=0, le=1e6)  # type: ignore[assignment]
-    """Length of the warm-up, in epochs; at most the whole run. null: a twentieth of the run."""
-    peak_lr: float = Field(1e-3, gt=0)
-    """Learning rate after the warm-up."""
-    end_lr: float = Field(0.0, ge=0)
-    """Learning rate after the last step."""
-    weight_decay: float = Field(0.05, ge=0)
-    """Weight decay of weight matrices."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates of the first and the second moment, per step."""
-
-    def lr_factor(self, global_batch: int) -> float:
-        return 1.0
 
 
 class RobustnessConfig(Section):
@@ -178,8 +106,6 @@ class RobustnessConfig(Section):
     """Step size of PGD, as a fraction of epsilon."""
     samples: Count | None = None
     """Number of held-out samples to use, spread evenly over the dataset; null: all samples."""
-    batch: Batch = 64
-    """Number of samples per forward pass."""
 
     @model_validator(mode="after")
     def _possible(self) -> RobustnessConfig:
@@ -212,13 +138,16 @@ class SegmentConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Settings of a task of `m3ae-fast evaluate`, or of `m3ae-fast embed`."""
+    """Settings of a task of `m3ae-fast evaluate`, or of `m3ae-fast embed`. The sections `run`, `data`, `optim`, `train`
+    and `deepspeed` are those of pre-training."""
 
     run: RunConfig = RunConfig()
     data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    deepspeed: DeepSpeedConfig | None = None
     encode: EncodeConfig = EncodeConfig()
     knn: KnnConfig = KnnConfig()
-    linear: LinearProbeConfig = LinearProbeConfig()
     attentive: AttentiveProbeConfig = AttentiveProbeConfig()
     finetune: FineTuneConfig = FineTuneConfig()
     segment: SegmentConfig = SegmentConfig()
@@ -231,38 +160,125 @@ class EvaluationConfig(Section):
         return self
 
 
-def evaluation_config(
-    given: dict, overrides: list[str], reader: tuple[str, Sequence[str]] | None = None
-) -> EvaluationConfig:
+@dataclass(frozen=True)
+class Uses:
+    """The settings that a task or program uses in addition to the sections `run` and `data`."""
+
+    names: tuple[str, ...] = ("encode",)  # sections, and single settings of other sections, such as "train.epochs"
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # by setting, in place of the defaults of pre-training
+    # by setting, for the documentation: how the default is derived, or a difference in meaning from pre-training
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sections(self) -> list[str]:
+        """Return the sections of which at least one setting is used."""
+        return list(dict.fromkeys(name.partition(".")[0] for name in self.names))
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether a section or a setting, such as "train.epochs", is used."""
+        return any(name == each or str(name).startswith(f"{each}.") for each in (*self.names, *_COMMON))
+
+    def keys(self, section: str) -> list[str]:
+        """Return the keys of a section that are used."""
+        if section in self:
+            return list(section_class(section).model_fields)
+        return [key for name in self.names for parent, _, key in [name.partition(".")] if parent == section]
+
+    def default(self, name: str) -> str:
+        """Return the default of a setting as Markdown; "" if the setting is the same as in pre-training."""
+        value = [f"`{json.dumps(self.defaults[name])}`"] if name in self.defaults else []
+        return ", ".join([*value, *([self.notes[name]] if name in self.notes else [])])
+
+    def values(self, config: EvaluationConfig) -> dict[str, Any]:
+        """Return the settings of `config` that are used, as plain JSON data by section."""
+        used = {name: keys for name in EvaluationConfig.model_fields if (keys := self.keys(name))}
+        data = config.model_dump(mode="json")
+        return {name: data[name] and {key: data[name][key] for key in keys} for name, keys in used.items()}
+
+
+def section_class(name: str) -> type[BaseModel]:
+    """Return the class of a section."""
+    kind = section_of(EvaluationConfig.model_fields[name].annotation)
+    assert kind is not None
+    return kind
+
+
+_SCHEDULE = ("optim.peak_lr", "optim.end_lr", "optim.warmup_epochs", "optim.weight_decay")
+_LOOP = (
+    *("train.global_batch", "train.micro_batch", "train.epochs", "train.steps"),
+    *("train.log_every", "train.eval_every", "train.save_every", "train.keep"),
+)
+_DERIVED = "derived from the number of training samples"
+
+LINEAR = Uses(
+    ("encode", *_SCHEDULE, *_LOOP),
+    {"optim.weight_decay": 0.0, "train.micro_batch": 64},
+    {
+        "optim.peak_lr": _DERIVED,
+        "optim.warmup_epochs": "a ninth of the run",
+        "optim.weight_decay": "for all parameters of the linear layer",
+        "train.global_batch": _DERIVED,
+        "train.epochs": _DERIVED,
+        "train.eval_every": "one evaluation per epoch, but at most about 100 per run",
+    },
+)
+FINETUNE = Uses(
+    (
+        *("finetune", *_SCHEDULE, "optim.betas", "optim.clip_grad", "optim.layer_decay"),
+        *(*_LOOP, "train.precision", "train.ema", "train.activation_checkpointing", "train.compile", "deepspeed"),
+    ),
+    {"optim.peak_lr": 1e-3, "optim.weight_decay": 0.05, "optim.betas": [0.9, 0.999], "optim.layer_decay": 0.6},
+    {
+        "optim.peak_lr": "not multiplied by the batch size",
+        "optim.warmup_epochs": "a twentieth of the run",
+        "optim.weight_decay": "for weight matrices only",
+        "optim.layer_decay": "the cls token and the final LayerNorm are the lowest layer, and the embeddings have the "
+        "full learning rate",
+        "train.global_batch": _DERIVED,
+        "train.epochs": _DERIVED,
+        "train.eval_every": "about ten evaluations per run, or fewer if they would take more than a twentieth of it",
+        "deepspeed": "`null`, which is plain torch",
+    },
+)
+
+
+def evaluation_config(given: dict[str, Any], overrides: Iterable[str], reader: str, uses: Uses) -> EvaluationConfig:
     """Return the config of an evaluation.
 
     Args:
         given: sections as plain JSON data, which are modified.
         overrides: settings to change, in the form `section.key=value`.
-        reader: name of a program or task, and the sections that it reads in addition to `_COMMON`; None: all sections
-            are read.
+        reader: name of the program or task that uses the config.
+        uses: the settings that it uses.
 
     Raises:
-        UserError: a setting is invalid, or would be ignored by the reader.
+        UserError: a setting is invalid, or is not used.
     """
     for override in overrides:
-        if reader:
-            _require_read(override, *reader)
         apply_override(given, override)
+    for section, values in given.items():
+        for key in values if isinstance(values, dict) else ():
+            _require_used(section, key, reader, uses)
+    for name, value in uses.defaults.items():
+        section, _, key = name.partition(".")
+        if isinstance(values := given.setdefault(section, {}), dict):
+            values.setdefault(key, value)
     return parse(EvaluationConfig, given, "overrides")
 
 
-def _require_read(override: str, reader: str, sections: Sequence[str]) -> None:
-    name = override.partition("=")[0]
-    if name.startswith((*sections, *_COMMON)):
+def _require_used(section: str, key: str, reader: str, uses: Uses) -> None:
+    """Raise UserError if the reader does not use a setting. If there is no such setting in a section that the reader
+    uses, or no such section, `parse` reports that, unless another section has a setting of this name."""
+    used = uses.keys(section) if section in EvaluationConfig.model_fields else []
+    meant = [name for name in settings_called(EvaluationConfig, key) if name in uses]
+    if key in used or not (meant or section in EvaluationConfig.model_fields):
         return
-    meant = [
-        each for each in settings_called(EvaluationConfig, name.rpartition(".")[2]) if each.startswith((*sections,))
-    ]
-    if meant or name.partition(".")[0] in EvaluationConfig.model_fields:
-        other = (
-            f"did you mean {' or '.join(meant)}?"
-            if meant
-            else f"it uses only the sections {', '.join((*sections, *_COMMON))}"
-        )
-        raise UserError(f"override {name}: {reader} does not use this setting; {other}")
+    if not meant and used and (section in uses or key not in section_class(section).model_fields):
+        return
+    if meant:
+        hint = f"did you mean {' or '.join(meant)}?"
+    elif used:
+        hint = f"of {section}, it uses only {', '.join(used)}"
+    else:
+        hint = f"it uses only the sections {', '.join((*uses.sections, *_COMMON))}"
+    raise UserError(f"override {section}.{key}: {reader} does not use this setting; {hint}")

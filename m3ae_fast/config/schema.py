@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
 
@@ -382,45 +382,23 @@ class DataConfig(Section):
         return {name: value for name, value in given.items() if value is not None}
 
 
-class ScheduleConfig(Section):
-    """Linear warm-up from 0, then cosine decay."""
-
-    SECTION: ClassVar[str] = "optim"  # for messages
+class OptimConfig(Section):
+    """Optimiser and learning rate schedule. The defaults are those of the official code: AdamW with linear warm-up and
+    cosine decay."""
 
     peak_lr: float = Field(1.5e-4, gt=0)
-    """Learning rate after the warm-up, for a batch of 256. It is multiplied by `global_batch` / 256, and the product is
-    logged as `lr`."""
+    """Learning rate after the warm-up, for a batch of 256. It is multiplied by `train.global_batch` / 256, and the
+    product is logged as `lr`."""
     end_lr: float = Field(0.0, ge=0)
     """Learning rate after the last step. It is scaled in the same way as `peak_lr`."""
     warmup_epochs: float = Field(5, ge=0, le=1e6)
     """Length of the warm-up, in epochs; at most the whole run."""
-
-    @property
-    def decay(self) -> float | None:
-        """Return the length of the decay at the end of the run, as a fraction of the run's steps; None for a cosine
-        schedule, which has no constant learning rate before the decay."""
-        return None
-
-    def lr_factor(self, global_batch: int) -> float:
-        """Return the factor by which the learning rates are multiplied."""
-        return global_batch / 256
-
-
-class OptimConfig(ScheduleConfig):
-    """AdamW with linear warm-up and cosine decay."""
-
     weight_decay: float = Field(0.05, ge=0)
     """Weight decay of weight matrices and, as in the official code, of LayerNorm scales."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's decay rates of the first and the second moment, per step."""
     clip_grad: float | None = Field(None, gt=0)
     """Maximum global gradient norm; larger gradients are scaled down to it. null: no clipping."""
-
-
-class PretrainingOptimConfig(OptimConfig):
-    """Optimiser and learning rate schedule. The defaults are those of the official code: AdamW with linear warm-up and
-    cosine decay."""
-
     name: Literal["adamw", "muon"] = "adamw"
     """Optimiser. `muon` orthogonalises the updates of the weight matrices in the blocks and uses AdamW for everything
     else (Jordan et al. 2024; arXiv 2502.16982); it cannot be used with ZeRO stage 3 or an offloaded optimiser."""
@@ -445,57 +423,9 @@ class PretrainingOptimConfig(OptimConfig):
 
     @property
     def decay(self) -> float | None:
+        """Return the length of the decay at the end of the run, as a fraction of the run's steps; None for a cosine
+        schedule, which has no constant learning rate before the decay."""
         return self.decay_fraction if self.schedule == "wsd" else None
-
-
-class LoopConfig(Section):
-    """Length and batch size of a training run, and the intervals between log lines, evaluations and checkpoints."""
-
-    SECTION: ClassVar[str] = "train"  # for messages
-    # whether the length is derived from the number of samples if neither epochs nor steps are given
-    LENGTH_FOLLOWS: ClassVar[bool] = False
-
-    global_batch: Batch = 4096
-    """Number of samples per optimiser step, over all ranks."""
-    micro_batch: Batch | None = None
-    """Maximum number of samples per rank in each forward pass. Larger per-rank batches are split evenly into
-    micro-batches with gradient accumulation; null: no gradient accumulation."""
-    epochs: float | None = Field(None, gt=0, le=1e6)
-    """Length of the run, in epochs; alternative to `steps`. One of the two must be set."""
-    steps: Count | None = None
-    """Length of the run, in optimiser steps; alternative to `epochs`."""
-    log_every: Count = 10
-    """Number of optimiser steps between log lines."""
-    eval_every: Count | None = None
-    """Number of optimiser steps between evaluations; null: only at the start and the end."""
-    save_every: Count = 1000
-    """Number of optimiser steps between checkpoints."""
-    keep: Count = 2
-    """Number of most recent checkpoints to keep."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> LoopConfig:
-        given = (self.epochs is not None) + (self.steps is not None)
-        if given == 2:
-            raise ValueError("set epochs or steps, not both; set one of them to null")
-        if given == 0 and not self.LENGTH_FOLLOWS:
-            raise ValueError("set the length of the run: epochs or steps")
-        return self
-
-
-class TransformerLoopConfig(LoopConfig):
-    """Settings for training a transformer."""
-
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if it is faster than fp32 on this hardware)."""
-    ema: float | None = Field(None, gt=0, lt=1)
-    """Decay per step of an exponential moving average of the weights, such as 0.9999. Export and evaluation use the
-    average. null: no average."""
-    activation_checkpointing: bool = False
-    """Whether activations are recomputed in the backward pass, which reduces memory usage and increases the time per
-    step by about a third."""
-    compile: bool = False
-    """Whether torch.compile compiles the transformer blocks."""
 
 
 USUAL_K = 20  # number of neighbours in DINO (arXiv 2104.14294)
@@ -531,9 +461,36 @@ class KnnProbeConfig(KnnConfig):
     """Number of optimiser steps between probes; null: only at the start and the end."""
 
 
-class TrainConfig(TransformerLoopConfig):
+class TrainConfig(Section):
     """Length, batch size and precision of the run, and the intervals between log lines, evaluations and checkpoints."""
 
+    global_batch: Batch = 4096
+    """Number of samples per optimiser step, over all ranks."""
+    micro_batch: Batch | None = None
+    """Maximum number of samples per rank in each forward pass. Larger per-rank batches are split evenly into
+    micro-batches with gradient accumulation; null: no gradient accumulation."""
+    epochs: float | None = Field(None, gt=0, le=1e6)
+    """Length of the run, in epochs; alternative to `steps`. One of the two must be set."""
+    steps: Count | None = None
+    """Length of the run, in optimiser steps; alternative to `epochs`."""
+    log_every: Count = 10
+    """Number of optimiser steps between log lines."""
+    eval_every: Count | None = None
+    """Number of optimiser steps between evaluations; null: only at the start and the end."""
+    save_every: Count = 1000
+    """Number of optimiser steps between checkpoints."""
+    keep: Count = 2
+    """Number of most recent checkpoints to keep."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Dtype of the computations: `bf16`, `fp32`, or `auto` (bf16 if it is faster than fp32 on this hardware)."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of an exponential moving average of the weights, such as 0.9999. Export and evaluation use the
+    average. null: no average."""
+    activation_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass, which reduces memory usage and increases the time per
+    step by about a third."""
+    compile: bool = False
+    """Whether torch.compile compiles the transformer blocks."""
     hours: float | None = Field(None, gt=0, le=1e5)
     """Duration of the run in hours, including evaluations. The number of steps, whose initial value is given by `steps`
     or `epochs`, is adjusted during training so that the run ends after this time, or after 800 epochs at the latest.
@@ -545,6 +502,12 @@ class TrainConfig(TransformerLoopConfig):
     figures."""
     probe: KnnProbeConfig | None = None
     """k-NN probe during training, whose accuracy is logged as `val_knn_top1`; null: no probe."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("set epochs or steps, not both; set one of them to null")
+        return self
 
 
 class OffloadConfig(Section):
@@ -603,13 +566,15 @@ class Config(Section):
     masking: MaskingConfig = MaskingConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig
-    optim: PretrainingOptimConfig = PretrainingOptimConfig()
+    optim: OptimConfig = OptimConfig()
     train: TrainConfig
     deepspeed: DeepSpeedConfig | None = DeepSpeedConfig()
     """`null` in place of the section selects plain torch with data parallelism (DDP)."""
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
+        if self.train.epochs is None and self.train.steps is None:
+            raise ValueError("train: set the length of the run: epochs or steps")
         targets = self.model.image_targets
         if targets == "vqgan" and self.data.image_tokenizer is None:
             raise ValueError("data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN")

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config import LoopConfig
+from m3ae_fast.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ def balanced(parts: Sequence[Sequence[int]], work: Callable[[int], int]) -> list
     return [sorted(part) for part in shared]
 
 
-def split_batch(config: LoopConfig, world: int, rank: int = 0) -> Share:
+def split_batch(config: TrainConfig, world: int, rank: int = 0) -> Share:
     """Return the split of each step's batch over ranks, with as few micro-batches as `config.micro_batch` allows.
     Raises UserError if there are more ranks than samples in a step."""
     if config.global_batch < world:
         raise UserError(
-            f"config: {config.SECTION}.global_batch is {config.global_batch}, which leaves some of the {world} ranks "
+            f"config: train.global_batch is {config.global_batch}, which leaves some of the {world} ranks "
             "without a sample; raise it, or start fewer ranks"
         )
     most = -(-config.global_batch // world)

@@ -8,7 +8,8 @@ from torch import nn
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, has_compiler, keep_freed_memory
-from m3ae_fast.config import Config, DeepSpeedConfig, OptimConfig, TransformerLoopConfig
+from m3ae_fast.config import Config
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import split_batch
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.memory_estimate import lacking_for_activations, recomputes
@@ -24,13 +25,12 @@ def build_engine(model: M3AE, config: Config, ranks: Ranks) -> ModelEngine:
     `make_engine` for the arguments and errors."""
     groups = optimizer_groups(model, config.optim)
     transformers = (model.encoder, model.decoder)
-    train, optim = config.train, config.optim
     keep, memory = False, ""
-    if ranks.device.type == "cuda" and recomputes(train):
-        lacking = lacking_for_activations(config, ranks, split_batch(train, ranks.world).micro_batch)
+    if ranks.device.type == "cuda" and recomputes(config.train):
+        lacking = lacking_for_activations(config, ranks, split_batch(config.train, ranks.world).micro_batch)
         again = "the outputs of GELU and LayerNorm are recomputed in the backward pass; to keep all activations,"
         keep, memory = not lacking, f"activations: {f'{again} {lacking}' if lacking else 'all are kept'}"
-    engine = make_engine(model, groups, transformers, train, optim, config.deepspeed, ranks, train.ema, keep)
+    engine = make_engine(model, groups, transformers, config, ranks, keep)
     engine.memory = memory
     return engine
 
@@ -39,11 +39,8 @@ def make_engine(
     model: nn.Module,
     groups: list[dict],
     transformers: Sequence[Blocks],
-    loop: TransformerLoopConfig,
-    optim: OptimConfig,
-    deepspeed: DeepSpeedConfig | None,
+    config: Config | EvaluationConfig,
     ranks: Ranks,
-    ema: float | None = None,
     keep_activations: bool = False,
 ) -> ModelEngine:
     """Build an engine for `model`, and move the model to the ranks' device.
@@ -51,12 +48,10 @@ def make_engine(
     Args:
         model: the module to train, which returns StepLosses.
         groups: the optimiser's parameter groups, which contain all parameters; see `build_optimizer`.
-        transformers: parts of the model that are compiled, and whose activations are checkpointed, according to `loop`.
-        loop: settings of the training loop, with resolved precision.
-        optim: settings of the optimiser.
-        deepspeed: settings of DeepSpeed; None: plain torch.
+        transformers: parts of the model that are compiled, and whose activations are checkpointed, according to
+            `config.train`.
+        config: the config of the run, with resolved precision.
         ranks: the ranks of the run.
-        ema: decay of the weights' moving average in the optimiser's state; None: no average.
         keep_activations: whether compiled blocks keep all activations; otherwise they recompute some of them (see
             `Blocks.compile_blocks`).
 
@@ -66,18 +61,18 @@ def make_engine(
     """
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    if loop.compile and not has_compiler():
-        name = f"{loop.SECTION}.compile"
-        raise UserError(f"{name}: needs a C++ compiler; install g++, or set {name}=false")
-    share = split_batch(loop, ranks.world)
+    train, optim = config.train, config.optim
+    if train.compile and not has_compiler():
+        raise UserError("train.compile: needs a C++ compiler; install g++, or set train.compile=false")
+    share = split_batch(train, ranks.world)
     for transformer in transformers:
-        transformer.checkpointing = loop.activation_checkpointing
-        if loop.compile:
+        transformer.checkpointing = train.activation_checkpointing
+        if train.compile:
             transformer.compile_blocks(share.micro_batch, keep_activations)
-    dtype = dtype_of(loop.precision)
-    if deepspeed is None:
-        return TorchEngine(model, groups, optim, dtype, ranks, ema)
+    dtype = dtype_of(train.precision)
+    if config.deepspeed is None:
+        return TorchEngine(model, groups, optim, dtype, ranks, train.ema)
     from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 
     parts = (share.micro_batch, share.accumulation)
-    return DeepSpeedEngine(model, groups, deepspeed, optim, dtype, ranks, *parts, ema)
+    return DeepSpeedEngine(model, groups, config.deepspeed, optim, dtype, ranks, *parts, train.ema)

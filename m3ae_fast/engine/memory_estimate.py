@@ -11,7 +11,7 @@ from m3ae_fast.base.hardware import missing_memory
 from m3ae_fast.batch.masking import draw_mask, draw_predicted
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.config import Config, TransformerLoopConfig
+from m3ae_fast.config import Config, TrainConfig
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 
@@ -40,10 +40,10 @@ def lacking_for_activations(config: Config, ranks: Ranks, samples: int) -> str:
     return next(filter(None, ranks.gather(missing_memory(needed, ranks.device))), "")
 
 
-def recomputes(loop: TransformerLoopConfig) -> bool:
+def recomputes(train: TrainConfig) -> bool:
     """Return whether blocks may recompute outputs of GELU and LayerNorm to save memory. They may if they are compiled
     and activation checkpointing is off."""
-    return loop.compile and not loop.activation_checkpointing
+    return train.compile and not train.activation_checkpointing
 
 
 def matrix_elements(config: Config, model: M3AE) -> int:

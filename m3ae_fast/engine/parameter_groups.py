@@ -13,14 +13,14 @@ from collections.abc import Callable
 
 from torch import nn
 
-from m3ae_fast.config import PretrainingOptimConfig
+from m3ae_fast.config import OptimConfig
 from m3ae_fast.model.m3ae import M3AE
 
 # the decoder's type embeddings
 _IMAGE_TYPE, _TEXT_TYPE = (f"decoder_input.unshuffle.{kind}_type" for kind in ("image", "text"))
 
 
-def optimizer_groups(model: M3AE, config: PretrainingOptimConfig) -> list[dict]:
+def optimizer_groups(model: M3AE, config: OptimConfig) -> list[dict]:
     """Return the parameter groups of the optimiser for pre-training: the groups of AdamW, preceded by the group of
     hidden matrices if Muon is used."""
     depth, decay = model.config.depth, config.layer_decay

@@ -7,21 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from m3ae_fast.config import LONGEST, LoopConfig, ScheduleConfig
-
-
-def learning_rate(step: float, config: ScheduleConfig, batch: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the learning rate of `step`, counted from 0: linear warm-up, then cosine decay
-    (optax.warmup_cosine_decay_schedule). `batch`: samples per step, to which the configured rates are scaled."""
-    scale = config.lr_factor(batch)
-    return warmup_cosine(step, warmup_steps, total_steps, peak=scale * config.peak_lr, end=scale * config.end_lr)
+from m3ae_fast.config import LONGEST, OptimConfig, TrainConfig
 
 
 def warmup_cosine(
     step: float, warmup_steps: int, total_steps: int, init: float = 0.0, peak: float = 1.0, end: float = 0.0
 ) -> float:
     """Return the value at `step` of a schedule that rises linearly from `init` to `peak` during the warm-up and then
-    decays to `end` along a cosine."""
+    decays to `end` along a cosine (optax.warmup_cosine_decay_schedule)."""
     if step < warmup_steps:
         return init + (peak - init) * step / warmup_steps
     progress = min(step - warmup_steps, total_steps - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -47,10 +40,11 @@ class Change(NamedTuple):
 class Schedule:
     """The schedule of a run: its number of steps, and the learning rate of each step."""
 
-    train: LoopConfig
-    optim: ScheduleConfig
+    train: TrainConfig
+    optim: OptimConfig
     samples: int  # number of samples per epoch
     changes: tuple[Change, ...] = ()  # in the order in which they were decided
+    scaled: bool = True  # whether the learning rates are for a batch of 256, and proportional to the batch size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -127,19 +121,21 @@ class Schedule:
     def describe_rate(self) -> str:
         """Return a description for the log: the learning rate after the warm-up, and how it is derived from
         `peak_lr`."""
-        optim, batch = self.optim, self.train.global_batch
-        factor = optim.lr_factor(batch)
-        scaled = "" if factor == 1 else f" = {optim.SECTION}.peak_lr {optim.peak_lr:g} x batch {batch:,} / 256"
-        return f"learning rate {factor * optim.peak_lr:.3g}{scaled}"
+        factor, peak = self.lr_factor, self.optim.peak_lr
+        scaled = "" if factor == 1 else f" = optim.peak_lr {peak:g} x batch {self.train.global_batch:,} / 256"
+        return f"learning rate {factor * peak:.3g}{scaled}"
+
+    @property
+    def lr_factor(self) -> float:
+        """Return the factor by which the learning rates are multiplied."""
+        return self.train.global_batch / 256 if self.scaled else 1.0
 
     def lr(self, step: int) -> float:
         """Return the learning rate of `step`, counted from 0, with all changes so far."""
-        batch = self.train.global_batch
+        peak, end = (self.lr_factor * lr for lr in (self.optim.peak_lr, self.optim.end_lr))
         if self.optim.decay is not None:
-            scale = self.optim.lr_factor(batch)
-            rates = (scale * lr for lr in (self.optim.peak_lr, self.optim.end_lr))
-            return warmup_stable_decay(step, self.warmup_steps, self.decayed(step), *rates)
-        return learning_rate(self.position(step), self.optim, batch, self.warmup_steps, self.configured_steps)
+            return warmup_stable_decay(step, self.warmup_steps, self.decayed(step), peak, end)
+        return warmup_cosine(self.position(step), self.warmup_steps, self.configured_steps, peak=peak, end=end)
 
     def due(self, step: int, every: int | None) -> bool:
         """Return whether an action with period `every` (None: only at the end) is due after `step` steps."""

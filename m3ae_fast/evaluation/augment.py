@@ -130,7 +130,7 @@ class Mixing:
             raise UserError(
                 f"finetune.mixup and cutmix mix pairs of samples within a micro-batch, which must therefore have a "
                 f"multiple of {together} samples, but {share.global_batch} samples are split into {parts} "
-                "micro-batches; choose another finetune.global_batch or micro_batch, or set mixup and cutmix to 0"
+                "micro-batches; choose another train.global_batch or train.micro_batch, or set mixup and cutmix to 0"
             )
 
     def pair(self, position: int) -> tuple[int, int, int]:

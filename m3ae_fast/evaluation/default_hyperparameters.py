@@ -1,5 +1,5 @@
-"""Default training length and learning rate of a classifier, by number of training samples, for settings that are left
-at null.
+"""Default training length and learning rate of a classifier, by number of training samples, for settings that are not
+given.
 
 For a dataset of ImageNet's size, the defaults are the official recipe. For fewer samples, they are changed as follows:
 
@@ -24,12 +24,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig
+from m3ae_fast.config import OptimConfig, TrainConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
 
 IMAGENET = 1_281_167  # number of training samples of ImageNet
 _MORE = 0.2  # for 1 / r of ImageNet's samples, the summed learning rate of a linear probe is multiplied by r ** _MORE
-C = TypeVar("C", LinearProbeConfig, FineTuneConfig)
+
+S = TypeVar("S", OptimConfig, TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Official:
     fewest_steps: int
     # maximum of the learning rate summed over all steps, per training sample; None: the published learning rate is used
     rate_per_sample: float | None
+    rate_is_scaled: bool  # whether `peak_lr` is for a batch of 256, and multiplied by the batch size / 256
 
     def scaled(self, samples: int) -> Recipe:
         """Return the recipe for this number of training samples."""
@@ -74,8 +77,12 @@ class Official:
 
 
 OFFICIAL = {
-    "linear": Official(Recipe(2048, 90, 10, 0.1), smallest_batch=256, fewest_steps=1000, rate_per_sample=5.0),
-    "finetune": Official(Recipe(1024, 100, 5, 1e-3), smallest_batch=64, fewest_steps=4000, rate_per_sample=None),
+    "linear": Official(
+        Recipe(2048, 90, 10, 0.1), smallest_batch=256, fewest_steps=1000, rate_per_sample=5.0, rate_is_scaled=True
+    ),
+    "finetune": Official(
+        Recipe(1024, 100, 5, 1e-3), smallest_batch=64, fewest_steps=4000, rate_per_sample=None, rate_is_scaled=False
+    ),
 }
 
 
@@ -84,27 +91,32 @@ def _power_of_two(value: float) -> int:
     return max(2, 2 ** round(math.log2(value)))
 
 
-def with_defaults(config: C, samples: int, saved: Mapping[str, Any]) -> C:
-    """Return the config with defaults in place of settings that are null.
+def with_defaults(
+    config: EvaluationConfig, official: Official, samples: int, saved: Mapping[str, Any]
+) -> EvaluationConfig:
+    """Return the config with default hyper-parameters in place of those that are not given.
 
     Args:
         config: the config of the task.
+        official: the published recipe of the task.
         samples: number of samples per epoch.
-        saved: the values of this section in the checkpoint from which the run resumes; they are used as defaults. Empty
-            for a new run.
+        saved: the values in the checkpoint from which the run resumes; they are used as defaults. Empty for a new run.
     """
-    recipe = OFFICIAL[config.SECTION].scaled(samples)
-    values: dict[str, Any] = {"global_batch": recipe.global_batch, "peak_lr": recipe.peak_lr, **saved}
-    known = {key: values[key] for key in ("global_batch", "peak_lr") if getattr(config, key) is None}
-    if config.epochs is None and config.steps is None:
+    recipe = official.scaled(samples)
+    train = _filled(config.train, {"global_batch": recipe.global_batch, **saved}, "global_batch")
+    if train.epochs is None and train.steps is None:
         length = saved or {"epochs": float(recipe.epochs), "steps": None}
-        known |= {key: length[key] for key in ("epochs", "steps")}
-    config = config.model_copy(update=known)
-    if config.warmup_epochs is not None:
-        return config
+        train = train.model_copy(update={key: length[key] for key in ("epochs", "steps")})
     fraction = recipe.warmup_epochs / recipe.epochs
-    warmup = round(epochs_of(Schedule(config, config.model_copy(update={"warmup_epochs": 0.0}), samples)) * fraction, 1)
-    return config.model_copy(update={"warmup_epochs": saved.get("warmup_epochs", warmup)})
+    warmup = round(epochs_of(Schedule(train, config.optim, samples)) * fraction, 1)
+    values = {"peak_lr": recipe.peak_lr, "warmup_epochs": warmup, **saved}
+    optim = _filled(config.optim, values, "peak_lr", "warmup_epochs")
+    return config.model_copy(update={"train": train, "optim": optim})
+
+
+def _filled(section: S, values: Mapping[str, Any], *keys: str) -> S:
+    """Return the section with values for those settings in `keys` that are not given."""
+    return section.model_copy(update={key: values[key] for key in keys if key not in section.model_fields_set})
 
 
 def epochs_of(schedule: Schedule) -> float:
@@ -112,14 +124,16 @@ def epochs_of(schedule: Schedule) -> float:
     return schedule.total_steps / schedule.steps_per_epoch
 
 
-def chosen(config: LinearProbeConfig | FineTuneConfig) -> dict[str, Any]:
-    """Return those settings of a resolved config that belong to a recipe."""
-    return config.model_dump(include={"global_batch", "epochs", "steps", "warmup_epochs", "peak_lr"})
+def chosen(config: EvaluationConfig) -> dict[str, Any]:
+    """Return those settings of a config with default hyper-parameters that belong to a recipe."""
+    optim = config.optim.model_dump(include={"peak_lr", "warmup_epochs"})
+    return optim | config.train.model_dump(include={"global_batch", "epochs", "steps"})
 
 
-def sentence(config: LinearProbeConfig | FineTuneConfig, schedule: Schedule, start: int) -> str:
+def sentence(schedule: Schedule, start: int) -> str:
     """Return a sentence that describes the run from step `start` on."""
     return (
-        f"{schedule.samples:,} samples, batch {config.global_batch}, steps {start:,} to {schedule.total_steps:,} "
-        f"({epochs_of(schedule):.4g} epochs, including {config.warmup_epochs:g} of warm-up), {schedule.describe_rate()}"
+        f"{schedule.samples:,} samples, batch {schedule.train.global_batch}, steps {start:,} to "
+        f"{schedule.total_steps:,} ({epochs_of(schedule):.4g} epochs, including {schedule.optim.warmup_epochs:g} of "
+        f"warm-up), {schedule.describe_rate()}"
     )

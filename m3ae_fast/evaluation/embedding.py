@@ -29,7 +29,7 @@ from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import ModelConfig, Overrides, Pool, override_list
-from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
+from m3ae_fast.config.evaluation import EvaluationConfig, Uses, evaluation_config
 from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.data.loader import collate
@@ -178,7 +178,7 @@ def _settings(
     given: dict = {"data": {"train": [{"shards": shards, "modality": modality}]}}
     if pool:
         given["encode"] = {"pool": pool}
-    return evaluation_config(given, overrides, ("embed", ("encode",)))
+    return evaluation_config(given, overrides, "embed", Uses())
 
 
 def _check_out(out: Path | None) -> None:

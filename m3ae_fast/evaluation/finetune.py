@@ -21,7 +21,6 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.hardware import pins_memory, resolve_precision
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import SAMPLING, Rules
-from m3ae_fast.config.evaluation import FineTuneConfig
 from m3ae_fast.data import Corpus, eval_loader, lay_out
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.engine.build import make_engine
@@ -40,7 +39,7 @@ from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants
 from m3ae_fast.training.trainer import Trainer
 
-# defaults for runs without finetune.eval_every: maximum number of evaluations, and maximum fraction of the run's time
+# defaults for runs without train.eval_every: maximum number of evaluations, and maximum fraction of the run's time
 # that evaluations take
 _EVALUATIONS, _EVALUATING = 10, 0.05
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
@@ -49,7 +48,7 @@ RULES = Rules(
         "classifier.*",
         "task.model",
         "run.seed",
-        "finetune.global_batch",
+        "train.global_batch",
         *SAMPLING,
         *(f"finetune.{name}" for name in _AUGMENTATION),
     )
@@ -79,25 +78,24 @@ class TrainableClassifier(Classifier):
 class FineTuningTask(LabelledTask):
     """The task of fine-tuning an encoder with a classification head."""
 
-    settings: FineTuneConfig
     model: TrainableClassifier
     engine: ModelEngine
     val: Corpus
     val_loader: DataLoader[PackedBatch]
     fixed: dict[str, Tensor]  # weights that training does not change
-    averaged: Classifier | None  # with finetune.ema: receives the averaged weights for evaluations
+    averaged: Classifier | None  # with train.ema: receives the averaged weights for evaluations
 
     def first_line(self, trainer: Trainer) -> str:
-        config, ranks, deepspeed = self.settings, trainer.ranks, self.settings.deepspeed
+        ranks, train, deepspeed = trainer.ranks, trainer.config.train, trainer.config.deepspeed
         kind = f"DeepSpeed ZeRO stage {deepspeed.zero_optimization.stage}" if deepspeed else "plain torch"
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
         return (
-            f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {config.precision}, "
-            f"{kind}, optimiser: {self.engine.optimizer_name}, {sentence(config, trainer.schedule, trainer.step)}"
+            f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {train.precision}, "
+            f"{kind}, optimiser: {self.engine.optimizer_name}, {sentence(trainer.schedule, trainer.step)}"
         )
 
     def is_due(self, trainer: Trainer) -> bool:
-        return trainer.to_evaluate(self.settings.eval_every or self._default_period(trainer), "val_top1")
+        return trainer.to_evaluate(trainer.config.train.eval_every or self._default_period(trainer), "val_top1")
 
     def _default_period(self, trainer: Trainer) -> int:
         """Return the default number of steps between evaluations, which keeps their share of the time small. Per
@@ -106,15 +104,11 @@ class FineTuningTask(LabelledTask):
         cheap = math.ceil(self.val.samples / (3 * trainer.share.global_batch * _EVALUATING))
         return max(schedule.total_steps // _EVALUATIONS, schedule.steps_per_epoch, cheap)
 
-    def length_is_open(self) -> bool:
-        given = self.job.config.finetune
-        return given.epochs is None and given.steps is None
-
     def shorter(self, trainer: Trainer, steps: float) -> str:
         per_epoch = trainer.schedule.steps_per_epoch
         epochs = int(max(steps / per_epoch, 1))
         return (
-            f"--set finetune.epochs={epochs} ({epochs * per_epoch:,} steps, with a lower accuracy), or the task "
+            f"--set train.epochs={epochs} ({epochs * per_epoch:,} steps, with a lower accuracy), or the task "
             "logistic, which encodes each image once"
         )
 
@@ -153,13 +147,13 @@ class FineTuningTask(LabelledTask):
         average = self.engine.whole(EMA)
         for name, p in self.averaged.named_parameters():
             p.data.copy_(average[name])
-        bf16 = self.settings.precision == "bf16"
+        bf16 = self.job.config.train.precision == "bf16"
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             yield self.averaged
 
     def save_classifier(self, trainer: Trainer) -> None:
         """Write the classifier to the run folder, with the averaged weights if there are any."""
-        folder = trainer.run.dir
+        folder = trainer.config.run.dir
         if self.averaged is not None:
             save = partial(self.averaged.save_pretrained, folder)
         else:
@@ -170,33 +164,36 @@ class FineTuningTask(LabelledTask):
 def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
     """Open the data, build or restore the classifier, and return the task and its trainer. Raises UserError if the
     data, the model or the checkpoint cannot be used."""
-    ranks, data = job.ranks, job.config.data
-    start = open_training(job, ranks.broadcast(lambda: resolve_precision(job.config.finetune, ranks.device)))
-    config: FineTuneConfig = start.settings
+    ranks = job.ranks
+    resolved = ranks.broadcast(lambda: resolve_precision(job.config.train, ranks.device))
+    job.config = job.config.model_copy(update={"train": resolved})
+    start = open_training(job)
+    config = job.config
+    data, optim, settings = config.data, config.optim, config.finetune
 
-    torch.manual_seed(job.config.run.seed)
+    torch.manual_seed(config.run.seed)
     # if samples are mixed in pairs, each step takes an even number of samples from each lane
-    pairs = 2 if mixes(config, job.modality == "image") else 1
+    pairs = 2 if mixes(settings, job.modality == "image") else 1
     layout = lay_out(data, start.train.sizes, start.share.global_batch // pairs)
-    model = _build(job, config, start.classes, layout.lanes)
+    model = _build(job, start.classes, layout.lanes)
     model.mixing.check_share(start.share)
     transform = None
-    if config.rand_augment and job.modality != "text":
-        transform = RandAugment(config.rand_augment, model.config.model)
+    if settings.rand_augment and job.modality != "text":
+        transform = RandAugment(settings.rand_augment, model.config.model)
     fixed, averaged = constants(model, None), None
-    if config.ema is not None:
+    if config.train.ema is not None:
         averaged = Classifier(model.config).to(ranks.device).eval()
         averaged.load_state_dict(model.state_dict())  # for the position embeddings; the weights will be overwritten
         averaged.backbone.tokenizer = model.backbone.tokenizer  # is saved with the weights
-    groups = layer_decay_groups(model, model.config.model.depth, config.weight_decay, config.layer_decay)
-    engine = make_engine(model, groups, [model.backbone.encoder], config, config, config.deepspeed, ranks, config.ema)
+    groups = layer_decay_groups(model, model.config.model.depth, optim.weight_decay, optim.layer_decay)
+    engine = make_engine(model, groups, [model.backbone.encoder], config, ranks)
     sections = {"classifier": model.config.model_dump(mode="json"), "task": {"model": job.options.model}}
     val_batches = eval_loader(data, start.val, job.preparation, start.share, pin_memory=pins_memory(ranks.device))
     task = FineTuningTask(
         job=job,
-        settings=config,
         corpora=(start.train, start.val),
         classes=start.classes,
+        length_is_open=start.length_is_open,
         model=model,
         engine=engine,
         val=start.val,
@@ -204,12 +201,13 @@ def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
         fixed=fixed,
         averaged=averaged,
     )
-    fix = fix_of_losses(config, config)
+    fix = fix_of_losses(config.train, optim)
     return task, make_trainer(job, start, task, engine, layout, sections, RULES, fix, transform)
 
 
-def _build(job: Job, config: FineTuneConfig, classes: Classes, lanes: int) -> TrainableClassifier:
+def _build(job: Job, classes: Classes, lanes: int) -> TrainableClassifier:
     """Return the classifier with the pre-trained encoder, on the CPU."""
+    config = job.config.finetune
     sizes = job.model.config.model_copy(update={"drop_path": config.drop_path})
     classifier = ClassifierConfig(
         model=sizes, head="finetune", pool=config.pool, modality=job.modality, classes=list(classes)

@@ -421,7 +421,7 @@ class Job:
 
     def described(self, result: dict[str, Any]) -> dict[str, Any]:
         """Return the result with the task, the model, the modality and the config added."""
-        options, config = self.options, self.config.model_dump(mode="json")
+        options, config = self.options, TASKS[self.options.task].uses.values(self.config)
         model = list(options.models) if TASKS[options.task].compares else options.model
         return {"task": options.task} | result | {"model": model, "modality": self.modality, "config": config}
 

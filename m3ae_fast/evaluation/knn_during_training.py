@@ -66,7 +66,7 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
     model = trainer.engine.model
     assert isinstance(model, M3AE)
     encode = EncodeConfig(pool=probe.pool, precision=config.train.precision)
-    ranks, heartbeats, stop, folder = trainer.ranks, trainer.heartbeats, trainer.stop, trainer.run.dir
+    ranks, heartbeats, stop, folder = trainer.ranks, trainer.heartbeats, trainer.stop, trainer.config.run.dir
     try:
         bank, queries = (
             encode_corpus(

@@ -15,7 +15,6 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import duration
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import Resume, Rules, require_same
-from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig
 from m3ae_fast.data import Corpus, Data, Layout, Share, split_batch
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.fingerprint import fingerprint
@@ -25,10 +24,11 @@ from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import logistic_regression
 from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, WARNINGS, accuracy_entries
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, C, Official, chosen, with_defaults
+from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, Official, chosen, with_defaults
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Job
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
+from m3ae_fast.evaluation.tasks import TASKS
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.throughput import SampleCounts, SampleRate
 from m3ae_fast.training.trainer import Trainer
@@ -50,9 +50,9 @@ class LabelledTask(ABC):
     """A classification task that the trainer runs. It stores the predictions of its last evaluation."""
 
     job: Job
-    settings: LinearProbeConfig | FineTuneConfig
     corpora: tuple[Corpus, Corpus]  # the training and the held-out samples
     classes: Classes
+    length_is_open: bool  # whether the length of the run is derived from the number of samples
     notes: list[str] = field(default_factory=list)  # differences from the run that is resumed
 
     def __post_init__(self) -> None:
@@ -89,10 +89,6 @@ class LabelledTask(ABC):
         stop."""
 
     @abstractmethod
-    def length_is_open(self) -> bool:
-        """Return whether the length of the run is not set, so that it is derived from the number of samples."""
-
-    @abstractmethod
     def shorter(self, trainer: Trainer, steps: float) -> str:
         """Return a suggestion for the user: options that shorten the run to about this number of steps, or a faster
         task."""
@@ -105,9 +101,11 @@ class LabelledTask(ABC):
         """Return the warnings about the reliability of the result, one line each. Main rank only."""
         lines = []
         with suppress(UserError):  # raised if the metrics have been removed
-            lines = read_metrics(trainer.run.dir)
-        section, steps, batch = self.settings.SECTION, trainer.schedule.total_steps, trainer.share.global_batch
-        return training_warnings(section, f"{section}.epochs", steps, OFFICIAL[section], lines, batch)
+            lines = read_metrics(trainer.config.run.dir)
+        official = OFFICIAL[self.job.options.task]
+        return training_warnings(
+            "train", "train.epochs", trainer.schedule.total_steps, official, lines, trainer.share.global_batch
+        )
 
     def evaluated(self, trainer: Trainer, predictions: Predictions) -> dict[str, float]:
         """Store the predictions of all held-out samples, and log and return their accuracies."""
@@ -141,14 +139,14 @@ class LabelledTask(ABC):
                 "train_samples": trainer.schedule.samples,
                 "val_samples": val_samples,
                 "skipped": trainer.bad.bad,
-                "recipe": chosen(self.settings),
+                "recipe": chosen(job.config),
                 WARNINGS: found,
             }
         )
 
     def draw(self, trainer: Trainer) -> None:
         """Plot the curves of the run to training.png. Main rank only."""
-        folder = trainer.run.dir
+        folder = trainer.config.run.dir
         draw_training(folder / "training.png", read_metrics(folder), trainer.schedule.steps_per_epoch)
 
     def _log_duration(self, trainer: Trainer) -> None:
@@ -166,33 +164,37 @@ class LabelledTask(ABC):
         a line that suggests options for a shorter run is added if the duration is long and the length of the run was
         derived from the number of samples."""
         lines = [f"expected duration: {duration(pace * left)} for {left:,} more steps, plus evaluations"]
-        if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open():
+        if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open:
             lines.append(f"note: this is a long time for a CPU; to reduce it: {self.shorter(trainer, SHORT_S / pace)}")
         return lines
 
 
 class Start(NamedTuple):
-    """The opened checkpoint and data for training on labelled samples, with resolved settings."""
+    """The opened checkpoint and data for training on labelled samples."""
 
     found: Resume  # the checkpoint to resume from, if there is one
     train: Corpus
     val: Corpus
     classes: Classes
-    settings: Any  # LinearProbeConfig or FineTuneConfig without null values
+    length_is_open: bool  # see `LabelledTask`
     share: Share
     schedule: Schedule
 
 
-def open_training(job: Job, config: C) -> Start:
-    """Open the checkpoint to resume from, if any, and the labelled samples, and fill in the settings that are null.
-    Raises UserError if the checkpoint or the samples cannot be used."""
+def open_training(job: Job) -> Start:
+    """Open the checkpoint to resume from, if any, and the labelled samples, and complete the job's config with default
+    hyper-parameters. Raises UserError if the checkpoint or the samples cannot be used."""
     found = Resume(job.config.run.dir, job.options.resume, job.ranks)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
-    settings = with_defaults(config, train.samples, found.section(config.SECTION))
-    share = split_batch(settings, job.ranks.world, job.ranks.rank)
-    return Start(found, train, val, classes, settings, share, Schedule(settings, settings, train.samples))
+    official, given = OFFICIAL[job.options.task], job.config.train
+    saved = found.section("optim") | found.section("train")
+    job.config = config = with_defaults(job.config, official, train.samples, saved)
+    share = split_batch(config.train, job.ranks.world, job.ranks.rank)
+    schedule = Schedule(config.train, config.optim, train.samples, scaled=official.rate_is_scaled)
+    length_is_open = given.epochs is None and given.steps is None
+    return Start(found, train, val, classes, length_is_open, share, schedule)
 
 
 def make_trainer(
@@ -214,7 +216,7 @@ def make_trainer(
         task: the task; notes on differences from the resumed run are added to it.
         engine: the engine of the task.
         layout: layout of the sample order.
-        sections: config sections to store in checkpoints, in addition to the sections that every task stores.
+        sections: config sections to store in checkpoints, in addition to the settings that the task uses.
         rules: rules for settings that differ between a resumed run and its checkpoint.
         suggested_fix: suggested changes of settings if a loss is not finite.
         transform: transform that is applied to each training image.
@@ -222,14 +224,8 @@ def make_trainer(
     Raises:
         UserError: the checkpoint belongs to another run.
     """
-    found, train, val, _, settings, share, schedule = start
-    run, data = job.config.run, job.config.data
-    sections = {
-        "run": run.model_dump(mode="json"),
-        "data": data.model_dump(mode="json"),
-        settings.SECTION: settings.model_dump(mode="json"),
-        **sections,
-    }
+    found, train, val, _, _, share, schedule = start
+    sections = TASKS[job.options.task].uses.values(job.config) | sections
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     require_same(job.ranks, stream, val)
     task.notes += found.restore(engine, sections, stream, rules)
@@ -237,15 +233,14 @@ def make_trainer(
         task=task,
         session=job.session,
         folder=job.folder,
-        run=run,
-        settings=settings,
+        config=job.config,
         sections=sections,
         share=share,
         schedule=schedule,
         engine=engine,
         train_loader=job.batches(train, share, range(found.step, schedule.total_steps), layout, transform),
         throughput=SampleRate(),
-        bad=BadSamples(data.max_bad_fraction, train.samples),
+        bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
         stream=stream,
         start=found.step,
         suggested_fix=suggested_fix,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from m3ae_fast.checkpoint.resuming import SAMPLING, Rules
-from m3ae_fast.config.evaluation import LinearProbeConfig
 from m3ae_fast.data import lay_out
 from m3ae_fast.evaluation.default_hyperparameters import sentence
 from m3ae_fast.evaluation.feature_bank import FeatureBank
@@ -20,31 +19,26 @@ from m3ae_fast.model.pooling import vectors
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer
 
-RULES = Rules(same=("task.weights", "task.classes", "run.seed", "encode.pool", "linear.global_batch", *SAMPLING))
-_EVALUATIONS = 100  # maximum number of evaluations without linear.eval_every
+RULES = Rules(same=("task.weights", "task.classes", "run.seed", "encode.pool", "train.global_batch", *SAMPLING))
+_EVALUATIONS = 100  # maximum number of evaluations without train.eval_every
 
 
 @dataclass(kw_only=True)
 class ProbingTask(LabelledTask):
     """The task of training a linear classifier on frozen features."""
 
-    settings: LinearProbeConfig
     heads: LinearHeads  # a stack of one head
     val: FeatureBank
 
     def first_line(self, trainer: Trainer) -> str:
         task = f"linear probe of {self.job.config.encode.fixed_pool} features, {len(self.classes)} classes, "
-        return task + sentence(self.settings, trainer.schedule, trainer.step)
+        return task + sentence(trainer.schedule, trainer.step)
 
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether an evaluation is due. A resumed run does not repeat the evaluation at its first step."""
         schedule, step = trainer.schedule, trainer.step
-        every = self.settings.eval_every or max(schedule.steps_per_epoch, schedule.total_steps // _EVALUATIONS)
+        every = trainer.config.train.eval_every or max(schedule.steps_per_epoch, schedule.total_steps // _EVALUATIONS)
         return step > trainer.start and step % every == 0
-
-    def length_is_open(self) -> bool:
-        given = self.job.config.linear
-        return given.epochs is None and given.steps is None
 
     def shorter(self, trainer: Trainer, steps: float) -> str:
         return "the task logistic, which encodes each image once"
@@ -63,11 +57,11 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     """Open the data and the checkpoint, encode the held-out samples, and return the task and its trainer. Raises
     UserError if the data or the checkpoint cannot be used."""
     ranks, run, encode = job.ranks, job.config.run, job.config.encode
-    start = open_training(job, job.config.linear)
+    start = open_training(job)
     held_out = job.encode(start.val, "encoding val")
     width = vectors(encode.fixed_pool) * job.model.config.emb_dim
     heads = LinearHeads(width, len(start.classes), [run.seed], ranks).to(ranks.device)
-    engine = ProbeEngine(heads, start.settings, ranks, job.model, encode)
+    engine = ProbeEngine(heads, job.config, ranks, job.model)
     weights = weights_digest(job.model.state_dict())
     sections = {
         "encode": encode.model_copy(update={"pool": encode.fixed_pool}).model_dump(mode="json"),
@@ -76,13 +70,13 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     layout = lay_out(job.config.data, start.train.sizes, start.share.global_batch)
     task = ProbingTask(
         job=job,
-        settings=start.settings,
         corpora=(start.train, start.val),
         classes=start.classes,
+        length_is_open=start.length_is_open,
         heads=heads,
         val=held_out,
     )
-    return task, make_trainer(job, start, task, engine, layout, sections, RULES, "a lower linear.peak_lr")
+    return task, make_trainer(job, start, task, engine, layout, sections, RULES, "a lower optim.peak_lr")
 
 
 def run(job: Job) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from m3ae_fast.config.evaluation import EncodeConfig, LinearProbeConfig
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.optimizer import Kinds
@@ -32,19 +32,12 @@ class ProbeEngine:
 
     model: nn.Module
 
-    def __init__(
-        self,
-        heads: LinearHeads,
-        config: LinearProbeConfig,
-        ranks: Ranks,
-        model: MultimodalEncoder,
-        encode: EncodeConfig,
-    ) -> None:
+    def __init__(self, heads: LinearHeads, config: EvaluationConfig, ranks: Ranks, model: MultimodalEncoder) -> None:
         """Create the engine. `heads`: a stack of one head; `model`: the frozen encoder."""
         self.before_update: Callable[[], None] = lambda: None
         self.kinds: Kinds = {name: ("momentum",) for name, _ in heads.named_parameters()}
-        self.model, self.ranks, self.frozen, self.encode = heads, ranks, model, encode
-        self.lars = LARS(heads.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
+        self.model, self.ranks, self.frozen, self.encode = heads, ranks, model, config.encode
+        self.lars = LARS(heads.parameters(), weight_decay=config.optim.weight_decay)
         self.stack = Stack(heads, self.lars, torch.ones(1, device=ranks.device), ranks)
         for p in heads.parameters():
             self.lars.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -100,7 +100,7 @@ def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass]) -> 
 def _predictions(job: Job, corpus: Corpus, each: Pass, title: str, whole: TimeLeft) -> Predictions:
     """Return the predictions of one pass over the samples of all ranks."""
     config, ranks = job.config.robustness, job.ranks
-    share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
+    share = Share(job.config.encode.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples)
     shown: Iterable[PackedBatch] = track(batches, title, len(batches), whole=whole, part=each.cost)
     own: list[Predictions | None] = []  # by batch; None: no sample can be read

@@ -15,7 +15,7 @@ from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config import POOLS, Overrides, Pool, override_list
-from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
+from m3ae_fast.config.evaluation import EvaluationConfig, Uses, evaluation_config
 from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, WARNINGS, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
@@ -165,9 +165,9 @@ def _config(options: Options, modality: Modality, out: Path, overrides: Sequence
     task = TASKS[options.task]
     val = [{"shards": list(options.val), "modality": modality}]
     train = [{"shards": list(options.train), "modality": modality}] if task.trains else val
-    sections = ("encode", *options.probes) if task.compares else task.sections
-    given = {"run": {"dir": str(out)}, "data": {"train": train, "val": val}}
-    return evaluation_config(given, list(overrides), (options.task, sections))
+    uses = Uses(("encode", *options.probes)) if task.compares else task.uses
+    given: dict[str, Any] = {"run": {"dir": str(out)}, "data": {"train": train, "val": val}}
+    return evaluation_config(given, overrides, options.task, uses)
 
 
 def _require_image_features(options: Options) -> None:

@@ -16,6 +16,7 @@ from m3ae_fast.base import object_store
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config import POOLS, Pool
+from m3ae_fast.config.evaluation import FINETUNE, LINEAR, Uses
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
 DRAWS = 5  # number of draws for each number of shots
@@ -43,7 +44,7 @@ class Task(NamedTuple):
     compares: bool = False  # accepts several MODELs, and opens them itself
     takes_image_features: bool = False  # MODEL may be one of IMAGE_FEATURES
     has_baselines: bool = False  # baselines are evaluated too; has the option --no-baselines
-    sections: tuple[str, ...] = ("encode",)  # sections of settings that it reads
+    uses: Uses = Uses(("encode",))  # the settings that it uses
     libraries: tuple[str, ...] = ()  # optional libraries that it requires
     example: str = "encode.pool=cls"  # an example of --set for --help
 
@@ -59,7 +60,7 @@ TASKS = {
         has_probe_grid=True,
         takes_image_features=True,
         has_baselines=True,
-        sections=("encode", "knn"),
+        uses=Uses(("encode", "knn")),
         example="knn.k=10",
     ),
     "logistic": Task(
@@ -73,24 +74,24 @@ TASKS = {
         "saved in OUT",
         resumes=True,
         has_baselines=True,
-        sections=("encode", "linear"),
-        example="linear.peak_lr=0.1",
+        uses=LINEAR,
+        example="optim.peak_lr=0.1",
     ),
     "attentive": Task(
         "train a linear classifier and a query that pools the frozen patch tokens",
         modality="image",
         has_probe_grid=True,
         has_baselines=True,
-        sections=("encode", "attentive"),
+        uses=Uses(("encode", "attentive")),
         example="attentive.steps=1000",
     ),
     "finetune": Task(
         "train the encoder with a classification head; the classifier is saved in OUT",
         resumes=True,
         has_baselines=True,
-        sections=("finetune",),
+        uses=FINETUNE,
         libraries=("timm",),
-        example="finetune.epochs=50",
+        example="train.epochs=50",
     ),
     "segment": Task(
         "semantic segmentation: classify frozen patch features with a linear head, or by a vote of the nearest "
@@ -98,27 +99,27 @@ TASKS = {
         has_masks=True,
         modality="image",
         has_baselines=True,
-        sections=("encode", "segment", "knn"),
+        uses=Uses(("encode", "segment", "knn")),
         example="segment.head=knn",
     ),
     "robustness": Task(
         "accuracy of a classifier on adversarial images",
         trains=False,
         classifies=True,
-        sections=("robustness",),
+        uses=Uses(("robustness", "encode.batch")),
         example="robustness.samples=1000",
     ),
     "ood": Task(
         "detect out-of-distribution samples with a frozen encoder or with a classifier",
         may_classify=True,
-        sections=("encode", "knn"),
+        uses=Uses(("encode", "knn")),
         libraries=("sklearn",),
     ),
     "compare": Task(
         "compare models and baselines with several probes, and test which of them differ significantly",
         modality="image",
         compares=True,
-        sections=("encode", "knn", "attentive"),
+        uses=Uses(("encode", "knn", "attentive")),
     ),
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from m3ae_fast.config import LoopConfig, ScheduleConfig
+from m3ae_fast.config import OptimConfig, TrainConfig
 
 # With fewer steps, a model is hardly trained: RankMe falls at first, and losses are near those of constant predictions.
 FEW_STEPS = 100
@@ -74,7 +74,7 @@ def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
     if last >= COLLAPSED and last >= COLLAPSED_TO * first:
         return None
     optim = config.get("optim") or {}
-    advice = ["a lower optim.peak_lr", *clipping("optim", optim.get("clip_grad", math.inf)), "a longer warm-up"]
+    advice = ["a lower optim.peak_lr", *clipping(optim.get("clip_grad", math.inf)), "a longer warm-up"]
     if optim.get("weight_decay") != 0:
         advice.append("a lower optim.weight_decay")
     return Diagnostic(
@@ -85,20 +85,19 @@ def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
     )
 
 
-def clipping(section: str, clip_grad: float | None) -> list[str]:
+def clipping(clip_grad: float | None) -> list[str]:
     """Return a list with the suggestion to clip gradients, or to clip them more strongly than `clip_grad`. The list is
     empty if `clip_grad` is unknown (inf)."""
     if clip_grad == math.inf:
         return []
-    return [f"{section}.clip_grad=1.0" if clip_grad is None or clip_grad > 1 else f"a lower {section}.clip_grad"]
+    return ["optim.clip_grad=1.0" if clip_grad is None or clip_grad > 1 else "a lower optim.clip_grad"]
 
 
-def fix_of_losses(settings: LoopConfig, optim: ScheduleConfig) -> str:
+def fix_of_losses(train: TrainConfig, optim: OptimConfig) -> str:
     """Return the changes of settings that are suggested if a loss or a weight is not finite."""
-    precision = getattr(settings, "precision", "fp32")
-    advice = [f"a lower {optim.SECTION}.peak_lr", *clipping(optim.SECTION, getattr(optim, "clip_grad", None))]
-    if precision != "fp32":
-        advice.append(f"{settings.SECTION}.precision=fp32")
+    advice = ["a lower optim.peak_lr", *clipping(optim.clip_grad)]
+    if train.precision != "fp32":
+        advice.append("train.precision=fp32")
     return either(advice)
 
 

@@ -17,7 +17,8 @@ from m3ae_fast.base.bad_samples import NAMED, BadSamples, Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.saver import Saver
-from m3ae_fast.config import LoopConfig, RunConfig
+from m3ae_fast.config import Config
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import Share
 from m3ae_fast.engine.feed import StepInput, feed
 from m3ae_fast.engine.interface import Engine
@@ -72,8 +73,7 @@ class Trainer:
     task: Task
     session: Session
     folder: RunFolder | None  # on the main rank only
-    run: RunConfig
-    settings: LoopConfig
+    config: Config | EvaluationConfig
     sections: dict[str, Any]  # sections of the config for checkpoints
     share: Share
     schedule: Schedule
@@ -94,17 +94,18 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats, _ = self.session
+        run = self.config.run
         self.step = self.start  # optimiser steps so far
         self.evaluating = 0.0  # seconds of the evaluations so far
         self.log: RunLog = SilentLog()
         if self.ranks.is_main:
-            self.log = RunLog(self.run.dir, self.start, self.schedule.total_steps, self.run.loggers, self.sections)
-        self.record = Recorder(self.run.dir, self.schedule.total_steps)
+            self.log = RunLog(run.dir, self.start, self.schedule.total_steps, run.loggers, self.sections)
+        self.record = Recorder(run.dir, self.schedule.total_steps)
         self.watch = LossWatch()
         self.growth = MemoryGrowth()
         self.saver = Saver(
-            run_dir=self.run.dir,
-            keep=self.settings.keep,
+            run_dir=run.dir,
+            keep=self.config.train.keep,
             engine=self.engine,
             ranks=self.ranks,
             constants=self.constants,
@@ -226,7 +227,7 @@ class Trainer:
     def log_step(self, losses: list[Any], grad_norm: Tensor) -> None:
         """Log the current step if that is due: the first step, every `log_every` steps, and the last step. `losses`,
         `grad_norm`: results of `take_step`."""
-        if self.step != 1 and not self.schedule.due(self.step, self.settings.log_every):
+        if self.step != 1 and not self.schedule.due(self.step, self.config.train.log_every):
             return
         lr, epoch = self.schedule.lr(self.step - 1), self.step / self.schedule.steps_per_epoch
         values, where = self.line.after(self.step, losses, grad_norm, lr, epoch, self.bad.bad)
@@ -292,7 +293,7 @@ class Trainer:
         def begin() -> None:
             self.log.begin()
             self.record.begin(self.start)
-            for path in checkpoint.set_aside_after(self.run.dir, self.start):
+            for path in checkpoint.set_aside_after(self.config.run.dir, self.start):
                 self.log.print(f"the run continues from step {self.start}; a later checkpoint was renamed to {path}")
 
         self.ranks.on_main(begin)
@@ -300,12 +301,13 @@ class Trainer:
     def _saves(self) -> bool:
         """Return whether a checkpoint is due: every `save_every` steps, and before the learning rate decays, so that
         the run can be extended."""
-        return self.schedule.due(self.step, self.settings.save_every) or self.step == self.schedule.decay_begin
+        return self.schedule.due(self.step, self.config.train.save_every) or self.step == self.schedule.decay_begin
 
     def _save(self) -> None:
         """Start saving a checkpoint. Every rank must call it. Raises the same errors as `Saver.save`."""
         self.heartbeats.mark(f"saving step {self.step}")
-        about = (self.step, self.step * self.settings.global_batch, self.run.seed, self.sections, checkpoint.versions())
+        samples = self.step * self.config.train.global_batch
+        about = (self.step, samples, self.config.run.seed, self.sections, checkpoint.versions())
         spent = self.limit.spent if self.limit else 0.0
         changes: list[tuple[int, int]] = list(self.schedule.changes)
         begin = self.schedule.decay_begin
@@ -337,5 +339,5 @@ class Trainer:
         if self.record.is_finished():
             return
         if self.after_save:
-            self.after_save(self.log, self.step, checkpoint.locate(self.run.dir))
+            self.after_save(self.log, self.step, checkpoint.locate(self.config.run.dir))
         self.record.begin(self.step)

@@ -6,6 +6,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from m3ae_fast.cli.evaluate import main
+from m3ae_fast.config.evaluation import FINETUNE
 from m3ae_fast.evaluation.baselines import UNTRAINED
 from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.significance import Difference
@@ -16,6 +17,12 @@ from tests.helpers.labelled import labelled_tar, tiny_run
 def settings(*overrides):
     """Return `--set` options."""
     return [word for override in overrides for word in ("--set", override)]
+
+
+def finetune_settings(**values):
+    """Return `--set` options of settings of fine-tuning, given without their sections."""
+    sections = {key: section for section in ("finetune", "optim", "train") for key in FINETUNE.keys(section)}
+    return settings(*(f"{sections[key]}.{key}={json.dumps(value)}" for key, value in values.items()))
 
 
 def figure_names(folder):

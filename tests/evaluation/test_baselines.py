@@ -40,8 +40,8 @@ from tests.helpers.trainer import TINY
 
 SCALED = IMAGE_FEATURES[PIXELS]
 FEATURES = [IMAGE_FEATURES[name] for name in available()[0]]  # HOG needs a library
-FINETUNE = settings("finetune.steps=2", "finetune.global_batch=16", "finetune.rand_augment=null")
-SHORT = settings("linear.steps=4", "linear.peak_lr=1", "linear.global_batch=16", "linear.warmup_epochs=0")
+FINETUNE = settings("train.steps=2", "train.global_batch=16", "finetune.rand_augment=null")
+SHORT = settings("train.steps=4", "optim.peak_lr=1", "train.global_batch=16", "optim.warmup_epochs=0")
 SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # two classes with 16 and 2 samples
 
 
@@ -372,7 +372,7 @@ def test_a_stop_during_the_baselines_keeps_the_result(transfer, run, monkeypatch
 @pytest.mark.slow
 def test_samples_that_become_unreadable_for_the_baselines_do_not_prevent_the_result(transfer, tmp_path, capsys):
     members = [(name, data[:200] if name == "00047.png" else data) for name, data in labelled_members(range(48))]
-    options = settings("linear.steps=1", "linear.peak_lr=1", "linear.global_batch=16", "data.max_bad_fraction=0")
+    options = settings("train.steps=1", "optim.peak_lr=1", "train.global_batch=16", "data.max_bad_fraction=0")
     result = transfer("linear", *options, train=write_tar(tmp_path / "train.tar", members), baselines=True)
     assert result["steps"] == 1 and "top1" in result and "baselines" not in result
     warning = "the result is written without random weights: 1 of 48 samples cannot be used"

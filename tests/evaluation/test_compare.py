@@ -223,9 +223,9 @@ def test_user_errors_are_reported_before_anything_is_encoded(compared, run, tmp_
     with pytest.raises(UserError, match="nothing: no such file or folder"):
         compared(models=(run, tmp_path / "nothing"))
     with pytest.raises(
-        UserError, match=r"linear.epochs: compare does not use this setting; it uses only the sections encode, knn, run"
+        UserError, match=r"train.epochs: compare does not use this setting; it uses only the sections encode, knn, run"
     ):
-        compared("--probes", "knn", "--set", "linear.epochs=3", short=())
+        compared("--probes", "knn", "--set", "train.epochs=3", short=())
     for options, message in ((["--probes", "knn,svm"], "no probe 'svm'"), (["--seeds", "0"], "argument --seeds: ")):
         with pytest.raises(UserError, match=message):
             compared(*options)

@@ -1,31 +1,45 @@
 """The values of settings that are left at null, by number of samples."""
 
+import json
 import re
 
 import pytest
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config.evaluation import FineTuneConfig, LinearProbeConfig, evaluation_config
+from m3ae_fast.config.evaluation import FINETUNE, LINEAR, evaluation_config
 from m3ae_fast.evaluation.default_hyperparameters import IMAGENET, OFFICIAL, Recipe, chosen, with_defaults
 from m3ae_fast.evaluation.labelled_task import rising
 from tests.helpers.trainer import ROOT
+
+USES = {"linear": LINEAR, "finetune": FINETUNE}
+
+
+def _config(task, **given):
+    """Return the config of a task with settings that are given without their sections."""
+    names = {name.partition(".")[2]: name for name in USES[task].names}
+    overrides = [f"{names[key]}={json.dumps(value)}" for key, value in given.items()]
+    return evaluation_config({"data": {"train": [{"shards": "a.tar"}]}}, overrides, task, USES[task])
+
+
+def _completed(task, samples, saved=None, **given):
+    """Return the hyper-parameters of a task for a number of samples."""
+    return chosen(with_defaults(_config(task, **given), OFFICIAL[task], samples, saved or {}))
 
 
 @pytest.mark.parametrize("samples", [IMAGENET, 1_280_000, 14_000_000])
 def test_default_hyper_parameters_for_imagenet_are_the_official_ones(samples):
     assert OFFICIAL["linear"].scaled(samples) == Recipe(2048, 90, 10.0, 0.1)
     assert OFFICIAL["finetune"].scaled(samples) == Recipe(1024, 100, 5.0, 1e-3)
-    probe, tuning = with_defaults(LinearProbeConfig(), samples, {}), with_defaults(FineTuneConfig(), samples, {})
+    probe, tuning = _completed("linear", samples), _completed("finetune", samples)
     expected = {"global_batch": 2048, "epochs": 90.0, "steps": None, "warmup_epochs": 10.0, "peak_lr": 0.1}
-    assert chosen(probe) == expected
-    assert chosen(tuning) == expected | {"global_batch": 1024, "epochs": 100.0, "warmup_epochs": 5.0, "peak_lr": 1e-3}
+    assert probe == expected
+    assert tuning == expected | {"global_batch": 1024, "epochs": 100.0, "warmup_epochs": 5.0, "peak_lr": 1e-3}
 
 
 def test_given_hyper_parameters_are_kept():
     given = {"global_batch": 24, "epochs": 15.0, "steps": None, "warmup_epochs": 2.0, "peak_lr": 30.0}
-    assert chosen(with_defaults(LinearProbeConfig(**given), 500, {})) == given
-    steps = with_defaults(LinearProbeConfig(steps=90, global_batch=100), 1000, {})
-    assert chosen(steps) == {
+    assert _completed("linear", 500, **given) == given
+    assert _completed("linear", 1000, steps=90, global_batch=100) == {
         **given,
         "global_batch": 100,
         "steps": 90,
@@ -37,9 +51,8 @@ def test_given_hyper_parameters_are_kept():
 
 def test_a_resumed_run_keeps_its_derived_hyper_parameters():
     saved = {"global_batch": 2048, "epochs": None, "steps": 77, "warmup_epochs": 10.0, "peak_lr": 0.1}
-    assert chosen(with_defaults(LinearProbeConfig(), 500, saved)) == saved
-    longer = with_defaults(LinearProbeConfig(steps=99), 500, saved)
-    assert chosen(longer) == saved | {"steps": 99}
+    assert _completed("linear", 500, saved) == saved
+    assert _completed("linear", 500, saved, steps=99) == saved | {"steps": 99}
 
 
 def test_default_steps_have_a_minimum_and_change_gradually_with_the_number_of_samples():
@@ -72,11 +85,10 @@ def test_the_guides_table_of_default_hyper_parameters_is_current():
 
 
 def test_epochs_and_steps_are_mutually_exclusive():
-    data = {"train": [{"shards": "a.tar"}], "val": [{"shards": "a.tar"}]}
-    for section in ("linear", "finetune"):
+    for task in USES:
         with pytest.raises(UserError, match="set epochs or steps, not both"):
-            evaluation_config({"data": data}, [f"{section}.epochs=2", f"{section}.steps=2"])
-        assert getattr(evaluation_config({"data": data}, []), section).epochs is None
+            _config(task, epochs=2, steps=2)
+        assert _config(task).train.epochs is None
 
 
 def test_an_increase_of_the_accuracy_is_reported_only_if_it_is_significant():

@@ -35,14 +35,15 @@ def test_the_training_speed_is_measured_after_the_first_step(monkeypatch):
 def _expectation(kind, pace, left, device="cpu", samples=1482, **sections):
     """Return the lines for a task with `left` remaining steps at `pace` seconds per step."""
     config = _config(**sections)
-    section = with_defaults(getattr(config, SECTIONS[kind]), samples, {})
+    complete = with_defaults(config, OFFICIAL[TASK_OF[kind]], samples, {})
     ranks = SimpleNamespace(device=torch.device(device))
     task = object.__new__(kind)
-    task.job = SimpleNamespace(config=config)
-    return task.expectation(SimpleNamespace(ranks=ranks, schedule=Schedule(section, section, samples)), pace, left)
+    task.length_is_open = config.train.epochs is None and config.train.steps is None
+    schedule = Schedule(complete.train, complete.optim, samples)
+    return task.expectation(SimpleNamespace(ranks=ranks, schedule=schedule), pace, left)
 
 
-SECTIONS = {FineTuningTask: "finetune", ProbingTask: "linear"}
+TASK_OF = {FineTuningTask: "finetune", ProbingTask: "linear"}
 LONG = "note: this is a long time for a CPU; to reduce it: "
 
 
@@ -50,11 +51,11 @@ def test_the_duration_of_a_long_run_on_a_cpu_is_printed_with_a_shorter_alternati
     first, note = _expectation(FineTuningTask, 1.0, 4001)
     assert first == "expected duration: 1:06:41 for 4,001 more steps, plus evaluations"
     assert note == (
-        f"{LONG}--set finetune.epochs=26 (598 steps, with a lower accuracy), or the task logistic, which encodes "
+        f"{LONG}--set train.epochs=26 (598 steps, with a lower accuracy), or the task logistic, which encodes "
         "each image once"
     )
     large = _expectation(FineTuningTask, 9.0, 78_000, samples=50_000)[1]
-    assert large.startswith(f"{LONG}--set finetune.epochs=1 (781 steps")
+    assert large.startswith(f"{LONG}--set train.epochs=1 (781 steps")
     assert _expectation(ProbingTask, 1.0, 1001)[1] == f"{LONG}the task logistic, which encodes each image once"
 
 
@@ -62,9 +63,9 @@ def test_the_duration_of_a_long_run_on_a_cpu_is_printed_with_a_shorter_alternati
     ("kind", "options"),
     [
         (FineTuningTask, {"device": "cuda"}),
-        (FineTuningTask, {"finetune": {"epochs": 174}}),
-        (FineTuningTask, {"finetune": {"steps": 4002}}),
-        (ProbingTask, {"linear": {"epochs": 90}}),
+        (FineTuningTask, {"train": {"epochs": 174}}),
+        (FineTuningTask, {"train": {"steps": 4002}}),
+        (ProbingTask, {"train": {"epochs": 90}}),
     ],
 )
 def test_with_a_given_length_or_a_gpu_only_the_duration_is_printed(kind, options):

@@ -12,8 +12,7 @@ from PIL import Image
 from sklearn.metrics import auc
 
 from m3ae_fast.batch.packing import Sample
-from m3ae_fast.config import ModelConfig
-from m3ae_fast.config.evaluation import LinearProbeConfig
+from m3ae_fast.config import ModelConfig, OptimConfig, TrainConfig
 from m3ae_fast.drawing import figures
 from m3ae_fast.drawing.figures import GREEN, RED, Cell
 from m3ae_fast.engine.schedule import Schedule
@@ -231,8 +230,8 @@ def test_the_training_of_a_classifier_is_plotted_by_epochs(monkeypatch, tmp_path
     monkeypatch.setattr(labelled_task, "draw_training", lambda path, *what: drawn.update(training=(path, *what)))
     monkeypatch.setattr(labelled_task, "read_metrics", lambda folder: [folder])
     trainer = argparse.Namespace(
-        run=argparse.Namespace(dir=tmp_path),
-        schedule=Schedule(LinearProbeConfig(global_batch=4), LinearProbeConfig(), samples=12),
+        config=argparse.Namespace(run=argparse.Namespace(dir=tmp_path)),
+        schedule=Schedule(TrainConfig(global_batch=4), OptimConfig(), samples=12),
     )
     labelled_task.LabelledTask.draw(argparse.Namespace(), trainer)
     assert drawn["training"] == (tmp_path / "training.png", [tmp_path], 3)

@@ -22,7 +22,7 @@ from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.config.evaluation import FineTuneConfig
+from m3ae_fast.config.evaluation import FINETUNE, FineTuneConfig
 from m3ae_fast.data.rank_share import MicroBatches, Share
 from m3ae_fast.evaluation import finetune, linear
 from m3ae_fast.evaluation.augment import Mixing, RandAugment
@@ -32,6 +32,7 @@ from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.training.metrics_log import read_metrics
+from tests.evaluation.conftest import finetune_settings
 from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.ranks import run_ranks
 
@@ -44,7 +45,7 @@ QUICK = {
 
 
 def settings(**changed):
-    return [o for key, value in (QUICK | changed).items() for o in ("--set", f"finetune.{key}={json.dumps(value)}")]
+    return finetune_settings(**(QUICK | changed))
 
 
 def losses(folder):
@@ -122,10 +123,10 @@ def test_fine_tuning_does_not_depend_on_ranks_or_zero_stage(transfer, run, shard
     """Random draws do not depend on the rank or the micro-batch."""
     drawn = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.2, "rand_augment": "rand-m9-mstd0.5-inc1"}
     options = settings(epochs=1, label_smoothing=0.1, micro_batch=4, ema=0.7, **drawn)
-    transfer("finetune", *options, "--set", "finetune.micro_batch=16", out="one")
+    transfer("finetune", *options, "--set", "train.micro_batch=16", out="one")
     command = ["finetune", str(run), "--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "two")]
     command += ["--set", "data.workers=0", *options]
-    command += ["--set", 'finetune.deepspeed={"zero_optimization": {"stage": 3}}']
+    command += ["--set", 'deepspeed={"zero_optimization": {"stage": 3}}']
     code, out = run_ranks("m3ae_fast.cli.evaluate", command, 2, tmp_path / "log")
     assert code == 0, out[-2000:]
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -149,20 +150,28 @@ def test_fine_tuning_does_not_depend_on_ranks_or_zero_stage(transfer, run, shard
     [
         (["--set", "finetune.mixupp=1"], "did you mean finetune.mixup?"),
         (
-            ["--set", "train.epochs=3"],
-            "override train.epochs: finetune does not use this setting; did you mean finetune.epochs?",
+            ["--set", "finetune.peak_lr=1"],
+            "override finetune.peak_lr: finetune does not use this setting; did you mean optim.peak_lr?",
         ),
         (
             ["--set", "linear.epochs=3"],
-            "override linear.epochs: finetune does not use this setting; did you mean finetune.epochs?",
+            "override linear.epochs: finetune does not use this setting; did you mean train.epochs?",
         ),
         (
             ["--set", "encode.batch=3"],
-            "encode.batch: finetune does not use this setting; it uses only the sections finetune, run, data",
+            "encode.batch: finetune does not use this setting; it uses only the sections finetune, optim, train, "
+            "deepspeed, run, data",
         ),
+        (
+            ["--set", "optim.name=muon"],
+            "override optim.name: finetune does not use this setting; of optim, it uses only peak_lr, end_lr, "
+            "warmup_epochs, weight_decay, betas, clip_grad, layer_decay",
+        ),
+        (["--set", 'train={"hours": 1}'], "override train.hours: finetune does not use this setting; of train, it"),
+        (["--set", "optim.peek_lr=1"], "unknown key optim.peek_lr; did you mean optim.peak_lr?"),
         (["--set", "finetune.rand_augment=strong"], "set it to a string such as rand-m9"),
-        (["--set", "finetune.steps=3", "--set", "finetune.epochs=2"], "set epochs or steps"),
-        (["--set", "finetune.global_batch=7", "--set", "finetune.micro_batch=0"], "micro_batch"),
+        (["--set", "train.steps=3", "--set", "train.epochs=2"], "set epochs or steps"),
+        (["--set", "train.global_batch=7", "--set", "train.micro_batch=0"], "micro_batch"),
         (["--resume", "nowhere"], "neither a checkpoint nor a run folder"),
     ],
 )
@@ -209,8 +218,12 @@ def test_every_setting_takes_effect_and_partners_are_in_one_micro_batch(run, tmp
     found = {}
 
     def first_losses(job, name="", value=None):
-        config = FineTuneConfig(**steps | ({name: value} if name else {}))
-        job = replace(job, config=job.config.model_copy(update={"finetune": config}), model=deepcopy(job.model))
+        given = steps | ({name: value} if name else {})
+        changed = {}
+        for section in ("finetune", "optim", "train"):
+            own = {key: given[key] for key in given.keys() & {*FINETUNE.keys(section)}}
+            changed[section] = getattr(job.config, section).model_copy(update=own)
+        job = replace(job, config=job.config.model_copy(update=changed), model=deepcopy(job.model))
         task, trainer = finetune.set_up(job)
         assert trainer.stream["data.order"].startswith("3 lanes, ")
         losses, batches = [], iter(trainer.train_loader)
@@ -254,12 +267,14 @@ def test_the_default_period_limits_the_number_and_the_time_of_evaluations(total,
 
 def test_settings_that_affect_the_samples_must_not_change_when_a_run_resumes():
     """A setting that is added has to be listed here or in the rules."""
-    schedule = {"epochs", "steps", "warmup_epochs", "peak_lr", "end_lr"}
-    optimiser = {"weight_decay", "betas", "clip_grad", "layer_decay", "ema", "deepspeed", "precision"}
+    schedule = {"train.epochs", "train.steps", "optim.warmup_epochs", "optim.peak_lr", "optim.end_lr"}
+    optimiser = {f"optim.{name}" for name in ("weight_decay", "betas", "clip_grad", "layer_decay")}
     loop = {"log_every", "eval_every", "save_every", "keep", "micro_batch", "activation_checkpointing", "compile"}
-    of_the_classifier = {"pool", "drop_path"}
-    refused = {name for name in FineTuneConfig.model_fields if finetune.RULES.severity(f"finetune.{name}") == "refused"}
-    assert refused == FineTuneConfig.model_fields.keys() - schedule - optimiser - loop - of_the_classifier
+    loop = {f"train.{name}" for name in (*loop, "ema", "precision")}
+    of_the_classifier = {"finetune.pool", "finetune.drop_path"}
+    names = {f"{section}.{key}" for section in ("finetune", "optim", "train") for key in FINETUNE.keys(section)}
+    refused = {name for name in names if finetune.RULES.severity(name) == "refused"}
+    assert refused == names - schedule - optimiser - loop - of_the_classifier
     assert {finetune.RULES.severity(f"classifier.{name}") for name in ("pool", "model.drop_path")} == {"refused"}
     for rules, names in ((finetune.RULES, ["task.model"]), (linear.RULES, ["task.weights", "task.classes"])):
         for name in [*names, "run.seed", "data.crop_scale", "data.flip", "data.repeats"]:

@@ -7,8 +7,6 @@ import torch
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main
-from m3ae_fast.config.evaluation import EvaluationConfig
-from m3ae_fast.config.messages import section_of
 from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.heads import BatchNorm
 from m3ae_fast.evaluation.tasks import TASKS
@@ -19,8 +17,8 @@ from tests.helpers.labelled import labelled_tar
 pytestmark = pytest.mark.slow
 
 EVALUATES, ATTACKS, TRAINS = (False, False), (False, True), (True, True)  # (training, with gradients)
-LINEAR = settings("linear.steps=2", "linear.global_batch=8", "linear.peak_lr=0.1")
-TUNE = settings("finetune.steps=2", "finetune.global_batch=8", "finetune.warmup_epochs=0", "finetune.drop_path=0")
+LINEAR = settings("train.steps=2", "train.global_batch=8", "optim.peak_lr=0.1")
+TUNE = settings("train.steps=2", "train.global_batch=8", "optim.warmup_epochs=0", "finetune.drop_path=0")
 LIGHT = settings("robustness.epsilons=[1]", "robustness.steps=2")
 
 
@@ -55,7 +53,7 @@ def test_tasks_encode_in_the_configured_precision_without_gradients_unless_they_
         "ood": ["--ood", shards[1]],
         "linear": LINEAR,
         "attentive": settings("attentive.steps=2"),
-        "finetune": [*TUNE, *settings(f"finetune.precision={precision}", "finetune.rand_augment=null")],
+        "finetune": [*TUNE, *settings(f"train.precision={precision}", "finetune.rand_augment=null")],
     }
     transfer(task, *options.get(task, []), *encode)
     expected = {TRAINS, EVALUATES} if task == "finetune" else {EVALUATES}
@@ -114,7 +112,7 @@ def test_the_prediction_for_a_sample_does_not_depend_on_the_other_samples(transf
     shard = labelled_tar(tmp_path / "a.tar", range(6))
     light = settings("robustness.epsilons=[]", "robustness.samples=99")
     whole, single = (
-        transfer("robustness", *light, *settings(f"robustness.batch={batch}"), model=tmp_path / "classifier",
+        transfer("robustness", *light, *settings(f"encode.batch={batch}"), model=tmp_path / "classifier",
                  train=None, val=shard, out=f"b{batch}")
         for batch in (6, 1)
     )  # fmt: skip
@@ -126,11 +124,15 @@ def test_help_lists_every_setting_of_a_task(task, capsys):
     with pytest.raises(SystemExit):
         main([task, "--help"])
     shown = capsys.readouterr().out
-    for section in TASKS[task].sections:
-        for key in section_of(EvaluationConfig.model_fields[section].annotation).model_fields:
+    for section in TASKS[task].uses.sections:
+        for key in TASKS[task].uses.keys(section):
             assert f"  {section}.{key}\n" in shown
     text = " ".join(shown.split())
     if task in ("knn", "ood", "compare"):
         assert "Number of neighbours that vote; null: 1 or 20" in text
+    if task == "finetune":
+        assert "Learning rate after the warm-up, for" in text and "Default: 0.001, not multiplied by the batch" in text
+        assert "Default: derived from the number of training samples; allowed: integer > 0" in text
+        assert "finetune.hours" not in text and "optim.name" not in text
     if task == "robustness":
         assert "of 1/255. Default: [0.5, 1, 2, 4]; allowed: list: number > 0, ≤ 255." in text

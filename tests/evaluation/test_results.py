@@ -21,8 +21,8 @@ QUICK = {
     "knn": (),
     "ood": (),
     "logistic": (),
-    "linear": settings("linear.steps=2", "linear.global_batch=16", "linear.warmup_epochs=0"),
-    "finetune": settings("finetune.steps=1", "finetune.global_batch=16", "finetune.micro_batch=16"),
+    "linear": settings("train.steps=2", "train.global_batch=16", "optim.warmup_epochs=0"),
+    "finetune": settings("train.steps=1", "train.global_batch=16", "train.micro_batch=16"),
 }
 
 

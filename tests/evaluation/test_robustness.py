@@ -1,7 +1,6 @@
 """Attacks are as documented, and the task counts correctly."""
 
 import argparse
-import json
 from dataclasses import replace
 
 import foolbox
@@ -20,6 +19,7 @@ from m3ae_fast.evaluation import robustness
 from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.robustness import _start, pgd
 from m3ae_fast.images.decoding import decode_image
+from tests.evaluation.conftest import finetune_settings
 from tests.helpers.labelled import NAMES, coloured
 
 pytestmark = pytest.mark.slow
@@ -99,9 +99,8 @@ def test_the_robustness_accuracies_equal_those_of_the_classifier(transfer, class
 
 def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
     quick = {"global_batch": 16, "epochs": 4, "warmup_epochs": 0, "peak_lr": 3e-3, "mixup": 0, "cutmix": 0}
-    options = [o for k, v in quick.items() for o in ("--set", f"finetune.{k}={json.dumps(v)}")]
-    tuned = transfer("finetune", "--set", "finetune.rand_augment=null", *options, out="tuned")
-    light = ["--set", "robustness.epsilons=[64]", "--set", "robustness.batch=5"]
+    tuned = transfer("finetune", *finetune_settings(**quick, rand_augment=None), out="tuned")
+    light = ["--set", "robustness.epsilons=[64]", "--set", "encode.batch=5"]
     result = transfer("robustness", *light, model=tmp_path / "tuned", train=None, out="attacked")
     assert result["top1"] == pytest.approx(tuned["top1"]) and result["pgd"]["64/255"] < result["top1"]
 
@@ -110,6 +109,7 @@ def test_a_fine_tuned_classifier_can_be_attacked(transfer, tmp_path):
     ("options", "message"),
     [
         (["--set", "robustness.steps=0"], "greater than 0"),
+        (["--set", "encode.pool=cls"], "robustness does not use this setting; of encode, it uses only batch"),
         (["--set", "robustness.epsilons=[1,2,1.0]"], "epsilons contains 1 twice"),
         (["--labels", "json.name"], "no training sample has the label"),
         (["--labels", "text.x"], "must be cls"),

@@ -333,9 +333,9 @@ def test_user_errors_are_reported_in_one_line(transfer, masked, tmp_path):
         ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel of class ids\); repair"),
         (["--set", "data.resize=native"], masked[0], "segment needs images of one size; add --set data.resize=sq"),
         (
-            ["--set", "linear.steps=3"],
+            ["--set", "train.steps=3"],
             masked[0],
-            "linear.steps: segment does not use this setting; did you mean segment.steps",
+            "train.steps: segment does not use this setting; did you mean segment.steps",
         ),
     ):
         with pytest.raises(UserError, match=message):

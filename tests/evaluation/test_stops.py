@@ -44,7 +44,7 @@ def test_a_stopped_comparison_ends_with_one_message(stopped, ranks):
 
 
 def test_stopped_fine_tuning_writes_a_checkpoint(stopped, tmp_path):
-    options = settings(f"finetune.steps={ENDLESS}", "finetune.global_batch=16", "finetune.eval_every=2")
+    options = settings(f"train.steps={ENDLESS}", "train.global_batch=16", "train.eval_every=2")
     output = stopped("val_top1", "finetune", *options)
     assert any((tmp_path / "out/checkpoints").iterdir())
     assert re.search(r"stopped at step \d+ \(SIGTERM\); --resume auto continues\n$", output)

@@ -35,7 +35,7 @@ _SHORT = ["attentive.steps=3", "attentive.batch=16", "attentive.online=false", "
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "knn": ("knn", {}),
     "logistic": ("logistic", {}),
-    "linear": ("linear", {"overrides": ["linear.steps=3", "linear.global_batch=16", "linear.peak_lr=1"]}),
+    "linear": ("linear", {"overrides": ["train.steps=3", "train.global_batch=16", "optim.peak_lr=1"]}),
     "poolings": ("logistic", {"layers": "all", "pools": "all"}),
     "shots": ("knn", {"shots": [2, 5]}),
     "attentive": ("attentive", {"pools": "all", "overrides": _SHORT}),
@@ -45,11 +45,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "segment-knn": ("segment", {"overrides": ["segment.head=knn", "segment.bank_patches=200"]}),
     "finetune": (
         "finetune",
-        {"overrides": ["finetune.steps=2", "finetune.global_batch=12", "finetune.precision=fp32"]},
+        {"overrides": ["train.steps=2", "train.global_batch=12", "train.precision=fp32"]},
     ),
     "robustness": (
         "robustness",
-        {"overrides": ["robustness.epsilons=[2]", "robustness.steps=2", "robustness.batch=4"]},
+        {"overrides": ["robustness.epsilons=[2]", "robustness.steps=2", "encode.batch=4"]},
     ),
     "ood": ("ood", {}),
     "compare": (
