@@ -1,3 +1,4 @@
+import itertools
 import os
 import random
 import signal
@@ -20,12 +21,16 @@ from tests.helpers.gpu_process import (  # noqa: F401  # hooks
 )
 from tests.helpers.trainer import Trainer
 
-# These files take a long time and therefore start first; otherwise a worker might run one of them alone at the end.
+# These files take a long time, the longest first. Each worker begins with some of them; otherwise a worker might run
+# one of them alone at the end.
 LONGEST = (
-    "test_deepspeed_options.py",
     "kernels/test_kernel_interpreter.py",
+    "soak/test_soak.py",
+    "evaluation/test_ranks_of_tasks.py",
+    "test_deepspeed_options.py",
     "test_elastic.py",
     "test_end_to_end.py",
+    "test_engine_parity.py",
     "test_pretrain.py",
 )
 
@@ -36,14 +41,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     deselect_without_gpu(config, items)
-
-    def order(item: pytest.Item) -> int:
-        file = item.nodeid.partition("::")[0].removeprefix("tests/")
-        return LONGEST.index(file) if file in LONGEST else len(LONGEST)
-
-    items.sort(key=order)
+    items[:] = dealt(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
     if (seed := config.getoption("--shuffle")) is not None:
         random.Random(seed).shuffle(items)
+
+
+def dealt(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Return the tests in an order in which each worker begins with some of the files in LONGEST. The scheduler of
+    conftest.py in the root folder first gives each worker an equal number of consecutive tests."""
+    files: dict[str, list[pytest.Item]] = {file: [] for file in LONGEST}
+    others = []
+    for item in items:
+        files.get(item.nodeid.partition("::")[0].removeprefix("tests/"), others).append(item)
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        first = list(itertools.chain.from_iterable(files[file] for file in LONGEST[worker::workers]))
+        more = max(0, (len(items) - len(ordered)) // (workers - worker) - len(first))
+        ordered += first + others[:more]
+        del others[:more]
+    return ordered + others
 
 
 @pytest.fixture
