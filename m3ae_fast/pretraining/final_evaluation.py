@@ -145,7 +145,8 @@ def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
     result = found[task][RUN]
     others = {whose: run / RESULTS / f"{task}{_SUFFIXES[whose]}" for whose in found[task] if whose != RUN}
     apart, _ = all_differences(run / RESULTS / task, result, RUN, others)
-    free: dict[str, Difference | None] = dict(sorted(apart.items(), key=lambda item: item[1].value))
+    strongest_first = sorted(apart.items(), key=lambda item: item[1].value)
+    free: dict[str, Difference | None] = dict(strongest_first)
     free |= {name: None for name in _by_model(found[task]) if name != RUN and name not in free}  # without a difference
     better = [name for name, each in free.items() if each and each.is_better and each.value > _CLEAR * each.error]
     sure, unsure = (
