@@ -51,6 +51,15 @@ def test_the_cuda_version_of_the_driver_is_read_from_its_library(monkeypatch):
     assert hardware._supported_cuda() == 0
 
 
+@pytest.mark.parametrize(("flops", "sizes"), [(1e7, [128]), (1e9, [128, 1024])])
+def test_the_peak_of_a_slow_cpu_is_measured_with_a_small_matmul(monkeypatch, flops, sizes):
+    """A large one would take seconds, for example in bf16 on a CPU without instructions for it."""
+    measured = []
+    monkeypatch.setattr(hardware, "_matmul_flops", lambda size, *_: measured.append(size) or flops * size)
+    assert hardware.peak_flops(torch.device("cpu"), torch.bfloat16) == flops * sizes[-1]
+    assert measured == sizes
+
+
 def test_a_single_process_leaves_all_gpus_but_one_unused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert hardware.unused_gpus(1, torch.device("cuda")) == 3

@@ -114,6 +114,7 @@ _PEAKS = {
     "MI300X": Peaks(1307e12, 5.3e12),
 }
 _DRIVER = Path("/proc/driver/nvidia/version")  # written by the kernel module of the NVIDIA driver
+_SLOW = 5e9  # FLOP/s; CPUs without instructions for bf16 are slower in bf16
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameter numbers of mallopt
 
 
@@ -139,13 +140,18 @@ def data_sheet(name: str) -> Peaks | None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the peak FLOP/s for measuring utilisation: the data sheet's value for known GPUs in bf16, otherwise the
-    best of four measurements of a large matmul."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        known = data_sheet(torch.cuda.get_device_name(device))
-        if known is not None:
-            return known.flops
-    size = 1024 if device.type == "cpu" else 8192
+    """Return the peak FLOP/s for measuring utilisation: the data sheet's value for known GPUs in bf16, otherwise that
+    of a large matmul, or of a small one on a CPU on which the large one would take seconds."""
+    if device.type == "cpu":
+        small = _matmul_flops(128, device, dtype)
+        return small if small < _SLOW else _matmul_flops(1024, device, dtype)
+    if dtype == torch.bfloat16 and (known := data_sheet(torch.cuda.get_device_name(device))):
+        return known.flops
+    return _matmul_flops(8192, device, dtype)
+
+
+def _matmul_flops(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a matmul of size x size matrices, the best of four measurements."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):
