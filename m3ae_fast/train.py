@@ -29,11 +29,11 @@ from m3ae_fast.cli.command_line import (
     add_samples,
     add_setting,
     add_settings,
-    output,
     program,
     use_device,
 )
 from m3ae_fast.config import Overrides, load_config, override_list, require_libraries_of, shipped_configs
+from m3ae_fast.config.arguments import output
 from m3ae_fast.config.recipes import HELP, NAMES, with_recipe
 from m3ae_fast.process.launchers import alone
 

@@ -134,7 +134,7 @@ def test_a_method_of_another_library_names_the_one_that_replaces_it(run, name):
         ),
         (
             lambda model: m3ae_fast.evaluate("knn", "run", train=["a.tar", 5], val="b.tar", out="out"),
-            "train: must be a name or a path, not int$",
+            "train .*: must be a name or a path, not int$",
         ),
     ],
 )
@@ -269,13 +269,18 @@ def test_an_error_that_another_rank_reports_is_a_user_error(run, images, tmp_pat
         ("kmeans", {}, "kmeans: no such task; choose from knn, logistic, linear"),
         ("knn", {"seeds": 5}, "seeds: knn does not use it"),
         ("finetune", {"layers": "all"}, "layers: finetune does not use it"),
-        ("knn", {"train": ()}, "train: knn needs shards"),
-        ("attentive", {"modality": "text"}, "modality text: must be image for attentive"),
-        ("compare", {"probes": ["svm"]}, "probes svm: no such probe"),
+        ("knn", {"train": ()}, "train: is empty"),
+        ("attentive", {"modality": "text"}, "modality: attentive does not use it; leave it out"),
+        ("knn", {"lables": "cls"}, "lables: there is no such argument; did you mean labels?"),
+        ("compare", {"probes": ["svm"]}, "probes svm: must be knn, logistic or attentive"),
         ("ood", {"ood": {"val": ["a.tar"]}}, "ood val: the result already uses this name for val"),
-        ("ood", {"ood": ["a.tar"]}, "ood: must be a dict of shards by the name of their set"),
-        ("knn", {"shots": ["5"]}, "shots: must be integers of at least 1"),
-        ("compare", {"seeds": "3"}, "compare needs at least one probe and from 1 to"),
+        ("ood", {"ood": ["a.tar"]}, "ood .*: must be a dict of shards by the name of their set"),
+        ("knn", {"shots": [5, 0]}, "shots 0: must be greater than 0"),
+        ("knn", {"shots": "1,x"}, "shots x: must be a valid integer"),
+        ("knn", {"layers": "0"}, "layers 0: must be all, or numbers of blocks from 1, such as 1,2"),
+        ("compare", {"seeds": 101}, "seeds 101: must be less than or equal to 100"),
+        ("compare", {"probes": []}, "probes: is empty"),
+        ("knn", {"seed": 1, "overrides": "run.seed=2"}, "seed 1: the setting run.seed is given too"),
         ("knn", {"model": ["a", "b"]}, "knn evaluates one model, not 2"),
     ],
 )
@@ -294,9 +299,9 @@ def test_arguments_with_several_items_may_be_texts_as_on_the_command_line_or_sin
         task = "ood" if "ood" in more else "compare" if "probes" in more else "knn"
         m3ae_fast.evaluate(task, "run", train="a.tar", val="b.tar", out=tmp_path, session=object(), **more)
     first, second, third, fourth = given
-    assert (first.pools, first.layers, first.shots) == (("mean",), "2", (5,))
-    assert (second.pools, second.layers, second.shots) == (("cls", "mean"), "1,2", (5, 10))
-    assert third.ood == {"other": ("c.tar",)} and fourth.probes == ("knn", "logistic")
+    assert (first.pools, first.layers, first.shots) == (["mean"], [2], [5])
+    assert (second.pools, second.layers, second.shots) == (["cls", "mean"], [1, 2], [5, 10])
+    assert third.ood == {"other": ["c.tar"]} and fourth.probes == ["knn", "logistic"]
 
 
 def test_shards_are_made_counted_and_described_through_the_python_api(images, tmp_path, monkeypatch):

@@ -9,11 +9,10 @@ import pytest
 from m3ae_fast import __main__, train
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli import command_line, evaluate, option_hints, pretrain, shards
-from m3ae_fast.cli.command_line import output, seed, use_device
+from m3ae_fast.cli.command_line import seed, use_device
 from m3ae_fast.config import Config
-from m3ae_fast.config.evaluation import evaluation_config
+from m3ae_fast.config.arguments import output
 from m3ae_fast.config.messages import settings_called
-from m3ae_fast.evaluation.tasks import TASKS
 
 WRONG = [
     (output(), "", "is empty; specify a path"),  # such as the value of a shell variable that is not set
@@ -143,15 +142,6 @@ def test_options_that_abbreviate_a_setting_apply_in_command_line_order():
     assert train.parse_args(["--config", "base"]).set == []
     with pytest.raises(UserError, match="--seed x: must be an integer"):
         train.parse_args(["--config", "base", "--seed", "x"])
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_the_help_of_a_task_shows_a_setting_that_the_task_reads(name, capsys):
-    task = TASKS[name]
-    evaluation_config({"data": {"train": [{"shards": "a.tar"}]}}, [task.example], name, task.uses)
-    with pytest.raises(SystemExit):
-        evaluate.main([name, "--help"])
-    assert f"for example --set {task.example} " in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_device_option_hides_gpus_only_for_cpu(monkeypatch):

@@ -7,14 +7,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from m3ae_fast.base.environment import DEVICES, Device
 from m3ae_fast.base.errors import ErrorElsewhere, UserError
+from m3ae_fast.config.arguments import Arguments
 from m3ae_fast.process.launchers import is_first_rank
 
+A = TypeVar("A", bound=Arguments)
 _FIRST_S = 10.0  # seconds that other ranks wait for rank 0 to report a mistake, because rank 0 may start later
 
 
@@ -78,7 +79,20 @@ def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
     )
     add_setting(parser, "--seed", "run.seed", seed, "random seed")
     add_device(parser)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    add_local_rank(parser)
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Add the option that the deepspeed launcher adds to the command line. It has no effect."""
+    parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def checked(kind: type[A], given: Mapping[str, Any]) -> A:
+    """Return the arguments of a command, which a parser has found. Reports a mistake as `refuse` does."""
+    try:
+        return kind.of_command({name: value for name, value in given.items() if name != "local_rank"})
+    except UserError as error:
+        refuse(str(error))
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -162,22 +176,6 @@ def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
         help=f"auto: continue from the last checkpoint in {folder}, if any; no (default): start a new run; "
         "PATH: continue from that checkpoint or run folder",
     )
-
-
-def output(*endings: str) -> Callable[[str], Path]:
-    """Return a function that parses the path of an output folder, or of an output file with one of these endings. The
-    function raises UserError for an invalid path; for other exceptions, argparse would also print the usage."""
-
-    def parse(text: str) -> Path:
-        if not text:
-            raise UserError("the output path is empty; specify a path")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{text!r}: the name is not UTF-8; choose another name")
-        if endings and not text.endswith(endings):
-            raise UserError(f"{text}: must end in {' or '.join(endings)}")
-        return Path(text)
-
-    return parse
 
 
 def seed(text: str) -> int:

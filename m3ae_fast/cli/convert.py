@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import output, program
+from m3ae_fast.cli.command_line import program
+from m3ae_fast.config.arguments import output
 
 if TYPE_CHECKING:  # torch is imported only where it is used, so that --help appears immediately
     from m3ae_fast.model.pretrained import Pretrained

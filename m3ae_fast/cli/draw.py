@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import command, output, program
+from m3ae_fast.cli.command_line import command, program
+from m3ae_fast.config.arguments import output
 
 RUN_HELP = "a run folder (its last checkpoint is used), a checkpoint folder, or an export (with --val and --out)"
 OF_A_RUN = "Samples are selected evenly from --val (default: the run's data.val or, if it is empty, its data.train)."

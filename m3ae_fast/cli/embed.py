@@ -25,11 +25,11 @@ from m3ae_fast.cli.command_line import (
     add_labels,
     add_settings,
     names_of,
-    output,
     program,
     use_device,
 )
 from m3ae_fast.config import POOLS
+from m3ae_fast.config.arguments import output
 from m3ae_fast.evaluation.tasks import COLUMN_NAMES, MODALITIES
 from m3ae_fast.process.launchers import is_first_rank
 from m3ae_fast.weights.model_name import MODEL_HELP

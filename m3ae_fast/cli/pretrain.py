@@ -25,11 +25,11 @@ from m3ae_fast.cli.command_line import (
     add_columns,
     add_labels,
     add_settings,
-    output,
     program,
     refuse,
     use_device,
 )
+from m3ae_fast.config.arguments import output
 from m3ae_fast.config.recipes import HELP, NAMES
 from m3ae_fast.pretraining import RESUME_NOTE, SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import check_overrides

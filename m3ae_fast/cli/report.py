@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.cli.command_line import output, program
+from m3ae_fast.cli.command_line import program
+from m3ae_fast.config.arguments import output
 
 
 def main(argv: list[str] | None = None) -> int:

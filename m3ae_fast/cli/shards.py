@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from m3ae_fast.base.errors import UserError, exit_cleanly
-from m3ae_fast.cli.command_line import GROUP_HELP, add_columns, add_labels, command, output, program, seed
+from m3ae_fast.cli.command_line import GROUP_HELP, add_columns, add_labels, command, program, seed
 from m3ae_fast.config import add_range_option
+from m3ae_fast.config.arguments import output
 from m3ae_fast.shards.settings import Settings
 
 OUT_HELP = "output folder: a new folder, or the folder of an interrupted command, which is then continued"

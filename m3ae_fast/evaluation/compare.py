@@ -38,6 +38,7 @@ from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.probes import PROBES, Features, Setting, attentive_recipe
 from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.evaluation.stored_features import SUFFIX, StoredFeatures, open_features
+from m3ae_fast.evaluation.tasks import Compare
 from m3ae_fast.evaluation.timm_features import TimmFeatures, open_timm
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pretrained import weights_digest
@@ -184,14 +185,14 @@ def with_error(accuracy: Mapping[str, Any]) -> str:
     return f"{100 * accuracy['top1']:.1f} ± {100 * accuracy[f'top1{ERROR}']:.1f}"
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job[Compare]) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if a model cannot be opened, or if the memory is too
     small."""
     options, seeds = job.options, range(job.config.run.seed, job.config.run.seed + job.options.seeds)
     own, missing = job.ranks.broadcast(available)
     if all(PROBES[probe].is_attentive for probe in options.probes):
         own, missing = [], ""
-    names = model_names(options.models, own)
+    names = model_names(options.model, own)
     # report mistakes before any work
     shapes, digests, channels = dict[str, Shape](), dict[str, str](), dict[str, int]()
     others = {name: model for name, model in names.items() if is_features(model)}
@@ -252,7 +253,7 @@ class Shape(NamedTuple):
     probes: tuple[str, ...]  # probes that can use its features
 
 
-def _shape(job: Job, encoder: MultimodalEncoder, decoding: float = 0.0) -> Shape:
+def _shape(job: Job[Compare], encoder: MultimodalEncoder, decoding: float = 0.0) -> Shape:
     """Return the properties of a model. `decoding`: cost of reading an image, which is that of `ImageFeatures`."""
     c, probes = encoder.config, tuple(job.options.probes)
     if isinstance(encoder, ImageFeatures):
@@ -285,7 +286,7 @@ def _work(job: Job, shape: Shape, model: str, identity: str, seeds: Sequence[int
     return ComputeCost(shape.cost, seeded, trials, missing)
 
 
-def _shorter(job: Job) -> str:
+def _shorter(job: Job[Compare]) -> str:
     """Return a suggestion of options that shorten the comparison."""
     probes, seeds = job.options.probes, job.options.seeds
     ways = []

@@ -34,6 +34,7 @@ from m3ae_fast.evaluation.finetune_groups import layer_decay_groups
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.evaluation.tasks import Finetune
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants
@@ -161,7 +162,7 @@ class FineTuningTask(LabelledTask):
         trainer.ranks.on_main(save)
 
 
-def set_up(job: Job) -> tuple[FineTuningTask, Trainer]:
+def set_up(job: Job[Finetune]) -> tuple[FineTuningTask, Trainer]:
     """Open the data, build or restore the classifier, and return the task and its trainer. Raises UserError if the
     data, the model or the checkpoint cannot be used."""
     ranks = job.ranks
@@ -220,7 +221,7 @@ def _build(job: Job, classes: Classes, lanes: int) -> TrainableClassifier:
     return model
 
 
-def run(job: Job) -> dict[str, Any] | None:
+def run(job: Job[Finetune]) -> dict[str, Any] | None:
     """Run the task and return its result; None if it was stopped before its end."""
     job.heartbeats.watch_over(job.config.run)
     task, trainer = set_up(job)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -38,7 +38,7 @@ from m3ae_fast.evaluation.image_features import ImageFeatures
 from m3ae_fast.evaluation.pool_choice import best_pool, candidates, part_of_pool
 from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.evaluation.significance import ERROR
-from m3ae_fast.evaluation.tasks import TASKS, Modality, Options
+from m3ae_fast.evaluation.tasks import Modality, Task, WithLabels
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
@@ -52,6 +52,7 @@ RESULT_FILE = "result.json"
 LONG_S, SHORT_S = 15 * 60, 10 * 60
 
 Columns = Mapping[str, Sequence[Any]]
+T_co = TypeVar("T_co", bound=Task, covariant=True)
 
 
 @dataclass
@@ -65,10 +66,10 @@ class SharedFeatures:
 
 
 @dataclass
-class Job:
+class Job(Generic[T_co]):
     """A run of a task on a model."""
 
-    options: Options
+    options: T_co
     modality: Modality  # input of the encoder
     config: EvaluationConfig
     session: Session
@@ -116,11 +117,11 @@ class Job:
         return train, val
 
     @property
-    def has_lists(self) -> bool:
+    def has_lists(self: Job[WithLabels]) -> bool:
         """Return whether the labels of the training samples are lists."""
         return are_lists(self.corpora[0], self.options.labels)
 
-    def open_labelled(self) -> tuple[Corpus, Corpus, Classes]:
+    def open_labelled(self: Job[WithLabels]) -> tuple[Corpus, Corpus, Classes]:
         """Return the training and held-out samples that have a class, and the classes by id. Sets `classes` and
         `names`. Raises UserError as `open_corpus` and `label_corpus` do."""
         field, progress = self.options.labels, self.ranks.is_main
@@ -421,9 +422,9 @@ class Job:
 
     def described(self, result: dict[str, Any]) -> dict[str, Any]:
         """Return the result with the task, the model, the modality and the config added."""
-        options, config = self.options, TASKS[self.options.task].uses.values(self.config)
-        model = list(options.models) if TASKS[options.task].compares else options.model
-        return {"task": options.task} | result | {"model": model, "modality": self.modality, "config": config}
+        options = self.options
+        model, config = options.model_dump(include={"model"}), options.uses.values(self.config)
+        return {"task": options.name()} | result | model | {"modality": self.modality, "config": config}
 
 
 def _of_common_samples(

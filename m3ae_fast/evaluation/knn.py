@@ -24,6 +24,7 @@ from m3ae_fast.evaluation.hyperparameter_choice import split
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.evaluation.tasks import Knn
 
 NUMBERS = (1, USUAL_K)  # numbers of neighbours that are tried if `knn.k` is null
 _MOST_HELD_OUT = 10_000  # maximum number of samples on which they are tried
@@ -64,7 +65,7 @@ def _chosen_k(bank: FeatureBank, classes: int, temperature: float) -> int:
     return max(top1, key=lambda k: (top1[k], k == USUAL_K))
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job[Knn]) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError as `Job.open_labelled` and `encode_corpus` do."""
     config = job.config.knn
     if job.has_lists:

@@ -28,7 +28,7 @@ from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, Official, cho
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Job
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import ERROR
-from m3ae_fast.evaluation.tasks import TASKS
+from m3ae_fast.evaluation.tasks import WithResume
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.throughput import SampleCounts, SampleRate
 from m3ae_fast.training.trainer import Trainer
@@ -102,7 +102,7 @@ class LabelledTask(ABC):
         lines = []
         with suppress(UserError):  # raised if the metrics have been removed
             lines = read_metrics(trainer.config.run.dir)
-        official = OFFICIAL[self.job.options.task]
+        official = OFFICIAL[self.job.options.name()]
         return training_warnings(
             "train", "train.epochs", trainer.schedule.total_steps, official, lines, trainer.share.global_batch
         )
@@ -181,14 +181,14 @@ class Start(NamedTuple):
     schedule: Schedule
 
 
-def open_training(job: Job) -> Start:
+def open_training(job: Job[WithResume]) -> Start:
     """Open the checkpoint to resume from, if any, and the labelled samples, and complete the job's config with default
     hyper-parameters. Raises UserError if the checkpoint or the samples cannot be used."""
     found = Resume(job.config.run.dir, job.options.resume, job.ranks)
     train, val, classes = job.open_labelled()
     if train.has_captions:
         job.model.require_tokenizer()
-    official, given = OFFICIAL[job.options.task], job.config.train
+    official, given = OFFICIAL[job.options.name()], job.config.train
     saved = found.section("optim") | found.section("train")
     job.config = config = with_defaults(job.config, official, train.samples, saved)
     share = split_batch(config.train, job.ranks.world, job.ranks.rank)
@@ -225,7 +225,7 @@ def make_trainer(
         UserError: the checkpoint belongs to another run.
     """
     found, train, val, _, _, share, schedule = start
-    sections = TASKS[job.options.task].uses.values(job.config) | sections
+    sections = job.options.uses.values(job.config) | sections
     stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
     require_same(job.ranks, stream, val)
     task.notes += found.restore(engine, sections, stream, rules)

@@ -15,6 +15,7 @@ from m3ae_fast.evaluation.heads import LinearHeads
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
+from m3ae_fast.evaluation.tasks import Linear
 from m3ae_fast.model.pooling import vectors
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer
@@ -53,7 +54,7 @@ class ProbingTask(LabelledTask):
         self.job.save_probe("linear", self.heads.head(0))
 
 
-def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
+def set_up(job: Job[Linear]) -> tuple[ProbingTask, Trainer]:
     """Open the data and the checkpoint, encode the held-out samples, and return the task and its trainer. Raises
     UserError if the data or the checkpoint cannot be used."""
     ranks, run, encode = job.ranks, job.config.run, job.config.encode
@@ -79,7 +80,7 @@ def set_up(job: Job) -> tuple[ProbingTask, Trainer]:
     return task, make_trainer(job, start, task, engine, layout, sections, RULES, "a lower optim.peak_lr")
 
 
-def run(job: Job) -> dict[str, Any] | None:
+def run(job: Job[Linear]) -> dict[str, Any] | None:
     """Run the task and return its result; None if it was stopped before its end."""
     job.heartbeats.watch_over(job.config.run)
     task, trainer = set_up(job)

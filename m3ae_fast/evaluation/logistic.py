@@ -9,9 +9,10 @@ from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.logistic_regression import fit, fit_chosen, predict
+from m3ae_fast.evaluation.tasks import Logistic
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job[Logistic]) -> dict[str, Any]:
     """Run the task, write the classifier unless the labels are lists, and return the result. Raises UserError as
     `Job.open_labelled` and `Job.encode` do."""
     if job.has_lists:

@@ -25,6 +25,7 @@ from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import IMAGE_HASH
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
 from m3ae_fast.evaluation.significance import image_clusters
+from m3ae_fast.evaluation.tasks import WithLabels
 
 # Returns the scores of this rank's queries, [R, C], given the features of the training samples, those of the queries,
 # and whether each training sample belongs to each class, bool [N, C]. Every rank calls it.
@@ -33,7 +34,7 @@ _RESAMPLES = 200  # number of bootstrap samples
 _CHANCE = "chance"  # name of uninformative scores
 
 
-def run(job: Job, score: Score) -> dict[str, Any]:
+def run(job: Job[WithLabels], score: Score) -> dict[str, Any]:
     """Run a task and return its result. `score`: the classifier of the task. Raises UserError if a sample has no list
     of labels, and the errors of `Job.open`."""
     train = _labelled(job, job.corpora[0], None)
@@ -55,7 +56,7 @@ def run(job: Job, score: Score) -> dict[str, Any]:
     }
 
 
-def _labelled(job: Job, corpus: Corpus, classes: Classes | None) -> LabelledLists:
+def _labelled(job: Job[WithLabels], corpus: Corpus, classes: Classes | None) -> LabelledLists:
     found = list_corpus(corpus, job.options.labels, classes, progress=job.ranks.is_main)
     job.print(f"{found.corpus.samples:,} samples with lists of labels, {len(found.classes):,} classes")
     if found.unknown:

@@ -42,6 +42,7 @@ from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.predictions import IMAGE_HASH
 from m3ae_fast.evaluation.significance import area_under_roc, image_clusters, middle
+from m3ae_fast.evaluation.tasks import Ood
 from m3ae_fast.process.collectives import all_reduce
 
 TRAIN, VAL = "train", "val"  # names of the in-distribution samples in results
@@ -179,7 +180,7 @@ def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tup
     return means_KD, vectors_DD * torch.where(values_D > rounding, values_D.rsqrt(), 0.0)
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job[Ood]) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if the training samples do not have the classes of the
     classifier, or if `encode.pool` is not the pooling of its head, and the errors of `Job.open_labelled`."""
     if isinstance(job.model, Classifier):

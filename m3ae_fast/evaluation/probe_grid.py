@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from m3ae_fast.evaluation.probes import (
     attentive_recipe,
 )
 from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
-from m3ae_fast.evaluation.tasks import DRAWS, Options
+from m3ae_fast.evaluation.tasks import DRAWS, WithGrid
 
 ATTENTION = "attention"  # display name of the pooling of patch tokens by an attentive probe
 
@@ -117,10 +117,10 @@ class GridPredictions:
         return stacked(parts, self.classes)
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job[WithGrid]) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if a layer does not exist, a class has too few samples, or
     the memory is too small."""
-    options, task = job.options, job.options.task
+    options, task = job.options, job.options.name()
     if options.pools and "pool" in job.config.encode.model_fields_set:
         raise UserError("pools replaces encode.pool; leave out one of the two")
     if job.modality == "text" and (grids := [pool for pool in options.pools if pool in GRIDS]):
@@ -156,7 +156,9 @@ def run(job: Job) -> dict[str, Any]:
     return _concluded(job, found, (train, val))
 
 
-def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpus, Classes]) -> dict[str, Any]:
+def _run_online(
+    job: Job[WithGrid], kinds: Sequence[Features], opened: tuple[Corpus, Corpus, Classes]
+) -> dict[str, Any]:
     """Train heads on all types of features without storing patch tokens, and return the result."""
     train, val, classes = opened
     found = GridPredictions(kinds, [None], 1, classes, (train.samples, val.samples))
@@ -178,13 +180,13 @@ def _run_online(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpu
     return _concluded(job, found, (train, val))
 
 
-def _pooled(options: Options) -> str:
+def _pooled(options: WithGrid) -> str:
     """Return a description of the pooled features that --pools selects; "" without --pools."""
-    linear = "linear probes of " if PROBES[options.task].is_attentive else ""
+    linear = "linear probes of " if PROBES[options.name()].is_attentive else ""
     return f"{linear}{' and '.join(options.pools)} features, " if options.pools else ""
 
 
-def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Any]:
+def _concluded(job: Job[WithGrid], found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Any]:
     """Write the predictions, evaluate the baselines, and return the result. `corpora`: the training and the held-out
     samples."""
     rows, columns = found.rows(found.made), found.columns(found.made)
@@ -194,13 +196,13 @@ def _concluded(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus])
     return result | baseline_entries(_baselines(job, found, corpora))
 
 
-def _baselines(job: Job, found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Baseline]:
+def _baselines(job: Job[WithGrid], found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Baseline]:
     """Return the results of the baselines by name; empty if the task evaluates no baselines. The baselines have the
     same layer, pooling and training samples as the probe of the main accuracies. They use k-NN if the task does, and
     otherwise logistic regression."""
     case, own = found.main_predictions()
-    probe = "knn" if job.options.task == "knn" else "logistic"
-    other = "" if probe == job.options.task else LOGISTIC
+    probe = "knn" if job.options.name() == "knn" else "logistic"
+    other = "" if probe == job.options.name() else LOGISTIC
     setting = Setting(
         job.config, len(found.classes), job.model.config.num_heads, job.config.run.seed, job.ranks, job.heartbeats
     )
@@ -221,10 +223,10 @@ def _append(chosen: list[dict[str, float]], _: int, values: dict[str, float]) ->
     chosen.append(values)
 
 
-def _shorter(job: Job, layers: Sequence[int]) -> str:
+def _shorter(job: Job[WithGrid], layers: Sequence[int]) -> str:
     """Return a suggestion of options that shorten the task."""
     ways = ["fewer --train shards"]
-    if job.options.task == "attentive" and job.config.attentive.peak_lr is None:
+    if job.options.name() == "attentive" and job.config.attentive.peak_lr is None:
         ways = ["--set attentive.peak_lr=1e-3, so that only one learning rate is tried"]
     if job.options.shots:
         ways.append("fewer --shots")
@@ -235,17 +237,16 @@ def _shorter(job: Job, layers: Sequence[int]) -> str:
     return " or ".join(ways)
 
 
-def chosen_layers(wanted: str | None, depth: int) -> list[int]:
-    """Return the numbers of the selected encoder blocks, in ascending order. `wanted`: "all", or numbers separated by
-    commas; None: only the last block. Raises UserError if a block does not exist."""
+def chosen_layers(wanted: Literal["all"] | Sequence[int] | None, depth: int) -> list[int]:
+    """Return the numbers of the selected encoder blocks, in ascending order. `wanted`: "all", or numbers from 1; None:
+    only the last block. Raises UserError if a block does not exist."""
     if wanted is None:
         return [depth]
     if wanted == "all":
         return list(range(1, depth + 1))
-    parts = wanted.split(",")
-    if not all(part.isdecimal() and 1 <= int(part) <= depth for part in parts):
-        raise UserError(f"layers {wanted}: must be all, or numbers from 1 to {depth}, such as 1,{depth}")
-    return sorted({int(part) for part in parts})
+    if beyond := [layer for layer in wanted if layer > depth]:
+        raise UserError(f"layers {beyond[0]}: must be all, or numbers from 1 to {depth}, such as 1,{depth}")
+    return [*wanted]
 
 
 def encode_kinds(
@@ -314,7 +315,7 @@ def _predictions(
     bank = encoded.bank
     if shots is not None:
         bank = {number: few_shot(each, shots, draw, encoded.classes) for number, each in bank.items()}
-    return PROBES[job.options.task].predict(bank, encoded.held_out, _setting(job, found, shots, draw))
+    return PROBES[job.options.name()].predict(bank, encoded.held_out, _setting(job, found, shots, draw))
 
 
 def _setting(job: Job, found: GridPredictions, shots: int | None, draw: int) -> Setting:

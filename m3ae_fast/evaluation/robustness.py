@@ -27,6 +27,7 @@ from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.encoding import check_skipped, key_digest
 from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.predictions import Predictions, stacked
+from m3ae_fast.evaluation.tasks import Robustness
 from m3ae_fast.images.normalisation import from_unit, to_unit
 
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]
@@ -41,7 +42,7 @@ class Pass(NamedTuple):
     cost: int = 1  # number of forward passes per sample
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job[Robustness]) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if the classifier or the images cannot be used."""
     config, model = job.config.robustness, job.model
     if model.config.modality == "text":

@@ -10,7 +10,7 @@ from m3ae_fast.config.evaluation import FINETUNE
 from m3ae_fast.evaluation.baselines import UNTRAINED
 from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.significance import Difference
-from m3ae_fast.evaluation.tasks import TASKS
+from m3ae_fast.evaluation.tasks import TASKS, WithBaselines
 from tests.helpers.labelled import labelled_tar, tiny_run
 
 
@@ -65,7 +65,7 @@ def transfer(run, shards, tmp_path):
     content of result.json."""
 
     def perform(task, *options, model=run, train=shards[0], val=shards[1], out="out", baselines=False):
-        alone = [] if baselines or not TASKS[task].has_baselines else ["--no-baselines"]
+        alone = [] if baselines or not issubclass(TASKS[task], WithBaselines) else ["--no-baselines"]
         data = ["--val", val] + (["--train", train] if train else [])
         fixed = ["--out", str(tmp_path / out), "--set", "data.workers=0"]
         assert main([task, str(model), *data, *fixed, *alone, *options]) == 0

@@ -26,7 +26,7 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference, difference
-from m3ae_fast.evaluation.tasks import Options
+from m3ae_fast.evaluation.tasks import Ood
 from m3ae_fast.images.bands import write_npy
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
@@ -500,7 +500,7 @@ def test_baselines_are_skipped_on_request_and_if_they_would_be_meaningless(trans
         assert "baselines" not in transfer("knn", *options, out=out, **more), out
         assert UNTRAINED not in capsys.readouterr().out
     with pytest.raises(UserError, match="baselines: ood does not use it; leave it out"):
-        Options("ood", [str(run)], ["a.tar"], ["a.tar"], baselines=False)
+        Ood(model=run, train="a.tar", val="a.tar", out="out", ood={"other": "b.tar"}, baselines=False)
 
 
 def test_a_warning_names_each_baseline_that_is_not_exceeded(tmp_path):

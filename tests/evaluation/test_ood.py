@@ -22,7 +22,7 @@ from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.difference import areas_apart
 from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.ood import SCORES, Scores, auroc_and_fpr, auroc_interval
-from m3ae_fast.evaluation.tasks import Options, named_sets
+from m3ae_fast.evaluation.tasks import Ood, named_sets
 from m3ae_fast.images.decoding import decode_image
 from tests.evaluation.conftest import figure_names
 from tests.helpers.labelled import NAMES, coloured, labelled_tar
@@ -282,7 +282,7 @@ def test_several_ood_datasets_require_names():
         with pytest.raises(UserError, match="give each set a different name"):
             named_sets(given)
     with pytest.raises(UserError, match="ood val: the result already uses this name for val"):
-        Options("ood", ["run"], ["b.tar"], ["c.tar"], ood=named_sets([["val=a.tar"]]))
+        Ood(model="run", train="b.tar", val="c.tar", out="out", ood=[["val=a.tar"]])
 
 
 @pytest.fixture

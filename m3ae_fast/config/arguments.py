@@ -1,0 +1,178 @@
+"""Arguments of a command, and of the Python function of the same name, declared once as the fields of a class.
+
+`Arguments` checks them, and `add_arguments` adds them to the parser of the command. tyro, pydantic-settings and
+jsonargparse were tried instead: their messages take several lines, their start-up takes up to twice as long, and the
+last two do not accept `--train a.tar b.tar`, to which the shell expands `--train *.tar`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.config.load import override_list
+
+A = TypeVar("A", bound="Arguments")
+_SHOWN = 80  # maximum number of characters of a wrong value in a message
+
+
+class Option:
+    """The form of a field on the command line, if it is not the usual one: the arguments of
+    `argparse.ArgumentParser.add_argument`. A name without dashes is a positional argument."""
+
+    def __init__(self, *names: str, **how: Any) -> None:
+        self.names, self.how = names, how
+
+
+class Arguments(BaseModel):
+    """Arguments that are checked when an object is created. The string below a field is its help. Raises UserError if
+    an argument is missing, unknown or invalid."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, use_attribute_docstrings=True
+    )
+
+    def __init__(self, **given: Any) -> None:
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise UserError(self._explained(error)) from None
+
+    @classmethod
+    def of_command(cls: type[A], given: Mapping[str, Any]) -> A:
+        """Return the arguments that a parser with `add_arguments` has found. Raises UserError, which calls an argument
+        by its name on the command line."""
+        try:
+            return cls(**given)
+        except UserError as error:
+            name, rest = re.fullmatch(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+            if name not in cls.model_fields:
+                raise
+            raise UserError(option_of(cls, name) + rest) from None
+
+    @classmethod
+    def _explained(cls, error: ValidationError) -> str:
+        """Return one line about the first mistake, which begins with the name of the argument."""
+        first = error.errors()[0]
+        name, value = str(first["loc"][0]), " ".join(str(first["input"]).split())[:_SHOWN] or "''"
+        if first["type"] == "extra_forbidden":
+            return cls.unknown(name)
+        if first["type"] == "missing":
+            return f"{name}: is missing"
+        if first["type"] == "too_short":
+            return f"{name}: is empty"
+        message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        message = message.replace("'", "") if first["type"] == "literal_error" else message
+        return f"{name} {value}: {message}"
+
+    @classmethod
+    def unknown(cls, name: str) -> str:
+        """Return a message about an argument that does not exist."""
+        near = difflib.get_close_matches(name, cls.model_fields, n=1)
+        return f"{name}: there is no such argument" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def add_arguments(parser: argparse._ActionsContainer, arguments: type[Arguments], *, needed: bool = True) -> None:
+    """Add the fields of `arguments` to a parser, those without a default first. Only the fields that are given on the
+    command line will be in the parser's result. `needed`: whether the parser refuses a line without a field that has no
+    default."""
+    for name, field in sorted(arguments.model_fields.items(), key=lambda each: not each[1].is_required()):
+        names, how = _written(name, field)
+        if names[0].startswith("-"):
+            how |= {"dest": name, "required": needed and field.is_required()}
+        parser.add_argument(*names, **{"default": argparse.SUPPRESS, "help": _help(field)} | how)
+
+
+def option_of(arguments: type[Arguments], name: str) -> str:
+    """Return the name of a field on the command line, such as --held-out for held_out."""
+    names, how = _written(name, arguments.model_fields[name])
+    return names[0] if names[0].startswith("-") else how["metavar"]
+
+
+def _written(name: str, field: FieldInfo) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Return how a field is written on the command line: its names and other arguments of `add_argument`."""
+    how: dict[str, Any] = {}
+    kind = _without_none(field.annotation)
+    if kind is bool:
+        how = {"action": "store_false" if field.default else "store_true"}
+    elif get_origin(kind) is Literal:
+        how = {"choices": get_args(kind)}
+    elif kind in (int, float):
+        how = {"metavar": "N"}
+    own = next((each for each in field.metadata if isinstance(each, Option)), Option())
+    prefix = "--no-" if kind is bool and field.default else "--"
+    return own.names or (prefix + name.replace("_", "-"),), how | own.how
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return the type of a field that may also be None, without metadata."""
+    kinds = [each for each in get_args(annotation) if each is not type(None)]
+    kind = kinds[0] if type(None) in get_args(annotation) and len(kinds) == 1 else annotation
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _help(field: FieldInfo) -> str:
+    """Return the help of a field: its description, the names that a list may contain, and its default."""
+    text = " ".join((field.description or "").split()).replace("`", "")
+    if field.default is True:
+        text = f"do not {text}"
+    elif isinstance(field.default, str | int | float) and field.default is not False and "default" not in text:
+        text += f" (default: {field.default})"
+    items = get_args(field.annotation) if get_origin(field.annotation) is Sequence else ()
+    if items and get_origin(items[0]) is Literal:
+        text = text.replace("(default", f"(from {', '.join(get_args(items[0]))}; default")
+    return text
+
+
+# Types of fields that several commands have.
+
+
+def _items(value: Any) -> Any:
+    """Return the items of a text such as "cls,mean", of a single number, or of a sequence, without duplicates."""
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, Iterable) else [value]
+    return list(dict.fromkeys(items))
+
+
+def names(value: Any) -> Any:
+    """Return one or several names or paths as a list of texts. Raises ValueError if an item is neither."""
+    items = [value] if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable) else [*value]
+    if odd := [each for each in items if not isinstance(each, str | os.PathLike)]:
+        raise ValueError(f"must be a name or a path, not {type(odd[0]).__name__}")
+    return [os.fspath(each) for each in items]
+
+
+def output(*endings: str) -> Callable[[str | os.PathLike[str]], Path]:
+    """Return a function that checks the path of an output folder, or of an output file with one of these endings. The
+    function raises UserError for an invalid path; for other exceptions, argparse would also print the usage."""
+
+    def parse(given: str | os.PathLike[str]) -> Path:
+        text = os.fspath(given)
+        if not text:
+            raise UserError("the output path is empty; specify a path")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise UserError(f"{text!r}: the name is not UTF-8; choose another name")
+        if endings and not text.endswith(endings):
+            raise UserError(f"{text}: must end in {' or '.join(endings)}")
+        return Path(text)
+
+    return parse
+
+
+CommaList = BeforeValidator(_items)
+SHARDS = "tar files (paths, brace patterns, globs, URLs or pipe: commands)"
+Shards = Annotated[Sequence[str], BeforeValidator(names), Field(min_length=1), Option(nargs="+", metavar="SHARDS")]
+Labels = Annotated[str, Option(metavar="cls|json.FIELD")]
+Resume = Annotated[str, Option(metavar="auto|no|PATH")]
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+Settings = Annotated[
+    Sequence[str], BeforeValidator(override_list), Option("--set", action="append", metavar="KEY=VALUE")
+]
