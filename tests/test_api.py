@@ -13,6 +13,7 @@ from PIL import Image
 import m3ae_fast
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.evaluation import task_runner
+from m3ae_fast.evaluation.tasks import Knn
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.training.run_state import status
 from tests.helpers.labelled import labelled_tar, tiny_run
@@ -235,6 +236,17 @@ def test_a_model_is_evaluated_with_typed_arguments(run, tmp_path):
     found = m3ae_fast.evaluate("knn", run, train=train, val=[val], out=out, overrides=["knn.k=3", "data.workers=0"])
     assert found == json.loads((out / "result.json").read_text())
     assert found["config"]["knn"]["k"] == 3 and found["val_samples"] == 12 and 0 <= found["top1"] <= 1
+
+
+def test_a_task_with_its_options_may_be_passed_in_place_of_its_name(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(task_runner, "_perform", lambda options, *_, **__: given.append(options))
+    options = {"model": tmp_path / "run", "train": "a.tar", "val": ["b.tar"], "out": tmp_path / "out", "layers": "all"}
+    m3ae_fast.evaluate(Knn(**options), session=object())
+    m3ae_fast.evaluate("knn", session=object(), **options)
+    assert given[0] == given[1] and given[0].model == str(tmp_path / "run")
+    with pytest.raises(UserError, match=r"^labels: pass it to Knn\(\.\.\.\), not to evaluate"):
+        m3ae_fast.evaluate(Knn(**options), labels="cls")
 
 
 @pytest.mark.parametrize(("device", "message"), [("cuda", "torch finds no GPU"), ("cuda:1", "must be cpu or cuda")])
