@@ -368,8 +368,8 @@ class Compare(WithLabels, WithTraining):
     uses = Uses(("encode", "knn", "attentive"))
 
     model: Models = Field(
-        description=f"{MODEL_HELP}; {FEATURES_HELP}. Without --train, --val and --out: the OUT folders of two or more tasks on the same "
-        "samples"
+        description=f"{MODEL_HELP}; {FEATURES_HELP}. Without --train, --val and --out: the OUT folders of two or more "
+        "tasks on the same samples"
     )
     probes: Annotated[Sequence[Probe], CommaList, Field(min_length=1), Option(metavar="NAME,NAME")] = PROBE_NAMES
     """probes to run (default: all)"""
