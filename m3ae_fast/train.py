@@ -109,7 +109,7 @@ def train(
         config: a JSON config file, or the name of a config that comes with m3ae-fast.
         train, val: shards of training and of held-out samples, in place of those in the config.
         out: the run folder, in place of that in the config.
-        recipe: "official", "fast" or "mae": a group of settings that replace those of the config
+        recipe: "official", "fast", "hog" or "mae": a group of settings that replace those of the config
             (`m3ae_fast.config.recipes`); `overrides` take precedence. None: the settings of the config.
         overrides: overrides of the config's settings (`--set` of the command): "section.key=value", a list of such
             texts, or a dict such as {"train.epochs": 20}.

@@ -1,4 +1,4 @@
-"""`train` and `pretrain` have the same recipes. `pretrain` uses the fast recipe unless the user's settings or weights
+"""`train` and `pretrain` have the same recipes. `pretrain` uses the hog recipe unless the user's settings or weights
 prevent it, and says which recipe it uses."""
 
 import re
@@ -13,20 +13,16 @@ from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import load_config, shipped_configs
 from m3ae_fast.config.recipes import METHODS, NAMES, as_overrides, with_recipe
 from m3ae_fast.pretraining import stages
-from m3ae_fast.pretraining.recipes import DEFAULT, check_recipe, choose_recipe
+from m3ae_fast.pretraining.recipes import PREFERRED, check_recipe, choose_recipe
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import ROOT, SHORT
-
-
-def test_the_recipes_have_a_default():
-    assert DEFAULT in NAMES
-
 
 SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "huge": (1280, 32), "quickstart": (192, 6)}
 # settings of a recipe that `pretrain` derives by its own rules
 OF_TRAIN = {
     "official": {},
     "fast": {"optim.clip_grad": 1.0},
+    "hog": {"optim.clip_grad": 1.0},
     "mae": {
         "model.image_mean": [0.485, 0.456, 0.406], "model.image_std": [0.229, 0.224, 0.225],
         "optim.warmup_epochs": 40, "train.epochs": 800, "train.steps": None,
@@ -81,10 +77,21 @@ def test_train_takes_steps_with_every_recipe_and_refuses_another_one_when_it_res
         train("quickstart", recipe=other, overrides=[*small, "train.steps=2"], resume="auto", **run)
 
 
-def test_the_fast_recipe_is_used_if_nothing_prevents_it():
-    for recipe in ("fast", None):
+def test_the_hog_recipe_is_used_if_nothing_prevents_it():
+    for recipe in ("hog", None):
         found = choose_recipe(recipe, ["train.steps=9", "optim.schedule=wsd"])
-        assert found.overrides == as_overrides(METHODS["fast"]) and found.line.startswith("recipe: fast")
+        assert found.overrides == as_overrides(METHODS["hog"]) and found.line.startswith("recipe: hog")
+
+
+@pytest.mark.parametrize(("override", "reason"), [
+    ("model.image_targets=pixels", "model.image_targets=pixels sets one of its settings"),
+    ("loss.norm_pix=true", "loss.norm_pix=true sets one of its settings"),
+    ("model.resize=native", "image_targets hog needs resize square"),
+])  # fmt: skip
+def test_the_fast_recipe_is_used_if_a_setting_prevents_only_the_targets(override, reason):
+    found = choose_recipe(None, [override])
+    assert found.overrides == as_overrides(METHODS["fast"])
+    assert re.match(f"recipe: fast .*, because the hog recipe cannot be used: .*{reason}", found.line)
 
 
 @pytest.mark.parametrize(("override", "reason"), [
@@ -95,10 +102,12 @@ def test_the_fast_recipe_is_used_if_nothing_prevents_it():
     ("loss.image_all_tokens=true", "model.dec_attention cross predicts only masked tokens"),
     ('deepspeed={"zero_optimization": {"stage": 3}}', "optim.name muon needs whole matrices"),
 ])  # fmt: skip
-def test_the_official_recipe_is_used_if_a_setting_prevents_the_fast_one(override, reason):
+def test_the_official_recipe_is_used_if_a_setting_prevents_the_others(override, reason):
     found = choose_recipe(None, [override])
     assert found.overrides == as_overrides(METHODS["official"])
-    assert found.line.startswith("recipe: official") and re.search(reason, found.line)
+    assert found.line.startswith("recipe: official") and re.search(
+        f"the fast recipe cannot be used: {reason}", found.line
+    )
     check_recipe("official", [override], None)
     if reason.startswith(
         ("optim.name=", "masking", "optim=")
@@ -130,9 +139,9 @@ def test_a_recipe_is_not_combined_with_given_weights(tmp_path):
 
 
 def test_an_unknown_recipe_is_refused_before_any_output_is_written(tmp_path):
-    with pytest.raises(UserError, match="recipe slow: does not exist; choose one of official, fast, mae"):
+    with pytest.raises(UserError, match="recipe slow: does not exist; choose one of official, fast, hog, mae"):
         pretrain(tmp_path, tmp_path / "run", recipe="slow")
-    with pytest.raises(UserError, match=r"--recipe: .*slow.*official.*fast.*mae"):
+    with pytest.raises(UserError, match=r"--recipe: .*slow.*official.*fast.*hog.*mae"):
         main([str(tmp_path), "--out", str(tmp_path / "run"), "--recipe", "slow"])
     assert not (tmp_path / "run").exists()
 
@@ -154,11 +163,12 @@ def test_a_run_uses_the_recipe_and_keeps_it_when_it_is_resumed(tmp_path, recipe,
     overrides = SHORT
     out = tmp_path / "run"
     assert pretrain(shards, out, recipe=recipe, overrides=overrides).finished
-    used = recipe or DEFAULT
+    used = recipe or PREFERRED[0]
     assert f"recipe: {used}" in capsys.readouterr().out
     config = load_config(out / "config.json", [])
     assert (config.model.vocab_size == 0) == (used == "mae")
-    expected = ("cross", 0.33, 0.33, "muon") if used == "fast" else ("self", 1.0, 1.0, "adamw")
+    expected = ("cross", 0.33, 0.33, "muon") if used in ("fast", "hog") else ("self", 1.0, 1.0, "adamw")
+    assert config.model.image_targets == ("hog" if used == "hog" else "pixels")
     masking = config.masking
     found = (config.model.dec_attention, masking.image_predicted, masking.text_predicted, config.optim.name)
     assert found == expected

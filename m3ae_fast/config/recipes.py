@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 
 from m3ae_fast.base.errors import UserError
 
-Recipe = Literal["official", "fast", "mae"]
+Recipe = Literal["official", "fast", "hog", "mae"]
 NAMES: tuple[Recipe, ...] = get_args(Recipe)
 HELP = (
     "official: the decoder and the optimiser of the official M3AE; fast: a decoder with cross-attention, a third of "
-    "the masked tokens predicted, and Muon; mae: the official MAE, without captions"
+    "the masked tokens predicted, and Muon; hog: fast, with histograms of oriented gradients instead of pixels as "
+    "targets; mae: the official MAE, without captions"
 )
 _OFFICIAL: dict[str, Any] = {
     "model.dec_attention": "self",
@@ -20,21 +21,24 @@ _OFFICIAL: dict[str, Any] = {
     "masking.text_predicted": 1.0,
     "optim.name": "adamw",
 }
-# The settings of each recipe that define the method. The measurements of the fast recipe are in docs/guide/faster.md.
+_FAST: dict[str, Any] = {
+    "model.dec_attention": "cross",
+    "masking.image_predicted": 0.33,
+    "masking.text_predicted": 0.33,
+    "optim.name": "muon",
+}
+# The settings of each recipe that define the method. Their measurements are in docs/guide/faster.md.
 METHODS: dict[Recipe, dict[str, Any]] = {
     "official": _OFFICIAL,
-    "fast": {
-        "model.dec_attention": "cross",
-        "masking.image_predicted": 0.33,
-        "masking.text_predicted": 0.33,
-        "optim.name": "muon",
-    },
+    "fast": _FAST,
+    "hog": _FAST | {"model.image_targets": "hog", "loss.norm_pix": False},
     "mae": _OFFICIAL | {"model.vocab_size": 0, "loss.norm_pix": True},
 }
 # Further settings for `train`; `pretrain` has its own rules for them. Those of MAE are from its training on ImageNet.
 _FURTHER: dict[Recipe, dict[str, Any]] = {
     "official": {},
     "fast": {"optim.clip_grad": 1.0},
+    "hog": {"optim.clip_grad": 1.0},
     "mae": {
         "model.image_mean": [0.485, 0.456, 0.406],
         "model.image_std": [0.229, 0.224, 0.225],

@@ -9,9 +9,12 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.recipes import METHODS, Recipe, as_overrides, check_name
 from m3ae_fast.pretraining.automatic_settings import assumed_config
 
-DEFAULT: Recipe = "fast"
+# the default is the first of these that the settings of the user allow
+PREFERRED: tuple[Recipe, ...] = ("hog", "fast", "official")
 _LINES: dict[Recipe, str] = {
     "fast": "recipe: fast (cross-attention decoder, a third of the masked tokens predicted, Muon)",
+    "hog": "recipe: hog (cross-attention decoder, a third of the masked tokens predicted, Muon; the targets of images "
+    "are histograms of oriented gradients)",
     "official": "recipe: official, the decoder and the optimiser of the official M3AE",
     "mae": "recipe: mae, the official MAE, which ignores captions",
 }
@@ -43,17 +46,18 @@ def choose_recipe(recipe: Recipe | None, overrides: Sequence[str]) -> ChosenReci
     """Return the recipe for a run that starts from random weights.
 
     Args:
-        recipe: the name of the recipe; None: the default recipe, or the official one if the user sets one of the
-            settings in which the two differ, or if the default recipe cannot be combined with the overrides.
+        recipe: the name of the recipe; None: the first of PREFERRED of which the user sets no setting, and that can be
+            combined with the overrides.
         overrides: the user's overrides "section.key=value", which take precedence over the recipe.
     """
-    chosen, why = recipe or DEFAULT, ""
-    own = _own_setting(chosen, overrides)
-    if recipe is None and (reason := own or _obstacle(chosen, overrides)):
-        chosen, why = "official", f", because the {DEFAULT} recipe cannot be used: {reason}"
-    elif recipe is None:
-        why = "; use --recipe official for the method of the official M3AE"
-    but = " except for the settings given with --set" if own else ""
+    chosen, why = recipe, ""
+    if chosen is None:
+        chosen, why = PREFERRED[0], "; use --recipe official for the method of the official M3AE"
+        for other in PREFERRED[1:]:
+            if not (reason := _own_setting(chosen, overrides) or _obstacle(chosen, overrides)):
+                break
+            chosen, why = other, f", because the {chosen} recipe cannot be used: {reason}"
+    but = " except for the settings given with --set" if _own_setting(chosen, overrides) else ""
     return ChosenRecipe(as_overrides(METHODS[chosen]), f"{_LINES[chosen]}{but}{why}")
 
 

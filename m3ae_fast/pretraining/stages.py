@@ -144,9 +144,10 @@ def pretrain(
         start_from: `--from` of the command: model from whose weights the run starts: a run, an export, weights of the
             official M3AE or MAE or of a timm model, or a name on the Hugging Face Hub. The run then has the size of
             this model, a lower learning rate and a shorter warm-up. None: random weights.
-        recipe: "fast": a decoder with cross-attention, a third of the masked tokens predicted, and Muon; "official":
-            the method of the official M3AE; "mae": the method of the official MAE, without captions. None: "fast",
-            unless the run starts from given weights or an override cannot be combined with it.
+        recipe: "fast": a decoder with cross-attention, a third of the masked tokens predicted, and Muon; "hog": "fast"
+            with histograms of oriented gradients as targets of images; "official": the method of the official M3AE;
+            "mae": the method of the official MAE, without captions. None: "hog", unless the run starts from given
+            weights or an override cannot be combined with it.
         overrides: overrides of the chosen settings (`--set` of the command): "section.key=value", a list of such texts,
             or a dict such as {"train.global_batch": 64}.
         device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
