@@ -1343,7 +1343,7 @@ def test_the_pretrain_command_passes_on_its_arguments(monkeypatch, capsys, end, 
     )
 
 
-@pytest.mark.parametrize(("hours", "seconds"), [(1.0, 30.0), (0.05, 5.4)])
+@pytest.mark.parametrize(("hours", "seconds"), [(1.0, 30.0), (0.05, 3.6)])
 def test_a_throughput_trial_takes_a_small_and_limited_part_of_the_time(tmp_path, monkeypatch, hours, seconds):
     """A trial runs in the precision of the run."""
     statistics, trials = (
@@ -1360,7 +1360,7 @@ def test_a_throughput_trial_takes_a_small_and_limited_part_of_the_time(tmp_path,
     device = torch.device("cpu")
     session = SimpleNamespace(ranks=SimpleNamespace(device=device))
     size_and_length.choose(statistics, Shards(["a.tar"], [], []), tmp_path, hours, "cls", [], session, time.monotonic())
-    assert trials == [(fast_precision(device), seconds)] * 2
+    assert trials == [(fast_precision(device), pytest.approx(seconds))] * 2
 
 
 def test_automatic_settings_yield_to_and_fit_the_settings_of_the_user():
