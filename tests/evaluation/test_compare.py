@@ -226,7 +226,10 @@ def test_user_errors_are_reported_before_anything_is_encoded(compared, run, tmp_
         UserError, match=r"train.epochs: compare does not use this setting; it uses only the sections encode, knn, run"
     ):
         compared("--probes", "knn", "--set", "train.epochs=3", short=())
-    for options, message in ((["--probes", "knn,svm"], "no probe 'svm'"), (["--seeds", "0"], "argument --seeds: ")):
+    for options, message in (
+        (["--probes", "knn,svm"], "--probes svm: must be knn, logistic or attentive"),
+        (["--seeds", "0"], "--seeds 0: must be "),
+    ):
         with pytest.raises(UserError, match=message):
             compared(*options)
     assert not (tmp_path / "out").exists()
