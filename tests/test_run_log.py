@@ -358,7 +358,7 @@ def test_a_log_line_contains_the_learning_rate_of_its_step_and_growing_memory_is
         step=61,
         start=11,
         schedule=SimpleNamespace(lr=lambda step: step / 10, steps_per_epoch=10, due=lambda *_: True),
-        settings=SimpleNamespace(log_every=1),
+        config=SimpleNamespace(train=SimpleNamespace(log_every=1)),
         bad=SimpleNamespace(bad=0),
         line=SimpleNamespace(after=lambda *values: ({"peak_memory_gb": 3.0, "values": values}, {})),
         growth=SimpleNamespace(check=lambda steps, memory: looked.append((steps, memory)) or "it grows"),
