@@ -44,7 +44,7 @@ def test_the_score_of_a_prediction_is_its_fraction_of_the_votes():
 
 @pytest.mark.parametrize("task", ["knn", "linear", "finetune"])
 def test_a_task_stores_the_predictions_behind_its_accuracy(transfer, tmp_path, task, capsys):
-    quick = settings(*(f"{task}.{key}" for key in ("steps=3", "global_batch=16", "warmup_epochs=0")))
+    quick = settings("train.steps=3", "train.global_batch=16", "optim.warmup_epochs=0")
     result = transfer(task, "--labels", "json.name", *(quick if task != "knn" else ()))
     table = _columns(tmp_path / "out")
     assert list(table) == ["key", "label", "prediction", "score", "image_hash"]

@@ -20,6 +20,7 @@ from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
 from m3ae_fast.evaluation.probes import ATTENTIVE_RATES
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
 from m3ae_fast.evaluation.task_runner import evaluate
+from m3ae_fast.evaluation.tasks import Knn
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -211,10 +212,13 @@ def test_the_interval_over_draws_is_students_t_and_the_standard_error_includes_s
 
 def test_layers_are_selected_by_the_number_of_blocks():
     assert chosen_layers("all", 4) == [1, 2, 3, 4] and chosen_layers(None, 4) == [4]
-    assert chosen_layers("3,1,3", 4) == [1, 3]
-    for wrong in ("0", "5", "1,,2", "last"):
-        with pytest.raises(UserError, match=f"layers {wrong}: must be all, or numbers from 1 to 4"):
-            chosen_layers(wrong, 4)
+    given = {"model": "run", "train": "a.tar", "val": "b.tar", "out": "out"}
+    assert chosen_layers(Knn(**given, layers="3,1,3").layers, 4) == [1, 3]
+    for wrong in ("0", "1,,2", "last"):
+        with pytest.raises(UserError, match=f"layers {wrong}: must be all, or numbers of blocks from 1"):
+            Knn(**given, layers=wrong)
+    with pytest.raises(UserError, match="layers 5: must be all, or numbers from 1 to 4"):
+        chosen_layers([5], 4)
 
 
 def test_user_errors_are_reported_in_one_line_and_leave_no_files(transfer, tmp_path, monkeypatch):
@@ -224,11 +228,11 @@ def test_user_errors_are_reported_in_one_line_and_leave_no_files(transfer, tmp_p
         transfer("knn", "--layers", "3")
     with pytest.raises(UserError, match=r"pools replaces encode\.pool; leave out one of the two"):
         transfer("knn", "--pools", "all", *settings("encode.pool=cls"))
-    with pytest.raises(UserError, match="argument --pools: max: there is no pooling 'max'; choose from mean, cls"):
+    with pytest.raises(UserError, match="--pools max: must be mean, cls, grid2 or grid4"):
         transfer("knn", "--pools", "max")
     with pytest.raises(UserError, match="unrecognized arguments: --pools all"):
         transfer("finetune", "--pools", "all")
-    with pytest.raises(UserError, match="pools max: no such pooling; choose from mean, cls"):
+    with pytest.raises(UserError, match="pools max: must be mean, cls, grid2 or grid4"):
         evaluate("knn", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools=["max"])
     with pytest.raises(UserError, match="pools: finetune does not use it; leave it out"):
         evaluate("finetune", "run", train="a.tar", val="b.tar", out=tmp_path / "out", pools="all")
