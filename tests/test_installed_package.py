@@ -83,9 +83,11 @@ def test_one_command_of_an_installed_wheel_trains_a_model_and_writes_a_report(si
     assert result["chance"] >= 1 / 3
     assert re.search(rf"\nthe largest class +{share} +{share}   \(6 samples\)\n", done.stdout)
     page = (run / "report.html").read_text()
-    for title in ("k-NN", "logistic regression"):
-        for other in ("random weights", "downscaled pixels", "colour histogram", "HOG", "the largest class"):
-            assert re.search(rf"\n{title}: this run .* {other}( on these samples)?: [+-]", done.stdout)
+    *_, spent, last = done.stdout.splitlines()
+    assert re.match(r"time: 0:\d\d:\d\d; preparation \d+%, training steps \d+%", spent)
+    assert re.match(r"verdict: by (k-NN|logistic regression) .*, this run is (not )?better than ", last)
+    for other in ("random weights", "downscaled pixels", "colour histogram", "HOG", "the largest class"):
+        assert re.search(rf"{other} \([+-]\d+\.\d ± \d+\.\d points\)", last)
     assert re.search(r"<p>knn: run .* the largest class[^<]*\.</p>", page) and "<th>chance level</th>" in page
     features = M3AE.from_pretrained(run / "export").encode([Image.new("RGB", (40, 40))], ["a red picture"])
     assert features.isfinite().all()
