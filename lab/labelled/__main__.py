@@ -45,7 +45,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("data", choices=SOURCES, metavar="DATA", help=f"dataset: {', '.join(SOURCES)}")
     parser.add_argument("out", type=Path, metavar="OUT", help="output folder for the shards")
-    parser.add_argument("--package", type=Path, metavar="FILE", help="file of the package (default: download it)")
+    text = "file of the package; for icons, the folder with both packages (default: download it)"
+    parser.add_argument("--package", type=Path, metavar="FILE", help=text)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="number of worker processes (default: 1)")
     return parser.parse_args(argv)
 

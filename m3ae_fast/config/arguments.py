@@ -54,10 +54,10 @@ class Arguments(BaseModel):
         try:
             return cls(**given)
         except UserError as error:
-            name, rest = re.fullmatch(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+            name = re.split(r"\W", str(error), maxsplit=1)[0]
             if name not in cls.model_fields:
                 raise
-            raise UserError(option_of(cls, name) + rest) from None
+            raise UserError(option_of(cls, name) + str(error).removeprefix(name)) from None
 
     @classmethod
     def _explained(cls, error: ValidationError) -> str:
@@ -99,7 +99,7 @@ def option_of(arguments: type[Arguments], name: str) -> str:
 
 
 def _written(name: str, field: FieldInfo) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return how a field is written on the command line: its names and other arguments of `add_argument`."""
+    """Return the names of a field on the command line, and the other arguments of `add_argument`."""
     how: dict[str, Any] = {}
     kind = _without_none(field.annotation)
     if kind is bool:

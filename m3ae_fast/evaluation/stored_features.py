@@ -61,7 +61,7 @@ class StoredFeatures(ImageFeatures):
         return found.hexdigest()
 
     def features(self, images_SCHW: Tensor) -> Tensor:
-        raise NotImplementedError("the features depend on the keys of the samples")
+        raise NotImplementedError("features are looked up by key, not computed from images; see pooled_of_layers")
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)) -> Tensor:
         """Return the features as float32 [S, K, D]; they are 0 for a sample without features, which `check_complete`
