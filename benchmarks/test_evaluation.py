@@ -33,12 +33,12 @@ from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config import DataConfig, LossConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import ShardStore, Share, open_corpus
-from m3ae_fast.evaluation.encoding import encoding_loader
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_heads, logits
-from m3ae_fast.evaluation.logistic_regression import fit_chosen
-from m3ae_fast.evaluation.neighbours import Neighbours, nearest
-from m3ae_fast.evaluation.probes import Setting, attentive_recipe, new_stack
+from m3ae_fast.heads.encoding import encoding_loader
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import BankSteps, HeadBatch, Stack, fit_heads, logits
+from m3ae_fast.heads.logistic_regression import fit_chosen
+from m3ae_fast.heads.neighbours import Neighbours, nearest
+from m3ae_fast.heads.probes import Setting, attentive_recipe, new_stack
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.shards.tar_member import add_member

@@ -25,8 +25,8 @@ from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.tar import scan_tar
-from m3ae_fast.evaluation.classifier import read_config
 from m3ae_fast.evaluation.run_report import read_results
+from m3ae_fast.heads.classifier import read_config
 from m3ae_fast.model.pretrained import read_pretrained
 from m3ae_fast.shards.output_claim import claimed
 from m3ae_fast.shards.sources.hdf5 import Hdf5

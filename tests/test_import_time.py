@@ -9,8 +9,8 @@ import pytest
 
 import m3ae_fast
 from m3ae_fast.__main__ import MODULES, usage
-from m3ae_fast.evaluation import probes
 from m3ae_fast.evaluation.tasks import PROBE_NAMES, TASKS
+from m3ae_fast.heads import probes
 from tests.helpers.ranks import environment
 from tests.helpers.trainer import ROOT
 

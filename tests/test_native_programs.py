@@ -14,8 +14,8 @@ from m3ae_fast.cli import convert, draw
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.drawing.figures import box_in, shown
-from m3ae_fast.evaluation.heads import AttentiveHeads
 from m3ae_fast.evaluation.job import Job
+from m3ae_fast.heads.modules import AttentiveHeads
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.weights.open_model import open_model, set_images
 from tests.helpers.labelled import labelled_members, tiny_run

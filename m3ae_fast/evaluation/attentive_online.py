@@ -20,13 +20,13 @@ from m3ae_fast.base.progress import TimeLeft
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, Share, lay_out
-from m3ae_fast.evaluation.encoding import key_digest
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import HeadBatch, Heads, Input, fit_heads, losses, verdicts
-from m3ae_fast.evaluation.hyperparameter_choice import Trial, best
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.probes import (
+from m3ae_fast.heads.encoding import key_digest
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import HeadBatch, Heads, Input, fit_heads, losses, verdicts
+from m3ae_fast.heads.hyperparameter_choice import Trial, best
+from m3ae_fast.heads.predictions import Predictions
+from m3ae_fast.heads.probes import (
     Features,
     FeatureTypes,
     Recipe,

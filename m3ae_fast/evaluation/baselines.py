@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import Difference, difference
+from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
 MODEL = "the model"  # name of the evaluated model in comparisons with its baselines

@@ -30,16 +30,17 @@ from m3ae_fast.drawing.figures import draw_comparison
 from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
-from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.image_features import ImageFeatures, available, input_config, open_image_features
 from m3ae_fast.evaluation.job import Job, summary
-from m3ae_fast.evaluation.predictions import Predictions, largest_share, stacked
 from m3ae_fast.evaluation.probe_grid import trains_online
-from m3ae_fast.evaluation.probes import PROBES, Features, Setting, attentive_recipe
-from m3ae_fast.evaluation.significance import ERROR, LEVEL, Difference, difference, mean_accuracy
+from m3ae_fast.evaluation.significance import LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.evaluation.stored_features import SUFFIX, StoredFeatures, open_features
 from m3ae_fast.evaluation.tasks import Compare
 from m3ae_fast.evaluation.timm_features import TimmFeatures, open_timm
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.predictions import Predictions, largest_share, stacked
+from m3ae_fast.heads.probes import PROBES, Features, Setting, attentive_recipe
+from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM, TIMM

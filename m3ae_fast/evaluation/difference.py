@@ -29,10 +29,11 @@ from m3ae_fast.evaluation.baselines import (
     warning,
 )
 from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
-from m3ae_fast.evaluation.predictions import FILE, IMAGE_HASH, largest_share
 from m3ae_fast.evaluation.probe_grid import Case, main_case
 from m3ae_fast.evaluation.resampling import Resampled
-from m3ae_fast.evaluation.significance import Difference, difference, image_clusters, middle, verdict
+from m3ae_fast.evaluation.significance import Difference, difference, middle, verdict
+from m3ae_fast.heads.predictions import FILE, IMAGE_HASH, largest_share
+from m3ae_fast.heads.standard_error import image_clusters
 
 Table = dict[str, list[Any]]
 _COLUMNS = ("key", "label", "prediction")

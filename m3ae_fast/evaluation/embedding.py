@@ -35,9 +35,9 @@ from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.data.loader import collate
 from m3ae_fast.data.rank_share import MicroBatches
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.evaluation.encoding import Batches, encode_batches, encode_corpus
-from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.tasks import COLUMN_NAMES
+from m3ae_fast.heads.encoding import Batches, encode_batches, encode_corpus
+from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.process.session import raise_once

@@ -27,14 +27,14 @@ from m3ae_fast.engine.build import make_engine
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.evaluation.augment import Mixing, RandAugment, mixes
-from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
-from m3ae_fast.evaluation.default_hyperparameters import sentence
-from m3ae_fast.evaluation.encoding import check_skipped
 from m3ae_fast.evaluation.finetune_groups import layer_decay_groups
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, make_trainer, open_training
-from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.tasks import Finetune
+from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
+from m3ae_fast.heads.default_hyperparameters import sentence
+from m3ae_fast.heads.encoding import check_skipped
+from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants

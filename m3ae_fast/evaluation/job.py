@@ -30,15 +30,15 @@ from m3ae_fast.data.label_lists import are_lists
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.evaluation.baselines import MODEL
-from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
-from m3ae_fast.evaluation.encoding import PassMonitor, Reduce, UnusableSamples, encode_by_each, encode_corpus
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.image_features import ImageFeatures
-from m3ae_fast.evaluation.pool_choice import best_pool, candidates, part_of_pool
-from m3ae_fast.evaluation.predictions import FILE as PREDICTIONS_FILE
-from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.evaluation.tasks import Modality, Task, WithLabels
+from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
+from m3ae_fast.heads.encoding import PassMonitor, Reduce, UnusableSamples, encode_by_each, encode_corpus
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.modules import LinearProbeHead
+from m3ae_fast.heads.pool_choice import best_pool, candidates, part_of_pool
+from m3ae_fast.heads.predictions import FILE as PREDICTIONS_FILE
+from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import Session
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
@@ -206,7 +206,7 @@ class Job(Generic[T_co]):
         if not networks or self.config.encode.pool is not None:
             return self._encode_by_each(models, train, val), dict.fromkeys(networks, self.config.encode.fixed_pool)
         chosen: dict[str, Pool] = {}
-        pools = candidates(networks[MODEL].config, self.modality)
+        pools = candidates(networks[MODEL].config.emb_dim, self.modality == "image")
         found = self._encode_by_each(models, train, val, pools=pools)
         for name, (bank, held_out) in found.items():
             if name in networks:

@@ -1,9 +1,6 @@
-"""k-nearest-neighbour classification of frozen features: no training, one pass over the data.
+"""The task knn: k-nearest-neighbour classification of frozen features, without training, in one pass over the data.
 
-The voting scheme is that of Wu et al. (arXiv 1805.01978) and DINO: each of the k training samples with the highest
-cosine similarity s votes for its class with weight exp(s / temperature).
-
-Shapes: N training samples, M samples to classify, R of them on this rank, K neighbours, C classes, D width.
+Shapes: M held-out samples, K neighbours.
 """
 
 from __future__ import annotations
@@ -14,55 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from m3ae_fast.config import USUAL_K, KnnConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
 from m3ae_fast.evaluation import multilabel
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.hyperparameter_choice import split
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.neighbours import nearest
-from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.tasks import Knn
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.knn import knn_predictions
+from m3ae_fast.heads.neighbours import nearest
 
-NUMBERS = (1, USUAL_K)  # numbers of neighbours that are tried if `knn.k` is null
-_MOST_HELD_OUT = 10_000  # maximum number of samples on which they are tried
 _SHOWN, _NEIGHBOURS = 8, 7  # number of queries in the figure, and of neighbours per query
-
-
-def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, temperature: float) -> Tensor:
-    """Return the votes of the k nearest training samples for each class, for this rank's queries: float32 [R, C], on
-    the CPU, in units of the vote of the nearest sample. Every rank must call it."""
-    similarity_RK, number_RK = nearest(bank, queries, k)
-    # Weights are relative to the weight of the nearest sample, which avoids overflow at low temperatures.
-    weights_RK = ((similarity_RK.double() - similarity_RK[:, :1]) / temperature).exp()
-    votes_RC = weights_RK.new_zeros(len(weights_RK), classes).scatter_add(1, bank.labels[number_RK], weights_RK)
-    return votes_RC.float()
-
-
-def knn_predictions(
-    bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig
-) -> tuple[Predictions, int]:
-    """Return the k-NN predictions of all queries, with neighbours from `bank`, and the number of neighbours of a query.
-    If `config.k` is null, this number is the one of NUMBERS with the highest accuracy on a tenth of the samples of
-    `bank`, with neighbours from the others; in a tie, or if there are fewer than ten samples, it is USUAL_K. Every rank
-    must call it."""
-    k = config.k or _chosen_k(bank, classes, config.temperature)
-    scores_RC = knn_scores(bank, queries, classes, k, config.temperature)
-    return queries.predictions(scores_RC, votes=True), min(k, len(bank.keys))
-
-
-def _chosen_k(bank: FeatureBank, classes: int, temperature: float) -> int:
-    parts = split(bank, _MOST_HELD_OUT)
-    if not parts.held_out:
-        return USUAL_K
-    train, held_out = bank.rows(parts.train), bank.rows(parts.held_out)
-    top1 = {}
-    for k in NUMBERS:
-        scores_RC = knn_scores(train, held_out, classes, k, temperature)
-        top1[k] = held_out.predictions(scores_RC, votes=True).accuracies()["top1"]
-    return max(top1, key=lambda k: (top1[k], k == USUAL_K))
 
 
 def run(job: Job[Knn]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from m3ae_fast.config import Config, KnnProbeConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, ShardStore, open_corpus
 from m3ae_fast.data.labels import Classes, label_corpus
-from m3ae_fast.evaluation.encoding import PassMonitor, encode_corpus
-from m3ae_fast.evaluation.knn import knn_predictions
-from m3ae_fast.evaluation.predictions import largest_share
+from m3ae_fast.heads.encoding import PassMonitor, encode_corpus
+from m3ae_fast.heads.knn import knn_predictions
+from m3ae_fast.heads.predictions import largest_share
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stoppable_loop import Stopped

@@ -22,20 +22,20 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation import logistic_regression
 from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, WARNINGS, accuracy_entries
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, Official, chosen, with_defaults
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Job
-from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.significance import ERROR
 from m3ae_fast.evaluation.tasks import WithResume
+from m3ae_fast.heads import logistic_regression
+from m3ae_fast.heads.default_hyperparameters import OFFICIAL, chosen, with_defaults
+from m3ae_fast.heads.predictions import Predictions
+from m3ae_fast.heads.standard_error import ERROR
+from m3ae_fast.heads.training_warnings import training_warnings
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.throughput import SampleCounts, SampleRate
 from m3ae_fast.training.trainer import Trainer
 
 # The duration of the run is estimated after this number of steps, or after this number of seconds if steps are slow.
 _TIMED, _SOON_S = 5, 2.0
-_RISE = 0.02  # smallest rise in training accuracy that is reported
 
 
 class ClassLosses(NamedTuple):
@@ -245,38 +245,3 @@ def make_trainer(
         start=found.step,
         suggested_fix=suggested_fix,
     )
-
-
-def training_warnings(
-    section: str, length: str, steps: int, official: Official, lines: list[dict[str, Any]], batch: int
-) -> list[str]:
-    """Return warnings about the reliability of the result of a training run, one line each.
-
-    Args:
-        section: section of the settings.
-        length: the setting that determines the length of the training.
-        steps: number of steps of the training.
-        official: the published recipe.
-        lines, batch: as in `rising`.
-    """
-    found = []
-    if steps < official.fewest_steps:
-        given = f"{section}.epochs and {section}.steps" if length.endswith("epochs") else length
-        found.append(f"only {steps:,} steps: without {given}, the run would have at least {official.fewest_steps:,}")
-    if rise := rising(lines, batch):
-        found.append(f"the training accuracy was still rising (by {rise:.1%}); raise {length}")
-    return found
-
-
-def rising(lines: list[dict[str, Any]], batch: int) -> float:
-    """Return the difference between the mean training accuracies in the last quarter of a run and in the quarter
-    before; 0 if it is small or within two standard errors. `lines`: logged metrics, each for a step of `batch`
-    samples."""
-    accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
-    quarter = len(accuracies) // 4
-    if not quarter:
-        return 0.0
-    before, last = (sum(part) / quarter for part in (accuracies[-2 * quarter : -quarter], accuracies[-quarter:]))
-    middle = (before + last) / 2
-    error = (2 * middle * (1 - middle) / (quarter * batch)) ** 0.5
-    return last - before if last - before > max(_RISE, 2 * error) else 0.0

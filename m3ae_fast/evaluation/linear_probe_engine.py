@@ -14,10 +14,10 @@ from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.optimizer import Kinds
-from m3ae_fast.evaluation.fit_heads import Stack
-from m3ae_fast.evaluation.heads import LinearHeads
 from m3ae_fast.evaluation.labelled_task import ClassLosses
-from m3ae_fast.evaluation.stacked_optimizers import LARS
+from m3ae_fast.heads.fit_heads import Stack
+from m3ae_fast.heads.modules import LinearHeads
+from m3ae_fast.heads.stacked_optimizers import LARS
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
 from m3ae_fast.process.ranks import Ranks

@@ -6,10 +6,10 @@ from typing import Any
 
 from m3ae_fast.evaluation import multilabel
 from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
-from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.logistic_regression import fit, fit_chosen, predict
 from m3ae_fast.evaluation.tasks import Logistic
+from m3ae_fast.heads.fit_heads import logits
+from m3ae_fast.heads.logistic_regression import fit, fit_chosen, predict
 
 
 def run(job: Job[Logistic]) -> dict[str, Any]:

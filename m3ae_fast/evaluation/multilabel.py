@@ -19,13 +19,13 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.label_lists import LabelledLists, list_corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.evaluation.baselines import MODEL
-from m3ae_fast.evaluation.feature_bank import FeatureBank
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.neighbours import nearest
-from m3ae_fast.evaluation.predictions import IMAGE_HASH
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
-from m3ae_fast.evaluation.significance import image_clusters
 from m3ae_fast.evaluation.tasks import WithLabels
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.predictions import IMAGE_HASH
+from m3ae_fast.heads.standard_error import image_clusters
 
 # Returns the scores of this rank's queries, [R, C], given the features of the training samples, those of the queries,
 # and whether each training sample belongs to each class, bool [N, C]. Every rank calls it.

@@ -34,15 +34,16 @@ from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_detection
 from m3ae_fast.evaluation.baselines import WARNINGS
-from m3ae_fast.evaluation.classifier import Classifier
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import logits
 from m3ae_fast.evaluation.job import Job, summary
-from m3ae_fast.evaluation.logistic_regression import fit
-from m3ae_fast.evaluation.neighbours import nearest
-from m3ae_fast.evaluation.predictions import IMAGE_HASH
-from m3ae_fast.evaluation.significance import area_under_roc, image_clusters, middle
+from m3ae_fast.evaluation.significance import area_under_roc, middle
 from m3ae_fast.evaluation.tasks import Ood
+from m3ae_fast.heads.classifier import Classifier
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import logits
+from m3ae_fast.heads.logistic_regression import fit
+from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.predictions import IMAGE_HASH
+from m3ae_fast.heads.standard_error import image_clusters
 from m3ae_fast.process.collectives import all_reduce
 
 TRAIN, VAL = "train", "val"  # names of the in-distribution samples in results

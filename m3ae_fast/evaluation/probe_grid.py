@@ -19,19 +19,20 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
 from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.baselines import LOGISTIC, WARNINGS, Baseline, accuracy_difference, baseline_entries
-from m3ae_fast.evaluation.encoding import key_digest
-from m3ae_fast.evaluation.feature_bank import FeatureBank, missing_in_host_memory
 from m3ae_fast.evaluation.job import Job, summary
-from m3ae_fast.evaluation.predictions import Predictions, stacked
-from m3ae_fast.evaluation.probes import (
+from m3ae_fast.evaluation.significance import interval, mean_accuracy
+from m3ae_fast.evaluation.tasks import DRAWS, WithGrid
+from m3ae_fast.heads.encoding import key_digest
+from m3ae_fast.heads.feature_bank import FeatureBank, missing_in_host_memory
+from m3ae_fast.heads.predictions import Predictions, stacked
+from m3ae_fast.heads.probes import (
     PROBES,
     Features,
     FeatureTypes,
     Setting,
     attentive_recipe,
 )
-from m3ae_fast.evaluation.significance import ERROR, interval, mean_accuracy
-from m3ae_fast.evaluation.tasks import DRAWS, WithGrid
+from m3ae_fast.heads.standard_error import ERROR
 
 ATTENTION = "attention"  # display name of the pooling of patch tokens by an attentive probe
 

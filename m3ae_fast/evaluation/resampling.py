@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from m3ae_fast.evaluation.baselines import MODEL, WARNINGS, Baseline, baseline_entries, not_better, warning
-from m3ae_fast.evaluation.significance import ERROR, Difference, middle
+from m3ae_fast.evaluation.significance import Difference, middle
+from m3ae_fast.heads.standard_error import ERROR
 
 _SAME = 1e-12  # largest difference between values that differ only by rounding
 

@@ -23,11 +23,11 @@ from m3ae_fast.config.evaluation import RobustnessConfig
 from m3ae_fast.data import Corpus, Share, eval_loader
 from m3ae_fast.data.labels import class_names, label_corpus
 from m3ae_fast.drawing.figures import draw_attack
-from m3ae_fast.evaluation.classifier import Classifier
-from m3ae_fast.evaluation.encoding import check_skipped, key_digest
 from m3ae_fast.evaluation.job import Job, summary
-from m3ae_fast.evaluation.predictions import Predictions, stacked
 from m3ae_fast.evaluation.tasks import Robustness
+from m3ae_fast.heads.classifier import Classifier
+from m3ae_fast.heads.encoding import check_skipped, key_digest
+from m3ae_fast.heads.predictions import Predictions, stacked
 from m3ae_fast.images.normalisation import from_unit, to_unit
 
 Classify = Callable[[PackedBatch], Tensor]  # a batch on the device -> logits [S, K]

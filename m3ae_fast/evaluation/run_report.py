@@ -25,7 +25,7 @@ from m3ae_fast.evaluation.baselines import (
     is_baseline,
 )
 from m3ae_fast.evaluation.difference import verdicts
-from m3ae_fast.evaluation.significance import ERROR, standard_error
+from m3ae_fast.heads.standard_error import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Diagnostic, Metrics, diagnose, verdict
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_state import status

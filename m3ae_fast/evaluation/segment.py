@@ -31,15 +31,15 @@ from m3ae_fast.data.segmentation_masks import Masks, masked_corpus
 from m3ae_fast.drawing.figures import Cell, draw_sheet
 from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.evaluation.baselines import LARGEST, MODEL
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import BankSteps, HeadBatch, Stack, fit_heads
-from m3ae_fast.evaluation.heads import LinearHeads, LinearProbeHead
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.neighbours import nearest
-from m3ae_fast.evaluation.predictions import IMAGE_HASH
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
-from m3ae_fast.evaluation.significance import image_clusters
-from m3ae_fast.evaluation.stacked_optimizers import AdamW
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import BankSteps, HeadBatch, Stack, fit_heads
+from m3ae_fast.heads.modules import LinearHeads, LinearProbeHead
+from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.predictions import IMAGE_HASH
+from m3ae_fast.heads.stacked_optimizers import AdamW
+from m3ae_fast.heads.standard_error import image_clusters
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.ranks import Ranks
 

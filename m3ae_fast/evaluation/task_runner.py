@@ -16,7 +16,6 @@ from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, WARNINGS, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
-from m3ae_fast.evaluation.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.evaluation.image_features import available, open_image_features
 from m3ae_fast.evaluation.job import (
     RESULT_FILE,
@@ -40,6 +39,7 @@ from m3ae_fast.evaluation.tasks import (
     WithTraining,
     named_task,
 )
+from m3ae_fast.heads.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session, joined_program

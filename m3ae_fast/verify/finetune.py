@@ -21,8 +21,8 @@ from m3ae_fast.config import OptimConfig, parse
 from m3ae_fast.engine.optimizer import build_adamw, set_lr
 from m3ae_fast.engine.parameter_groups import lr_scale
 from m3ae_fast.engine.schedule import warmup_cosine
-from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.finetune_groups import layer_decay_groups, layer_of
+from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.verify.golden import Golden, Quantity, flax_name, without_keys
 

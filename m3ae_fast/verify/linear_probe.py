@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.engine.schedule import warmup_cosine
-from m3ae_fast.evaluation.fit_heads import Stack
-from m3ae_fast.evaluation.heads import LinearHeads
-from m3ae_fast.evaluation.stacked_optimizers import LARS
+from m3ae_fast.heads.fit_heads import Stack
+from m3ae_fast.heads.modules import LinearHeads
+from m3ae_fast.heads.stacked_optimizers import LARS
 from m3ae_fast.verify.golden import Golden, Quantity
 
 TOLERANCE = 1e-5

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from m3ae_fast.config.evaluation import EvaluationConfig
-from m3ae_fast.evaluation import probes
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import BankSteps
-from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
-from m3ae_fast.evaluation.hyperparameter_choice import best, split
-from m3ae_fast.evaluation.probes import (
+from m3ae_fast.heads import probes
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import BankSteps
+from m3ae_fast.heads.hyperparameter_choice import best, split
+from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
+from m3ae_fast.heads.probes import (
     PROBES,
     Setting,
     Trained,
@@ -25,7 +25,7 @@ from m3ae_fast.evaluation.probes import (
     train_heads,
 )
 from m3ae_fast.process.ranks import join_ranks
-from tests.evaluation.test_hyperparameter_choice import _Heartbeats
+from tests.heads.test_hyperparameter_choice import _Heartbeats
 
 
 def _tokens(samples, seed=0):

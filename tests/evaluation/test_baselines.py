@@ -18,15 +18,16 @@ from m3ae_fast.base.parquet import read_parquet, write_parquet
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import DataConfig, ModelConfig
-from m3ae_fast.evaluation import encoding, image_features
+from m3ae_fast.evaluation import image_features
 from m3ae_fast.evaluation.baselines import LARGEST, MODEL, UNTRAINED, accuracy_entries, baseline_models
 from m3ae_fast.evaluation.difference import against_largest_class
 from m3ae_fast.evaluation.image_features import SIDE, Histogram, OrientedGradients, Pixels, available, input_config
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference, difference
 from m3ae_fast.evaluation.tasks import Ood
+from m3ae_fast.heads import encoding
+from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.images.bands import write_npy
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE

@@ -12,9 +12,9 @@ from m3ae_fast.base.parquet import read_parquet, write_parquet
 from m3ae_fast.evaluation import class_metrics as metrics
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.compare import ComparedPredictions
-from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.run_report import write_report
-from m3ae_fast.evaluation.significance import standard_error
+from m3ae_fast.heads.predictions import Predictions
+from m3ae_fast.heads.standard_error import standard_error
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import labelled_tar
 

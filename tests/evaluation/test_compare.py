@@ -23,8 +23,8 @@ from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.image_features import available
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.ood import SCORES
-from m3ae_fast.evaluation.predictions import Predictions
 from m3ae_fast.evaluation.significance import difference
+from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
 from tests.evaluation.conftest import figure_names, same_as_baseline, settings
 from tests.helpers.labelled import tiny_run

@@ -8,11 +8,11 @@ import torch
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import labelled_task
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL, with_defaults
 from m3ae_fast.evaluation.finetune import FineTuningTask
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask
 from m3ae_fast.evaluation.linear import ProbingTask
+from m3ae_fast.heads.default_hyperparameters import OFFICIAL, with_defaults
 
 
 def _config(**sections):

@@ -17,7 +17,7 @@ from m3ae_fast.config import POOLS, DataConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
-from m3ae_fast.evaluation.encoding import check_skipped, encode_corpus
+from m3ae_fast.heads.encoding import check_skipped, encode_corpus
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model import inference
 from m3ae_fast.model.inference import check_finite, encoding

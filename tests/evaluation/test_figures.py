@@ -17,7 +17,7 @@ from m3ae_fast.drawing import figures
 from m3ae_fast.drawing.figures import GREEN, RED, Cell
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import job, knn, labelled_task
-from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.heads.feature_bank import FeatureBank
 
 pytestmark = pytest.mark.slow
 

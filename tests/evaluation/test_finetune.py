@@ -26,8 +26,8 @@ from m3ae_fast.config.evaluation import FINETUNE, FineTuneConfig
 from m3ae_fast.data.rank_share import MicroBatches, Share
 from m3ae_fast.evaluation import finetune, linear
 from m3ae_fast.evaluation.augment import Mixing, RandAugment
-from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.finetune import TrainableClassifier
+from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder

@@ -12,9 +12,9 @@ from m3ae_fast.config import KnnConfig, SourceConfig
 from m3ae_fast.data import Preparation, ShardStore, open_corpus, samples_of
 from m3ae_fast.data.labels import label_corpus
 from m3ae_fast.evaluation import class_metrics, job, knn
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.knn import knn_predictions, knn_scores
-from m3ae_fast.evaluation.predictions import best_classes, topk_accuracy
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.knn import knn_predictions, knn_scores
+from m3ae_fast.heads.predictions import best_classes, topk_accuracy
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.weights.converting import convert
 from tests.evaluation.conftest import figure_names

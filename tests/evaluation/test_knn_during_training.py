@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.evaluation import encoding, knn, knn_during_training
+from m3ae_fast.evaluation import knn_during_training
+from m3ae_fast.heads import encoding, knn
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stoppable_loop import Stopped

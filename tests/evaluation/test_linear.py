@@ -9,9 +9,9 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.evaluation import finetune, linear
-from m3ae_fast.evaluation.classifier import Classifier
-from m3ae_fast.evaluation.heads import LinearHeads
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
+from m3ae_fast.heads.classifier import Classifier
+from m3ae_fast.heads.modules import LinearHeads
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
 from m3ae_fast.training.metrics_log import read_metrics

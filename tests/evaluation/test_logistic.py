@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from m3ae_fast.base.parquet import read_parquet
-from m3ae_fast.evaluation.classifier import Classifier
-from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS
+from m3ae_fast.heads.classifier import Classifier
+from m3ae_fast.heads.logistic_regression import INVERSE_STRENGTHS
 from m3ae_fast.weights.open_model import open_model
 from tests.evaluation.conftest import figure_names, settings
 from tests.helpers.labelled import NAMES, coloured

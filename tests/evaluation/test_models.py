@@ -3,7 +3,7 @@
 import torch
 
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.weights import open_model as opening
 from m3ae_fast.weights.open_model import open_model, saved_run
 

@@ -7,9 +7,9 @@ import torch
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main
-from m3ae_fast.evaluation.classifier import Classifier
-from m3ae_fast.evaluation.heads import BatchNorm
 from m3ae_fast.evaluation.tasks import TASKS
+from m3ae_fast.heads.classifier import Classifier
+from m3ae_fast.heads.modules import BatchNorm
 from m3ae_fast.model.encoder import MultimodalEncoder
 from tests.evaluation.conftest import settings
 from tests.helpers.labelled import labelled_tar

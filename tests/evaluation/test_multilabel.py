@@ -15,11 +15,11 @@ from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.label_lists import list_corpus
 from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.difference import compare_results
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.logistic_regression import fit
 from m3ae_fast.evaluation.multilabel import average_precisions, measured, neighbour_scores, resampled
 from m3ae_fast.evaluation.significance import Difference
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import logits
+from m3ae_fast.heads.logistic_regression import fit
 from tests.evaluation.conftest import same_as_baseline, settings
 from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.shards import write_tar

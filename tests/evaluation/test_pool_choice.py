@@ -7,12 +7,12 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from m3ae_fast.config import ModelConfig
-from m3ae_fast.evaluation import job, pool_choice
-from m3ae_fast.evaluation.classifier import Classifier
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.pool_choice import best_pool, candidates, part_of_pool
+from m3ae_fast.evaluation import job
 from m3ae_fast.evaluation.task_runner import evaluate
+from m3ae_fast.heads import pool_choice
+from m3ae_fast.heads.classifier import Classifier
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.pool_choice import best_pool, candidates, part_of_pool
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import joined_program
 from tests.evaluation.conftest import settings
@@ -32,11 +32,6 @@ def _bank(samples, informative, seed=0):
     features = torch.randn(samples, 6, 8, generator=generator)
     features[:, informative] += 4 * torch.eye(8)[labels][:, None]
     return FeatureBank([f"a.tar/{number}" for number in range(samples)], features, labels)
-
-
-def _config(width):
-    given = {"size": None, "emb_dim": width, "depth": 1, "num_heads": 1, "vocab_size": 0}
-    return ModelConfig.model_validate(given, strict=False)
 
 
 @pytest.mark.parametrize(("informative", "pool"), [([1], "cls"), ([4], "grid2"), ([0, 1, 2, 3, 4, 5], "mean")])
@@ -66,10 +61,10 @@ def test_some_of_many_samples_are_compared(monkeypatch):
 
 
 def test_grids_are_candidates_for_images_and_up_to_4096_features():
-    assert candidates(_config(256), "image") == ["mean", "cls", "grid2", "grid4"]
-    assert candidates(_config(260), "image") == ["mean", "cls", "grid2"]
-    assert candidates(_config(2048), "image") == ["mean", "cls"]
-    assert candidates(_config(64), "text") == candidates(_config(64), "paired") == ["mean", "cls"]
+    assert candidates(256, is_image=True) == ["mean", "cls", "grid2", "grid4"]
+    assert candidates(260, is_image=True) == ["mean", "cls", "grid2"]
+    assert candidates(2048, is_image=True) == ["mean", "cls"]
+    assert candidates(64, is_image=False) == ["mean", "cls"]
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])

@@ -9,8 +9,9 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 from m3ae_fast.evaluation.job import summary
 from m3ae_fast.evaluation.ood import SCORES
-from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.significance import difference, mcnemar, mean_accuracy, standard_error
+from m3ae_fast.evaluation.significance import difference, mcnemar, mean_accuracy
+from m3ae_fast.heads.predictions import Predictions
+from m3ae_fast.heads.standard_error import standard_error
 from tests.evaluation.conftest import settings
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from m3ae_fast.base.parquet import read_parquet
-from m3ae_fast.evaluation.classifier import Classifier
 from m3ae_fast.evaluation.tasks import TASKS
+from m3ae_fast.heads.classifier import Classifier
 from tests.helpers import task_cases
 from tests.helpers.ranks import run_ranks
 from tests.helpers.trainer import ROOT

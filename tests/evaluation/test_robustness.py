@@ -16,8 +16,8 @@ from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.evaluation import RobustnessConfig
 from m3ae_fast.evaluation import robustness
-from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
 from m3ae_fast.evaluation.robustness import _start, pgd
+from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.images.decoding import decode_image
 from tests.evaluation.conftest import finetune_settings
 from tests.helpers.labelled import NAMES, coloured

@@ -19,10 +19,10 @@ from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
 from m3ae_fast.evaluation.baselines import MODEL, UNTRAINED
 from m3ae_fast.evaluation.difference import compare_results
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.heads import LinearProbeHead
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.segment import Counts, Images, Neighbours, count, fit, measured, patch_labels, upsampled
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.modules import LinearProbeHead
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.label_mask import mask_view, read_mask
 from m3ae_fast.process.ranks import join_ranks

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.config.evaluation import EvaluationConfig
-from m3ae_fast.evaluation import logistic_regression
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.knn import knn_scores
-from m3ae_fast.evaluation.logistic_regression import fit_chosen
-from m3ae_fast.evaluation.neighbours import nearest
 from m3ae_fast.evaluation.ood import Scores
-from m3ae_fast.evaluation.probes import Setting, attentive_recipe, train_heads
 from m3ae_fast.evaluation.segment import Images, Neighbours, fit
+from m3ae_fast.heads import logistic_regression
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import logits
+from m3ae_fast.heads.knn import knn_scores
+from m3ae_fast.heads.logistic_regression import fit_chosen
+from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.probes import Setting, attentive_recipe, train_heads
 from m3ae_fast.process.ranks import Ranks, join_ranks
 
 SAMPLES, QUERIES, WIDTH, CLASSES = 211, 61, 6, 3

@@ -12,7 +12,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import read_tensors
 from m3ae_fast.cli.convert import main
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.evaluation.classifier import Classifier, ClassifierConfig
+from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.model import M3AE
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.pretrained import Pretrained, check_weights, weights_digest, write_pretrained

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.evaluation.significance import ERROR, error_of_accuracy, image_clusters
+from m3ae_fast.heads.standard_error import ERROR, error_of_accuracy, image_clusters
 
 FILE = "predictions.parquet"
 IMAGE_HASH = "image_hash"  # column of the table; see `Sample.image_hash`

@@ -28,7 +28,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DataConfig, Pool
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
-from m3ae_fast.evaluation.feature_bank import FeatureBank, Rows
+from m3ae_fast.heads.feature_bank import FeatureBank, Rows
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from m3ae_fast.config import GRIDS, POOLS, ModelConfig, Pool
-from m3ae_fast.evaluation.encoding import key_digest
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.logistic_regression import held_out_accuracy
-from m3ae_fast.evaluation.tasks import Modality
+from m3ae_fast.config import GRIDS, POOLS, Pool
+from m3ae_fast.heads.encoding import key_digest
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.logistic_regression import held_out_accuracy
 from m3ae_fast.model.pooling import vectors
 from m3ae_fast.process.heartbeats import Heartbeats
 
@@ -16,9 +15,9 @@ _MOST_FEATURES = 4096  # poolings with more features are not candidates
 _MOST_SAMPLES = 5000  # number of training samples with which the candidates are compared
 
 
-def candidates(model: ModelConfig, modality: Modality) -> list[Pool]:
-    """Return the poolings among which one is chosen, the mean first. `modality`: the input of the encoder."""
-    is_image, width = modality == "image", model.emb_dim
+def candidates(width: int, is_image: bool) -> list[Pool]:
+    """Return the poolings among which one is chosen, the mean first. `width`: width of the encoder; `is_image`: whether
+    it sees only images."""
     return [pool for pool in POOLS if pool not in GRIDS or (is_image and vectors(pool) * width <= _MOST_FEATURES)]
 
 

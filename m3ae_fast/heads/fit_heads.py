@@ -22,9 +22,9 @@ from torch import Tensor
 
 from m3ae_fast.base.progress import TimeLeft, track
 from m3ae_fast.data.order import permutation
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
-from m3ae_fast.evaluation.stacked_optimizers import StackedOptimizer
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
+from m3ae_fast.heads.stacked_optimizers import StackedOptimizer
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks

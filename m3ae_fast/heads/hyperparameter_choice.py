@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from m3ae_fast.evaluation.encoding import key_digest
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.significance import standard_error
+from m3ae_fast.heads.encoding import key_digest
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.standard_error import standard_error
 
 
 class Trial(NamedTuple):

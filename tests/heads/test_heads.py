@@ -10,8 +10,8 @@ from torch import nn
 from m3ae_fast.batch.packed import Segments
 from m3ae_fast.cli.verify import main
 from m3ae_fast.evaluation.finetune_groups import layer_decay_groups, layer_of
-from m3ae_fast.evaluation.heads import FineTuneHead, LinearProbeHead
-from m3ae_fast.evaluation.stacked_optimizers import LARS, AdamW
+from m3ae_fast.heads.modules import FineTuneHead, LinearProbeHead
+from m3ae_fast.heads.stacked_optimizers import LARS, AdamW
 from m3ae_fast.model.pooling import mean_of_tokens
 from m3ae_fast.verify.finetune import flax_path
 from m3ae_fast.verify.golden import Golden, relative_error

@@ -18,9 +18,9 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import ModelConfig, Pool
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import warmup_cosine
-from m3ae_fast.evaluation.default_hyperparameters import OFFICIAL
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import (
+from m3ae_fast.heads.default_hyperparameters import OFFICIAL
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import (
     BankSteps,
     Heads,
     Input,
@@ -30,13 +30,13 @@ from m3ae_fast.evaluation.fit_heads import (
     logits,
     subset,
 )
-from m3ae_fast.evaluation.heads import AttentiveHeads, LinearHeads
-from m3ae_fast.evaluation.hyperparameter_choice import Trial, best, edge, split
-from m3ae_fast.evaluation.knn import knn_predictions
-from m3ae_fast.evaluation.labelled_task import training_warnings
-from m3ae_fast.evaluation.logistic_regression import predict
-from m3ae_fast.evaluation.predictions import Predictions
-from m3ae_fast.evaluation.stacked_optimizers import AdamW
+from m3ae_fast.heads.hyperparameter_choice import Trial, best, edge, split
+from m3ae_fast.heads.knn import knn_predictions
+from m3ae_fast.heads.logistic_regression import predict
+from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
+from m3ae_fast.heads.predictions import Predictions
+from m3ae_fast.heads.stacked_optimizers import AdamW
+from m3ae_fast.heads.training_warnings import training_warnings
 from m3ae_fast.model.pooling import vectors
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks

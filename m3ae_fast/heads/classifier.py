@@ -19,7 +19,7 @@ from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import ModelConfig, Pool, Section, parse
-from m3ae_fast.evaluation.heads import FineTuneHead, LinearProbeHead
+from m3ae_fast.heads.modules import FineTuneHead, LinearProbeHead
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pooling import vectors
 from m3ae_fast.model.pretrained import build

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import judge, logits
-from m3ae_fast.evaluation.heads import BATCH_NORM_EPS, LinearHeads
-from m3ae_fast.evaluation.hyperparameter_choice import Split, Trial, best, split, within_error
-from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import judge, logits
+from m3ae_fast.heads.hyperparameter_choice import Split, Trial, best, split, within_error
+from m3ae_fast.heads.modules import BATCH_NORM_EPS, LinearHeads
+from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks

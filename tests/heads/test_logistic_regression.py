@@ -5,10 +5,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from m3ae_fast.evaluation import logistic_regression
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import logits
-from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS, USUAL, fit, fit_chosen
+from m3ae_fast.heads import logistic_regression
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import logits
+from m3ae_fast.heads.logistic_regression import INVERSE_STRENGTHS, USUAL, fit, fit_chosen
 
 
 def _bank(features, labels=None):

@@ -21,7 +21,7 @@ from torch import Tensor
 from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import missing_memory
-from m3ae_fast.evaluation.predictions import Predictions
+from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.inference import refuse_not_finite, rows_not_finite
 from m3ae_fast.process.ranks import Ranks

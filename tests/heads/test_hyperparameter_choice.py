@@ -8,13 +8,13 @@ import torch
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import EvaluationConfig
-from m3ae_fast.evaluation import logistic_regression
-from m3ae_fast.evaluation.feature_bank import FeatureBank
-from m3ae_fast.evaluation.fit_heads import judge, logits, losses
-from m3ae_fast.evaluation.heads import LinearHeads
-from m3ae_fast.evaluation.hyperparameter_choice import Trial, best, edge, split, within_error
-from m3ae_fast.evaluation.logistic_regression import INVERSE_STRENGTHS, fit_chosen
-from m3ae_fast.evaluation.probes import ATTENTIVE_RATES, Setting, attentive_recipe, train_heads, try_rates
+from m3ae_fast.heads import logistic_regression
+from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.fit_heads import judge, logits, losses
+from m3ae_fast.heads.hyperparameter_choice import Trial, best, edge, split, within_error
+from m3ae_fast.heads.logistic_regression import INVERSE_STRENGTHS, fit_chosen
+from m3ae_fast.heads.modules import LinearHeads
+from m3ae_fast.heads.probes import ATTENTIVE_RATES, Setting, attentive_recipe, train_heads, try_rates
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import join_ranks
 

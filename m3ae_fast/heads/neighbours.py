@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.base.progress import track
-from m3ae_fast.evaluation.feature_bank import FeatureBank
+from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.process.collectives import all_gather, all_to_all
 
 _MARGIN = 8  # number of candidates in addition to K

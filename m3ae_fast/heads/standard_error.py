@@ -1,0 +1,56 @@
+"""Standard errors of accuracies.
+
+Samples with the same image form a cluster, because a model gives copies of an image the same features. The standard
+errors are the cluster-robust ones of a mean (Liang and Zeger 1986, "Longitudinal data analysis using generalized linear
+models"; for evaluations: Miller 2024, arXiv 2411.00640). If no image occurs twice, these are the usual formulas for
+independent samples.
+
+Shapes: N samples, C clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+ERROR = "_se"  # suffix of an accuracy's name that denotes its standard error
+
+
+def image_clusters(hashes: Sequence[str]) -> np.ndarray:
+    """Return the cluster of each sample, int64 [N], numbered in the order of first occurrence: samples whose images
+    have the same hash are in one cluster. A sample without a hash ("") is alone in its cluster."""
+    seen: dict[Any, int] = {}
+    keys = (image or number for number, image in enumerate(hashes))
+    return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)
+
+
+def effective_samples(clusters_N: np.ndarray) -> float:
+    """Return the effective number of samples if all samples of a cluster have the same result: N^2 / (sum of squared
+    cluster sizes) (Kish 1965, "Survey Sampling")."""
+    sizes_C = np.bincount(clusters_N)
+    return len(clusters_N) ** 2 / float(sizes_C @ sizes_C)
+
+
+def error_of_accuracy(correct_N: np.ndarray, clusters_N: np.ndarray | None = None) -> float:
+    """Return the cluster-robust standard error of an accuracy.
+
+    Args:
+        correct_N: whether each sample is classified correctly, bool, or the fraction of trials in which it is.
+        clusters_N: cluster of each sample, int64; None: every sample is its own cluster.
+    """
+    clusters_N = np.arange(len(correct_N)) if clusters_N is None else clusters_N
+    mean = float(correct_N.mean())
+    if not 0 < mean < 1 or not clusters_N.any():  # the residuals of all clusters are 0
+        return standard_error(mean, effective_samples(clusters_N))
+    residuals_C = np.bincount(clusters_N, correct_N - mean)
+    return math.sqrt(residuals_C @ residuals_C) / len(correct_N)
+
+
+def standard_error(accuracy: float, samples: float) -> float:
+    """Return the standard error of an accuracy on this number of samples. If the accuracy is 0 or 1, Laplace's estimate
+    is used in its place, so that the standard error is not 0."""
+    likely = accuracy if 0 < accuracy < 1 else (accuracy * samples + 1) / (samples + 2)
+    return math.sqrt(likely * (1 - likely) / samples)
