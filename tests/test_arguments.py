@@ -1,6 +1,7 @@
 """Arguments that are declared once, as fields of a class, for the command line and for Python."""
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -8,7 +9,7 @@ import pytest
 from pydantic import Field
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config.arguments import Arguments, CommaList, Option, Settings, Shards, add_arguments
+from m3ae_fast.config.arguments import Arguments, CommaList, Option, Settings, Shards, accepts, add_arguments
 
 Fruit = Literal["apple", "pear"]
 
@@ -28,7 +29,7 @@ class Basket(Arguments):
     """number of places"""
     lid: bool = True
     """close the basket"""
-    gift: bool = False
+    gift: Annotated[bool, Option(group="wrapping")] = False
     """wrap it"""
     overrides: Settings = ()
     """a setting"""
@@ -101,7 +102,19 @@ def test_the_help_consists_of_the_strings_below_the_fields():
         "--colour {red,green} colour of the basket",
         "--size N number of places (default: 3)",
         "--no-lid do not close the basket",
-        "--gift wrap it",
         "--set KEY=VALUE a setting",
+        "wrapping: --gift wrap it",
     ):
         assert text in shown
+
+
+def test_the_fields_are_shown_as_the_arguments_of_a_function():
+    @accepts(Basket)
+    def fill(owner: str, **options):
+        return Basket(owner=owner, **options)
+
+    shown = inspect.signature(fill).parameters
+    assert [*shown] == [*Basket.model_fields]
+    assert (shown["own_shards"].default, shown["size"].default) == (inspect.Parameter.empty, 3)
+    assert shown["owner"].annotation is str and shown["lid"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert fill("me", own_shards="a.tar", size=4).size == 4

@@ -100,8 +100,8 @@ def test_help_of_the_program_and_of_a_command_is_printed(monkeypatch, capsys, wo
     [
         (
             shards.main,
-            "stats a.tar --channels x",
-            r".*--channels.*; `m3ae-fast shards ",
+            "stats a.tar --dtype int8",
+            r".*--dtype: invalid choice.*; `m3ae-fast shards stats --help",
         ),
         (
             shards.main,

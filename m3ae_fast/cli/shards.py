@@ -8,20 +8,15 @@ m3ae-fast shards tokenizer 'shards/train-*.tar' --vocab-size 4096 --out tokenize
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from m3ae_fast.base.errors import UserError, exit_cleanly
-from m3ae_fast.cli.command_line import GROUP_HELP, add_columns, add_labels, command, program, seed
-from m3ae_fast.config import add_range_option
-from m3ae_fast.config.arguments import output
-from m3ae_fast.shards.settings import Settings
+from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.cli.command_line import checked, command, program, refuse
+from m3ae_fast.config.arguments import Arguments, add_arguments
+from m3ae_fast.shards.options import MakeOptions, StatsOptions, TableOptions, TokenizerOptions
 
-OUT_HELP = "output folder: a new folder, or the folder of an interrupted command, which is then continued"
 MAKE = """Make shards from a folder of images, an HDF5 file or a Hugging Face dataset.
 
   m3ae-fast shards make images/ --out shards/ --held-out 0.05
@@ -71,182 +66,75 @@ the manifest opens many remote shards without reading them.
 def main(argv: Sequence[str] | None = None) -> int:
     parser = program("shards", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands (each has its own --help)")
-    _add_make(commands)
-    common = argparse.ArgumentParser(add_help=False)
-    help_text = "tar files: paths, brace patterns, globs, URLs or pipe: commands"
-    common.add_argument("shards", nargs="+", metavar="SHARDS", help=help_text)
-    cache = "folder for copies of remote shards (default: ~/.cache/m3ae_fast)"
-    common.add_argument("--cache-dir", type=Path, help=cache)
-    for add in (_add_table, _add_stats, _add_tokenizer):
-        add(commands, common)
-    args = parser.parse_args(argv)
-    args.perform(args)
+    for name, (options, perform, summary, text) in _COMMANDS.items():
+        add_arguments(command(commands, name, summary, text, perform), options)
+    given = vars(parser.parse_args(argv))
+    perform = given.pop("perform")
+    perform(given)
     return 0
 
 
-def _add_make(commands: Any) -> None:
-    summary = "make shards from a folder of images, an HDF5 file or a Hugging Face dataset"
-    parser = command(commands, "make", summary, MAKE, _make)
-    parser.add_argument("source", metavar="SOURCE", help="a folder, an HDF5 file, or the name of a dataset on the Hub")
-    parser.add_argument("--out", type=output(), required=True, metavar="DIR", help=OUT_HELP)
-    folder = parser.add_argument_group("options for a folder of images")
-    text = "table of captions: .csv, .tsv, .jsonl or .parquet"
-    folder.add_argument("--captions", type=Path, metavar="TABLE", help=text)
-    folder.add_argument(
-        "--classes", type=Path, metavar="FILE", help="classes.json of other shards, to assign the same label ids"
-    )
-    folder.add_argument("--flat", action="store_true", help="do not use sub-folders as splits or classes")
-    text = (
-        "folder of label masks: a single-channel NAME.png for NAME.jpg, in the same sub-folders (for evaluate segment)"
-    )
-    folder.add_argument("--masks", type=Path, metavar="FOLDER", help=text)
-    dataset = parser.add_argument_group("options for a Hugging Face dataset")
-    dataset.add_argument("--subset", metavar="NAME", help="configuration of the dataset, if it has several")
-    dataset.add_argument("--split", metavar="NAME", help="split to convert (default: all)")
-    columns = parser.add_argument_group("columns of a table or a dataset")
-    add_columns(columns)
-    text = "column of labels in a dataset (default: detected)"
-    columns.add_argument("--label-column", metavar="NAME", help=text)
-    _add_shard_settings(parser)
-
-
-def _add_shard_settings(parser: argparse.ArgumentParser) -> None:
-    shards, usual = parser.add_argument_group("shards"), Settings()
-    numbers = {
-        "--short-side": (
-            usual.short_side,
-            "scale the short side of images down to N pixels; smaller JPEGs are copied unchanged",
-        ),
-        "--samples-per-shard": (usual.samples_per_shard, "maximum number of samples per shard"),
-        "--workers": (len(os.sched_getaffinity(0)), "number of worker processes"),
-    }
-    for option, (default, text) in numbers.items():
-        shards.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
-    add_range_option(shards)
-    text = "fraction of the samples that are written to val-*.tar (default: 0)"
-    shards.add_argument("--held-out", type=float, default=0.0, metavar="FRACTION", help=text)
-    shards.add_argument("--group", metavar="FIELD", help=GROUP_HELP)
-    text = "keep the order of SOURCE (default: shuffle the samples, always in the same way)"
-    shards.add_argument("--keep-order", action="store_true", help=text)
-
-
-def _make(args: argparse.Namespace) -> None:
+def _make(given: dict[str, Any]) -> None:
+    options = checked(MakeOptions, given)
+    from m3ae_fast.shards.making import convert_source
     from m3ae_fast.shards.overview import parts_of, show
     from m3ae_fast.shards.sources.registry import open_source
-    from m3ae_fast.shards.writer import convert, describe_conversion
+    from m3ae_fast.shards.writer import describe_conversion
 
-    settings = Settings(
-        args.samples_per_shard,
-        args.short_side,
-        held_out=args.held_out,
-        group=args.group,
-        value_range=args.value_range,
-        keep_order=args.keep_order,
-    )
-    records = open_source(
-        args.source,
-        captions=args.captions,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
-        label_column=args.label_column,
-        classes=args.classes,
-        flat=args.flat,
-        masks=args.masks,
-        subset=args.subset,
-        split=args.split,
-    )
-    held_out = ", val-*.tar" if args.held_out else ""
-    show(args.source, parts_of(records, {split: f"{split}-*.tar{held_out}" for split in records.splits}))
+    records = open_source(options.source, options)
+    held_out = ", val-*.tar" if options.held_out else ""
+    show(options.source, parts_of(records, {split: f"{split}-*.tar{held_out}" for split in records.splits}))
     print("".join(f"note: {note}\n" for note in records.notes), end="", flush=True)
-    print(describe_conversion(args.out, convert(records, args.out, settings, args.workers)))
+    print(describe_conversion(options.out, convert_source(records, options)))
     print("".join(f"{line}\n" for line in records.ignored.lines()), end="")
 
 
-def _add_table(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "print the contents of shards, or write them to a manifest for runs with many shards"
-    parser = command(commands, "table", summary, TABLE, _table, common)
-    parser.add_argument("--out", type=output(".npy"), metavar="FILE.npy", help="write a manifest to this file")
-    text = "read the counts from the NAME_stats.json files that img2dataset wrote"
-    parser.add_argument("--stats", action="store_true", help=f"with --out: {text}")
-
-
-def _table(args: argparse.Namespace) -> None:
-    if args.stats and args.out is None:
-        raise UserError("--stats can be used only with --out")
+def _table(given: dict[str, Any]) -> None:
+    options = checked(TableOptions, given)
+    if options.stats and options.out is None:
+        refuse("--stats can be used only with --out")
     from m3ae_fast.shards.shard_table import print_table, table
 
-    found = table(args.shards, args.out, stats=args.stats, cache_dir=args.cache_dir)
-    if args.out is None:
+    found = table(**dict(options))
+    if options.out is None:
         print_table(found.indexed)
     print("".join(f"note: {note}\n" for note in found.notes), end="")
-    if args.out is not None:
+    if options.out is not None:
         counts = f"{len(found.rows):,} shards with {found.samples:,} samples"
-        print(f"{args.out}: {counts}; {found.unread:,} shards unreadable")
+        print(f"{options.out}: {counts}; {found.unread:,} shards unreadable")
 
 
-def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "print statistics of the samples, and the settings derived from them"
-    parser = command(commands, "stats", summary, STATS, _stats, common)
-    parser.add_argument(
-        "--samples", type=int, default=10_000, metavar="N", help="number of samples to inspect (default: 10000)"
-    )
-    parser.add_argument("--seed", type=seed, default=0, help="random seed for choosing the samples (default: 0)")
-    parser.add_argument(
-        "--channels", type=int, default=3, metavar="C", help="number of image channels of the model (default: 3)"
-    )
-    dtypes = ("uint8", "uint16", "float32")
-    parser.add_argument(
-        "--dtype", choices=dtypes, default="uint8", help="model.image_dtype of the model (default: uint8)"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="FILE", help="tokenizer used to measure caption lengths in tokens (default: in words)"
-    )
-    add_labels(parser)
-    add_range_option(parser)
-    parser.add_argument("--out", type=output(".png"), metavar="FILE.png", help="write a figure with histograms")
-    parser.add_argument("--write", type=Path, metavar="CONFIG", help="config into which the settings are written")
-
-
-def _stats(args: argparse.Namespace) -> None:
+def _stats(given: dict[str, Any]) -> None:
+    options = checked(StatsOptions, given)
     from m3ae_fast.shards import statistics
 
-    given = None if args.write is None else statistics.read_whole_config(args.write)
-    found = statistics.stats(
-        args.shards,
-        samples=args.samples,
-        seed=args.seed,
-        channels=args.channels,
-        dtype=args.dtype,
-        value_range=args.value_range,
-        tokenizer=args.tokenizer,
-        labels=args.labels,
-        cache_dir=args.cache_dir,
-    )
+    found = statistics.stats(**dict(options))
     print(*statistics.describe_statistics(found), sep="\n")
-    settings = statistics.settings_of(found)
-    print(*statistics.options_of(settings), sep="\n")
-    if args.out is not None:
-        statistics.draw_statistics(args.out, found)
-        print(f"wrote {args.out}")
-    if given is not None:
-        statistics.write_settings(args.write, given, settings)
-        print(f"wrote these settings to {args.write}")
+    print(*statistics.options_of(statistics.settings_of(found)), sep="\n")
+    if options.out is not None:
+        print(f"wrote {options.out}")
+    if options.write is not None:
+        print(f"wrote these settings to {options.write}")
 
 
-def _add_tokenizer(commands: Any, common: argparse.ArgumentParser) -> None:
-    summary = "train an uncased WordPiece tokenizer on the captions"
-    parser = command(commands, "tokenizer", summary, "", _tokenizer, common)
-    text = "maximum number of tokens, including special tokens"
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help=text)
-    parser.add_argument("--out", type=output(".json"), required=True, metavar="FILE.json", help="output file")
-
-
-def _tokenizer(args: argparse.Namespace) -> None:
+def _tokenizer(given: dict[str, Any]) -> None:
+    options = checked(TokenizerOptions, given)
     from m3ae_fast.shards.tokenizer_training import describe_tokenizer, tokenizer
 
-    trained = tokenizer(args.shards, args.out, vocab_size=args.vocab_size, cache_dir=args.cache_dir)
-    print(*describe_tokenizer(trained, args.vocab_size), sep="\n")
+    print(*describe_tokenizer(tokenizer(**dict(options)), options.vocab_size), sep="\n")
 
+
+_COMMANDS: dict[str, tuple[type[Arguments], Callable[[dict[str, Any]], None], str, str]] = {
+    "make": (MakeOptions, _make, "make shards from a folder of images, an HDF5 file or a Hugging Face dataset", MAKE),
+    "table": (
+        TableOptions,
+        _table,
+        "print the contents of shards, or write them to a manifest for runs with many shards",
+        TABLE,
+    ),
+    "stats": (StatsOptions, _stats, "print statistics of the samples, and the settings derived from them", STATS),
+    "tokenizer": (TokenizerOptions, _tokenizer, "train an uncased WordPiece tokenizer on the captions", ""),
+}
 
 if __name__ == "__main__":
     sys.exit(exit_cleanly(main))

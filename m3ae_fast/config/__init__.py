@@ -34,4 +34,4 @@ from m3ae_fast.config.schema import (
     TrainConfig,
     ZeroConfig,
 )
-from m3ae_fast.config.value_range import Range, add_range_option, check_range_argument
+from m3ae_fast.config.value_range import Range

@@ -9,28 +9,33 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.load import override_list
+from m3ae_fast.config.value_range import Range, as_range
 
 A = TypeVar("A", bound="Arguments")
+F = TypeVar("F", bound=Callable[..., Any])
 _SHOWN = 80  # maximum number of characters of a wrong value in a message
 
 
 class Option:
     """The form of a field on the command line, if it is not the usual one: the arguments of
-    `argparse.ArgumentParser.add_argument`. A name without dashes is a positional argument."""
+    `argparse.ArgumentParser.add_argument`. A name without dashes is a positional argument. `group`: title under which
+    the help shows the field."""
 
-    def __init__(self, *names: str, **how: Any) -> None:
-        self.names, self.how = names, how
+    def __init__(self, *names: str, group: str = "", **how: Any) -> None:
+        self.names, self.group, self.how = names, group, how
 
 
 class Arguments(BaseModel):
@@ -81,15 +86,41 @@ class Arguments(BaseModel):
         return f"{name}: there is no such argument" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def add_arguments(parser: argparse._ActionsContainer, arguments: type[Arguments], *, needed: bool = True) -> None:
+def accepts(arguments: type[Arguments]) -> Callable[[F], F]:
+    """Return a decorator for a function that passes its keyword arguments `**options` to `arguments`: `help` and
+    editors then show the fields in place of `**options`."""
+
+    def decorate(function: F) -> F:
+        whole = inspect.signature(function)
+        own = [each for each in whole.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        fields = {name: field for name, field in arguments.model_fields.items() if name not in whole.parameters}
+        more = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.is_required() else field.default,
+                annotation=field.annotation,
+            )
+            for name, field in fields.items()
+        ]
+        function.__signature__ = whole.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def add_arguments(parser: argparse.ArgumentParser, arguments: type[Arguments], *, needed: bool = True) -> None:
     """Add the fields of `arguments` to a parser, those without a default first. Only the fields that are given on the
     command line will be in the parser's result. `needed`: whether the parser refuses a line without a field that has no
     default."""
+    places: dict[str, argparse._ActionsContainer] = {"": parser}
     for name, field in sorted(arguments.model_fields.items(), key=lambda each: not each[1].is_required()):
         names, how = _written(name, field)
         if names[0].startswith("-"):
             how |= {"dest": name, "required": needed and field.is_required()}
-        parser.add_argument(*names, **{"default": argparse.SUPPRESS, "help": _help(field)} | how)
+        if (group := _option(field).group) not in places:
+            places[group] = parser.add_argument_group(group)
+        places[group].add_argument(*names, **{"default": argparse.SUPPRESS, "help": _help(field)} | how)
 
 
 def option_of(arguments: type[Arguments], name: str) -> str:
@@ -108,9 +139,14 @@ def _written(name: str, field: FieldInfo) -> tuple[tuple[str, ...], dict[str, An
         how = {"choices": get_args(kind)}
     elif kind in (int, float):
         how = {"metavar": "N"}
-    own = next((each for each in field.metadata if isinstance(each, Option)), Option())
+    own = _option(field)
     prefix = "--no-" if kind is bool and field.default else "--"
     return own.names or (prefix + name.replace("_", "-"),), how | own.how
+
+
+def _option(field: FieldInfo) -> Option:
+    """Return the form of a field on the command line. A field may have another form than its type."""
+    return next((each for each in reversed(field.metadata) if isinstance(each, Option)), Option())
 
 
 def _without_none(annotation: Any) -> Any:
@@ -155,7 +191,7 @@ def output(*endings: str) -> Callable[[str | os.PathLike[str]], Path]:
     function raises UserError for an invalid path; for other exceptions, argparse would also print the usage."""
 
     def parse(given: str | os.PathLike[str]) -> Path:
-        text = os.fspath(given)
+        text = names([given])[0]
         if not text:
             raise UserError("the output path is empty; specify a path")
         if any("\ud800" <= character <= "\udfff" for character in text):
@@ -168,11 +204,39 @@ def output(*endings: str) -> Callable[[str | os.PathLike[str]], Path]:
 
 
 CommaList = BeforeValidator(_items)
+Name = Annotated[str, BeforeValidator(lambda value: names([value])[0])]  # a name, or a path as text
 SHARDS = "tar files (paths, brace patterns, globs, URLs or pipe: commands)"
 Shards = Annotated[Sequence[str], BeforeValidator(names), Field(min_length=1), Option(nargs="+", metavar="SHARDS")]
 Labels = Annotated[str, Option(metavar="cls|json.FIELD")]
 Resume = Annotated[str, Option(metavar="auto|no|PATH")]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
+ValueRange = Annotated[Range | None, BeforeValidator(as_range), Option(metavar="LOW,HIGH|dtype")]
+_SETTINGS = "settings and device"
 Settings = Annotated[
-    Sequence[str], BeforeValidator(override_list), Option("--set", action="append", metavar="KEY=VALUE")
+    Sequence[str],
+    BeforeValidator(override_list),
+    Option("--set", action="append", metavar="KEY=VALUE", group=_SETTINGS),
 ]
+
+
+class WithSettings(Arguments):
+    """Arguments of a command with settings."""
+
+    overrides: Settings = ()
+    """override a setting, such as data.workers=4; in Python: overrides, a list of such texts or a dict such as
+    {"data.workers": 4}"""
+    seed: Annotated[Seed | None, Option(metavar="N", group=_SETTINGS)] = None
+    """random seed: short for --set run.seed=N"""
+    device: Annotated[Device | None, Option(group=_SETTINGS)] = None
+    """device to use; with cpu, the GPUs of this machine are ignored (default: cuda if there is a GPU, otherwise cpu)"""
+
+    @model_validator(mode="after")
+    def _has_one_seed(self) -> WithSettings:
+        if self.seed is not None and any(each.startswith("run.seed=") for each in self.overrides):
+            raise UserError(f"seed {self.seed}: the setting run.seed is given too; leave out one of the two")
+        return self
+
+    @property
+    def all_overrides(self) -> list[str]:
+        """Return the overrides of settings, including that of the seed."""
+        return [*self.overrides, *([] if self.seed is None else [f"run.seed={self.seed}"])]

@@ -17,20 +17,17 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from m3ae_fast.base import object_store
-from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config import Pool
 from m3ae_fast.config.arguments import (
     SHARDS,
-    Arguments,
     CommaList,
     Labels,
     Option,
     Resume,
-    Seed,
-    Settings,
     Shards,
+    WithSettings,
     names,
     output,
 )
@@ -101,7 +98,7 @@ OutsideSets = Annotated[
 ]
 
 
-class Task(Arguments):
+class Task(WithSettings):
     """A task and its options. The module of its name has a function `run(job)`, which returns the result, or None if
     the task was stopped before its end."""
 
@@ -111,12 +108,6 @@ class Task(Arguments):
     val: Shards = Field(description=f"held-out samples in {SHARDS}")
     out: Annotated[Path, BeforeValidator(output()), Option(metavar="OUT")]
     """output folder, which must not contain a result"""
-    overrides: Settings = ()
-    """override a setting; in Python: overrides, a list of such texts or a dict such as {"knn.k": 10}"""
-    seed: Seed | None = None
-    """random seed: short for --set run.seed=N"""
-    device: Device | None = None
-    """device to use; with cpu, the GPUs of this machine are ignored (default: cuda if there is a GPU, otherwise cpu)"""
 
     @classmethod
     def name(cls) -> str:
@@ -134,17 +125,6 @@ class Task(Arguments):
         if any(name in other.model_fields for other in TASKS.values()):
             return f"{name}: {cls.name()} does not use it; leave it out"
         return super().unknown(name)
-
-    @model_validator(mode="after")
-    def _has_one_seed(self) -> Task:
-        if self.seed is not None and any(each.startswith("run.seed=") for each in self.overrides):
-            raise UserError(f"seed {self.seed}: the setting run.seed is given too; leave out one of the two")
-        return self
-
-    @property
-    def all_overrides(self) -> list[str]:
-        """Return the overrides of settings, including that of the seed."""
-        return [*self.overrides, *([] if self.seed is None else [f"run.seed={self.seed}"])]
 
     @property
     def uses_now(self) -> Uses:

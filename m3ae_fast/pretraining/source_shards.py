@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from m3ae_fast.data.shard_store import ShardStore, expand, is_remote
 from m3ae_fast.pretraining.automatic_settings import Shards
 from m3ae_fast.pretraining.image_settings import range_of, require_similar_values
 from m3ae_fast.shards.held_out import shared_images, write_without
+from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.output_claim import MANIFEST, manifest_text
 from m3ae_fast.shards.overview import parts_of, show
 from m3ae_fast.shards.settings import Settings
@@ -126,15 +126,19 @@ def _open(source: str, captions: Path | None, columns: tuple[str | None, str | N
     if captions and kind != "folder":
         raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
     image, caption = columns
-    records = partial(open_source, source, kind=kind, image_column=image)
+
+    def records(captions: Path | None = None, caption_column: str | None = caption) -> Records:
+        options = SourceOptions(captions=captions, image_column=image, caption_column=caption_column)
+        return open_source(source, options, kind)
+
     if captions or kind != "folder":
-        return records(captions=captions, caption_column=caption), []
+        return records(captions), []
     tables = sorted(path for path in Path(source).iterdir() if path.suffix.lower() in READERS)
     if len(tables) > 1:
         names = ", ".join(path.name for path in tables)
         raise UserError(f"{source}: has several tables ({names}); choose one with --captions")
     if not tables:
-        return records(caption_column=caption), []
+        return records(), []
     (table,) = tables
     try:
         return _with_table(records, table, caption)
@@ -154,7 +158,7 @@ def _with_table(records: Callable[..., Records], table: Path, caption: str | Non
     that opens the folder; `caption`: column of the captions. Raises NoColumns if the table has no column of images."""
     try:
         read = "fields" if caption == NO_CAPTIONS else "captions and fields"
-        return records(captions=table, caption_column=caption), [f"{read} are read from {table}"]
+        return records(table), [f"{read} are read from {table}"]
     except NoColumns as error:
         if error.option != CAPTION_OPTION:
             raise
@@ -162,7 +166,7 @@ def _with_table(records: Callable[..., Records], table: Path, caption: str | Non
             f"fields, but no captions, are read from {table}: none of its columns ({error.columns}) has a usual name "
             f"such as caption; if one of them contains captions, specify it with {CAPTION_OPTION}"
         )
-    return records(captions=table, caption_column=NO_CAPTIONS), [note]
+    return records(table, NO_CAPTIONS), [note]
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +17,13 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import parse_json
+from m3ae_fast.config.arguments import accepts
 from m3ae_fast.data.corpus import describe_ignored
 from m3ae_fast.data.download import read_small
 from m3ae_fast.data.index import IndexedShard, index_shards
 from m3ae_fast.data.manifest import KINDS, UNREAD, none_read, rows_of, rows_of_indexed, write
 from m3ae_fast.data.shard_store import ShardStore, expand
+from m3ae_fast.shards.options import TableOptions
 
 _THREADS = 32
 _MAX_BYTES = 1 << 26  # maximum number of bytes of a file with sample counts
@@ -46,27 +47,22 @@ class ShardTable(NamedTuple):
         return int((self.rows["kind"] == UNREAD).sum())
 
 
-def table(
-    shards: str | Sequence[str],
-    out: str | os.PathLike[str] | None = None,
-    *,
-    stats: bool = False,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> ShardTable:
+@accepts(TableOptions)
+def table(shards: str | Sequence[str], out: str | os.PathLike[str] | None = None, **options: Any) -> ShardTable:
     """Write the missing indexes of shards, and return the contents of all shards.
 
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
         out: a .npy file, the manifest to write, which can be used as `shards` of a source in the config; None: no
             manifest.
-        stats: whether to use the counts in img2dataset's NAME_stats.json files instead of reading the shards.
-        cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
+        options: the other options of the command: the fields of `options.TableOptions`.
 
     Raises:
         UserError: a shard does not exist, no shard can be read, or `out` cannot be written.
     """
-    names, store = expand(shards), ShardStore(cache_dir)
-    if stats:
+    given = TableOptions(shards=shards, out=out, **options)
+    names, store = expand(given.shards), ShardStore(given.cache_dir)
+    if given.stats:
         found = ShardTable(_counted(names, store), [], [])
     else:
         lost: list[Skipped] = []
@@ -75,8 +71,8 @@ def table(
             raise none_read(lost[0], len(lost))
         rows, notes = rows_of_indexed(names, indexed, lost)
         found = ShardTable(rows, indexed, list(map(str, notes)))
-    if out is not None:
-        write(Path(out), found.rows)
+    if given.out is not None:
+        write(given.out, found.rows)
     return found
 
 

@@ -6,12 +6,11 @@ Shapes: C channels.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,8 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.batch.tokenizer import CaptionTokenizer, load_tokenizer
-from m3ae_fast.config import MAX_CHANNELS, Config, ModelConfig, Range, SourceConfig, check_range_argument, parse
+from m3ae_fast.config import Config, Range, SourceConfig, parse
+from m3ae_fast.config.arguments import accepts
 from m3ae_fast.config.load import read_config
 from m3ae_fast.data.corpus import Corpus, open_corpus
 from m3ae_fast.data.labels import LEFT_OUT, Label, read_labels, select_labelled
@@ -32,55 +32,37 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.images.decoding import decode_image, format_of
 from m3ae_fast.images.image_kind import kind_of
+from m3ae_fast.shards.options import StatsOptions
 
 _QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # quantiles of a distribution that are shown
 SMALLEST_STD = 1e-4  # minimum standard deviation of a channel
+_SAMPLES = 10_000  # maximum number of samples that `stats` inspects
 _LONGEST = 1 << 16  # maximum length of a caption in tokens
-_DTYPES: tuple[str, ...] = get_args(ModelConfig.model_fields["image_dtype"].annotation)
 _SHOWN = 5  # maximum numbers of labels and of reasons for unreadable samples that are shown
 
 
-def stats(
-    shards: str | Sequence[str],
-    *,
-    samples: int = 10_000,
-    seed: int = 0,
-    channels: int = 3,
-    dtype: str = "uint8",
-    value_range: Range | None = None,
-    tokenizer: str | os.PathLike[str] | None = None,
-    labels: str = "cls",
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> Statistics:
-    """Return statistics of some samples of shards; `settings_of` derives the settings of a config from them.
+@accepts(StatsOptions)
+def stats(shards: str | Sequence[str], **options: Any) -> Statistics:
+    """Return statistics of at most 10,000 random samples of shards; `settings_of` derives the settings of a config from
+    them.
 
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
-        samples: maximum number of samples that are inspected.
-        seed: random seed for choosing the samples.
-        channels: number of image channels of the model.
-        dtype: dtype of the model's images: "uint8", "uint16" or "float32".
-        value_range: values of black and white in images with more than 8 bits per channel; "dtype": the limits of the
-            data type.
-        tokenizer: a tokenizer.json, a BERT vocab.txt or a name on the Hub, to count caption lengths in tokens; None: in
-            words.
-        labels: source of the labels: "cls", or "json." and the name of a field.
-        cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
+        options: the options of the command, such as `channels=13`: the fields of `options.StatsOptions`.
 
     Raises:
-        UserError: an argument is invalid, or a shard or a label cannot be read.
+        UserError: an argument is invalid, a shard, a label or the config cannot be read, or a file cannot be written.
     """
-    if samples < 1:
-        raise UserError(f"--samples {samples}: must be 1 or more")
-    if not 1 <= channels <= MAX_CHANNELS:
-        raise UserError(f"--channels {channels}: must be from 1 to {MAX_CHANNELS}")
-    if dtype not in _DTYPES:
-        raise UserError(f"--dtype {dtype}: must be one of {', '.join(_DTYPES)}")
-    check_range_argument(value_range)
-    loaded = None if tokenizer is None else load_tokenizer(os.fspath(tokenizer), _LONGEST, label="--tokenizer")
-    names = [shards] if isinstance(shards, str) else list(shards)
-    corpus = open_corpus([SourceConfig(shards=names)], ShardStore(cache_dir), progress=True)
-    return collect(corpus, samples, seed, channels, value_range, loaded, labels, dtype)
+    given = StatsOptions(shards=shards, **options)
+    config = None if given.write is None else _read_whole_config(given.write)
+    loaded = None if given.tokenizer is None else load_tokenizer(given.tokenizer, _LONGEST, label="--tokenizer")
+    corpus = open_corpus([SourceConfig(shards=list(given.shards))], ShardStore(given.cache_dir), progress=True)
+    found = collect(corpus, _SAMPLES, 0, given.channels, given.value_range, loaded, given.labels, given.dtype)
+    if given.out is not None:
+        draw_statistics(given.out, found)
+    if given.write is not None and config is not None:
+        _write_settings(given.write, config, settings_of(found))
+    return found
 
 
 def describe_statistics(found: Statistics) -> list[str]:
@@ -137,14 +119,14 @@ def options_of(settings: Sequence[tuple[str, str, Any]]) -> list[str]:
     return [f"--set {section}.{key}={_compact(value)}" for section, key, value in settings]
 
 
-def read_whole_config(path: Path) -> dict[str, Any]:
-    """Return the config in the file `path`, for `write_settings`. Raises UserError if it is invalid."""
+def _read_whole_config(path: Path) -> dict[str, Any]:
+    """Return the config in the file `path`, for `_write_settings`. Raises UserError if it is invalid."""
     given = read_config(path, "--write")
     parse(Config, given, f"--write {path}")
     return given
 
 
-def write_settings(path: Path, given: dict[str, Any], settings: Sequence[tuple[str, str, Any]]) -> None:
+def _write_settings(path: Path, given: dict[str, Any], settings: Sequence[tuple[str, str, Any]]) -> None:
     """Write the config `given` with the settings of `settings_of`. Raises UserError if the result is invalid, or if
     `path` cannot be written."""
     for section, key, value in settings:
@@ -154,10 +136,11 @@ def write_settings(path: Path, given: dict[str, Any], settings: Sequence[tuple[s
 
 
 def draw_statistics(path: Path, found: Statistics) -> None:
-    """Write a PNG with histograms of pixel values, image sizes, aspect ratios and caption lengths. `found` must contain
-    an image (see `require_images`). Raises UserError if `path` cannot be written."""
+    """Write a PNG with histograms of pixel values, image sizes, aspect ratios and caption lengths. Raises UserError if
+    no image could be read, or if `path` cannot be written."""
     from matplotlib.figure import Figure
 
+    require_images(found)
     figure = Figure(figsize=(12, 8), layout="constrained")
     (levels, sizes), (ratios, lengths) = figure.subplots(2, 2)
     names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "black"]}.get(found.channels)

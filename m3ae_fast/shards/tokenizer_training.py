@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -18,9 +18,11 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.batch.tokenizer import SPECIAL, train_tokenizer
 from m3ae_fast.config import MAX_VOCAB, SourceConfig
+from m3ae_fast.config.arguments import accepts
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.data.shard_store import ShardStore
+from m3ae_fast.shards.options import TokenizerOptions
 from m3ae_fast.shards.problem_counts import REFUSED, Tally
 
 _SHARDS = 16  # minimum number of shards from which a subset of the captions is read
@@ -36,33 +38,28 @@ class TrainedTokenizer(NamedTuple):
     tally: Tally  # counts of samples whose captions are invalid, empty or too long
 
 
-def tokenizer(
-    shards: str | Sequence[str],
-    out: str | os.PathLike[str],
-    *,
-    vocab_size: int,
-    cache_dir: str | os.PathLike[str] | None = None,
-) -> TrainedTokenizer:
+@accepts(TokenizerOptions)
+def tokenizer(shards: str | Sequence[str], out: str | os.PathLike[str], **options: Any) -> TrainedTokenizer:
     """Train a lower-cased WordPiece tokenizer on the captions of shards, write it as a tokenizer.json, and return a
     summary.
 
     Args:
         shards: paths, brace patterns, globs, URLs or pipe: commands.
         out: the tokenizer.json to write.
-        vocab_size: maximum number of tokens, including special tokens.
-        cache_dir: cache folder for copies of remote shards; None: ~/.cache/m3ae_fast.
+        options: the other options of the command, such as `vocab_size=2048`: the fields of `options.TokenizerOptions`.
 
     Raises:
         UserError: no caption can be used, `vocab_size` is out of range or too small for the characters of the captions,
             or `out` cannot be written.
     """
+    given = TokenizerOptions(shards=shards, out=out, **options)
+    vocab_size, names, tally = given.vocab_size, list(given.shards), Tally()
     if not len(SPECIAL) < vocab_size <= MAX_VOCAB:
         raise UserError(
             f"--vocab-size {vocab_size}: must be above {len(SPECIAL)}, the number of special tokens, "
             f"and at most {MAX_VOCAB}"
         )
-    names, tally = [shards] if isinstance(shards, str) else list(shards), Tally()
-    texts = list(caption_texts(names, ShardStore(cache_dir), tally))
+    texts = list(caption_texts(names, ShardStore(given.cache_dir), tally))
     if not texts:
         raise UserError(f"shards {' '.join(names)}: none of their captions contains a word")
     print(f"training a tokenizer on {len(texts):,} captions", file=sys.stderr, flush=True)
@@ -72,8 +69,8 @@ def tokenizer(
         raise UserError(
             f"--vocab-size {vocab_size}: the characters of the captions alone require {size} tokens; raise it"
         )
-    save_tokenizer(trained, Path(out))
-    return TrainedTokenizer(Path(out), size, len(texts), tally)
+    save_tokenizer(trained, given.out)
+    return TrainedTokenizer(given.out, size, len(texts), tally)
 
 
 def describe_tokenizer(trained: TrainedTokenizer, vocab_size: int) -> list[str]:

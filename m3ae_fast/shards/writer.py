@@ -20,7 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,6 @@ from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TRAIN, VAL
 from m3ae_fast.shards.sources.interface import Record, Records
 from m3ae_fast.shards.tar_member import add_member
 
-_MOST_WORKERS = 1024
 _TICK_S = 1.0  # seconds between updates of the number of samples written by the workers
 
 
@@ -75,10 +74,8 @@ class Converted:
 
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
     """Write the shards of `records` that are missing in `out`, with their indexes, and return counts of the result.
-    Raises UserError if `workers` or the held-out fraction does not fit the samples, `out` contains other files or
+    Raises UserError if the held-out fraction does not fit the samples, `out` contains other files or
     cannot be written, no sample of a split is valid, or a worker process is killed."""
-    if not 1 <= workers <= _MOST_WORKERS:
-        raise UserError(f"--workers {workers}: must be from 1 to {_MOST_WORKERS}")
     plan, notes = _plan(records, settings)
     manifest = manifest_of(records, settings)
     created = not out.exists()
@@ -129,7 +126,7 @@ def are_reproduced(records: Records, out: Path, settings: Settings) -> bool:
 
 def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
     """Return the description of the shards' source, as in conversion.json."""
-    return {"source": records.identity, "settings": asdict(settings)}
+    return {"source": records.identity, "settings": settings.model_dump(mode="json")}
 
 
 def _plan(records: Records, settings: Settings) -> tuple[list[Shard], list[str]]:

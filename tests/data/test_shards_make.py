@@ -517,7 +517,7 @@ def _mistakes(folder):
     yield [*table, folder / "in/none.csv"], "No such file"
     yield [*table, folder / "in/cat/0.txt"], "must be a .csv"
     yield [folder / "in", folder / "full"], "is not empty"
-    yield [folder / "in", "OUT", "--short-side", "0"], "must be from 1 to 65536"
+    yield [folder / "in", "OUT", "--short-side", "0"], "--short-side 0: must be greater than or equal to 1"
     yield [folder / "in", "OUT", "--held-out", "1"], "--held-out 1"
     yield [folder / "no.hdf5", "OUT"], "not an HDF5 file"
     yield [folder / "none.hdf5", "OUT"], "No such file"

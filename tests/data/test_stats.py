@@ -127,7 +127,7 @@ def test_user_errors_are_reported_in_one_line(shards, tmp_path):
     config.write_text('{"model": {"size": "tiny"}}')
     texts = write_tar(tmp_path / "texts.tar", members(range(3), "text"))
     for arguments, message in (
-        ([shards, "--samples", "0"], "--samples 0: must be 1 or more"),
+        ([shards, "--channels", "0"], "--channels 0: must be greater than or equal to 1"),
         ([texts], "none of 3 samples has an image that can be read$"),
         ([shards, "--write", str(tmp_path / "none.json")], r"--write .*none\.json: cannot be read"),
         ([shards, "--write", str(config)], r"--write .*config\.json: model.size"),

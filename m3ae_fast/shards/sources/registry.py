@@ -1,21 +1,21 @@
 """The kinds of sources from which shards can be created: detection of a source's kind, and functions to open sources.
 
 A new kind needs a module next to this one with a subclass of `Records`, an entry of `SOURCE_KINDS` in `__init__.py`,
-a function in `_OPEN`, and a branch of `kind_of_source`.
+a function in `_OPEN`, and a branch of `kind_of_source`. The options that apply to it name it in `AppliesTo`.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import LibraryMissing
 from m3ae_fast.base.untrusted_file import open_regular, read_json
+from m3ae_fast.config.arguments import option_of
+from m3ae_fast.shards.options import SourceOptions, kinds_with
 from m3ae_fast.shards.sources import SOURCE_KINDS, SourceKind
 from m3ae_fast.shards.sources.caption_table import CAPTION_OPTION, IMAGE_OPTION, READERS
 from m3ae_fast.shards.sources.folder import SUFFIXES, Folder, find_files
@@ -82,102 +82,51 @@ def _kind_of_folder(folder: Path) -> SourceKind:
     return "huggingface" if tables else "folder"
 
 
-def open_source(
-    source: str | os.PathLike[str],
-    *,
-    kind: SourceKind | None = None,
-    captions: str | os.PathLike[str] | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    label_column: str | None = None,
-    classes: str | os.PathLike[str] | Sequence[str] | None = None,
-    flat: bool = False,
-    masks: str | os.PathLike[str] | None = None,
-    subset: str | None = None,
-    split: str | None = None,
-) -> Records:
+def open_source(source: str, options: SourceOptions, kind: SourceKind | None = None) -> Records:
     """Return the samples of a source.
 
     Args:
         source: a folder of images, an HDF5 file in the layout of the official code, or a Hugging Face dataset, which is
             a folder written by `save_to_disk`, a folder of data files, or a name on the Hub.
+        options: what is read from it.
         kind: kind of the source; None: detected.
-        captions: for a folder of images, the file of a table with a row for each sample; None: .txt files next to the
-            images.
-        image_column, caption_column: column names of the table or the dataset; None: detected. With "" in place of
-            `caption_column`, captions are not read from it.
-        label_column: column name of the dataset; None: detected.
-        classes: for a folder of images, the classes in the order of their labels, or the classes.json of other shards.
-        flat: for a folder of images, whether to ignore the meaning of sub-folders as splits and classes.
-        masks: for a folder of images, a folder with the label masks in the same sub-folders: a single-channel NAME.png
-            for each NAME.jpg. In the shards, a mask is stored as KEY.mask.png next to its image.
-        subset: for a dataset, the name of the subset (configuration).
-        split: for a dataset, the split to read; None: all splits.
 
     Raises:
-        UserError: the source cannot be read, or an argument does not apply to sources of its kind.
+        UserError: the source cannot be read, or an option does not apply to sources of its kind.
     """
-    name = os.fspath(source)
-    kind = kind or kind_of_source(name)
-    options: dict[str, object] = {"captions": captions, "classes": classes, "flat": flat, "masks": masks}
-    options |= {
-        "subset": subset,
-        "split": split,
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "label_column": label_column,
-    }
-    given = {option: value for option, value in options.items() if value not in (None, False)}
-    for option in given:
-        kinds = [each for each, function in _OPEN.items() if option in inspect.signature(function).parameters]
-        if kind not in kinds:
+    kind = kind or kind_of_source(source)
+    for name, field in SourceOptions.model_fields.items():
+        if getattr(options, name) != field.default and kind not in (kinds := kinds_with(name)):
             wanted = " or ".join(SOURCE_KINDS[each] for each in kinds)
-            option = option.replace("_", "-")
-            raise UserError(f"--{option} can be used only with {wanted}; {name} is {SOURCE_KINDS[kind]}")
-    return _OPEN[kind](name, **given)
+            option = option_of(SourceOptions, name)
+            raise UserError(f"{option} can be used only with {wanted}; {source} is {SOURCE_KINDS[kind]}")
+    return _OPEN[kind](source, options)
 
 
-def _open_folder(
-    name: str,
-    *,
-    captions: str | os.PathLike[str] | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    classes: str | os.PathLike[str] | Sequence[str] | None = None,
-    flat: bool = False,
-    masks: str | os.PathLike[str] | None = None,
-) -> Folder:
-    table = None if captions is None else Path(captions)
-    names = _read_classes(classes) if isinstance(classes, str | os.PathLike) else classes
-    columns = (image_column, caption_column)
+def _open_folder(name: str, options: SourceOptions) -> Folder:
+    given, table = options.classes, options.captions
+    columns = (options.image_column, options.caption_column)
     if table is None and columns != (None, None):
-        option = IMAGE_OPTION if image_column is not None else CAPTION_OPTION
+        option = IMAGE_OPTION if options.image_column is not None else CAPTION_OPTION
         raise UserError(f"{option}: names a column of a table, but {name} has no table; specify one with --captions")
-    return Folder(Path(name), table, columns, names, flat, None if masks is None else Path(masks))
+    classes = _read_classes(given) if isinstance(given, Path) else given
+    return Folder(Path(name), table, columns, classes, options.flat, options.masks)
 
 
-def _open_hdf5(name: str) -> Hdf5:
+def _open_hdf5(name: str, _: SourceOptions) -> Hdf5:
     return Hdf5(Path(name))
 
 
-def _open_dataset(
-    name: str,
-    *,
-    subset: str | None = None,
-    split: str | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    label_column: str | None = None,
-) -> HuggingFace:
-    columns = (image_column, caption_column, label_column)
+def _open_dataset(name: str, options: SourceOptions) -> HuggingFace:
+    columns = (options.image_column, options.caption_column, options.label_column)
     if Path(name).exists():
-        return HuggingFace(name, subset, split, columns)
+        return HuggingFace(name, options.subset, options.split, columns)
     hint = _hint(Path(name))
     # without a network, a request to the Hub would take a minute
     if (hint and "/" not in name) or not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name}: no such folder{hint}")
     try:
-        return HuggingFace(name, subset, split, columns)
+        return HuggingFace(name, options.subset, options.split, columns)
     except NotLoaded as error:
         reason = f"it was also tried as the name of a dataset: {error}"
     except LibraryMissing as error:
@@ -185,17 +134,16 @@ def _open_dataset(
     raise UserError(f"{name}: no such folder{hint}; {reason}")
 
 
-# A function for each kind of source. Its keyword arguments are the options of `open_source` that apply to the kind.
-_OPEN: dict[SourceKind, Callable[..., Records]] = {
+_OPEN: dict[SourceKind, Callable[[str, SourceOptions], Records]] = {
     "folder": _open_folder,
     "hdf5": _open_hdf5,
     "huggingface": _open_dataset,
 }
 
 
-def _read_classes(path: str | os.PathLike[str]) -> list[str]:
+def _read_classes(path: Path) -> list[str]:
     try:
-        names = read_json(Path(path))
+        names = read_json(path)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("not a list of names")
         return names
