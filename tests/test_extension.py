@@ -12,11 +12,11 @@ from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.pretraining.stages import how_to_train_longer
 from m3ae_fast.training.extension import is_extended, resumed_schedule
 from m3ae_fast.training.pretraining_task import how_to_continue
-from m3ae_fast.training.time_limit import TimeLimit
+from m3ae_fast.training.trainer import Trainer
 from tests.helpers.shards import members, write_tar
 from tests.helpers.stable_schedule import decay
 from tests.helpers.trainer import SHORT, TINY
-from tests.test_time_limit import HOUR, Machine
+from tests.test_time_limit import HOUR, Machine, limited
 
 SAMPLES = 16 * 10**6
 MOST = 800 * 10**6  # maximum number of steps of a run with a time limit: 800 epochs
@@ -40,14 +40,14 @@ def saved(config, plan, step, spent):
 
 def stopped_at(monkeypatch, config, step):
     """Train for `step` steps of 3.6 seconds, of which 1,000 fit into an hour, and return the checkpoint."""
-    machine, limit = Machine(monkeypatch), TimeLimit(HOUR)
+    machine, limit = Machine(monkeypatch), limited()
     plan, _ = machine.train(Schedule(config.train, config.optim, SAMPLES), lambda now: 3.6, limit=limit, until=step)
     return machine, saved(config, plan, step, limit.spent)
 
 
 def finish(machine, config, info, step_time):
     """Train to the end, and return the schedule."""
-    limit = TimeLimit(3600 * config.train.hours, info.spent)
+    limit = limited(3600 * config.train.hours, info.spent)
     plan = resumed_schedule(config, SAMPLES, info)
     plan, step = machine.train(plan, lambda now: step_time, limit=limit, start=info.step)
     assert step == plan.total_steps
@@ -146,13 +146,13 @@ def test_a_run_of_pretrain_ends_with_a_decay_and_can_be_extended_as_the_repeated
     tmp_path, monkeypatch, capsys
 ):
     """Each step takes ten seconds; 24 and then 36 steps fit into the time limit."""
-    machine, counted = Machine(monkeypatch), TimeLimit.step_taken
+    machine, take_step = Machine(monkeypatch), Trainer.take_step
 
-    def step_taken(limit):
+    def slow_step(*given):
         machine.now += 10
-        counted(limit)
+        return take_step(*given)
 
-    monkeypatch.setattr(TimeLimit, "step_taken", step_taken)
+    monkeypatch.setattr(Trainer, "take_step", slow_step)
     shards, run = write_tar(tmp_path / "a.tar", members(range(40), "image")), tmp_path / "run"
     overrides = [*SHORT, "train.steps=60", "train.hours=0.0666667", "train.log_every=1", "train.pictures=0"]
     overrides += ["optim.schedule=wsd", "optim.warmup_epochs=0", "data.workers=0"]

@@ -25,7 +25,7 @@ from m3ae_fast.checkpoint import state_files
 from m3ae_fast.config import Config, parse
 from m3ae_fast.data import open_data
 from m3ae_fast.evaluation.run_report import write_report
-from m3ae_fast.training import metrics_log, run_lock, throughput
+from m3ae_fast.training import run_lock, throughput
 from m3ae_fast.training.loggers import WANDB_ID_FILE
 from m3ae_fast.training.metrics_line import MetricsLine
 from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
@@ -56,24 +56,16 @@ def test_a_resumed_run_truncates_its_log_and_a_new_run_clears_it(tmp_path, capfd
     assert "val_loss 3 (on gpu07)" in capfd.readouterr().out
 
 
-def test_the_remaining_time_is_estimated_from_the_steps_of_this_attempt(tmp_path, capfd, monkeypatch):
-    """The preparation before the first step is excluded. Once there are more steps, the first step is excluded too,
-    because it is slower."""
-    now = [0.0]
-    monkeypatch.setattr(metrics_log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+def test_the_remaining_time_is_logged_with_the_losses_of_a_step(tmp_path, capfd):
     with RunLog(tmp_path, 2, 12, loggers=()) as metrics:
-        now[0] += 1000
         metrics.log(2, {"val_loss": 1.0})
-        now[0] += 1000
         metrics.begin()
-        for step, seconds, total in ((3, 60, 12), (4, 10, 12), (5, 20, 22)):
-            now[0] += seconds
-            metrics.change(total)
-            metrics.advance(step)
+        for step, left in ((3, 540.0), (4, 79.7)):
+            metrics.advance(step, left)
             metrics.log(step, {"loss": 1.0})
     before, *lines = capfd.readouterr().out.splitlines()
     assert "eta" not in before
-    assert [line.partition("eta ")[2] for line in lines] == ["0:09:00", "0:01:20", "0:04:15"]
+    assert [line.partition("eta ")[2] for line in lines] == ["0:09:00", "0:01:20"]
 
 
 def test_a_run_folder_cannot_be_used_by_two_runs(tmp_path):

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from m3ae_fast.base import pace
+from m3ae_fast.base.pace import Pace
 from m3ae_fast.config import LONGEST, Config, parse
 from m3ae_fast.engine.schedule import Change, Schedule
-from m3ae_fast.training import time_limit
-from m3ae_fast.training.time_limit import TimeLimit
+from m3ae_fast.training.time_limit import FIRST, TimeLimit
 from tests.helpers.trainer import TINY
 
 HOUR = 3600.0
@@ -20,23 +21,27 @@ def schedule(steps, samples=16 * 10**6, **optim):
     return Schedule(config.train, config.optim.model_copy(update={"warmup_epochs": 5e-5, **optim}), samples)
 
 
+def limited(seconds=HOUR, spent=0.0):
+    return TimeLimit(seconds, Pace(first=FIRST), spent)
+
+
 class Machine:
     """A clock that advances with the work done."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr(time_limit, "time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def train(self, plan, step_time, evaluation=lambda now: 0.0, every=None, limit=None, start=0, until=None):
         """Train as `Trainer` does, to the end or until `until` steps are taken, and return the schedule and the number
         of steps taken. `step_time`, `evaluation`: functions from the seconds since the start to the duration of a step
         or an evaluation."""
-        limit = limit or TimeLimit(HOUR)
+        limit = limit or limited()
         began, step = self.now, start
 
         def evaluate():
             due = step == 0 or plan.due(step, every)
-            with limit.evaluation("losses", every, due):
+            with limit.pace.pause("losses", 1 / every if every else 0.0, due):
                 self.now += evaluation(self.now - began) * due
 
         evaluate()
@@ -46,7 +51,7 @@ class Machine:
                 plan = plan.changed(step, total)
             self.now += step_time(self.now - began)
             step += 1
-            limit.step_taken()
+            limit.pace.advance(recent=limit.recent)
             evaluate()
         self.took = self.now - began
         return plan, step
@@ -116,7 +121,7 @@ def test_the_learning_rate_decays_before_a_run_reaches_its_time_limit(monkeypatc
     plan, step = machine.train(schedule(3600), lambda now: 10.0 if now > 3500 else 1.0)
     rates = [plan.lr(each) for each in range(step)]
     assert rates[-1] < 0.02 * max(rates) and machine.took < 1.05 * HOUR
-    resumed = TimeLimit(HOUR, spent=2 * HOUR)
+    resumed = limited(spent=2 * HOUR)
     plan, step = machine.train(schedule(3600), lambda now: 1.0, limit=resumed, start=1800)
     assert 1800 < step <= 1800 + 0.02 * 1800 + 2 and plan.lr(step - 1) < 0.1 * plan.lr(1800)
 
@@ -133,10 +138,10 @@ def test_a_stable_learning_rate_decays_at_the_end_of_the_time_limit(monkeypatch,
 
 def test_the_time_limit_includes_earlier_attempts(monkeypatch):
     machine = Machine(monkeypatch)
-    first = TimeLimit(HOUR)
+    first = limited()
     plan, step = machine.train(schedule(900), lambda now: 1.0, limit=first, until=1000)
     assert first.spent == 1000
-    plan, step = machine.train(plan, lambda now: 1.0, limit=TimeLimit(HOUR, first.spent), start=step)
+    plan, step = machine.train(plan, lambda now: 1.0, limit=limited(spent=first.spent), start=step)
     assert step == pytest.approx(3600, rel=0.03) and machine.took == pytest.approx(2600, rel=0.03)
 
 

@@ -9,117 +9,34 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import TypeVar
 
+from m3ae_fast.base.pace import Pace, duration
+
 T = TypeVar("T")
-Clock = Callable[[], float]  # seconds
 _FIRST_S = 3.0  # seconds until the first line; shorter work prints none
 # maximum seconds between lines; until this interval is reached, a line is due each time the elapsed time has doubled
 _SELDOM_S = 60.0
 
 
-def duration(seconds: float) -> str:
-    """Return a time as H:MM:SS, at least 0:00:01."""
-    return str(timedelta(seconds=max(round(seconds), 1)))
-
-
-class TimeLeft:
-    """Estimate of the remaining time of a task with several parts, based on the time that completed parts took."""
-
-    def __init__(
-        self,
-        total: float,
-        report: Callable[[float], None] | None = None,
-        now: Clock = time.monotonic,
-    ) -> None:
-        """Begin the task.
-
-        Args:
-            total: the size of the task, in the unit in which the parts are measured.
-            report: called once, with the first reliable estimate of the seconds left.
-            now: the clock.
-        """
-        self.total, self.done = total, 0.0
-        self._report, self._now, self._started, self._spent = report, now, now(), 0.0
-
-    def after(self, part: float) -> str:
-        """Count a part as done and return the result of `left`."""
-        self.done, self._spent = self.done + part, self._now() - self._started
-        if self.done < self.total:
-            self.report_once(self._estimate(self.done, self._spent))
-        return self.left()
-
-    def left(self) -> str:
-        """Return ", about H:MM:SS left" for the remaining parts; "" after the last part."""
-        if not self.done or self.done >= self.total:
-            return ""
-        return f", about {duration(self._estimate(self.done, self._spent))} left"
-
-    def during(self, done: float, pace: float, sure: bool = True) -> float:
-        """Return the seconds left if `done` units of the current part are done, at `pace` seconds per unit. `sure`:
-        whether the estimate is reliable enough to report."""
-        left = self._estimate(self.done + done, self._spent + pace * done)
-        if sure:
-            self.report_once(left)
-        return left
-
-    def report_once(self, left: float) -> None:
-        """Pass an estimate of the seconds left to `report`, unless one has been reported before."""
-        report, self._report = self._report, None
-        if report:
-            report(left)
-
-    def _estimate(self, done: float, spent: float) -> float:
-        return spent / done * (self.total - done)
-
-
 class Lines:
-    """Progress lines for work on `total` items: the first after a few seconds, then at growing intervals."""
+    """Progress lines for work whose pace is measured: the first after a few seconds, then at growing intervals."""
 
-    def __init__(
-        self,
-        title: str,
-        total: int | None,
-        whole: TimeLeft | None = None,
-        part: float = 0.0,
-        now: Clock = time.monotonic,
-    ) -> None:
-        """Begin the work. `whole`: the whole task, of which this work is a part of size `part`."""
-        self._title, self._total, self._whole, self._part = title, total, whole, part
-        self._now, self._done = now, 0
-        self._started = self._due = now()
-        self._due += _FIRST_S
-        self._first: tuple[float, int] | None = None  # time at which the first items were done, and their number
+    def __init__(self, title: str, pace: Pace) -> None:
+        """Begin the work."""
+        self._title, self._pace, self._began = title, pace, pace.now()
+        self._due = self._began + _FIRST_S
 
-    def advance(self, count: int) -> tuple[str, str] | None:
-        """Count items as done. If a line is due, return the progress of this work, and the remaining time of the task
-        ("" if this work is the whole task). Otherwise return None."""
-        now, self._done = self._now(), self._done + count
-        if self._first is None and self._done:
-            self._first = now, self._done
-        if now < self._due or self._done == self._total or not self._done:
+    def advance(self, count: int) -> str | None:
+        """Count items as done. Return the progress and the time left if a line is due, otherwise None."""
+        pace = self._pace
+        pace.advance(count)
+        now = pace.now()
+        if now < self._due or pace.done == pace.total or not pace.done:
             return None
-        self._due = now + min(now - self._started, _SELDOM_S)
-        if self._total is None:
-            return f"{self._title}: {self._done:,}", ""
-        text = f"{self._title}: {self._done:,} of {self._total:,}"
-        left = self._pace(now) * (self._total - self._done)
-        text += f", about {duration(left)} left"
-        if self._whole is None:
-            return text, ""
-        item = self._part / self._total  # task units per item
-        # the time of the first item includes the start-up
-        sure = self._first is not None and self._done > self._first[1]
-        return text, duration(self._whole.during(item * self._done, self._pace(now) / item, sure))
-
-    def _pace(self, now: float) -> float:
-        """Return the seconds per item, without the start-up time if further items are done after the first ones."""
-        assert self._first is not None
-        when, done = self._first
-        if self._done > done:
-            return (now - when) / (self._done - done)
-        return (now - self._started) / self._done
+        self._due = now + min(now - self._began, _SELDOM_S)
+        done = f"{self._title}: {pace.done:,.0f}"
+        return done if pace.total is None else f"{done} of {pace.total:,.0f}{pace.describe_left()}"
 
 
 @contextmanager
@@ -151,14 +68,14 @@ def _print_line(text: str) -> None:
 
 @contextmanager
 def progress(
-    title: str, total: int | None = None, *, show: bool = True, whole: TimeLeft | None = None, part: float = 0.0
+    title: str, total: int | None = None, *, show: bool = True, whole: Pace | None = None, part: float = 0.0
 ) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the number of items done since its last call. If `show` is set, the main rank
     reports progress on stderr: as a bar if stderr is a terminal, otherwise as a line after a few seconds and further
     lines at growing intervals.
 
-    `whole`: the whole task, of which this work is a part of size `part`. The remaining time of the task is shown
-    too."""
+    `whole`: pace of the whole task, of which this work consists of `part` units. They are counted as done, and the
+    remaining time of the task is shown too."""
     from rich import progress as bars
     from rich.console import Console
 
@@ -169,23 +86,22 @@ def progress(
         bars.MofNCompleteColumn(),
         bars.BarColumn(),
         bars.TimeElapsedColumn(),
-        bars.TextColumn("ETA"),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[whole]}"),
+        bars.TextColumn("{task.fields[left]}"),
     )
-    lines = Lines(title, total, whole, part)
+    pace = Pace(total)
+    lines = Lines(title, pace)
     with bars.Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
-        task = bar.add_task(title, total=total, whole="")
+        task = bar.add_task(title, total=total, left="")
 
         def advance(count: int) -> None:
-            bar.advance(task, count)
-            if not show or (said := lines.advance(count)) is None:
-                return
-            text, of_task = said
-            if console.is_terminal:
-                bar.update(task, whole=f"whole task {of_task}" if of_task else "")
-                return
-            _print_line(f"{text}; whole task: about {of_task} left" if of_task else text)
+            line = lines.advance(count)
+            of_task = ""
+            if whole is not None and total:
+                whole.advance(part * count / total)
+                of_task = whole.describe_left() and f"; whole task:{whole.describe_left()[1:]}"
+            bar.update(task, advance=count, left=f"{pace.describe_left()}{of_task}".strip(",; "))
+            if show and line and not console.is_terminal:
+                _print_line(f"{line}{of_task}")
 
         yield advance
 
@@ -196,7 +112,7 @@ def track(
     total: int | None = None,
     *,
     show: bool = True,
-    whole: TimeLeft | None = None,
+    whole: Pace | None = None,
     part: float = 0.0,
 ) -> Iterator[T]:
     """Yield the items and show progress as `progress` does. By default, `total` is the length of `items` if it has

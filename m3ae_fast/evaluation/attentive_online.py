@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3ae_fast.base.progress import TimeLeft
+from m3ae_fast.base.pace import Pace
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, Share, lay_out
@@ -89,7 +89,7 @@ def predict_online(
     kinds: Sequence[Features],
     recipe: Recipe,
     setting: Setting,
-    whole: TimeLeft,
+    whole: Pace,
 ) -> dict[Input, Predictions]:
     """Train one probe per feature type, and return the predictions for the held-out samples on every rank, by index of
     the feature type. The probes of patch tokens are attentive, and the probes of pooled features are linear. All probes
@@ -102,7 +102,7 @@ def predict_online(
         kinds: types of features on which heads are trained.
         recipe: hyper-parameters of the training.
         setting: context of the probes.
-        whole: estimator of the task's remaining time. The task's total work is the number returned by `passes`.
+        whole: pace of the task, whose total is the number returned by `passes`.
 
     Raises:
         UserError: as `encode_corpus` does, or a score is not finite.
@@ -121,14 +121,12 @@ def predict_online(
     title = "attentive probe, online" + (f", {len(recipe.rates)} rates" if trying else "")
     part = float(recipe.steps * recipe.batch)
     right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.heartbeats, whole, part)
-    whole.after(part)
     heads = {at: stack.heads for at, stack in stacks.items()}
     features: dict[str, Any] = {"layers": types.layers, "pools": types.pools or None}
     tried: dict[Input, list[Trial]] = {at: [] for at in places}
     if trying:
         reduce = partial(_judged, types, heads)
         found = job.encode(train, "evaluating learning rates", whole, train.samples, reduce=reduce, **features)
-        whole.after(train.samples)
         found = found.rows([row for row, key in enumerate(found.keys) if is_held_out(key)])
         tried = {at: _tried(found.part(at), recipe) for at in places}
     trained = {}
@@ -141,7 +139,6 @@ def predict_online(
         setting.chose(at, {"peak_lr": rate})
     reduce = partial(_logits, types, trained)
     logits = job.encode(held_out, "encoding val", whole, held_out.samples, reduce=reduce, **features)
-    whole.after(held_out.samples)
     return {at: logits.predictions(logits.part(at).features_RD) for at in places}
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.parquet import read_parquet, write_parquet
-from m3ae_fast.base.progress import TimeLeft
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.fingerprint import written
 from m3ae_fast.data.labels import Classes
@@ -224,7 +224,7 @@ def run(job: Job[Compare]) -> dict[str, Any]:
         name: _work(job, shapes[name], model, f"{same} {digests.get(name, model)}", seeds)
         for name, model in names.items()
     }
-    whole = job.time_left(
+    whole = job.pace(
         (train.samples + val.samples) * sum(each.cost * each.passes for each in work.values()),
         shorter=lambda _: _shorter(job),
     )
@@ -236,7 +236,7 @@ def run(job: Job[Compare]) -> dict[str, Any]:
         job.print(f"{complete} probes were completed by an earlier call, whose predictions are used")
     for done, (name, model) in enumerate(names.items(), 1):
         _measure(job, found, (work[name], whole), name, features.get(model, model), (train, val))
-        job.print(f"{done} of {len(names)} models done{whole.left()}")
+        job.print(f"{done} of {len(names)} models done{whole.describe_left()}")
     job.keep(found.columns())
     job.ranks.on_main(lambda: rmtree(job.out / _TRIALS))
     page = found.page()
@@ -340,7 +340,7 @@ def is_features(model: str) -> bool:
 def _measure(
     job: Job,
     found: ComparedPredictions,
-    planned: tuple[ComputeCost, TimeLeft],
+    planned: tuple[ComputeCost, Pace],
     name: str,
     model: str | ImageFeatures,
     corpora: tuple[Corpus, Corpus],
@@ -371,17 +371,17 @@ def _measure(
         setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn)
         if (pair := parts[probe]) is None:
             recipe = attentive_recipe(corpora[0].samples, setting)
-            left, depth = TimeLeft(passes(recipe, *corpora)), opened.config.depth
+            left, depth = Pace(passes(recipe, *corpora)), opened.config.depth
             predictions = predict_online(own, corpora, [Features(depth, None)], recipe, setting, left)[0]
         else:
             predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
         found.add(name, probe, seed, predictions)
         job.ranks.on_main(partial(write_parquet, path, predictions.columns(found.classes)))
-        job.print(f"{about}: {summary(predictions.accuracies())}{whole.left()}")
+        job.print(f"{about}: {summary(predictions.accuracies())}{whole.describe_left()}")
 
 
 def _encoded(
-    job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, TimeLeft]
+    job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, Pace]
 ) -> tuple[Job, dict[str, tuple[FeatureBank, FeatureBank] | None]]:
     """Encode the samples with a model, in one pass over the images. Return a job for this model, and the features of
     the training and held-out samples by probe; None for a probe that will be trained online."""
@@ -396,7 +396,6 @@ def _encoded(
     for corpus, title in zip(corpora, ("train", "val")):
         part = work.cost * corpus.samples
         whole.append(own.encode(corpus, f"{name}: {title}", left, part, patches=tokens))
-        left.after(part)
     if isinstance(model, StoredFeatures):
         model.check_complete(job.ranks)
     bank, held_out = whole

@@ -17,8 +17,8 @@ from torch.utils.tensorboard import SummaryWriter
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import pins_memory
+from m3ae_fast.base.pace import Pace, duration
 from m3ae_fast.base.parquet import write_parquet
-from m3ae_fast.base.progress import TimeLeft, duration
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
@@ -151,7 +151,7 @@ class Job(Generic[T_co]):
         self,
         corpus: Corpus,
         title: str,
-        whole: TimeLeft | None = None,
+        whole: Pace | None = None,
         part: float = 0.0,
         *,
         layers: Sequence[int] | None = None,
@@ -270,7 +270,7 @@ class Job(Generic[T_co]):
         same input. `prefix`: prefix of the titles in the progress display. `layer`, `pools`: see `encode_by_each`."""
         shorter = "fewer --train shards" + (" or --no-baselines" if {*models} != {MODEL} else "")
         inputs = list(dict.fromkeys(model.geometry for model in models.values()))
-        whole = self.time_left(len(inputs) * (train.samples + val.samples), shorter=lambda _: shorter)
+        whole = self.pace(len(inputs) * (train.samples + val.samples), shorter=lambda _: shorter)
         config = self.config
         encode = config.encode.model_copy(update={"pool": pool or config.encode.fixed_pool})
         found: dict[str, tuple[FeatureBank, FeatureBank]] = {}
@@ -294,7 +294,6 @@ class Job(Generic[T_co]):
                             folder=self.out,
                         )
                     )
-                    whole.after(corpus.samples)
             except UnusableSamples as error:
                 if MODEL in same:
                     raise
@@ -312,15 +311,13 @@ class Job(Generic[T_co]):
     def encoder(self, passes: float) -> Callable[..., FeatureBank]:
         """Return a function that calls `encode` for one of several datasets, and reports the progress and the remaining
         time over all datasets. `passes`: sum over the datasets of the number of samples times the cost per sample."""
-        time_left = TimeLeft(passes)
+        whole = Pace(passes)
 
         def encode(corpus: Corpus, title: str, cost: float = 1.0) -> FeatureBank:
             part = cost * corpus.samples
-            found = self.encode(corpus, title, time_left, part)
-            left = time_left.after(part)
-            self.print(
-                f"{title}: {len(found.keys):,} samples done ({time_left.done / passes:.0%} of the encoding{left})"
-            )
+            found = self.encode(corpus, title, whole, part)
+            left = whole.describe_left()
+            self.print(f"{title}: {len(found.keys):,} samples done ({whole.done / passes:.0%} of the encoding{left})")
             return found
 
         return encode
@@ -376,12 +373,11 @@ class Job(Generic[T_co]):
         self.print(f"warning: {text}")
         self.warnings.append(text)
 
-    def time_left(self, total: float, *, shorter: Callable[[float], str]) -> TimeLeft:
-        """Return an estimator of the task's remaining time. On a CPU, a note is printed as soon as it is clear that the
-        task takes long.
+    def pace(self, total: float, *, shorter: Callable[[float], str]) -> Pace:
+        """Return the pace of the task. On a CPU, a note is printed as soon as it is clear that the task takes long.
 
         Args:
-            total: as in `TimeLeft`.
+            total: as in `Pace`.
             shorter: function that is called with a fraction, and returns a suggestion of options that reduce the time
                 of the task to about this fraction.
         """
@@ -393,7 +389,7 @@ class Job(Generic[T_co]):
                     f"{shorter(SHORT_S / left)}"
                 )
 
-        return TimeLeft(total, report)
+        return Pace(total, report=report)
 
     def keep(self, columns: Columns) -> None:
         """Write the predictions of each sample to predictions.parquet."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from m3ae_fast.base.bad_samples import BadSamples
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.progress import duration
+from m3ae_fast.base.pace import duration
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import Resume, Rules, require_same
 from m3ae_fast.data import Corpus, Data, Layout, Share, split_batch
@@ -58,7 +57,6 @@ class LabelledTask(ABC):
     def __post_init__(self) -> None:
         self.predictions: Predictions | None = None  # predictions of the last evaluation
         self.expected = False  # whether the expected duration has been logged
-        self.first = 0.0  # time at which the first step ended
 
     def count(self, batches: list[PackedBatch]) -> SampleCounts:
         """Return the counts of a step's micro-batches."""
@@ -150,14 +148,11 @@ class LabelledTask(ABC):
         draw_training(folder / "training.png", read_metrics(folder), trainer.schedule.steps_per_epoch)
 
     def _log_duration(self, trainer: Trainer) -> None:
-        taken, left = trainer.step - trainer.start, trainer.schedule.total_steps - trainer.step
-        if taken == 1:
-            self.first = time.perf_counter()
-        timed, seconds = taken - 1, time.perf_counter() - self.first
-        if self.expected or not left or timed < 1 or (timed < _TIMED and seconds < _SOON_S):
+        pace, left = trainer.pace, trainer.schedule.total_steps - trainer.step
+        if self.expected or not left or pace.missing or (pace.parts < _TIMED and pace.seconds < _SOON_S):
             return
         self.expected = True
-        trainer.log.print("\n".join(self.expectation(trainer, seconds / timed, left)))
+        trainer.log.print("\n".join(self.expectation(trainer, pace.per_unit, left)))
 
     def expectation(self, trainer: Trainer, pace: float, left: int) -> list[str]:
         """Return a line with the expected duration of the `left` remaining steps at `pace` seconds per step. On a CPU,

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.progress import TimeLeft
+from m3ae_fast.base.pace import Pace
 from m3ae_fast.config import GRIDS, Pool
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
@@ -135,7 +135,7 @@ def run(job: Job[WithGrid]) -> dict[str, Any]:
     train, val, classes = job.open_labelled()
     if task == "attentive" and not options.shots and trains_online(job, layers, [train, val]):
         return _run_online(job, kinds, (train, val, classes))
-    encoding = job.time_left(train.samples + val.samples, shorter=lambda _: _shorter(job, layers))
+    encoding = job.pace(train.samples + val.samples, shorter=lambda _: _shorter(job, layers))
     probes = len(kinds) * len(numbers) * draws
     job.print(
         f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
@@ -169,7 +169,7 @@ def _run_online(
     def shorter(fraction: float) -> str:
         return f"--set attentive.steps={max(int(recipe.steps * fraction), 1)}"
 
-    whole = job.time_left(passes(recipe, train, val), shorter=shorter)
+    whole = job.pace(passes(recipe, train, val), shorter=shorter)
     job.print(
         f"attentive probe at {len(FeatureTypes(kinds).layers)} of {job.model.config.depth} layers, online, "
         f"{_pooled(job.options)}{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, "
@@ -250,23 +250,20 @@ def chosen_layers(wanted: Literal["all"] | Sequence[int] | None, depth: int) -> 
     return [*wanted]
 
 
-def encode_kinds(
-    job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpus, Classes], whole: TimeLeft
-) -> Encoded:
+def encode_kinds(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpus, Classes], whole: Pace) -> Encoded:
     """Return the features of all types from one pass over the images.
 
     Args:
         job: the job.
         kinds: the feature types.
         opened: result of `Job.open_labelled`.
-        whole: estimator of the task's remaining time.
+        whole: pace of the task.
     """
     train, val, classes = opened
     types, parts = FeatureTypes(kinds), []
     for corpus, title in ((train, "encoding train"), (val, "encoding val")):
         more: dict[str, Any] = {"layers": types.layers, "pools": types.pools or None, "patches": types.has_tokens}
         found = job.encode(corpus, title, whole, corpus.samples, **more)
-        whole.after(corpus.samples)
         tokens, pooled = (found.tokens() if types.has_tokens else found), found.pooled()
         banks = (tokens if kind.is_tokens else pooled for kind in kinds)
         parts.append({n: bank.part(*types.place(kind)) for n, (kind, bank) in enumerate(zip(kinds, banks))})

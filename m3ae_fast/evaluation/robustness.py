@@ -16,7 +16,8 @@ from torch import Tensor
 
 from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.progress import TimeLeft, track
+from m3ae_fast.base.pace import Pace
+from m3ae_fast.base.progress import track
 from m3ae_fast.base.randomness import seed32
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.evaluation import RobustnessConfig
@@ -60,14 +61,13 @@ def run(job: Job[Robustness]) -> dict[str, Any]:
     passes, images = _passes(job, config), min(config.samples or val.samples, val.samples)
     job.print(_plan(config, images, passes))
     found: dict[str, Predictions] = {}
-    time_left = job.time_left(
+    whole = job.pace(
         sum(each.cost for each in passes.values()),
         shorter=lambda fraction: f"--set robustness.samples={max(int(fraction * images), 1)}",
     )
     for number, (name, each) in enumerate(passes.items(), 1):
-        found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})", time_left)
-        left = time_left.after(each.cost)
-        job.print(f"{name} ({number} of {len(passes)}{left}): {summary(found[name].accuracies())}")
+        found[name] = _predictions(job, val, each, f"{name} ({number} of {len(passes)})", whole)
+        job.print(f"{name} ({number} of {len(passes)}{whole.describe_left()}): {summary(found[name].accuracies())}")
     job.keep(stacked(((predictions, {"condition": name}) for name, predictions in found.items()), classes))
     pgd = {f"{epsilon:g}/255": found[_attack_name(epsilon)].accuracies()["top1"] for epsilon in config.epsilons}
     clean = found[CLEAN].accuracies()
@@ -98,7 +98,7 @@ def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass]) -> 
     )
 
 
-def _predictions(job: Job, corpus: Corpus, each: Pass, title: str, whole: TimeLeft) -> Predictions:
+def _predictions(job: Job, corpus: Corpus, each: Pass, title: str, whole: Pace) -> Predictions:
     """Return the predictions of one pass over the samples of all ranks."""
     config, ranks = job.config.robustness, job.ranks
     share = Share(job.config.encode.batch * ranks.world, rank=ranks.rank, world=ranks.world)

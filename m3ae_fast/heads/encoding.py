@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader
 from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import pins_memory
-from m3ae_fast.base.progress import TimeLeft, track
+from m3ae_fast.base.pace import Pace
+from m3ae_fast.base.progress import track
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DataConfig, Pool
@@ -61,8 +62,8 @@ class PassMonitor(NamedTuple):
     title: str = "encoding"
     heartbeats: Heartbeats | None = None  # marked at each batch
     stop: StopRequest | None = None  # checked before each batch
-    whole: TimeLeft | None = None  # the whole task, of which this pass is a part; see `progress`
-    part: float = 0.0  # size of the pass within the whole task
+    whole: Pace | None = None  # pace of the whole task, of which this pass is a part; see `progress`
+    part: float = 0.0  # units of the whole task that this pass is
 
     def over(self, loader: DataLoader[PackedBatch], ranks: Ranks) -> Iterable[PackedBatch]:
         """Yield the batches of a loader. Raises Stopped if a rank is asked to stop."""

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.base.progress import TimeLeft, track
+from m3ae_fast.base.pace import Pace
+from m3ae_fast.base.progress import track
 from m3ae_fast.data.order import permutation
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
@@ -110,7 +111,7 @@ def fit_heads(
     title: str,
     ranks: Ranks,
     heartbeats: Heartbeats,
-    whole: TimeLeft | None = None,
+    whole: Pace | None = None,
     part: float = 0.0,
 ) -> dict[Input, Tensor]:
     """Train all heads on the same batches. Every rank must call it.
@@ -123,7 +124,7 @@ def fit_heads(
         title: description of the training for the progress display.
         ranks: ranks across which each step is split.
         heartbeats: heartbeats of this rank, which are marked at each step.
-        whole, part: the whole task, of which this training is a part, and the size of the part; see `progress`.
+        whole, part: pace of the whole task, and the units of it that this training is; see `progress`.
 
     Returns:
         The training accuracy of each head at each step, before the update: float32 [steps, H] by input, on the CPU.

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from m3ae_fast.base.hardware import missing_memory, resolve_precision
-from m3ae_fast.base.progress import duration
+from m3ae_fast.base.pace import duration
 from m3ae_fast.config import LONGEST, Config
 from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from m3ae_fast.base.progress import duration
+from m3ae_fast.base.pace import duration
 
 
 class TimeSpent:

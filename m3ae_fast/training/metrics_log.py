@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import threading
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from m3ae_fast.base.atomic_file import put_in_place
 from m3ae_fast.base.errors import UserError
@@ -49,8 +48,7 @@ class RunLog:
         self._file: BinaryIO | None = None
         self._opened: list[Logger] = []
         self._written = True
-        self._begun = time.monotonic()
-        self._first: tuple[int, float] | None = None  # the first step and its time
+        self._left = ""  # time left, after the first step
         self.console = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -58,12 +56,11 @@ class RunLog:
             BarColumn(),
             TextColumn("{task.fields[summary]}"),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TextColumn("ETA {task.fields[left]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task("train", total=self.total, completed=self.start, summary="")
+        self._task = self._progress.add_task("train", total=self.total, completed=self.start, summary="", left="")
 
     def __enter__(self) -> RunLog:
         self._old_hook, threading.excepthook = threading.excepthook, self._thread_failed
@@ -91,7 +88,6 @@ class RunLog:
     def begin(self) -> None:
         """Start the log. If the run is resumed, remove its earlier log lines for steps after that of the checkpoint.
         Raises UserError if the folder cannot be written to or a logger cannot start."""
-        self._begun = time.monotonic()
         self._open()
 
     def _open(self) -> None:
@@ -112,10 +108,10 @@ class RunLog:
         self.total = total
         self._progress.update(self._task, total=total)
 
-    def advance(self, step: int) -> None:
-        """Set the number of steps taken, which the progress bar shows."""
-        self._first = self._first or (step, time.monotonic())
-        self._progress.update(self._task, completed=step)
+    def advance(self, step: int, left: float) -> None:
+        """Set the number of steps taken and the seconds left, which the progress bar shows."""
+        self._left = str(timedelta(seconds=round(left)))
+        self._progress.update(self._task, completed=step, left=self._left)
 
     def log(self, step: int, values: dict[str, Any], where: Mapping[str, str] | None = None) -> None:
         """Write one JSON line, one point per scalar to the loggers, and one line on the console. If the disk is full,
@@ -137,7 +133,7 @@ class RunLog:
             for name, value in values.items()
         ]
         if "loss" in values and not self.console.is_terminal:  # on a terminal, the progress bar shows the time left
-            shown.append(f"eta {self._left(step)}")
+            shown.append(f"eta {self._left}")
         self.print("  ".join([f"step {step}", *shown]))
 
     def has(self, step: int, names: Collection[str]) -> bool:
@@ -163,15 +159,6 @@ class RunLog:
             if self._written:
                 self.print(f"metrics can no longer be written ({error.strerror or error})")
             self._written = False
-
-    def _left(self, step: int) -> timedelta:
-        """Return the time left, estimated from the time per step since the first step. After only one step, the
-        duration of this step is used; it does not include the preparation of the run."""
-        first, begun = self._first or (self.start, self._begun)
-        if step == first:
-            first, begun = step - 1, self._begun
-        seconds = (time.monotonic() - begun) / max(step - first, 1) * (self.total - step)
-        return timedelta(seconds=round(seconds))
 
     def print(self, text: str) -> None:
         """Print text on the console, above the progress bar."""

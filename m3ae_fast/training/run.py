@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from m3ae_fast.base.bad_samples import BadSamples
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, missing_for_triton, peak_flops, pins_memory, resolve_precision
+from m3ae_fast.base.pace import Pace
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import Resume, require_same
 from m3ae_fast.config import Config, require_libraries_of, stored_config
@@ -47,7 +48,7 @@ from m3ae_fast.training.initial_weights import constants, start_from
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.throughput import Throughput, newton_schulz_flops
-from m3ae_fast.training.time_limit import TimeLimit
+from m3ae_fast.training.time_limit import FIRST, TimeLimit
 from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.training.user_warnings import run_warnings
 from m3ae_fast.vqgan.model import with_image_targets
@@ -88,7 +89,7 @@ def pre_train(
     with locked or nullcontext() as folder:
         trainer = set_up(config, resume, session, folder, make_probe)
         trainer.train(config.run.dir if profile and ranks.is_main else None)
-        return trainer.evaluating
+        return trainer.pace.paused
 
 
 def set_up(
@@ -142,6 +143,7 @@ def set_up(
         add_targets=add_targets,
         after_save=task.draw,
         attention=found.info.attention if found.info else {},
+        pace=stream.pace,
         limit=stream.limit,
     )
 
@@ -154,6 +156,7 @@ class _Stream:
     layout: Layout
     share: Share
     schedule: Schedule
+    pace: Pace
     limit: TimeLimit | None
     fingerprint: dict[str, str]
     notes: list[str]
@@ -163,7 +166,8 @@ def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
     """Open the data and determine the sample order. Every rank must call this function. Raises UserError if data are
     missing, do not fit the model, or differ between ranks."""
     ranks, cfg, info = session.ranks, config.train, found.info
-    limit = TimeLimit(3600 * cfg.hours, info.spent if info else 0.0) if cfg.hours else None
+    pace = Pace(first=FIRST)
+    limit = TimeLimit(3600 * cfg.hours, pace, info.spent if info else 0.0) if cfg.hours else None
     share = split_batch(cfg, ranks.world, ranks.rank)
     _count_shards(config, ranks, session.heartbeats)
     data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.heartbeats.waiting)
@@ -171,7 +175,7 @@ def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
     layout = lay_out(config.data, data.train.sizes, cfg.global_batch)
     mine = fingerprint(data, layout)
     require_same(ranks, mine, data.val)
-    return _Stream(data, layout, share, schedule, limit, mine, run_warnings(config, data, schedule))
+    return _Stream(data, layout, share, schedule, pace, limit, mine, run_warnings(config, data, schedule))
 
 
 def _loaders(

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from m3ae_fast.base.progress import duration, working
+from m3ae_fast.base.pace import duration
+from m3ae_fast.base.progress import working
 from m3ae_fast.config import Config
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import NAMED, BadSamples, Skipped
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.pace import Pace
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.saver import Saver
 from m3ae_fast.config import Config
@@ -35,7 +36,7 @@ from m3ae_fast.training.profiler import profiler
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import Recorder
 from m3ae_fast.training.throughput import Counts, ForwardTime, Rates
-from m3ae_fast.training.time_limit import TimeLimit
+from m3ae_fast.training.time_limit import FIRST, TimeLimit
 from m3ae_fast.training.user_warnings import MemoryGrowth
 
 
@@ -90,13 +91,13 @@ class Trainer:
     add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch  # called on the device
     after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
     attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
+    pace: Pace = field(default_factory=partial(Pace, first=FIRST))  # pace of the steps
     limit: TimeLimit | None = None  # used on the main rank
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats, _ = self.session
         run = self.config.run
         self.step = self.start  # optimiser steps so far
-        self.evaluating = 0.0  # seconds of the evaluations so far
         self.log: RunLog = SilentLog()
         if self.ranks.is_main:
             self.log = RunLog(run.dir, self.start, self.schedule.total_steps, run.loggers, self.sections)
@@ -136,9 +137,8 @@ class Trainer:
                     self._begin()
                 losses, grad_norm = self.take_step(inputs, counts)
                 self.watch.add(self.step, [key for batch in inputs.host for key in batch.keys], losses, grad_norm)
-                self.log.advance(self.step)
-                if self.limit:
-                    self.limit.step_taken()
+                self.pace.advance(recent=self.limit.recent if self.limit else inf)
+                self.log.advance(self.step, self.pace.left(self.schedule.total_steps - self.step))
                 self.log_step(losses, grad_norm)
                 self.task.evaluate(self)
                 if self._saves():
@@ -249,12 +249,11 @@ class Trainer:
 
     @contextmanager
     def evaluation(self, name: str, every: int | None) -> Iterator[None]:
-        """Enter a context that measures the duration of an evaluation, also for the time limit. `every`: number of
-        steps between evaluations; None: evaluation only at the end of the run."""
-        due, began = self.step == 0 or self.schedule.due(self.step, every), time.monotonic()
-        with self.limit.evaluation(name, every, due) if self.limit else nullcontext():
+        """Enter a context that measures the duration of an evaluation, as a pause of the pace. `every`: number of steps
+        between evaluations; None: evaluation only at the end of the run."""
+        due = self.step == 0 or self.schedule.due(self.step, every)
+        with self.pace.pause(name, 1 / every if every else 0.0, due):
             yield
-        self.evaluating += time.monotonic() - began
 
     def cut_short(self) -> None:
         """Log that a stop request has interrupted an evaluation, which is repeated when the run resumes."""
@@ -289,6 +288,8 @@ class Trainer:
             not_computed=self.not_computed,
             logged=self.start,
         )
+
+        self.pace.skip()
 
         def begin() -> None:
             self.log.begin()

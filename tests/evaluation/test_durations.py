@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from m3ae_fast.base.pace import Pace
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation import labelled_task
 from m3ae_fast.evaluation.finetune import FineTuningTask
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask
@@ -19,17 +19,17 @@ def _config(**sections):
     return EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, **sections})
 
 
-def test_the_training_speed_is_measured_after_the_first_step(monkeypatch):
-    """The first step also waits for the loader to start. A resumed training counts only its own steps."""
+def test_the_duration_of_a_training_is_printed_once_after_a_few_steps():
+    """The first two steps also wait for the loader to start. A resumed training counts only its own steps."""
     seconds, reported = [100.0], []
-    monkeypatch.setattr(labelled_task.time, "perf_counter", lambda: seconds[0])
     schedule, log = SimpleNamespace(total_steps=50), SimpleNamespace(print=lambda text: None)
-    task = SimpleNamespace(expected=False, first=0.0, expectation=lambda _, *pace: reported.append(pace) or [])
-    for step in range(20, 30):
-        trainer = SimpleNamespace(step=step, start=20, schedule=schedule, log=log)
-        LabelledTask._log_duration(task, trainer)
-        seconds[0] += 60 if step == 20 else 0.25
-    assert reported == [(0.25, 24)]
+    task = SimpleNamespace(expected=False, expectation=lambda _, *pace: reported.append(pace) or [])
+    pace = Pace(first=2, now=lambda: seconds[0])
+    for step in range(21, 30):
+        seconds[0] += 60 if step < 23 else 0.25
+        pace.advance()
+        LabelledTask._log_duration(task, SimpleNamespace(step=step, schedule=schedule, log=log, pace=pace))
+    assert reported == [(0.25, 23)]
 
 
 def _expectation(kind, pace, left, device="cpu", samples=1482, **sections):
@@ -79,11 +79,13 @@ def test_default_epochs_of_finetuning_equal_those_of_the_duration_message():
 @pytest.mark.parametrize(
     ("device", "pace", "is_noted"), [("cpu", 36.0, True), ("cpu", 1.0, False), ("cuda", 36.0, False)]
 )
-def test_a_shorter_alternative_to_a_long_task_on_a_cpu_is_printed_once(device, pace, is_noted):
-    notes = []
+def test_a_shorter_alternative_to_a_long_task_on_a_cpu_is_printed_once(monkeypatch, device, pace, is_noted):
+    notes, seconds = [], [0.0]
+    monkeypatch.setattr("m3ae_fast.base.pace.time", SimpleNamespace(monotonic=lambda: seconds[0]))
     job = SimpleNamespace(ranks=SimpleNamespace(device=torch.device(device)), print=notes.append)
-    left = Job.time_left(job, 100, shorter=lambda part: f"--set robustness.samples={int(1000 * part)}")
-    left.during(1, pace)
-    left.during(2, pace)
-    note = "note: the task takes about 0:59:24 on this CPU; to reduce the time: --set robustness.samples=168"
+    whole = Job.pace(job, 100, shorter=lambda part: f"--set robustness.samples={int(1000 * part)}")
+    for _ in range(5):
+        seconds[0] += pace
+        whole.advance()
+    note = "note: the task takes about 0:58:48 on this CPU; to reduce the time: --set robustness.samples=170"
     assert notes == ([note] if is_noted else [])

@@ -3,21 +3,22 @@ rank."""
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 from m3ae_fast import train
-from m3ae_fast.training import time_limit
-from m3ae_fast.training.time_limit import TimeLimit
+from m3ae_fast.base import pace
+from m3ae_fast.training.trainer import Trainer
 
 STEP_S = 10.0
 
 
 def main(argv: list[str] | None) -> int:
-    now, counted = [0.0], TimeLimit.step_taken
+    now, take_step = [0.0], Trainer.take_step
 
-    def step_taken(limit: TimeLimit) -> None:
+    def slow_step(trainer: Trainer, *given: Any) -> Any:
         now[0] += STEP_S if os.environ.get("RANK", "0") == "0" else 7 * STEP_S
-        counted(limit)
+        return take_step(trainer, *given)
 
-    TimeLimit.step_taken = step_taken
-    time_limit.time = SimpleNamespace(monotonic=lambda: now[0])
+    Trainer.take_step = slow_step
+    pace.time = SimpleNamespace(monotonic=lambda: now[0])
     return train.main(argv)
