@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from m3ae_fast.config.describe import allowed_values, default_value
 from m3ae_fast.config.evaluation import EvaluationConfig, Uses
 from m3ae_fast.config.messages import section_of
-from m3ae_fast.config.schema import IMAGE_SETTINGS, Config, ModelConfig
+from m3ae_fast.config.schema import Config
 from m3ae_fast.evaluation.tasks import TASKS
 
 TRAIN_HEAD = """# Settings
@@ -122,8 +122,6 @@ def _table(section: type[BaseModel], name: str, note: str, links: dict[type[Base
     lines = [f"## {name}", "", about, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]
     schemas = section.model_json_schema()["properties"]
     for key, field in section.model_fields.items():
-        if section is ModelConfig and key in IMAGE_SETTINGS:  # these are set in `data`
-            continue
         if any(key in base.model_fields for base in elsewhere):
             continue
         kind = section_of(field.annotation)

@@ -634,8 +634,10 @@ def test_the_page_of_settings_lists_the_allowed_values(key, allowed):
 
 
 def test_each_type_of_config_section_is_explained_once():
-    headings = [line for line in "".join(WRITTEN.values()).splitlines() if line.startswith("## ")]
-    assert len(headings) == len(set(headings)) and "## data.train" in headings and "## data.val" not in headings
+    pages = [[line for line in page.splitlines() if line.startswith("## ")] for page in WRITTEN.values()]
+    assert all(len(headings) == len(set(headings)) for headings in pages)
+    assert {*pages[0]} & {*pages[1]} == {"## model"}  # of this section, an evaluation has other settings
+    assert "## data.train" in pages[0] and "## data.val" not in pages[0]
     assert "| finetune | deepspeed | all settings (`null`, which is plain torch) |" in WRITTEN["evaluation-config.md"]
 
 

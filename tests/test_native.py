@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, pack
-from m3ae_fast.config import Config, LossConfig, ModelConfig, parse
+from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.config.evaluation import ImageConfig
 from m3ae_fast.images.patch_grid import Native, patch_rows
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions, resampled, sincos_1d
@@ -85,7 +85,7 @@ def test_a_model_whose_resize_setting_is_changed_equals_one_built_with_it(was, n
     made.load_state_dict(changed.state_dict())
     image = torch.randint(0, 256, (3, 8, 32), dtype=torch.uint8)
     before = changed.encode(image, precision="fp32")
-    set_images(changed, {"resize": now})
+    set_images(changed, ImageConfig(resize=now))
     after = changed.encode(image, precision="fp32")
     assert torch.equal(after, made.encode(image, precision="fp32")) and not torch.allclose(after, before, atol=1e-3)
 
@@ -213,25 +213,6 @@ def test_image_sizes_that_do_not_fit_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             pack([replace(sample, image=torch.zeros(shape, dtype=torch.uint8))], model.geometry)
-
-
-def test_image_size_settings_of_the_data_are_stored_in_the_model():
-    given = {"run": {"dir": "x"}, "data": {"train": [{"shards": "a.tar"}]}, "train": {"global_batch": 1, "steps": 1}}
-    sizes = {"resize": "native", "max_patches": 12, "min_patches": 3}
-
-    def model(data, **own):
-        return parse(Config, given | {"data": given["data"] | data, "model": own}, "test").model
-
-    kept = model(sizes, emb_dim=64)
-    assert (kept.resize, kept.max_patches, kept.min_patches, kept.emb_dim) == ("native", 12, 3, 64)
-    assert model({}, **sizes) == model(sizes) == model(sizes, **sizes)
-    assert model(sizes | {"min_patches": 12}).min_patches == 12
-    with pytest.raises(
-        UserError, match=r"data\.max_patches is 12, but model\.max_patches is 9; set only data\.max_patches"
-    ):
-        model(sizes, max_patches=9)
-    with pytest.raises(UserError, match="model: min_patches 13 is more than max_patches 12"):
-        model(sizes | {"min_patches": 13})
 
 
 @pytest.mark.parametrize("resize", ["square", "native"])

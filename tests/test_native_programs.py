@@ -13,6 +13,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli import convert, draw
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main as transfer
+from m3ae_fast.config.evaluation import ImageConfig
 from m3ae_fast.drawing.figures import box_in, shown
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.heads.modules import AttentiveHeads
@@ -81,7 +82,7 @@ def test_evaluation_tasks_support_native_images(run, shards, tmp_path, task, cap
         return json.loads((tmp_path / out / "result.json").read_text())
 
     if task == "knn":
-        native, square = perform(task, run), perform(task, run, "data.resize=square", out="square")
+        native, square = perform(task, run), perform(task, run, "model.resize=square", out="square")
         assert native["val_samples"] == square["val_samples"] == 12
         return
     if task == "attentive":
@@ -90,7 +91,7 @@ def test_evaluation_tasks_support_native_images(run, shards, tmp_path, task, cap
     tune = ["train.steps=2", "train.global_batch=8", "optim.warmup_epochs=0", "train.precision=fp32"]
     if task == "finetune":
         with pytest.raises(
-            UserError, match=r"can mix only images of one size, but data\.resize is native; set both to 0"
+            UserError, match=r"can mix only images of one size, but model\.resize is native; set both to 0"
         ):
             perform(task, run, *tune, out="mixed")
     perform("finetune", run, *tune, "finetune.mixup=0", "finetune.cutmix=0", out="tuned")
@@ -114,9 +115,9 @@ def test_features_equal_those_of_encode_for_any_other_images_in_the_batch(run, s
             patches[: rows * columns].astype(np.float32).mean(0), found["features"][number], atol=2e-3
         )
     out, square = tmp_path / "square.npz", open_model(str(run), text=False)
-    arguments = [str(run), shards[1], "--out", str(out), "--set", "data.workers=0", "--set", "data.resize=square"]
+    arguments = [str(run), shards[1], "--out", str(out), "--set", "data.workers=0", "--set", "model.resize=square"]
     assert features.main([*arguments, "--set", "encode.precision=fp32"]) == 0
-    set_images(square, {"resize": "square"})
+    set_images(square, ImageConfig(resize="square"))
     np.testing.assert_allclose(np.load(out)["features"], square.encode(images, precision="fp32"), atol=1e-5)
     with pytest.raises(ValueError, match="the image has 16 x 20 pixels, which are not multiples of"):
         model.encode(torch.zeros(3, 20, 16))
@@ -130,7 +131,7 @@ def test_models_are_compared_on_images_of_the_requested_shape(run, shards, tmp_p
     monkeypatch.setattr(Job, "encode", encode)
     arguments = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out"), "--set", "data.workers=0"]
     with pytest.raises(UserError, match="images are square"):
-        transfer(["compare", str(run), *arguments, "--probes", "knn", "--set", "data.resize=square"])
+        transfer(["compare", str(run), *arguments, "--probes", "knn", "--set", "model.resize=square"])
 
 
 def _samples(start, stop):

@@ -401,12 +401,12 @@ def test_images_with_more_than_8_bits_require_a_value_range(tmp_path, capsys):
         Image.fromarray(values).save(tmp_path / f"photos/{number}.png")
     message = (
         r"the images have unsigned 16-bit values, which range from \d+ to 409\d in 4 inspected images: set the values "
-        r"of black and white, for example --set data.value_range=\[0,4095\]; data.value_range=dtype sets 0 and 65535"
+        r"of black and white, for example --set model.value_range=\[0,4095\]; model.value_range=dtype sets 0 and 65535"
     )
     with pytest.raises(UserError, match=message):
         pretrain(tmp_path / "photos", tmp_path / "run", dry_run=True)
     assert not (tmp_path / "run/shards").exists()
-    pretrain(tmp_path / "photos", tmp_path / "run", hours=0.001, overrides=["data.value_range=[0,4095]"], dry_run=True)
+    pretrain(tmp_path / "photos", tmp_path / "run", hours=0.001, overrides=["model.value_range=[0,4095]"], dry_run=True)
     assert "data: 3 samples and 1 held out" in capsys.readouterr().out
 
 

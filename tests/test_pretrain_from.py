@@ -89,9 +89,9 @@ def test_the_value_range_is_that_of_the_given_weights(tmp_path):
     overrides = given_weights(str(tmp_path / "deep"), tmp_path / "run", []).overrides
     (size,) = model_sizes(assumed(overrides), overrides)
     config = settings(assumed(overrides), SHARDS, tmp_path, size, 64, 1000, "cls", overrides)
-    assert config.model.value_range == (0, 4095) == config.data.value_range
+    assert config.model.value_range == (0, 4095)
     with pytest.raises(UserError, match=r"was trained with model\.value_range = \(0\.0, 4095\.0\), but the config has"):
-        given_weights(str(tmp_path / "deep"), tmp_path / "run", ["data.value_range=[0,1023]"])
+        given_weights(str(tmp_path / "deep"), tmp_path / "run", ["model.value_range=[0,1023]"])
 
 
 def write_deep(folder, highest):

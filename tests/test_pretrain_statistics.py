@@ -113,8 +113,8 @@ def test_channels_dtype_and_range_of_the_model_are_those_of_the_images(tmp_path,
         statistics, _ = inspect(shards, tmp_path / "run", "cls")
         config = settings(statistics, shards, tmp_path / "run", MODEL_SIZES[0], 2, 9, "cls", [])
         m = config.model
-        assert (m.channels, m.image_dtype, config.data.value_range) == (channels, dtype, value_range)
-        assert len(m.image_mean) == len(m.image_std) == channels and m.value_range == value_range
+        assert (m.channels, m.image_dtype, m.value_range) == (channels, dtype, value_range)
+        assert len(m.image_mean) == len(m.image_std) == channels
         assert np.allclose(m.image_mean, 0.5, atol=0.25) and min(m.image_std) > 0.05
 
 
@@ -133,11 +133,11 @@ def test_truncated_shards_are_named(tmp_path):
     [
         (
             lambda: _png(_deep(24, 20, most=4095)),
-            r"unsigned 16-bit values, which range from 0 to 4095 .*data.value_range=\[0,4095\]; ",
+            r"unsigned 16-bit values, which range from 0 to 4095 .*model.value_range=\[0,4095\]; ",
         ),
         (
             lambda: _npy(_deep(24, 20, 2, most=900)),
-            r"unsigned 16-bit values, which range from 0 to 900 .*data.value_range=\[0,1023\]",
+            r"unsigned 16-bit values, which range from 0 to 900 .*model.value_range=\[0,1023\]",
         ),
         (
             lambda: _npy(np.full((24, 20), 7, np.float32)),
@@ -157,7 +157,7 @@ def test_the_values_of_black_and_white_must_be_given_if_they_are_not_evident(tmp
 def test_the_proposed_value_range_contains_all_values_and_corresponds_to_a_bit_depth(high, white):
     deep = Kind(1, True, "uint16", 8, 8, Depth("unsigned", 16), 0, high)
     with pytest.raises(
-        UserError, match=rf"--set data\.value_range=\[0,{white}\]; data\.value_range=dtype sets 0 and 65535"
+        UserError, match=rf"--set model\.value_range=\[0,{white}\]; model\.value_range=dtype sets 0 and 65535"
     ):
         range_of([deep])
 
@@ -199,7 +199,6 @@ SETTINGS = {
     "data.crop_scale=[0.1,1]": "c.data.crop_scale == (0.1, 1)",
     "deepspeed={}": "c.deepspeed is not None",
     "data.repeats=2": "c.data.repeats == 2 and o.warmup_epochs == 0.25",  # an epoch has twice as many steps
-    "data.value_range=[0,4095]": "c.data.value_range == m.value_range == (0, 4095)",
     "model.value_range=[0,4095]": "m.value_range == (0, 4095)",
     "data.val=[]": "not c.data.val and t.probe is None",
     "data.show_channels=[5,1,0]": "m.channels == 6",

@@ -231,8 +231,6 @@ SETTINGS = {
     # compared by the fingerprint, regardless of the location of the files
     | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)
     | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # compared by the order in the fingerprint
-    # compared by the settings of the model that are derived from them
-    | dict.fromkeys(("value_range", "resize", "max_patches", "min_patches"), FREE)
     | {"show_channels": FREE}
     | dict.fromkeys(("val", "workers", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
     "optim": {"name": REFUSED}

@@ -23,7 +23,7 @@ class NeedsRange(BadSample):
 
     def __init__(self, found: str) -> None:
         super().__init__(
-            f"the image has {found}: set data.value_range to the values of black and white, such as [0, 4095] "
+            f"the image has {found}: set model.value_range to the values of black and white, such as [0, 4095] "
             '(--value-range 0,4095), or to "dtype"'
         )
         self.found = found

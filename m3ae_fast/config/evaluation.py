@@ -24,10 +24,31 @@ from m3ae_fast.config.schema import (
     Rate,
     RunConfig,
     Section,
+    Size,
     TrainConfig,
 )
+from m3ae_fast.config.value_range import Range, check_range
 
-_COMMON = ("run", "data")  # sections that every task reads
+_COMMON = ("run", "data", "model")  # sections that every task reads
+
+
+class ImageConfig(Section):
+    """Settings of the model's images that an evaluation may change. null: as in training; see
+    [model](config.md#model)."""
+
+    value_range: Range | None = None
+    """Pixel values that map to black and white in images with more than 8 bits per channel."""
+    resize: Literal["square", "native"] | None = None
+    """Resizing of the images."""
+    max_patches: Size | None = None
+    """With `resize: native`: maximum number of patches per image."""
+    min_patches: Size | None = None
+    """With `resize: native`: minimum number of patches per image."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ImageConfig:
+        check_range("value_range", self.value_range)
+        return self
 
 
 class EncodeConfig(Section):
@@ -143,6 +164,7 @@ class EvaluationConfig(Section):
 
     run: RunConfig = RunConfig()
     data: DataConfig
+    model: ImageConfig = ImageConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     deepspeed: DeepSpeedConfig | None = None
@@ -162,7 +184,7 @@ class EvaluationConfig(Section):
 
 @dataclass(frozen=True)
 class Uses:
-    """The settings that a task or program uses in addition to the sections `run` and `data`."""
+    """The settings that a task or program uses in addition to the sections `run`, `data` and `model`."""
 
     names: tuple[str, ...] = ("encode",)  # sections, and single settings of other sections, such as "train.epochs"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # by setting, in place of the defaults of pre-training

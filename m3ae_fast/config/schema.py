@@ -6,14 +6,12 @@ its description; `python docs/write_settings.py` generates docs/config.md from t
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-from m3ae_fast.config.messages import describe_error
 from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
@@ -77,10 +75,6 @@ class RunConfig(Section):
     At start-up, ranks have 1,800 s to join the process group."""
 
 
-# settings of `data` that are stored with the model
-IMAGE_SETTINGS = ("value_range", "resize", "max_patches", "min_patches")
-
-
 class ModelConfig(Section):
     """Settings that define the network."""
 
@@ -115,11 +109,15 @@ class ModelConfig(Section):
     patch_size: Size = 16
     """Height and width of a patch, in pixels."""
     resize: Literal["square", "native"] = "square"
-    """Value of `data.resize` in training, stored with the model."""
+    """Resizing of the images. `square`: images are cropped and scaled to `image_size`. `native`: the aspect ratio is
+    kept, and images with `min_patches` to `max_patches` patches are not resized, except that both sides are rounded to
+    multiples of the patch size."""
     max_patches: Size | None = None
-    """Value of `data.max_patches` in training, stored with the model."""
+    """With `resize: native`: maximum number of patches per image; larger images are downscaled. The longer side is
+    limited to 2 √`max_patches` patches, so images with an aspect ratio above 4:1 have fewer patches. null: the number
+    of patches of a square image."""
     min_patches: Size = 1
-    """Value of `data.min_patches` in training, stored with the model."""
+    """With `resize: native`: minimum number of patches per image; smaller images are upscaled."""
     native_positions: Literal["absolute", "centred"] = "absolute"
     """With `resize: native` and computed position embeddings: coordinates of the patches. `absolute`: rows and columns
     are counted from the upper left corner of the image; `centred`: the image is centred in the grid of a square image.
@@ -129,7 +127,7 @@ class ModelConfig(Section):
     for example the spectral bands of a satellite image, or red, green, blue and depth."""
     image_dtype: Literal["uint8", "uint16", "float32"] = "uint8"
     """Data type of the pixels. Black is 0; white is 255 for uint8, 65,535 for uint16 and 1 for float32. With float32,
-    values may lie outside the range from black to white. `data.value_range` sets which values of a file are black and
+    values may lie outside the range from black to white. `value_range` sets which values of a file are black and
     white."""
     image_mean: Channels = (0.5762, 0.5503, 0.5213)
     """Mean of the pixels, one value per channel, with black = 0 and white = 1. The default is the mean of CC12M."""
@@ -137,7 +135,8 @@ class ModelConfig(Section):
     """Standard deviation of the pixels, one positive value per channel, in the same units as the mean. The default is
     the standard deviation of CC12M."""
     value_range: Range | None = None
-    """Value of `data.value_range` in training, stored with the model."""
+    """Pixel values that map to black and white in images with more than 8 bits per channel, such as [0, 4095]; `dtype`
+    uses the full range of the file's data type (0 to 1 for floats). null: such images are rejected."""
     text_length: Size = 64
     """Maximum number of text tokens; longer captions are truncated."""
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
@@ -322,21 +321,6 @@ class DataConfig(Section):
     tokenizer: str | None = None
     """Text tokenizer: a tokenizer.json, a BERT vocab.txt or a name on the Hugging Face Hub; null: captions are not
     used."""
-    value_range: Range | None = None
-    """Pixel values that map to black and white in images with more than 8 bits per channel, such as [0, 4095]; `dtype`
-    uses the full range of the file's data type (0 to 1 for floats). null: the range saved with the model; without a
-    saved range, such images are rejected."""
-    resize: Literal["square", "native"] | None = None
-    """Resizing of the images. `square`: images are cropped and scaled to `model.image_size`. `native`: the aspect ratio
-    is kept, and images with `min_patches` to `max_patches` patches are not resized, except that both sides are rounded
-    to multiples of the patch size. This setting is saved with the model. null: the saved value, or `square`."""
-    max_patches: Size | None = None
-    """With `resize: native`: maximum number of patches per image; larger images are downscaled. The longer side is
-    limited to 2 √`max_patches` patches, so images with an aspect ratio above 4:1 have fewer patches. This setting is
-    saved with the model. null: the saved value, or the number of patches of a square image."""
-    min_patches: Size | None = None
-    """With `resize: native`: minimum number of patches per image; smaller images are upscaled. This setting is saved
-    with the model. null: the saved value, or 1."""
     show_channels: Annotated[tuple[int, int, int], Strict(False)] | None = None
     """Indices, from 0, of the channels that figures show as red, green and blue. null: the first three channels if
     there are 3 or 4, otherwise the first channel as grey."""
@@ -374,17 +358,11 @@ class DataConfig(Section):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale {[low, high]} must be two fractions with 0 < low <= high <= 1")
-        check_range("value_range", self.value_range)
         for name in ("train", "val"):
             weights = [source.weight for source in getattr(self, name)]
             if any(w is None for w in weights) and any(w is not None for w in weights):
                 raise ValueError(f"{name}: set a weight for all sources or for none")
         return self
-
-    def image_settings(self) -> dict[str, Any]:
-        """Return those image settings of this section that are stored with the model, if they are set."""
-        given = {name: getattr(self, name) for name in IMAGE_SETTINGS}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 class OptimConfig(Section):
@@ -602,7 +580,7 @@ class Config(Section):
         shown = self.data.show_channels or (0,)
         if not 0 <= min(shown) <= max(shown) < self.model.channels:
             raise ValueError(f"data.show_channels {list(shown)}: the model has channels 0 to {self.model.channels - 1}")
-        return self._with_images()._without_captions()
+        return self._without_captions()
 
     def _check_layer_decay(self) -> None:
         """Raise ValueError if optim.layer_decay is set and cannot be combined with other settings."""
@@ -619,21 +597,6 @@ class Config(Section):
                 f"optim.layer_decay {decay:g} cannot be combined with Muon, whose learning rate is the same in all "
                 "layers: set optim.name to adamw, or optim.layer_decay to 1"
             )
-
-    def _with_images(self) -> Config:
-        """Return the config with the image settings copied from `data` to `model`, because code that later decodes
-        images for the model has no `data` section."""
-        given = self.data.image_settings()
-        for name, value in given.items():
-            if (before := getattr(self.model, name)) not in (value, ModelConfig.model_fields[name].default):
-                raise ValueError(f"data.{name} is {value}, but model.{name} is {before}; set only data.{name}")
-        if not given:
-            return self
-        try:
-            model = ModelConfig.model_validate_json(json.dumps(self.model.model_dump(mode="json") | given))
-        except ValidationError as error:
-            raise ValueError(f"model: {describe_error(ModelConfig, error)}") from None
-        return self.model_copy(update={"model": model})
 
     def _without_captions(self) -> Config:
         """Return the config without the settings of captions if the model is image-only; otherwise return it unchanged.

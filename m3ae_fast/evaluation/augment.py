@@ -122,8 +122,8 @@ class Mixing:
         """Raise UserError if samples that are mixed would be in different micro-batches or have different sizes."""
         if self.mixes and self.native:
             raise UserError(
-                "finetune.mixup and cutmix can mix only images of one size, but data.resize is native; set both to 0, "
-                "or data.resize to square"
+                "finetune.mixup and cutmix can mix only images of one size, but model.resize is native; set both to 0, "
+                "or model.resize to square"
             )
         together, parts = 2 * self.repeats, share.world * share.accumulation
         if self.mixes and share.global_batch % (parts * together):

@@ -387,7 +387,7 @@ def _encoded(
     the training and held-out samples by probe; None for a probe that will be trained online."""
     work, left = planned
     if not isinstance(model, ImageFeatures):
-        set_images(model, job.config.data.image_settings())
+        set_images(model, job.config.model)
     own = replace(job, model=model.to(job.ranks.device).eval())
     probes = {probe for _, probe in work.missing}
     tokens = any(PROBES[probe].is_attentive for probe in probes)

@@ -205,7 +205,7 @@ def _on_device(
         return
     text, tokenizer = modality != "image", config.data.tokenizer
     opened = open_model(os.fspath(model), text=text, tokenizer=tokenizer, seed=config.run.seed).to(device).eval()
-    set_images(opened, config.data.image_settings())
+    set_images(opened, config.model)
     yield opened
 
 

@@ -20,7 +20,9 @@ from m3ae_fast.model.pooling import vectors
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer
 
-RULES = Rules(same=("task.weights", "task.classes", "run.seed", "encode.pool", "train.global_batch", *SAMPLING))
+RULES = Rules(
+    same=("task.weights", "model.*", "task.classes", "run.seed", "encode.pool", "train.global_batch", *SAMPLING)
+)
 _EVALUATIONS = 100  # maximum number of evaluations without train.eval_every
 
 

@@ -109,7 +109,7 @@ def run(job: Job) -> dict[str, Any]:
     the training samples have fewer than two classes, or the model is native."""
     config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
     if model.resize == "native":
-        raise UserError("segment needs images of one size; add --set data.resize=square")
+        raise UserError("segment needs images of one size; add --set model.resize=square")
     opened = {name: _open(job, sources, name) for name, sources in (("train", data.train), ("val", data.val))}
     encoded = _images(job, opened)
     train, val = encoded[MODEL]

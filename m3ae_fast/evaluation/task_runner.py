@@ -143,7 +143,7 @@ def _open(
     else:
         text = modality != "image"
         model = open_model(options.model, text=text, tokenizer=config.data.tokenizer, seed=config.run.seed)
-    set_images(model.backbone if isinstance(model, Classifier) else model, config.data.image_settings())
+    set_images(model.backbone if isinstance(model, Classifier) else model, config.model)
     return model.eval()
 
 

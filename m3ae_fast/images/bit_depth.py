@@ -77,7 +77,7 @@ def check_colours(image: Image.Image, depth: Depth, value_range: Range | None, d
         )
     if value_range != "dtype" or depth.kind != "unsigned":
         raise BadSample(
-            f'the image has colour channels of {depth}, which can be read only with data.value_range "dtype"'
+            f'the image has colour channels of {depth}, which can be read only with model.value_range "dtype"'
         )
     if image.info.get("transparency") is not None:
         raise BadSample(f"the image has colour channels of {depth} and a transparent colour, which is not supported")

@@ -349,6 +349,7 @@ def _model_section(statistics: DatasetStatistics, size: ModelSize, overrides: Se
         "patch_size": patch,
         "channels": len(statistics.image_mean),
         "image_dtype": statistics.image_dtype,
+        "value_range": statistics.value_range,
         "image_mean": statistics.image_mean,
         "image_std": statistics.image_std,
         "text_length": statistics.text_length,
@@ -361,7 +362,6 @@ def _data_section(statistics: DatasetStatistics, shards: Shards, out: Path) -> d
         "train": [{"shards": shards.train}],
         "val": [{"shards": shards.val}] if shards.val else [],
         "tokenizer": str((out / TOKENIZER).resolve()) if statistics.vocab_size else None,
-        "value_range": statistics.value_range,
         "crop_scale": [0.4, 1.0],
     }
 

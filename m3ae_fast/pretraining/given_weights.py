@@ -64,7 +64,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
         tokenizer = folder / TOKENIZER_FILE
         implied["data.tokenizer"] = str(tokenizer.resolve()) if tokenizer.exists() else None
     if found.config.value_range is not None:
-        implied["data.value_range"] = found.config.value_range
+        implied["model.value_range"] = found.config.value_range
     if (channels := channels_set(overrides) or 0) > found.config.channels:
         # the mean and the standard deviation are assumed until the images have been inspected
         implied |= {"model.channels": channels, "model.image_mean": [0.5] * channels}

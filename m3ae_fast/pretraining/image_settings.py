@@ -18,7 +18,7 @@ _FILLED = 0.9  # minimum fraction of a data type's range that must occur to assu
 
 
 def range_of(kinds: Sequence[Kind]) -> Range | None:
-    """Return `data.value_range` for images of these kinds: None for levels from 0 to 255, "dtype" if values cover most
+    """Return `model.value_range` for images of these kinds: None for levels from 0 to 255, "dtype" if values cover most
     of the range of their data type. Raises UserError for other values with more than 8 bits, because only the user
     knows the values of black and white."""
     deep = [(kind, kind.depth) for kind in kinds if kind.depth is not None]
@@ -33,7 +33,7 @@ def range_of(kinds: Sequence[Kind]) -> Range | None:
     guess = f"[0,{2 ** max(int(high), 1).bit_length() - 1}]" if known else f"[{low:.6g},{max(high, low + 1):.6g}]"
     raise UserError(
         f"the images have {depth}, which range from {low:.7g} to {high:.7g} in {len(deep):,} inspected images: set the "
-        f"values of black and white, for example --set data.value_range={guess}; data.value_range=dtype sets "
+        f"values of black and white, for example --set model.value_range={guess}; model.value_range=dtype sets "
         f"{least:.10g} and {most:.10g}"
     )
 
@@ -76,7 +76,7 @@ def fit_to_images(
     if own_dtype is None and _DTYPES.index(dtype) > _DTYPES.index(start.image_dtype):
         fitted.append(f"model.image_dtype={dtype}")
         notes.append(f"the pixels are read as {dtype}, although the weights were trained with {start.image_dtype}")
-    if start.value_range is not None and set_to(own, "data.value_range", None) is None:
+    if start.value_range is not None and set_to(own, "model.value_range", None) is None:
         require_similar_values(kinds, start.value_range)
     return fitted, notes
 
@@ -94,5 +94,5 @@ def require_similar_values(kinds: Sequence[Kind], value_range: Range) -> None:
         raise UserError(
             f"--from: the images have {depths[0]}, which range from {low:.7g} to {high:.7g}, but the weights were "
             f"trained with black = {least:.7g} and white = {most:.7g}; convert the images, or accept this range with "
-            f"--set data.value_range={json.dumps(value_range)}"
+            f"--set model.value_range={json.dumps(value_range)}"
         )

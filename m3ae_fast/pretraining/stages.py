@@ -259,7 +259,7 @@ def _kept_config(call: _Call) -> Config | None:
     call.load_config()  # raises an error for invalid settings before any work begins
     _follow(call.config_file)
     config = call.load_config()
-    kept, value_range = shard_names(config.data.train), config.data.value_range
+    kept, value_range = shard_names(config.data.train), config.model.value_range
     find_shards(call.source, call.out, call.captions, call.val, value_range, kept, call.columns, call.group)
     if not call.continues:
         print(f"note: {call.source} or --group has changed, so the settings are chosen again", flush=True)

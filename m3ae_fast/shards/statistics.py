@@ -111,7 +111,7 @@ def settings_of(found: Statistics) -> list[tuple[str, str, Any]]:
         settings.insert(0, ("model", "image_dtype", found.dtype))
     if found.channels != 3:
         settings.insert(0, ("model", "channels", found.channels))
-    return settings + ([] if found.value_range is None else [("data", "value_range", found.value_range)])
+    return settings + ([] if found.value_range is None else [("model", "value_range", found.value_range)])
 
 
 def options_of(settings: Sequence[tuple[str, str, Any]]) -> list[str]:
@@ -174,7 +174,7 @@ class Statistics:
     of: int  # total number of samples in the dataset
     channels: int
     dtype: str = "uint8"  # value of `model.image_dtype`
-    value_range: Range | None = None  # value of `data.value_range`
+    value_range: Range | None = None  # value of `model.value_range`
     unit: str = "words"  # unit of the caption lengths
     seen: int = 0
     images: int = 0

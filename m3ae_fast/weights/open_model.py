@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import uses_gpu
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import LossConfig, ModelConfig, parse
+from m3ae_fast.config.evaluation import ImageConfig
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions
@@ -166,12 +166,11 @@ def untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
         return M3AE(config, loss)
 
 
-def set_images(model: MultimodalEncoder, settings: Mapping[str, Any]) -> None:
-    """Change settings of the images that the model will receive, such as their value range. `settings`: see
-    `DataConfig.image_settings`; settings that are None are left unchanged. Raises UserError if the model does not
-    support the settings."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    model.config = parse(ModelConfig, model.config.model_dump(mode="json") | given, "data, with the model's config")
+def set_images(model: MultimodalEncoder, settings: ImageConfig) -> None:
+    """Change settings of the images that the model will receive, such as their value range. Settings that are None are
+    left unchanged. Raises UserError if the model does not support the settings."""
+    given = settings.model_dump(mode="json", exclude_none=True)
+    model.config = parse(ModelConfig, model.config.model_dump(mode="json") | given, "model")
     for module in model.modules():
         if isinstance(module, Positions):
             module.lay_out(model.config)

@@ -81,7 +81,7 @@ def test_a_range_defines_the_values_of_black_and_white():
         unit = decode_image(write_npy(LEVELS), BANDS, (0, 9), dtype).double() / (65535 if dtype == "uint16" else 1)
         torch.testing.assert_close(unit, chw(LEVELS) / 255.0, check_dtype=False, rtol=0, atol=1e-7)
     for values in (DEEP, FLOATS):
-        with pytest.raises(BadSample, match=r"has .*-bit values: set data\.value_range"):
+        with pytest.raises(BadSample, match=r"has .*-bit values: set model\.value_range"):
             decode_image(write_npy(values), BANDS)
 
 

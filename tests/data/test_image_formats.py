@@ -98,7 +98,7 @@ def test_unsupported_images_are_refused_by_name(case):
     "case", [case for case in READ if case.fmt in ("PNG", "TIFF") and "alone" in case.note], ids=label
 )
 def test_16_bit_colour_images_cannot_be_clipped_to_a_range(case):
-    with pytest.raises(BadSample, match=r'only with data\.value_range "dtype"'):
+    with pytest.raises(BadSample, match=r'only with model\.value_range "dtype"'):
         decode_image(case.make(), 3, (0, 4095))
 
 

@@ -101,7 +101,7 @@ def test_the_stats_command_prints_and_writes_settings(shards, tmp_path, capsys, 
     for text in (
         "14 of 14 samples", "cannot be read: 2 (14.29%", "2: the file is not an image in a known format",
         "width: median", "GIF 4",
-        "different labels: 3 (0 3, 1 3, 2 2)", f"--set model.channels={channels}", '--set data.value_range="dtype"',
+        "different labels: 3 (0 3, 1 3, 2 2)", f"--set model.channels={channels}", '--set model.value_range="dtype"',
         "words: median",
     ):  # fmt: skip
         assert text in out
@@ -109,7 +109,7 @@ def test_the_stats_command_prints_and_writes_settings(shards, tmp_path, capsys, 
     expected = pixels(shape)[:, 0].reshape(8, -1).mean(0)
     assert len(written.model.image_mean) == channels == written.model.channels
     assert np.abs(np.array(written.model.image_mean) - expected).max() < 2e-3
-    assert written.data.value_range == written.model.value_range == "dtype"
+    assert written.model.value_range == "dtype"
     assert f"--set model.image_mean={json.dumps(list(written.model.image_mean), separators=(',', ':'))}" in out
     assert Image.open(picture_file).width > 600
 
@@ -119,7 +119,7 @@ def test_high_bit_depth_images_are_counted_with_their_value_range(tmp_path, stor
     shard = write_tar(tmp_path / "a.tar", [("0.png", png(values, 16, 0))])
     found = look(shard, store, channels=1, value_range=(600, 855))
     assert torch.equal(found.fractions_C256, torch.full((1, 256), 1 / 256, dtype=torch.float64))
-    assert "set data.value_range" in next(iter(look(shard, store).bad))
+    assert "set model.value_range" in next(iter(look(shard, store).bad))
 
 
 def test_user_errors_are_reported_in_one_line(shards, tmp_path):

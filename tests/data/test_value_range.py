@@ -49,30 +49,28 @@ def config(**sections) -> Config:
     return parse(Config, {**TINY, **{name: {**TINY[name], **given} for name, given in sections.items()}}, "test")
 
 
-def test_the_value_range_of_the_data_is_stored_in_the_model():
-    assert config(data={"value_range": [LOW, HIGH]}).model.value_range == (LOW, HIGH)
-    remembered = config(data={"value_range": "dtype"})
+def test_the_value_range_is_stored_in_the_model():
+    assert config(model={"value_range": [LOW, HIGH]}).model.value_range == (LOW, HIGH)
+    remembered = config(model={"value_range": "dtype"})
     assert M3AE(remembered.model, remembered.loss).geometry.value_range == "dtype"
     assert parse(Config, remembered.model_dump(mode="json"), "again") == remembered
-    assert config(model={"value_range": [0, 1]}).model.value_range == (0, 1)
     assert config().model.value_range is None
     for wrong, message in (
-        ({"data": {"value_range": [9, 3]}}, r"must be the values of black and of white, with black below white"),
-        ({"data": {"value_range": [3, 3]}}, r"data: value_range \[3.0, 3.0\] must be"),
-        ({"data": {"value_range": "float"}}, "data.value_range"),
-        ({"data": {"value_range": [0, 1]}, "model": {"value_range": "dtype"}}, "set only data.value_range"),
+        ({"model": {"value_range": [9, 3]}}, r"must be the values of black and of white, with black below white"),
+        ({"model": {"value_range": [3, 3]}}, r"model: value_range \[3.0, 3.0\] must be"),
+        ({"model": {"value_range": "float"}}, "model.value_range"),
     ):
         with pytest.raises(UserError, match=message):
             config(**wrong)
 
 
 def test_a_value_range_can_be_set_in_a_shipped_config():
-    assert load_config("configs/quickstart.json", ["data.value_range=[0,4095]"]).model.value_range == (0, 4095)
+    assert load_config("configs/quickstart.json", ["model.value_range=[0,4095]"]).model.value_range == (0, 4095)
 
 
 def test_resuming_with_another_value_range_is_refused(tmp_path):
     """A resumed run, and a run that starts from weights, must decode images as before."""
-    before, now = config(data={"value_range": [0, 4095]}), config(data={"value_range": [0, 65535]})
+    before, now = config(model={"value_range": [0, 4095]}), config(model={"value_range": [0, 65535]})
     info = checkpoint.Info(1, 16, 0, before.model_dump(mode="json"), checkpoint.versions())
     assert changes_of(tmp_path, info, before, {}) == []
     with pytest.raises(UserError, match=r"model.value_range = \[0.0, 4095.0\], but the config has \[0.0, 65535.0\]"):
@@ -99,7 +97,7 @@ def test_exports_and_encode_use_the_value_range(tmp_path, levels):
 @pytest.mark.parametrize("remembered", [True, False])
 def test_features_and_evaluations_use_the_value_range(tmp_path, shards, remembered):
     run = str(tiny_run(tmp_path / "run", value_range=[LOW, HIGH] if remembered else None))
-    overrides = ["--set", "data.workers=0"] + ([] if remembered else ["--set", f"data.value_range=[{LOW},{HIGH}]"])
+    overrides = ["--set", "data.workers=0"] + ([] if remembered else ["--set", f"model.value_range=[{LOW},{HIGH}]"])
     found = []
     for number, shard in enumerate(shards):
         out = tmp_path / f"{number}.npz"
@@ -109,7 +107,7 @@ def test_features_and_evaluations_use_the_value_range(tmp_path, shards, remember
         assert transfer([*task, "--set", "knn.k=2"]) == 0
     assert len(found[0]) == 8 and np.array_equal(*found)
     if not remembered:
-        with pytest.raises(UserError, match=r"8 of 8 samples cannot be used.*set data\.value_range"):
+        with pytest.raises(UserError, match=r"8 of 8 samples cannot be used.*set model\.value_range"):
             features.main([run, shards[0], "--out", str(tmp_path / "none.npz"), "--set", "data.workers=0"])
 
 
@@ -118,7 +116,7 @@ def test_shards_can_be_made_with_a_value_range(tmp_path, capsys):
     values = np.linspace(LOW, HIGH, 32 * 32).reshape(32, 32).astype(np.uint16)
     (tmp_path / "in" / "a.tif").write_bytes(pillow(values, "TIFF"))
     command = ["make", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1"]
-    with pytest.raises(UserError, match=r"no sample can be used; the first error is: .*set data\.value_range"):
+    with pytest.raises(UserError, match=r"no sample can be used; the first error is: .*set model\.value_range"):
         data_tools(command)
     assert data_tools([*command, "--value-range", f"{LOW},{HIGH}"]) == 0
     data = next((tmp_path / "out").glob("*.tar")).read_bytes()

@@ -235,7 +235,7 @@ def test_baselines_that_cannot_read_a_sample_of_the_model_are_left_out(transfer,
         for each in ((name, data), (f"{name[:-4]}.json", json.dumps({"tags": [number % 2]}).encode()))
     ]
     shard = write_tar(tmp_path / "a.tar", files)
-    options = ["--labels", "json.tags", *settings("data.value_range=dtype")]
+    options = ["--labels", "json.tags", *settings("model.value_range=dtype")]
     result = transfer("knn", *options, baselines=True, train=shard, val=shard)
     assert (result["train_samples"], result["skipped"]) == (21, 0) and [*result["baselines"]] == [UNTRAINED]
     for name in FEATURES:

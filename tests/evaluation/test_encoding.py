@@ -248,7 +248,7 @@ def test_the_error_for_a_16_bit_array_names_value_range(model, tmp_path):
     for given in (deep, Image.fromarray(deep[..., 0]), tmp_path / "deep.png"):
         with pytest.raises(ValueError, match=r"has unsigned 16-bit values: pass value_range=\(black, white\)") as error:
             model.encode(given)
-        assert "data.value_range" not in str(error.value)
+        assert "model.value_range" not in str(error.value)
 
 
 def test_float_images_that_may_be_normalised_are_accepted(model):

@@ -331,7 +331,7 @@ def test_user_errors_are_reported_in_one_line(transfer, masked, tmp_path):
         ([], one, "its masks have 1 classes besides segment.ignore_label 255; at least two are"),
         ([], rotated, r"is invalid \(the mask has 48 x 40 pixels, but the image has 40 x 48\); repair or remove it"),
         ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel of class ids\); repair"),
-        (["--set", "data.resize=native"], masked[0], "segment needs images of one size; add --set data.resize=sq"),
+        (["--set", "model.resize=native"], masked[0], "segment needs images of one size; add --set model.resize=sq"),
         (
             ["--set", "train.steps=3"],
             masked[0],

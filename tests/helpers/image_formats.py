@@ -25,7 +25,7 @@ ALPHA = np.where(RAMP < 0.5, 0, 255).astype(np.uint8)
 RGBA = np.dstack((RGB, ALPHA))
 ON_WHITE = np.where(ALPHA[..., None] == 0, 255, RGB).astype(np.uint8)
 TURN = 6  # EXIF orientation: the image must be rotated clockwise
-NEEDS_RANGE = "has .*: set data.value_range"
+NEEDS_RANGE = "has .*: set model.value_range"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Case:
         if self.refused:
             result = f"refused: “{self.refused}”"
         else:
-            result = ("with `data.value_range`" if self.range else "yes") + (f"; {self.note}" if self.note else "")
+            result = ("with `model.value_range`" if self.range else "yes") + (f"; {self.note}" if self.note else "")
         return f"| {self.fmt} | {self.stored} | {result} |"
 
 

@@ -144,10 +144,10 @@ def test_values_outside_the_range_of_the_weights_are_refused_unless_the_user_acc
         [kind(1, depth=Depth("unsigned", 16), low=low, high=high)],
     )
     with pytest.raises(
-        UserError, match=r"trained with black = 0 and white = 4095; .* --set data\.value_range=\[0\.0, 4095\.0\]"
+        UserError, match=r"trained with black = 0 and white = 4095; .* --set model\.value_range=\[0\.0, 4095\.0\]"
     ):
         fit_to_images(start, images, None, [])
-    assert fit_to_images(start, images, None, ["data.value_range=[0,4095]"]) == ([], [])
+    assert fit_to_images(start, images, None, ["model.value_range=[0,4095]"]) == ([], [])
     assert fit_to_images(start, [kind(1, depth=Depth("unsigned", 16), high=4000.0)], None, []) == ([], [])
     assert fit_to_images(start, [kind(1)], None, []) == ([], [])  # levels from 0 to 255 do not depend on the range
 
