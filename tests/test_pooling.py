@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.config import GRIDS, POOLS, ModelConfig, parse
+from m3ae_fast.config import GRIDS, POOLINGS, POOLS, ModelConfig, parse
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.pooling import means_of_cells, vectors
+from m3ae_fast.model.pooling import means_of_cells
 from tests.helpers.trainer import TINY
 
 LAYER = {"size": None, "emb_dim": 24, "depth": 2, "num_heads": 2, "vocab_size": 0}
@@ -34,8 +34,13 @@ def _by_area(patches_HWD, side):
     return cells.mean((1, 3)).flatten(0, 1)
 
 
-def test_each_pooling_has_a_known_number_of_vectors():
-    assert {pool: vectors(pool) for pool in POOLS} == {"mean": 1, "cls": 1, "grid2": 4, "grid4": 16}
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_pooling_reduces_a_sample_to_its_number_of_vectors(pool):
+    model = _model()
+    images = enumerate(_images((64, 64), (64, 64)))
+    batch = pack([unmasked_sample(number, each, None, model.config, None) for number, each in images], model.geometry)
+    assert model.pooled_of_layers(batch, [1, 2], [pool]).shape == (2, 2 * POOLINGS[pool].vectors, 24)
+    assert POOLINGS[pool].vectors == (1 if pool in ("mean", "cls") else int(pool.removeprefix("grid")) ** 2)
 
 
 @pytest.mark.parametrize("side", [2, 4])

@@ -28,8 +28,8 @@ from m3ae_fast.cli.command_line import (
     program,
     use_device,
 )
-from m3ae_fast.config import POOLS
 from m3ae_fast.config.arguments import output
+from m3ae_fast.config.poolings import POOLS, described
 from m3ae_fast.evaluation.tasks import COLUMN_NAMES, MODALITIES
 from m3ae_fast.process.launchers import is_first_rank
 from m3ae_fast.weights.model_name import MODEL_HELP
@@ -47,8 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=output(".parquet", ".npz"), required=True, metavar="FILE", help="output file, .parquet or .npz"
     )
-    text = "pooling: the mean over all tokens except cls (default), the cls token, or the means of 2 x 2 or 4 x 4 cells"
-    parser.add_argument("--pool", choices=POOLS, help=text)
+    parser.add_argument("--pool", choices=POOLS, help=f"pooling (default: mean): {described()}")
     add_labels(parser)
     parser.add_argument(
         "--modality",

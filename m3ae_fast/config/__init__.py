@@ -11,12 +11,11 @@ from m3ae_fast.config.load import (
     shipped_configs,
     stored_config,
 )
+from m3ae_fast.config.poolings import FOR_TEXTS, GRIDS, POOLINGS, POOLS, Pool, Pooling
 from m3ae_fast.config.schema import (
-    GRIDS,
     LONGEST,
     MAX_CHANNELS,
     MAX_VOCAB,
-    POOLS,
     USUAL_K,
     Config,
     DataConfig,
@@ -27,7 +26,6 @@ from m3ae_fast.config.schema import (
     MaskingConfig,
     ModelConfig,
     OptimConfig,
-    Pool,
     RunConfig,
     Section,
     SourceConfig,

@@ -12,15 +12,14 @@ from pydantic import BaseModel, Field, model_validator
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.load import apply_override, parse
 from m3ae_fast.config.messages import section_of, settings_called
+from m3ae_fast.config.poolings import FOR_TEXTS, POOLINGS, Pool, described
 from m3ae_fast.config.schema import (
-    GRIDS,
     Batch,
     Count,
     DataConfig,
     DeepSpeedConfig,
     KnnConfig,
     OptimConfig,
-    Pool,
     Rate,
     RunConfig,
     Section,
@@ -54,12 +53,12 @@ class ImageConfig(Section):
 class EncodeConfig(Section):
     """Features that the frozen encoder computes from unmasked input."""
 
-    pool: Pool | None = None
-    """Pooling of the features after the final LayerNorm: `mean`, the mean over all tokens except cls; `cls`, the cls
-    token; `grid2` and `grid4`, the means over the patches of each cell of a grid of 2 x 2 or 4 x 4 cells, one after
-    another, so that the features show where something is. Grids have 4 and 16 times as many features, and need
-    images. null: for `knn` and `logistic`, the pooling with which logistic regression is most accurate on held-out
-    training samples, among those with at most 4,096 features; for other tasks, `mean`."""
+    pool: Pool | None = Field(
+        None,
+        description=f"Pooling of the features after the final LayerNorm: {described('`')}. null: for `knn` and "
+        "`logistic`, the pooling with which logistic regression is most accurate on held-out training samples, among "
+        "those with at most 4,096 features; for other tasks, `mean`.",
+    )
     batch: Batch = 64
     """Number of samples per forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -177,8 +176,9 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> EvaluationConfig:
-        if self.encode.pool in GRIDS and any(source.modality == "text" for source in self.data.train):
-            raise ValueError(f"encode.pool: {self.encode.pool} needs images, but captions are encoded; use mean or cls")
+        pool = self.encode.pool
+        if pool and POOLINGS[pool].needs_images and any(each.modality == "text" for each in self.data.train):
+            raise ValueError(f"encode.pool: {pool} needs images, but captions are encoded; use {FOR_TEXTS}")
         return self
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
+from m3ae_fast.config.poolings import Pool
 from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
@@ -30,10 +31,6 @@ Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
 Count = Annotated[int, Field(gt=0, le=1 << 40)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
-Pool = Literal["mean", "cls", "grid2", "grid4"]
-POOLS: tuple[Pool, ...] = get_args(Pool)
-# number of cells per side of the poolings that keep the position in the image
-GRIDS = {pool: int(pool.removeprefix("grid")) for pool in POOLS if pool.startswith("grid")}
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # one number per channel; in strict mode, pydantic would not accept a JSON array for a tuple
 Channels = Annotated[tuple[float, ...], Strict(False)]

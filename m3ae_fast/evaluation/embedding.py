@@ -71,7 +71,7 @@ def embed(
         source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of image files.
         out: a .parquet or .npz file to which the features are also written.
         modality: input of the encoder: "image", "text" or "paired"; for image files, "image".
-        pool: "mean" over all tokens except cls, "cls", "grid2" or "grid4"; None: the value of `encode.pool`.
+        pool: the pooling, such as "mean" (see the setting `encode.pool`); None: the value of this setting.
         labels: source of the labels in shards: "cls", or "json." and the name of a field.
         patches: whether to also return the features of all patches.
         columns: additional columns about the samples of shards: "path", "class", "caption"; a list, or a text such as

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from m3ae_fast.checkpoint.resuming import SAMPLING, Rules
+from m3ae_fast.config import POOLINGS
 from m3ae_fast.data import lay_out
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
@@ -16,7 +17,6 @@ from m3ae_fast.heads.default_hyperparameters import sentence
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import logits
 from m3ae_fast.heads.modules import LinearHeads
-from m3ae_fast.model.pooling import vectors
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer
 
@@ -62,7 +62,7 @@ def set_up(job: Job[Linear]) -> tuple[ProbingTask, Trainer]:
     ranks, run, encode = job.ranks, job.config.run, job.config.encode
     start = open_training(job)
     held_out = job.encode(start.val, "encoding val")
-    width = vectors(encode.fixed_pool) * job.model.config.emb_dim
+    width = POOLINGS[encode.fixed_pool].vectors * job.model.config.emb_dim
     heads = LinearHeads(width, len(start.classes), [run.seed], ranks).to(ranks.device)
     engine = ProbeEngine(heads, job.config, ranks, job.model)
     weights = weights_digest(job.model.state_dict())

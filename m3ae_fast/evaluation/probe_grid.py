@@ -13,7 +13,7 @@ import numpy as np
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.pace import Pace
-from m3ae_fast.config import GRIDS, Pool
+from m3ae_fast.config import FOR_TEXTS, POOLINGS, Pool
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
@@ -124,8 +124,9 @@ def run(job: Job[WithGrid]) -> dict[str, Any]:
     options, task = job.options, job.options.name()
     if options.pools and "pool" in job.config.encode.model_fields_set:
         raise UserError("pools replaces encode.pool; leave out one of the two")
-    if job.modality == "text" and (grids := [pool for pool in options.pools if pool in GRIDS]):
-        raise UserError(f"pools {grids[0]}: needs images, but captions are encoded; use mean or cls")
+    of_images = [pool for pool in options.pools if POOLINGS[pool].needs_images]
+    if job.modality == "text" and of_images:
+        raise UserError(f"pools {of_images[0]}: needs images, but captions are encoded; use {FOR_TEXTS}")
     layers = chosen_layers(options.layers, job.model.config.depth)
     pools: list[Pool | None] = [*options.pools] or [job.config.encode.fixed_pool]
     pools = [None, *options.pools] if PROBES[task].is_attentive else pools

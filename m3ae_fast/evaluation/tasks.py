@@ -19,7 +19,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from m3ae_fast.base import object_store
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
-from m3ae_fast.config import Pool
 from m3ae_fast.config.arguments import (
     SHARDS,
     CommaList,
@@ -32,7 +31,7 @@ from m3ae_fast.config.arguments import (
     output,
 )
 from m3ae_fast.config.evaluation import FINETUNE, LINEAR, Uses
-from m3ae_fast.config.schema import POOLS
+from m3ae_fast.config.poolings import POOLS, Pool
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP, FEATURES_HELP, IMAGE_FEATURES, MODEL_HELP, RANDOM
 
 DRAWS = 5  # number of draws for each number of shots

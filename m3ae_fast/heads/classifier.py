@@ -18,10 +18,9 @@ from m3ae_fast.base.output_folder import read_tensors
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.config import ModelConfig, Pool, Section, parse
+from m3ae_fast.config import POOLINGS, ModelConfig, Pool, Section, parse
 from m3ae_fast.heads.modules import FineTuneHead, LinearProbeHead
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.model.pooling import vectors
 from m3ae_fast.model.pretrained import build
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP
 
@@ -61,7 +60,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = MultimodalEncoder(config.model)
-        width = vectors(config.pool) * config.model.emb_dim
+        width = POOLINGS[config.pool].vectors * config.model.emb_dim
         self.head = HEADS[config.head](width, len(config.classes))
 
     def features(self, batch: PackedBatch) -> Tensor:

@@ -26,14 +26,13 @@ from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.progress import track
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config import DataConfig, Pool
+from m3ae_fast.config import POOLINGS, DataConfig, Pool
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
 from m3ae_fast.heads.feature_bank import FeatureBank, Rows
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
-from m3ae_fast.model.pooling import vectors
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.stop_request import StopRequest
@@ -125,7 +124,7 @@ def encode_corpus(
         reduce=reduce,
         folder=folder,
     )
-    return bank if layers else bank.part(0, vectors(config.fixed_pool))
+    return bank if layers else bank.part(0, POOLINGS[config.fixed_pool].vectors)
 
 
 def encode_by_each(
@@ -148,7 +147,7 @@ def encode_by_each(
     batches, layers = _batches(models[0], corpus, data, config, ranks), [layer] if layer else None
     more: dict[str, Any] = {"layers": layers, "pools": pools, "patches": patches, "folder": folder}
     banks = _encode(models, batches, config, ranks, monitor, **more)
-    return banks if pools else [bank.part(0, vectors(config.fixed_pool)) for bank in banks]
+    return banks if pools else [bank.part(0, POOLINGS[config.fixed_pool].vectors) for bank in banks]
 
 
 class Batches(NamedTuple):
@@ -174,7 +173,7 @@ def encode_batches(
     """Return the features of the last block for the batches of all ranks. See `encode_corpus` for the other arguments
     and the errors."""
     (bank,) = _encode([model], batches, config, ranks, NO_MONITOR, patches=patches)
-    return bank.part(0, vectors(config.fixed_pool))
+    return bank.part(0, POOLINGS[config.fixed_pool].vectors)
 
 
 def _encode(

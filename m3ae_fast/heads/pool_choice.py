@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from m3ae_fast.config import GRIDS, POOLS, Pool
+from m3ae_fast.config import POOLINGS, Pool
 from m3ae_fast.heads.encoding import key_digest
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.logistic_regression import held_out_accuracy
-from m3ae_fast.model.pooling import vectors
 from m3ae_fast.process.heartbeats import Heartbeats
 
 _MOST_FEATURES = 4096  # poolings with more features are not candidates
@@ -18,7 +17,8 @@ _MOST_SAMPLES = 5000  # number of training samples with which the candidates are
 def candidates(width: int, is_image: bool) -> list[Pool]:
     """Return the poolings among which one is chosen, the mean first. `width`: width of the encoder; `is_image`: whether
     it sees only images."""
-    return [pool for pool in POOLS if pool not in GRIDS or (is_image and vectors(pool) * width <= _MOST_FEATURES)]
+    most = max(_MOST_FEATURES // width, 1)
+    return [pool for pool, each in POOLINGS.items() if each.vectors <= most and (is_image or not each.needs_images)]
 
 
 def best_pool(bank: FeatureBank, pools: Sequence[Pool], classes: int, heartbeats: Heartbeats) -> Pool:
@@ -42,5 +42,5 @@ def best_pool(bank: FeatureBank, pools: Sequence[Pool], classes: int, heartbeats
 
 def part_of_pool(bank: FeatureBank, pools: Sequence[Pool], pool: Pool) -> FeatureBank:
     """Return the features of one of several poolings, [R, D]. `bank`, `pools`: as in `best_pool`."""
-    before = pools[: pools.index(pool)]
-    return bank.part(sum(map(vectors, before)), vectors(pool))
+    before = sum(POOLINGS[each].vectors for each in pools[: pools.index(pool)])
+    return bank.part(before, POOLINGS[pool].vectors)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.config import ModelConfig, Pool
+from m3ae_fast.config import POOLINGS, ModelConfig, Pool
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.heads.default_hyperparameters import OFFICIAL
@@ -37,7 +37,6 @@ from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.heads.stacked_optimizers import AdamW
 from m3ae_fast.heads.training_warnings import training_warnings
-from m3ae_fast.model.pooling import vectors
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
@@ -91,7 +90,7 @@ class FeatureTypes(NamedTuple):
     def shapes(self, model: ModelConfig) -> list[tuple[int, ...]]:
         """Return the shape of a sample's features of each type: (D,) or (L, D)."""
         return [
-            (model.most_patches, model.emb_dim) if kind.pool is None else (vectors(kind.pool) * model.emb_dim,)
+            (model.most_patches, model.emb_dim) if kind.pool is None else (POOLINGS[kind.pool].vectors * model.emb_dim,)
             for kind in self.kinds
         ]
 
@@ -101,7 +100,7 @@ class FeatureTypes(NamedTuple):
         layer = self.layers.index(kind.layer)
         if kind.pool is None:
             return layer, 1
-        counts = [vectors(pool) for pool in self.pools]
+        counts = [POOLINGS[pool].vectors for pool in self.pools]
         before = self.pools.index(kind.pool)
         return layer * sum(counts) + sum(counts[:before]), counts[before]
 

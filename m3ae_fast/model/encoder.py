@@ -29,10 +29,10 @@ from m3ae_fast.batch.inputs import (
 from m3ae_fast.batch.packed import PackedBatch, Segments
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
-from m3ae_fast.config import GRIDS, POOLS, ModelConfig, Pool
+from m3ae_fast.config import FOR_TEXTS, POOLINGS, POOLS, ModelConfig, Pool
 from m3ae_fast.images.normalisation import from_unit
 from m3ae_fast.model.inference import check_finite, encoding
-from m3ae_fast.model.pooling import mean_of_tokens, means_of_cells, only_cls, vectors
+from m3ae_fast.model.pooling import only_cls, patch_rows, pool_rows, reads_only_cls
 from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.transformer import Transformer
 
@@ -147,11 +147,11 @@ class MultimodalEncoder(nn.Module):
 
         Args:
             batch: the batch, on the model's device.
-            pool: "mean": the mean of all rows except cls (0 if there are none), with the LayerNorm before or after the
-                mean according to the config's `mean_pool`. "cls": the row of the cls token. "grid2" and "grid4": the
-                means of the patches in each cell of a grid of 2 x 2 or 4 x 4 cells with equal areas, one after another,
-                so that D is 4 or 16 times the width of the encoder. Grids need unmasked images; captions only have an
-                effect through the attention.
+            pool: one of `config.POOLINGS`, with the LayerNorm before or after the pooling according to the config's
+                `mean_pool`. "mean": the mean of all rows except cls (0 if there are none). "cls": the row of the cls
+                token. "grid" and a number n: the means of the patches in each of n x n cells with equal areas, row by
+                row, so that D is n^2 times the width of the encoder. Grids need unmasked images; captions only have
+                an effect through the attention.
         """
         return self.pooled_of_layers(batch, [self.config.depth], [pool]).flatten(1)
 
@@ -166,22 +166,17 @@ class MultimodalEncoder(nn.Module):
 
         Returns:
             Feature vectors [S, K, D] of all pairs of a layer and a pooling, beginning with all poolings of the first
-                layer. `pooling.vectors` is the number of vectors of a pooling. The features of the last block are
+                layer. `POOLINGS` has the number of vectors of each pooling. The features of the last block are
                 bitwise equal to those of `pooled`, except that the features of the cls token may differ by rounding if
                 there are several poolings.
         """
-        cls_rows = batch.encoder.cu_seqlens[:-1]
-        only = {*pools} == {"cls"}  # the last block then computes the cls rows only
-        pruned = (cls_rows, only_cls(batch.encoder)) if only else ()
-        found: dict[tuple[int, Pool], Tensor] = {}
-        for layer, x_TD in self._after(layers, batch, *pruned):
-            for pool in pools:
-                if pool == "cls":
-                    cls_PD = x_TD if only and layer == self.config.depth else x_TD[cls_rows.long()]
-                    found[layer, pool] = self._cls(cls_PD, batch)[:, None]
-                else:
-                    found[layer, pool] = self._means(x_TD, batch, pool)
-        return torch.cat([found[layer, pool] for layer in layers for pool in pools], 1)
+        only, whole = reads_only_cls(pools), batch.encoder
+        rows = (whole.cu_seqlens[:-1], only_cls(whole)) if only else ()  # those that the last block computes
+        found: dict[int, Tensor] = {}
+        for layer, x_TD in self._after(layers, batch, *rows):
+            segments = only_cls(whole) if only and layer == self.config.depth else whole
+            found[layer] = pool_rows(pools, x_TD, segments, batch, self.encoder.norm, self.config)
+        return torch.cat([found[layer] for layer in layers], 1)
 
     def pooled_and_patches(
         self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)
@@ -190,27 +185,12 @@ class MultimodalEncoder(nn.Module):
         final LayerNorm, in one forward pass. All samples must have an image. L is the number of patches of the largest
         image; smaller images are padded with zeros. The features have at least float32, and the patch tokens the dtype
         in which the encoder computes. `layers`, `pools`: as in `pooled_of_layers`."""
-        cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
-        found = {}
+        norm, found = self.encoder.norm, {}
         for layer, x_TD in self._after(layers, batch):
-            rows_TD = self.encoder.norm(x_TD)
-            pooled = [
-                _wide(rows_TD[cls_S])[:, None] if pool == "cls" else self._means(x_TD, batch, pool) for pool in pools
-            ]
-            found[layer] = pooled, self._patches(rows_TD, batch)
-        features = [each for layer in layers for each in found[layer][0]]
-        return torch.cat(features, 1), torch.stack([found[layer][1] for layer in layers], 1)
-
-    def _patches(self, x_TD: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the rows of the patches of unmasked images, [S, L, D], padded with zeros."""
-        cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()
-        patches_L = torch.arange(1, 1 + self.config.most_patches, device=cls_S.device)
-        rows_SL = cls_S[:, None] + patches_L
-        if self.config.resize != "native":
-            return x_TD[rows_SL]
-        lengths_S = torch.tensor([rows * columns for rows, columns in batch.grids], device=cls_S.device)
-        missing_SL = patches_L > lengths_S[:, None]
-        return x_TD[rows_SL.masked_fill(missing_SL, 0)].masked_fill(missing_SL[..., None], 0)
+            features_SKD = pool_rows(pools, x_TD, batch.encoder, batch, norm, self.config)
+            found[layer] = features_SKD, patch_rows(norm(x_TD), batch, self.config)
+        features, patches = zip(*(found[layer] for layer in layers))
+        return torch.cat(features, 1), torch.stack(patches, 1)
 
     def _after(
         self,
@@ -226,26 +206,6 @@ class MultimodalEncoder(nn.Module):
         for layer, x_TD in enumerate(islice(rows, max(layers)), 1):
             if layer in layers:
                 yield layer, x_TD
-
-    def _cls(self, x_PD: Tensor, batch: PackedBatch) -> Tensor:
-        """Return features [S, D]: the cls rows `x_PD` after the final LayerNorm."""
-        return _wide(self.encoder.norm(x_PD)[: len(batch.keys)])
-
-    def _means(self, x_TD: Tensor, batch: PackedBatch, pool: Pool) -> Tensor:
-        """Return the mean features of a pooling other than cls, [S, G, D], from rows before the final LayerNorm. Raises
-        UserError if a sample has no image and the pooling is a grid."""
-        before, norm, samples = self.config.mean_pool == "before_norm", self.encoder.norm, len(batch.keys)
-        rows_TD = x_TD if before else norm(x_TD)
-        if pool == "mean":
-            means_SGD = mean_of_tokens(rows_TD, batch.encoder)[:samples, None]  # segments of padding come last
-        elif len(batch.grids) < samples:
-            raise UserError(f"pool {pool}: a sample has no image; use mean or cls")
-        else:
-            grids = batch.grids if self.config.resize == "native" else batch.grids[:1]
-            means_SGD = means_of_cells(self._patches(rows_TD, batch), grids, GRIDS[pool])
-        if before:
-            means_SGD = norm(means_SGD.to(norm.weight.dtype))
-        return _wide(means_SGD)
 
     def _input(self, batch: PackedBatch) -> Tensor:
         images = batch.images
@@ -282,15 +242,15 @@ class MultimodalEncoder(nn.Module):
                 (black, white): the values of black and white in images of any size, such as (0, 1) for the output of
                 torchvision's ToTensor or (0, 255) for 8-bit levels stored as floats. With None, tensors that are
                 evidently not normalised raise ValueError, and float32 arrays are read with the model's value_range.
-            pool: "mean" over all tokens except cls, the "cls" token, or "grid2" or "grid4", which keep the position in
-                the image; see `pooled`.
+            pool: "mean" over all tokens except cls, the "cls" token, or a grid such as "grid2", which keeps the
+                position in the image; see `pooled`.
             layer: number of the block after which features are taken, from 1; None: the last block.
             batch_size: samples per forward pass.
             precision: precision of matmuls; "auto": bf16 if it is faster on the hardware.
 
         Returns:
             Features [S, D] on the model's device: float32, or float64 if the weights are float64. D is the width of the
-                encoder, or 4 or 16 times this width for a grid.
+                encoder, or a multiple of it for a grid.
 
         Raises:
             ValueError: images and texts are both None or differ in number, one of the items is None, an image does not
@@ -303,12 +263,12 @@ class MultimodalEncoder(nn.Module):
             raise ValueError("encode requires images, texts or both")
         if pool not in POOLS:
             raise ValueError(f"pool {pool!r}: must be one of {', '.join(POOLS)}")
-        if pool in GRIDS and images is None:
-            raise ValueError(f"pool {pool!r}: texts alone have no patches; use mean or cls")
+        if POOLINGS[pool].needs_images and images is None:
+            raise ValueError(f"pool {pool!r}: texts alone have no patches; use {FOR_TEXTS}")
         images, texts = self._checked(images, texts, value_range)
         batches, layers = self._batches(images, texts, value_range, batch_size, precision), self._layers(layer)
         device = self.encoder_input.cls_token.device
-        parts = [torch.empty(0, vectors(pool) * self.config.emb_dim, device=device)]
+        parts = [torch.empty(0, POOLINGS[pool].vectors * self.config.emb_dim, device=device)]
         with encoding(self, precision, device):
             parts += [self.pooled_of_layers(packed, layers, [pool]).flatten(1) for packed in batches]
         features_SD = torch.cat(parts)

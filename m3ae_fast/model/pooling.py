@@ -1,24 +1,92 @@
 """Pooling of the encoder's rows to one feature vector per sample.
 
-Shapes: T encoder rows, S samples, D width, L patches of the largest image, G cells of a grid.
+Shapes: T encoder rows, S samples, D width, L patches of the largest image, G cells of a grid or other feature vectors
+of a pooling, K feature vectors of several poolings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from m3ae_fast.batch.packed import Segments
-from m3ae_fast.config import GRIDS, Pool
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.packed import PackedBatch, Segments
+from m3ae_fast.config import FOR_TEXTS, GRIDS, POOLINGS, ModelConfig, Pool
 from m3ae_fast.images.patch_grid import Grid
 
 
-def vectors(pool: Pool) -> int:
-    """Return the number of feature vectors of width D to which a pooling reduces a sample."""
-    return GRIDS.get(pool, 1) ** 2
+def pool_rows(
+    pools: Sequence[Pool],
+    x_TD: Tensor,
+    segments: Segments,
+    batch: PackedBatch,
+    norm: nn.LayerNorm,
+    config: ModelConfig,
+) -> Tensor:
+    """Return the features of several poolings, one after another: [S, K, D], in at least float32. `POOLINGS` has their
+    numbers of vectors.
+
+    Args:
+        pools: the poolings.
+        x_TD: rows before the final LayerNorm.
+        segments: the samples' rows in `x_TD`. Segments of padding may follow.
+        batch: the batch to which the rows belong.
+        norm: the final LayerNorm.
+        config: config of the model; its `mean_pool` is the order of pooling and norm.
+
+    Raises:
+        UserError: a pooling needs images, and a sample has none.
+    """
+    for pool in pools:
+        if POOLINGS[pool].needs_images and len(batch.grids) < len(batch.keys):
+            raise UserError(f"pool {pool}: a sample has no image; use {FOR_TEXTS}")
+    before = config.mean_pool == "before_norm"
+    rows_TD = x_TD if before else norm(x_TD)
+    found_SKD = torch.cat([_POOLED[pool](rows_TD, segments, batch, config) for pool in pools], 1)
+    if before:
+        found_SKD = norm(found_SKD.to(norm.weight.dtype))
+    return found_SKD.to(torch.promote_types(found_SKD.dtype, torch.float32))
+
+
+def reads_only_cls(pools: Sequence[Pool]) -> bool:
+    """Return whether the poolings read only the cls rows, so that the last block need not compute the others."""
+    return {*pools} == {"cls"}
+
+
+def _mean(x_TD: Tensor, segments: Segments, batch: PackedBatch, config: ModelConfig) -> Tensor:
+    return mean_of_tokens(x_TD, segments)[: len(batch.keys), None]
+
+
+def _cls(x_TD: Tensor, segments: Segments, batch: PackedBatch, config: ModelConfig) -> Tensor:
+    return x_TD[segments.cu_seqlens[: len(batch.keys)].long(), None]
+
+
+def _cells(side: int, x_TD: Tensor, segments: Segments, batch: PackedBatch, config: ModelConfig) -> Tensor:
+    grids = batch.grids if config.resize == "native" else batch.grids[:1]
+    return means_of_cells(patch_rows(x_TD, batch, config), grids, side)
+
+
+# rows, segments, batch and config (see `pool_rows`) -> features [S, G, D]
+_POOLED: Mapping[Pool, Callable[[Tensor, Segments, PackedBatch, ModelConfig], Tensor]] = {
+    "mean": _mean,
+    "cls": _cls,
+    **{pool: partial(_cells, side) for pool, side in GRIDS.items()},
+}
+
+
+def patch_rows(x_TD: Tensor, batch: PackedBatch, config: ModelConfig) -> Tensor:
+    """Return the rows of the patches of unmasked images, [S, L, D], padded with zeros."""
+    cls_S = batch.encoder.cu_seqlens[: len(batch.keys)].long()  # segments of padding come after the samples
+    patches_L = torch.arange(1, 1 + config.most_patches, device=cls_S.device)
+    rows_SL = cls_S[:, None] + patches_L
+    if config.resize != "native":
+        return x_TD[rows_SL]
+    lengths_S = torch.tensor([rows * columns for rows, columns in batch.grids], device=cls_S.device)
+    missing_SL = patches_L > lengths_S[:, None]
+    return x_TD[rows_SL.masked_fill(missing_SL, 0)].masked_fill(missing_SL[..., None], 0)
 
 
 def mean_of_tokens(x_TD: Tensor, segments: Segments) -> Tensor:

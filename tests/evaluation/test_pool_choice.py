@@ -7,6 +7,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from m3ae_fast.config import POOLS as ALL
 from m3ae_fast.evaluation import job
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.heads import pool_choice
@@ -61,9 +62,9 @@ def test_some_of_many_samples_are_compared(monkeypatch):
 
 
 def test_grids_are_candidates_for_images_and_up_to_4096_features():
-    assert candidates(256, is_image=True) == ["mean", "cls", "grid2", "grid4"]
-    assert candidates(260, is_image=True) == ["mean", "cls", "grid2"]
-    assert candidates(2048, is_image=True) == ["mean", "cls"]
+    assert candidates(256, is_image=True) == [*ALL]
+    assert candidates(260, is_image=True) == [pool for pool in ALL if pool != "grid4"]
+    assert candidates(2048, is_image=True) == candidates(5000, is_image=True) == ["mean", "cls"]
     assert candidates(64, is_image=False) == ["mean", "cls"]
 
 
@@ -97,7 +98,7 @@ def test_samples_are_encoded_once_for_all_candidates(transfer, monkeypatch):
         ),
     )
     transfer("knn")
-    assert {pools for _, pools in seen} == {("mean", "cls", "grid2", "grid4")}
+    assert {pools for _, pools in seen} == {ALL}
     assert sum(count for count, _ in seen) == 48 + 18
 
 

@@ -1,0 +1,42 @@
+"""The poolings that reduce the encoder's tokens to features. A new pooling is a name in `Pool`, a row in `POOLINGS` and
+a function in `model/pooling.py`; a new grid is only a name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+Pool = Literal["mean", "cls", "grid2", "grid4"]
+POOLS: tuple[Pool, ...] = get_args(Pool)
+
+
+class Pooling(NamedTuple):
+    """The properties of a pooling."""
+
+    about: str  # what the features are
+    vectors: int = 1  # number of feature vectors, each as wide as the encoder, to which a sample is reduced
+    needs_images: bool = False  # whether every sample must have an image
+
+
+def _grid(side: int) -> Pooling:
+    about = f"the means over the patches of each of {side} x {side} cells, which show where something is"
+    return Pooling(about, side**2, needs_images=True)
+
+
+# number of cells per side of the poolings that keep the position in the image
+GRIDS = {pool: int(pool.removeprefix("grid")) for pool in POOLS if pool.startswith("grid")}
+POOLINGS: dict[Pool, Pooling] = {
+    "mean": Pooling("the mean over all tokens except cls"),
+    "cls": Pooling("the cls token"),
+    **{pool: _grid(side) for pool, side in GRIDS.items()},
+}
+FOR_TEXTS = " or ".join(pool for pool in POOLS if not POOLINGS[pool].needs_images)
+
+
+def described(quote: str = "") -> str:
+    """Return the descriptions of all poolings. `quote`: character around each name."""
+    return "; ".join(
+        f"{quote}{name}{quote}, {about}"
+        + (f" ({vectors} times as many features; needs images)" if needs_images else "")
+        for name, (about, vectors, needs_images) in POOLINGS.items()
+    )
