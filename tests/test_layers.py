@@ -55,6 +55,12 @@ def test_a_layer_imports_only_the_layers_below():
     assert upwards == set()
 
 
+def test_training_and_all_packages_below_do_not_know_the_settings_of_evaluation():
+    below = {name for name in GRAPH if _layer(name) <= LAYERS.index("training")}
+    names = {name for name in below if "m3ae_fast.config.evaluation" in GRAPH[name]}
+    assert {name for name in names if not name.startswith("m3ae_fast.config")} == set()
+
+
 def test_every_package_has_a_layer_and_every_layer_is_a_package():
     packages = {path.parent.name for path in (ROOT / "m3ae_fast").glob("*/__init__.py")}
     assert packages == {*LAYERS} - {"m3ae_kernels"}

@@ -18,8 +18,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.saver import Saver
-from m3ae_fast.config import Config
-from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.config.training_sections import TrainingSections
 from m3ae_fast.data import Share
 from m3ae_fast.engine.feed import StepInput, feed
 from m3ae_fast.engine.interface import Engine
@@ -74,7 +73,7 @@ class Trainer:
     task: Task
     session: Session
     folder: RunFolder | None  # on the main rank only
-    config: Config | EvaluationConfig
+    config: TrainingSections
     sections: dict[str, Any]  # sections of the config for checkpoints
     share: Share
     schedule: Schedule
