@@ -35,8 +35,9 @@ from m3ae_fast.evaluation.tasks import Modality, Task, WithLabels
 from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.heads.encoding import PassMonitor, Reduce, UnusableSamples, encode_by_each, encode_corpus
 from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.logistic_regression import Tried
 from m3ae_fast.heads.modules import LinearProbeHead
-from m3ae_fast.heads.pool_choice import best_pool, candidates, part_of_pool
+from m3ae_fast.heads.pool_choice import ChosenPool, best_pool, candidates, part_of_pool
 from m3ae_fast.heads.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -61,7 +62,7 @@ class SharedFeatures:
     first of these tasks fills it in `Job.encode_for_classes`."""
 
     encoded: dict[str, tuple[FeatureBank, FeatureBank]] = field(default_factory=dict)
-    pools: dict[str, Pool] = field(default_factory=dict)
+    pools: dict[str, ChosenPool] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # warnings of the encoding
 
 
@@ -79,7 +80,7 @@ class Job(Generic[T_co]):
     open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
-    pools: dict[str, Pool] = field(default_factory=dict)  # see `encode_for_classes`
+    pools: dict[str, ChosenPool] = field(default_factory=dict)  # see `encode_for_classes`
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the task
     warnings: list[str] = field(default_factory=list)  # warnings for the result, which have been printed
     shared: SharedFeatures = field(default_factory=SharedFeatures)  # see `encode_for_classes`
@@ -199,30 +200,36 @@ class Job(Generic[T_co]):
 
     def _encoded_for_classes(
         self, train: Corpus, val: Corpus
-    ) -> tuple[dict[str, tuple[FeatureBank, FeatureBank]], dict[str, Pool]]:
+    ) -> tuple[dict[str, tuple[FeatureBank, FeatureBank]], dict[str, ChosenPool]]:
         """Return the features for `encode_for_classes`, and the pooling of each network."""
         models = {MODEL: self.model, **self.open_baselines()}
         networks = {name: model for name, model in models.items() if not isinstance(model, ImageFeatures)}
         if not networks or self.config.encode.pool is not None:
-            return self._encode_by_each(models, train, val), dict.fromkeys(networks, self.config.encode.fixed_pool)
-        chosen: dict[str, Pool] = {}
+            given = ChosenPool(self.config.encode.fixed_pool, None)
+            return self._encode_by_each(models, train, val), dict.fromkeys(networks, given)
+        chosen: dict[str, ChosenPool] = {}
         pools = candidates(networks[MODEL].config.emb_dim, self.modality == "image")
         found = self._encode_by_each(models, train, val, pools=pools)
         for name, (bank, held_out) in found.items():
             if name in networks:
                 chosen[name] = best_pool(bank, pools, len(self.classes), self.heartbeats)
-                own = pools, chosen[name]
+                own = pools, chosen[name].pool
                 found[name] = part_of_pool(bank, *own), part_of_pool(held_out, *own)
             else:
                 found[name] = bank.part(0), held_out.part(0)
-        shown = ", ".join(f"{name}: {pool}" for name, pool in chosen.items())
+        shown = ", ".join(f"{name}: {each.pool}" for name, each in chosen.items())
         self.print(f"pooling, chosen on held-out training samples: {shown}")
         return found, chosen
 
     def chosen_pool(self, name: str) -> dict[str, Pool]:
         """Return the pooling of a network, as an entry of result.json; empty for features without a network. `name`:
         MODEL or the name of a baseline."""
-        return {"pool": self.pools[name]} if name in self.pools else {}
+        return {"pool": self.pools[name].pool} if name in self.pools else {}
+
+    def tried(self, name: str) -> Tried | None:
+        """Return the regressions of a network's features that the choice of its pooling has computed; None if it has
+        not. `name`: as in `chosen_pool`."""
+        return self.pools[name].tried if name in self.pools else None
 
     def encode_baselines(
         self,
@@ -398,7 +405,7 @@ class Job(Generic[T_co]):
     def save_probe(self, task: Literal["linear", "logistic"], head: LinearProbeHead) -> None:
         """Write a classifier that consists of the model and a head that `task` has trained on its pooled features, as
         `Classifier.save_pretrained` does. Every rank must call it."""
-        pool = self.pools.get(MODEL, self.config.encode.fixed_pool)
+        pool = self.pools[MODEL].pool if MODEL in self.pools else self.config.encode.fixed_pool
 
         def save() -> None:
             classifier = Classifier(

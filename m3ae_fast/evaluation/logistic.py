@@ -24,7 +24,7 @@ def run(job: Job[Logistic]) -> dict[str, Any]:
     encoded = job.encode_for_classes(train, val)
     bank, held_out = encoded[MODEL]
     job.print(f"logistic regression of {bank.stored_SD.shape[1]:,} features of {len(bank.keys):,} samples")
-    heads, strength = fit_chosen(bank, len(classes), job.heartbeats)
+    heads, strength = fit_chosen(bank, len(classes), job.heartbeats, job.tried(MODEL))
     found = {MODEL: held_out.predictions(logits(heads, held_out))}
     chosen = {MODEL: {"inverse_strength": strength, **job.chosen_pool(MODEL)}}
     numbers = {
@@ -38,6 +38,6 @@ def run(job: Job[Logistic]) -> dict[str, Any]:
     job.keep(found[MODEL].columns(classes))
     for name, banks in encoded.items():
         if name != MODEL:
-            found[name], strength = predict(*banks, len(classes), job.heartbeats)
+            found[name], strength = predict(*banks, len(classes), job.heartbeats, job.tried(name))
             chosen[name] = {"inverse_strength": strength, **job.chosen_pool(name)}
     return accuracy_entries(found, chosen) | numbers

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import judge, logits
-from m3ae_fast.heads.hyperparameter_choice import Split, Trial, best, split, within_error
+from m3ae_fast.heads.hyperparameter_choice import Trial, best, split, within_error
 from m3ae_fast.heads.modules import BATCH_NORM_EPS, LinearHeads
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.process.collectives import all_reduce
@@ -49,53 +50,70 @@ _WIDE, _EIGENVALUES, _POWERS = 512, 256, 2
 _CONSTANT, _TINY = 1e-6, 1e-30
 
 
-def fit_chosen(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> tuple[LinearHeads, float]:
+class Tried(NamedTuple):
+    """Classifiers with each of INVERSE_STRENGTHS, fitted to the samples of a bank that are not held out."""
+
+    trials: list[Trial]  # results on the held-out samples; empty if there are too few different samples to hold one out
+    held_out: int  # number of held-out samples
+    weight_HKP: Tensor | None  # None if there are no trials
+
+    def accuracy(self, ranks: Ranks | None) -> float:
+        """Return the highest accuracy; 0 without trials. Every rank must call it, and gets the same value."""
+        accuracy = best(self.trials).top1 if self.trials else 0.0
+        return ranks.from_main(accuracy) if ranks else accuracy
+
+
+def fit_chosen(
+    bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None, tried: Tried | None = None
+) -> tuple[LinearHeads, float]:
     """Fit one classifier to labels. The strongest penalty is used whose accuracy on a held-out tenth of the samples is
     within one standard error of the highest; see `within_error`. If this tenth is smaller than _ENOUGH, the penalty
     with the highest accuracy is used; in a tie, the one with the lowest loss. The inverse strength is USUAL if there
     are fewer than ten samples, or if no held-out sample is classified correctly, for example because each class has
     one sample. Every rank must call it.
 
+    Args:
+        bank: the features.
+        classes: number of classes.
+        heartbeats: heartbeats of this rank, which are marked in each iteration.
+        tried: result of `try_strengths` for this bank if it is known.
+
     Returns:
         The classifier, as a single head, and its inverse strength.
     """
-    parts, strength, start_HKP = split(bank), USUAL, None
-    if parts.held_out:
-        tried, tried_HKP = _tried(bank, parts, classes, heartbeats)
-        if best(tried).top1:
-            is_enough = len(parts.held_out) >= _ENOUGH
-            accurate = within_error(tried, len(parts.held_out)) if is_enough else [best(tried)]
+    trials, held_out, tried_HKP = tried or try_strengths(bank, classes, heartbeats)
+    strength, start_HKP = USUAL, None
+    if tried_HKP is not None:
+        if best(trials).top1:
+            accurate = within_error(trials, held_out) if held_out >= _ENOUGH else [best(trials)]
             strength = min(each.value for each in accurate)
         strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks use the same value
         start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
     return _fit(bank, bank.labels, classes, [strength], heartbeats, start_HKP)[1], strength
 
 
-def held_out_accuracy(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> float:
-    """Return the highest accuracy of the inverse strengths on a held-out tenth of the samples; 0 if there are too few
-    different samples to hold one out. Every rank must call it, and gets the same value."""
+def try_strengths(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> Tried:
+    """Fit a classifier with each of INVERSE_STRENGTHS to nine tenths of the samples, and evaluate it on the others.
+    Every rank must call it."""
     parts = split(bank)
     if not parts.held_out:
-        return 0.0
-    accuracy = best(_tried(bank, parts, classes, heartbeats)[0]).top1
-    return bank.ranks.from_main(accuracy) if bank.ranks else accuracy
-
-
-def _tried(bank: FeatureBank, parts: Split, classes: int, heartbeats: Heartbeats | None) -> tuple[list[Trial], Tensor]:
-    """Fit a classifier with each of INVERSE_STRENGTHS to the training part, and return their results on the held-out
-    part and their weights [H, K, P]."""
+        return Tried([], 0, None)
     train = bank.rows(parts.train)
-    tried_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, heartbeats)
+    weight_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, heartbeats)
     judged = zip(INVERSE_STRENGTHS, judge(heads, bank.rows(parts.held_out)))
-    return [Trial(each, *found) for each, found in judged], tried_HKP
+    return Tried([Trial(each, *found) for each, found in judged], len(parts.held_out), weight_HKP)
 
 
 def predict(
-    bank: FeatureBank, held_out: FeatureBank, classes: int, heartbeats: Heartbeats | None = None
+    bank: FeatureBank,
+    held_out: FeatureBank,
+    classes: int,
+    heartbeats: Heartbeats | None = None,
+    tried: Tried | None = None,
 ) -> tuple[Predictions, float]:
     """Fit a classifier as `fit_chosen` does, and return its predictions for the held-out samples and its inverse
     strength. Every rank must call it."""
-    heads, strength = fit_chosen(bank, classes, heartbeats)
+    heads, strength = fit_chosen(bank, classes, heartbeats, tried)
     return held_out.predictions(logits(heads, held_out)), strength
 
 

@@ -13,7 +13,9 @@ from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.heads import pool_choice
 from m3ae_fast.heads.classifier import Classifier
 from m3ae_fast.heads.feature_bank import FeatureBank
-from m3ae_fast.heads.pool_choice import best_pool, candidates, part_of_pool
+from m3ae_fast.heads.hyperparameter_choice import Trial
+from m3ae_fast.heads.logistic_regression import Tried, fit_chosen
+from m3ae_fast.heads.pool_choice import ChosenPool, best_pool, candidates, part_of_pool
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import joined_program
 from tests.evaluation.conftest import settings
@@ -38,26 +40,39 @@ def _bank(samples, informative, seed=0):
 @pytest.mark.parametrize(("informative", "pool"), [([1], "cls"), ([4], "grid2"), ([0, 1, 2, 3, 4, 5], "mean")])
 def test_the_most_accurate_pooling_is_chosen_and_the_mean_in_a_tie(informative, pool):
     bank = _bank(300, informative)
-    assert best_pool(bank, POOLS, 3, _Heartbeats()) == pool
+    assert best_pool(bank, POOLS, 3, _Heartbeats()).pool == pool
     part = part_of_pool(bank, POOLS, pool).stored_SD
     first, count = {"mean": (0, 1), "cls": (1, 1), "grid2": (2, 4)}[pool]
     assert torch.equal(part, bank.stored_SD[:, first : first + count].flatten(1))
 
 
 def test_the_mean_is_used_if_no_sample_can_be_held_out():
-    assert best_pool(_bank(9, [1]), POOLS, 3, _Heartbeats()) == "mean"
-    assert best_pool(_bank(30, [1]), POOLS, 3, _Heartbeats()) == "cls"
+    assert best_pool(_bank(9, [1]), POOLS, 3, _Heartbeats()).pool == "mean"
+    assert best_pool(_bank(30, [1]), POOLS, 3, _Heartbeats()).pool == "cls"
     copies = replace(_bank(30, [1]), image_hashes=["a", "b", "c"] * 10)  # a copy of each image would be on both sides
-    assert best_pool(copies, POOLS, 3, _Heartbeats()) == "mean"
+    assert best_pool(copies, POOLS, 3, _Heartbeats()).pool == "mean"
 
 
 def test_some_of_many_samples_are_compared(monkeypatch):
     seen = []
-    monkeypatch.setattr(pool_choice, "_MOST_SAMPLES", 40)
-    monkeypatch.setattr(pool_choice, "held_out_accuracy", lambda bank, *_: seen.append(bank.keys) or 0.5)
-    assert best_pool(_bank(300, [1]), POOLS, 3, _Heartbeats()) == "mean"
+    monkeypatch.setattr(pool_choice, "MOST_SAMPLES", 40)
+    tried = Tried([Trial(1.0, 0.5, None)], 4, None)
+    monkeypatch.setattr(pool_choice, "try_strengths", lambda bank, *_: seen.append(bank.keys) or tried)
+    assert best_pool(_bank(300, [1]), POOLS, 3, _Heartbeats()) == ("mean", None)
     assert [len(keys) for keys in seen] == [40] * 3 and seen[0] == seen[1] == sorted(
         seen[0], key=lambda key: int(key.removeprefix("a.tar/"))
+    )
+
+
+def test_the_regressions_of_the_chosen_pooling_are_not_repeated(monkeypatch):
+    bank = _bank(300, [1])
+    own = part_of_pool(bank, POOLS, "cls")
+    head, strength = fit_chosen(own, 3)
+    tried = best_pool(bank, POOLS, 3, _Heartbeats()).tried
+    monkeypatch.setattr("m3ae_fast.heads.logistic_regression.try_strengths", None)
+    again, same = fit_chosen(own, 3, tried=tried)
+    assert same == strength and all(
+        torch.equal(value, again.state_dict()[name]) for name, value in head.state_dict().items()
     )
 
 
@@ -71,7 +86,7 @@ def test_grids_are_candidates_for_images_and_up_to_4096_features():
 @pytest.mark.parametrize("task", ["knn", "logistic"])
 def test_the_result_is_that_of_the_chosen_pooling(transfer, tmp_path, task, monkeypatch, capsys):
     chosen = iter(["grid2", "cls"])  # of the model, and of its random weights
-    monkeypatch.setattr("m3ae_fast.evaluation.job.best_pool", lambda *_: next(chosen))
+    monkeypatch.setattr("m3ae_fast.evaluation.job.best_pool", lambda *_: ChosenPool(next(chosen), None))
     result = transfer(task, baselines=True)
     assert result["pool"] == "grid2" and result["baselines"]["random weights"]["pool"] == "cls"
     assert "pool" not in result["baselines"]["downscaled pixels"]
