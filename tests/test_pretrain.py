@@ -1440,7 +1440,7 @@ def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error
 def test_the_hours_include_preparation_and_evaluation(monkeypatch):
     """The creation of shards and the measurements have taken a minute. Three models encode all samples once each."""
     found = planned(monkeypatch, small(classes=3), 0.5, 0.01, spent=60.0, error=0.05)
-    training, after = 3600 * found.config.train.hours, 3 * 1100 * 0.01 + 3 * 3 * 1000 * size_and_length._REGRESSION
+    training, after = 3600 * found.config.train.hours, 3 * 1100 * 0.01 + 3 * 1000 * 1e-7 * (2 * 6000 + 1500)
     assert 1800 - 60 - after - 30 < training < 1800 - 60 - after
     t = found.config.train
     evaluations = 1 + -(-t.steps // t.probe.every)
@@ -1458,6 +1458,19 @@ def test_the_hours_include_preparation_and_evaluation(monkeypatch):
     continued = planned(monkeypatch, small(classes=3), 0.5, 0.01, ["model.init_from=start"], spent=60.0)
     less = 3600 * (t.hours - continued.config.train.hours)  # the initial weights are evaluated too
     assert 1100 * 0.01 < less < 1100 * 0.01 + 10
+
+
+def test_the_time_for_regressions_grows_with_samples_and_classes_and_is_short_on_a_gpu():
+    """Two networks choose among 4,000 features with at most 5,000 samples, and use 2,000 of them with all samples.
+    There are 1,500 other features."""
+
+    def seconds(samples, classes, **more):
+        return size_and_length.Budget(small(classes, samples), True, 1.0, 0.0, **more).regressions()
+
+    assert seconds(1000, 10) == pytest.approx(1e-7 * 10 * 1000 * (2 * 6000 + 1500))
+    assert seconds(1000, 20) == 2 * seconds(1000, 10) == pytest.approx(100 * 2 * seconds(1000, 10, device="cuda"))
+    assert seconds(50_000, 10) == pytest.approx(1e-6 * (2 * (5000 * 4000 + 50_000 * 2000) + 50_000 * 1500))
+    assert seconds(1000, 10, models=4) - seconds(1000, 10) == pytest.approx(1e-6 * 1000 * 6000)
 
 
 @pytest.mark.parametrize("pace", [1e-4, 1e-3, 1e-2])

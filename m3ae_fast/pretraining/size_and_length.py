@@ -15,6 +15,7 @@ from m3ae_fast.base.pace import duration
 from m3ae_fast.config import LONGEST, Config
 from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
+from m3ae_fast.heads.pool_choice import MOST_SAMPLES
 from m3ae_fast.pretraining import automatic_settings
 from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, ModelSize, Shards
 from m3ae_fast.process.session import Session
@@ -27,11 +28,15 @@ _OVER = 1.05  # a plan is reported as too long if it takes more than the availab
 _EVALUATING = 0.05  # maximum fraction of the training time for evaluations between the first and the last step
 # seconds to start the loaders of an evaluation, to start a task, and to write the report and the export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
-_REGRESSION = 5e-6  # seconds of a logistic regression per training sample and class, at a width of up to 768
+# Seconds of logistic regressions with all penalties per training sample, class and feature: on two CPU cores, and on a
+# GPU. One core took 2e-7 s with 4,500 samples, 10 classes and 128 or 512 features.
+_REGRESSION = {"cpu": 1e-7, "cuda": 1e-9}
+# number of features in all poolings of a network among which one is chosen (2,300 to 4,600 for images), in the chosen
+# pooling, and in the features without a network together
+_POOLINGS, _CHOSEN, _WITHOUT = 4000, 2000, 1500
 # number of passes over the images (for the run, for random weights, and for features without a network); number of
 # those that are part of the evaluation of the run; number of tasks (k-NN, logistic regression)
 _MODELS, _BASELINES, _TASKS = 3, 2, 2
-_FURTHER = 2  # number of further classifiers, because three kinds of features share the last pass
 _CONTINUED_MODELS = 4  # number of evaluated models if the run starts from given weights, which are evaluated too
 
 
@@ -48,7 +53,13 @@ class Budget:
     """The division of the available time between the parts of a call of `pretrain`."""
 
     def __init__(
-        self, statistics: DatasetStatistics, probed: bool, hours: float, began: float, models: int = _MODELS
+        self,
+        statistics: DatasetStatistics,
+        probed: bool,
+        hours: float,
+        began: float,
+        models: int = _MODELS,
+        device: str = "cpu",
     ) -> None:
         """Create the budget.
 
@@ -58,8 +69,9 @@ class Budget:
             hours: hours for the whole call.
             began: value of `time.monotonic` at the beginning of the call.
             models: number of models that are evaluated after training.
+            device: type of the device, "cpu" or "cuda".
         """
-        self._models = models
+        self._models, self._device = models, device
         self.statistics, self._probed, self.seconds, self._began = statistics, probed, 3600 * hours, began
 
     def spent(self) -> float:
@@ -72,8 +84,14 @@ class Budget:
             return _REPORT
         calls = (self._models - _BASELINES) * (_TASKS * _TASK + _START)
         encoding = self._features(pace) - _START
-        regression = _REGRESSION * self.statistics.samples * self.statistics.classes
-        return calls + self._models * encoding + (self._models + _FURTHER) * regression + _REPORT
+        return calls + self._models * encoding + self.regressions() + _REPORT
+
+    def regressions(self) -> float:
+        """Return the estimated seconds of the logistic regressions: of the models, to choose their poolings and to
+        evaluate them, and of the features without a network."""
+        samples, networks = self.statistics.samples, self._models - 1
+        fitted = networks * (min(samples, MOST_SAMPLES) * _POOLINGS + samples * _CHOSEN) + samples * _WITHOUT
+        return _REGRESSION[self._device] * self.statistics.classes * fitted
 
     def training(self, pace: ThroughputEstimate) -> float:
         """Return the seconds that are left for training and its evaluations."""
@@ -156,7 +174,9 @@ def choose(
 
     probed = config_of(allowed[0], automatic_settings.SMALLEST_BATCH, 1).train.probe is not None
     continues = automatic_settings.continues(overrides)
-    budget = Budget(statistics, probed, hours, began, _CONTINUED_MODELS if continues else _MODELS)
+    budget = Budget(
+        statistics, probed, hours, began, _CONTINUED_MODELS if continues else _MODELS, session.ranks.device.type
+    )
 
     def fitted_batch(pace: ThroughputEstimate) -> int:
         fitted = automatic_settings.fitted_batch(budget.steps_time(pace), pace.step, statistics.samples)
