@@ -126,8 +126,14 @@ def test_a_method_of_another_library_names_the_one_that_replaces_it(run, name):
         (lambda model: m3ae_fast.load_model(""), "the name of the model is empty; specify a run"),
         (lambda model: m3ae_fast.load_model("run", device="cuda"), "device cuda: torch finds no GPU"),
         (lambda model: m3ae_fast.embed("", "a.tar"), "the name of the model is empty"),
-        (lambda model: m3ae_fast.embed(model, "a.tar", columns="path,size"), "columns size: no such column"),
-        (lambda model: m3ae_fast.embed(model, "a.tar", batch_size=2.5), "encode.batch: .*integer"),
+        (
+            lambda model: m3ae_fast.embed(model, "a.tar", columns="path,size"),
+            "columns size: must be path, class or caption",
+        ),
+        (lambda model: m3ae_fast.embed(model, "a.tar", overrides={"encode.batch": 2.5}), "encode.batch: .*integer"),
+        (lambda model: m3ae_fast.embed(model, "a.tar", batch=2), "batch: there is no such argument; did you mean pat"),
+        (lambda model: m3ae_fast.embed(3, "a.tar"), "model: must be a name, a path or a model, not int"),
+        (lambda model: m3ae_fast.embed(model, []), "source: is empty"),
         (lambda model: m3ae_fast.embed(model, "a.tar", overrides={"encode.batch": model}), "cannot be written as JSON"),
         (
             lambda model: m3ae_fast.evaluate("knn", model, train="a.tar", val="b.tar", out="out"),
@@ -166,10 +172,10 @@ def test_overrides_may_be_a_dict_or_one_text(run, images, tmp_path, overrides):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_batch_size_and_the_columns_of_embed_are_given_as_to_encode_and_the_command(run, tmp_path, monkeypatch):
+def test_the_batch_size_and_the_columns_of_embed_are_given_as_to_the_command(run, tmp_path, monkeypatch):
     shard, sizes, embed = labelled_tar(tmp_path / "a.tar", range(5)), [], M3AE._input
     monkeypatch.setattr(M3AE, "_input", lambda self, batch: (sizes.append(len(batch.keys)), embed(self, batch))[1])
-    found = m3ae_fast.embed(run, shard, columns="class,caption", batch_size=2, overrides={"data.workers": 0})
+    found = m3ae_fast.embed(run, shard, columns="class,caption", overrides={"encode.batch": 2, "data.workers": 0})
     assert {"class", "caption"} <= found.keys() and sizes == [2, 2, 1]
 
 
@@ -216,8 +222,8 @@ def test_embedding_a_folder_of_shards_equals_embedding_its_shards(run, tmp_path)
     [
         ({"columns": ["caption"]}, "columns: images that are not in shards"),
         ({"modality": "text"}, "modality text: images that are not in shards"),
-        ({"columns": ["size"]}, "columns size: no such column"),
-        ({"out": "features.csv"}, r"out features.csv: must end in .parquet or .npz"),
+        ({"columns": ["size"]}, "columns size: must be path, class or caption"),
+        ({"out": "features.csv"}, r"features.csv: must end in .parquet or .npz"),
     ],
 )
 def test_options_that_require_shards_are_refused_for_other_images(run, images, options, message):

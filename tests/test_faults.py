@@ -10,6 +10,7 @@ import pytest
 
 from m3ae_fast import checkpoint
 from m3ae_fast.training.run_state import RECORD_FILE
+from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
 from tests.helpers.trainer import Trainer, zero
 
@@ -26,15 +27,14 @@ def main(argv):
 
 @pytest.fixture
 def faulty(tmp_path):
-    """Return a function that runs the trainer on 2 ranks with a fault. It returns the exit codes and the output."""
+    """Return a function that runs the trainer, or `embed`, on 2 ranks with a fault and returns the codes and output."""
     trainer = Trainer(tmp_path)
 
     def run(place, rank, error, *options):
-        options = ["--set", "train.save_every=2", "--set", "data.val=[]", *options]
+        if place != "encode":
+            options = trainer.arguments("run", "--set", "train.save_every=2", "--set", "data.val=[]", *options)
         log = tmp_path / "log"
-        processes = fork_ranks(
-            "tests.helpers.faulty", [place, str(rank), error, *trainer.arguments("run", *options)], 2, log
-        )
+        processes = fork_ranks("tests.helpers.faulty", [place, str(rank), error, *options], 2, log)
         until = time.monotonic() + SOON_S
         for process in processes:
             process.join(max(0.0, until - time.monotonic()))
@@ -108,6 +108,21 @@ def test_an_error_in_a_loader_worker_of_one_rank_is_the_reported_error(faulty, r
         assert codes[1 - rank] in ((2,) if rank == 1 else (2, 75)), out  # the store may have ended with rank 0
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", ["KeyError", "UserError"])
+def test_an_error_on_one_rank_ends_embed_on_all_ranks(faulty, tmp_path, rank, error):
+    shard = labelled_tar(tmp_path / "a.tar", range(6))
+    options = [str(tiny_run(tmp_path / "model")), str(shard), "--out", str(tmp_path / "out.npz"), "--device", "cpu"]
+    codes, out = faulty("encode", rank, error, *options, "--set", "data.workers=0")
+    if error == "KeyError":
+        assert codes[rank] == 1 and codes[1 - rank] == 75, out
+        assert "in injected_fault" in out and out.count("Traceback") == 1
+    else:
+        assert codes == [2, 2] and out.count("error: ") == 1 and "error: a.tar: a mistake\n" in out, out
+        assert "Traceback" not in out
+    assert not (tmp_path / "out.npz").exists()
+
+
 @pytest.mark.parametrize("place", ["copy", "write", "rename"])
 def test_errors_with_zero_stages_are_reported_as_with_plain_torch(faulty, place):
     codes, out = faulty(place, 1 if place != "rename" else 0, "full", *zero(2))
@@ -148,7 +163,7 @@ EMBED = "a a.tar --out a.npz"
         ("cli.evaluate", PROBE, PROBE.replace("knn a", "knn b"), "model='b', but rank 0 with model='a'"),
         ("cli.evaluate", PROBE, f"{PROBE} --set knn.k=3", "overrides=['knn.k=3'], but rank 0 with overrides=()"),
         ("cli.embed", EMBED, f"b{EMBED[1:]}", "model='b', but rank 0 with model='a'"),
-        ("cli.embed", EMBED, f"{EMBED} --pool cls", "pool='cls', but rank 0 with pool=None"),
+        ("cli.embed", EMBED, f"{EMBED} --modality text", "modality='text', but rank 0 with modality='image'"),
     ],
 )
 def test_options_that_differ_between_ranks_are_an_error(tmp_path, monkeypatch, program, first, other, message):

@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser, arguments: type[Arguments], *
     for name, field in sorted(arguments.model_fields.items(), key=lambda each: not each[1].is_required()):
         names, how = _written(name, field)
         if names[0].startswith("-"):
-            how |= {"dest": name, "required": needed and field.is_required()}
+            how = {"dest": name, "required": needed and field.is_required()} | how
         if (group := _option(field).group) not in places:
             places[group] = parser.add_argument_group(group)
         places[group].add_argument(*names, **{"default": argparse.SUPPRESS, "help": _help(field)} | how)

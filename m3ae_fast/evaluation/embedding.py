@@ -20,27 +20,27 @@ from torch.utils.data import Dataset
 from m3ae_fast.base import object_store
 from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.bad_samples import BadSample, Skipped
-from m3ae_fast.base.environment import Device
-from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.errors import ErrorElsewhere, UserError
 from m3ae_fast.base.hardware import keep_freed_memory, pins_memory
 from m3ae_fast.base.parquet import write_parquet
 from m3ae_fast.base.progress import track
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
-from m3ae_fast.config import ModelConfig, Overrides, Pool, override_list
+from m3ae_fast.config import ModelConfig
+from m3ae_fast.config.arguments import accepts
 from m3ae_fast.config.evaluation import EvaluationConfig, Uses, evaluation_config
 from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.data.loader import collate
 from m3ae_fast.data.rank_share import MicroBatches
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.evaluation.tasks import COLUMN_NAMES
+from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
 from m3ae_fast.heads.encoding import Batches, encode_batches, encode_corpus
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.process.ranks import Ranks, join_ranks
-from m3ae_fast.process.session import raise_once
+from m3ae_fast.process.ranks import Ranks
+from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
 from m3ae_fast.shards.sources.folder import SUFFIXES
 from m3ae_fast.weights.open_model import open_model, set_images
@@ -49,37 +49,16 @@ PARQUET, NPZ = ".parquet", ".npz"
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def embed(
-    model: str | os.PathLike[str] | MultimodalEncoder,
-    source: Source,
-    *,
-    out: str | os.PathLike[str] | None = None,
-    modality: str = "image",
-    pool: Pool | None = None,
-    labels: str = "cls",
-    patches: bool = False,
-    columns: str | Sequence[str] = (),
-    batch_size: int | None = None,
-    overrides: Overrides = (),
-    device: Device | None = None,
-) -> dict[str, np.ndarray]:
+@accepts(EmbedOptions)
+def embed(model: str | os.PathLike[str] | MultimodalEncoder, source: Source, **options: Any) -> dict[str, np.ndarray]:
     """Return the features of all samples of a source, on every rank. The frozen encoder computes them without masking.
 
     Args:
         model: a model, or the name of a model (see `model_name.MODEL_HELP`). A model that is passed as an object keeps
             its own settings of images and its own tokenizer, and is moved back to its device at the end.
         source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of image files.
-        out: a .parquet or .npz file to which the features are also written.
-        modality: input of the encoder: "image", "text" or "paired"; for image files, "image".
-        pool: the pooling, such as "mean" (see the setting `encode.pool`); None: the value of this setting.
-        labels: source of the labels in shards: "cls", or "json." and the name of a field.
-        patches: whether to also return the features of all patches.
-        columns: additional columns about the samples of shards: "path", "class", "caption"; a list, or a text such as
-            "path,class".
-        batch_size: samples per forward pass; None: the value of `encode.batch`.
-        overrides: overrides of settings in the sections encode, data and run (`--set` of the command):
-            "section.key=value", a list of such texts, or a dict such as {"encode.precision": "fp32"}.
-        device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
+        options: the options of the command, such as `modality="text"`: the fields of `embed_options.EmbedOptions`.
+            Without `out`, no file is written. Settings of the sections encode, data and run can be overridden.
 
     Returns:
         Arrays by name. Samples that cannot be read are left out.
@@ -87,57 +66,36 @@ def embed(
             `shards` [N]: the shard of each sample, if `source` consists of shards.
             `features`: float32 [N, D].
             `labels` [N]: if there are any; -1 or "" for a sample without a label.
-            `patches`: float16 [N, L, D], if the argument `patches` is set.
-            `grids` [N, 2]: numbers of rows and columns of patches, if the argument `patches` is set and the model is
-                native.
+            `patches`: float16 [N, L, D], with the option `patches`.
+            `grids` [N, 2]: numbers of rows and columns of patches, with the option `patches` if the model is native.
             The `columns`: text, "" for a sample without a value.
 
     Raises:
-        UserError: the model or the source cannot be used, or `out` exists.
+        UserError: the model, the source or an option cannot be used, or `out` exists.
     """
-    columns = columns.split(",") if isinstance(columns, str) and columns else columns
-    given = override_list(overrides)
-    if batch_size is not None:
-        given += override_list({"encode.batch": batch_size})
-    with join_ranks(device) as ranks:
-        try:
-            named = {"model": os.fspath(model)} if isinstance(model, str | os.PathLike) else {}
-            ranks.require_same(
-                {
-                    **named,
-                    "source": _listed(source),
-                    "out": out,
-                    "modality": modality,
-                    "pool": pool,
-                    "labels": labels,
-                    "patches": patches,
-                    "columns": list(columns),
-                    "overrides": given,
-                }
-            )
-            images = ranks.broadcast(lambda: _image_files(source))
-            config = ranks.broadcast(lambda: _settings(source, modality, pool, patches, columns, given, images))
-            path = None if out is None else Path(out)
-            ranks.on_main(lambda: _check_out(path))
-            with _on_device(model, config, ranks.device, modality) as opened:
-                arrays = _arrays(opened, config, ranks, images, labels, patches, columns)
-            if path is not None:
-                ranks.on_main(lambda: _write(path, arrays))
-        except Exception as error:
-            raise_once(error, ranks)
-    return arrays
+    given = EmbedOptions(model=model, source=source, **options)
+    if not isinstance(given.model, str | MultimodalEncoder):
+        raise UserError(f"model: must be a name, a path or a model, not {type(model).__name__}")
+    with joined_program(given.device) as session:
+        session.stop.advice = "running the same command again starts over"
+        ranks = session.ranks
+        ranks.require_same({name: value for name, value in given if not isinstance(value, MultimodalEncoder)})
+        images = ranks.broadcast(lambda: _image_files(given.source))
+        config = ranks.broadcast(lambda: _settings(given, images))
+        ranks.on_main(lambda: _check_out(given.out))
+        with _on_device(given.model, config, ranks.device, given.modality) as opened:
+            arrays = _arrays(opened, config, ranks, images, given)
+        if (out := given.out) is not None:
+            ranks.on_main(lambda: _write(out, arrays))
+        return arrays
+    stopped = ErrorElsewhere("stopped on another rank")
+    stopped.exit_code = 0
+    raise stopped
 
 
-def _listed(source: Source) -> list[str]:
-    return [os.fspath(source)] if isinstance(source, str | os.PathLike) else [os.fspath(each) for each in source]
-
-
-def _image_files(source: Source) -> tuple[str, list[str]] | None:
+def _image_files(names: Sequence[str]) -> tuple[str, list[str]] | None:
     """Return the folder of the images ("" if the source is a list of files) and their paths; None if the source
-    consists of shards. Raises UserError if the source is empty, or if a folder contains neither images nor shards."""
-    names = _listed(source)
-    if not names:
-        raise UserError("there is nothing to embed: specify shards, a folder of images, or image files")
+    consists of shards. Raises UserError if a folder contains neither images nor shards."""
     if len(names) == 1 and os.path.isdir(names[0]):
         folder = names[0]
         if _tars(folder):
@@ -149,50 +107,33 @@ def _image_files(source: Source) -> tuple[str, list[str]] | None:
                 f"{folder}: has neither images ({', '.join(each[1:] for each in SUFFIXES)}) nor .tar shards"
             )
         return folder, [os.path.relpath(path, folder) for path in images]
-    return ("", names) if all(name.lower().endswith(SUFFIXES) for name in names) else None
+    return ("", [*names]) if all(name.lower().endswith(SUFFIXES) for name in names) else None
 
 
 def _tars(folder: str) -> list[str]:
     return sorted(map(str, Path(folder).glob("*.tar")))
 
 
-def _settings(
-    source: Source,
-    modality: str,
-    pool: str | None,
-    patches: bool,
-    columns: Sequence[str],
-    overrides: list[str],
-    images: tuple[str, list[str]] | None,
-) -> EvaluationConfig:
-    if patches and modality == "text":
-        raise UserError("patches: texts have no patches; choose another modality")
-    if unknown := [name for name in columns if name not in COLUMN_NAMES]:
-        raise UserError(f"columns {unknown[0]}: no such column; choose from {', '.join(COLUMN_NAMES)}")
-    if images and (modality != "image" or columns):
-        argument = "columns" if columns else f"modality {modality}"
+def _settings(options: EmbedOptions, images: tuple[str, list[str]] | None) -> EvaluationConfig:
+    """Return the settings. Raises UserError if they or the options do not fit the source."""
+    modality, names = options.modality, list(options.source)
+    if images and (modality != "image" or options.columns):
+        argument = "columns" if options.columns else f"modality {modality}"
         raise UserError(f"{argument}: images that are not in shards have neither captions nor columns; leave it out")
-    names = _listed(source)
     shards = _tars(names[0]) if len(names) == 1 and os.path.isdir(names[0]) else names
     object_store.require(*shards)
     given: dict = {"data": {"train": [{"shards": shards, "modality": modality}]}}
-    if pool:
-        given["encode"] = {"pool": pool}
-    return evaluation_config(given, overrides, "embed", Uses())
+    return evaluation_config(given, options.all_overrides, "embed", Uses())
 
 
 def _check_out(out: Path | None) -> None:
-    if out is None:
-        return
-    if out.suffix not in (PARQUET, NPZ):
-        raise UserError(f"out {out}: must end in {PARQUET} or {NPZ}")
-    if out.exists():
+    if out is not None and out.exists():
         raise UserError(f"out {out}: already exists; remove it or choose another name")
 
 
 @contextmanager
 def _on_device(
-    model: str | os.PathLike[str] | MultimodalEncoder, config: EvaluationConfig, device: torch.device, modality: str
+    model: str | MultimodalEncoder, config: EvaluationConfig, device: torch.device, modality: str
 ) -> Iterator[MultimodalEncoder]:
     """Yield the model on the device, as a context manager. A model that was passed as an object is moved back at the
     end."""
@@ -204,7 +145,7 @@ def _on_device(
             model.to(before)
         return
     text, tokenizer = modality != "image", config.data.tokenizer
-    opened = open_model(os.fspath(model), text=text, tokenizer=tokenizer, seed=config.run.seed).to(device).eval()
+    opened = open_model(model, text=text, tokenizer=tokenizer, seed=config.run.seed).to(device).eval()
     set_images(opened, config.model)
     yield opened
 
@@ -214,19 +155,18 @@ def _arrays(
     config: EvaluationConfig,
     ranks: Ranks,
     images: tuple[str, list[str]] | None,
-    labels: str,
-    patches: bool,
-    columns: Sequence[str],
+    options: EmbedOptions,
 ) -> dict[str, np.ndarray]:
     if ranks.device.type == "cpu":
         keep_freed_memory()
     if images:
-        found = _encode_files(model, *images, config, ranks, patches).gathered()
+        found = _encode_files(model, *images, config, ranks, options.patches).gathered()
         return {"keys": np.array(found.keys, dtype=str)} | _features(model, found)
     store = ShardStore(config.data.cache_dir, config.data.cache_gb)
     corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
-    known = read_labels(corpus, labels, progress=ranks.is_main)
-    found = encode_corpus(model, _number(corpus), config.data, config.encode, ranks, patches=patches).gathered()
+    known = read_labels(corpus, options.labels, progress=ranks.is_main)
+    data, encode = config.data, config.encode
+    found = encode_corpus(model, _number(corpus), data, encode, ranks, patches=options.patches).gathered()
     numbers = found.labels.numpy()
     arrays = _names(corpus, numbers, found.keys)
     table = _features(model, found)
@@ -234,7 +174,7 @@ def _arrays(
     everything = [label for own in known for label in own]
     if any(label is not None for label in everything):
         arrays["labels"] = _label_array([everything[number] for number in numbers])
-    return arrays | table | {name: np.array(COLUMNS[name](corpus, numbers), dtype=str) for name in columns}
+    return arrays | table | {name: np.array(COLUMNS[name](corpus, numbers), dtype=str) for name in options.columns}
 
 
 def _features(model: MultimodalEncoder, found: FeatureBank) -> dict[str, np.ndarray]:
@@ -303,7 +243,7 @@ def _captions(corpus: Corpus, numbers: np.ndarray) -> list[str]:
     return captions
 
 
-COLUMNS: dict[str, Callable[[Any, np.ndarray], list[str]]] = {
+COLUMNS: dict[Column, Callable[[Any, np.ndarray], list[str]]] = {
     "path": partial(_field, "path"),
     "class": partial(_field, "class_name"),
     "caption": _captions,

@@ -38,9 +38,7 @@ DRAWS = 5  # number of draws for each number of shots
 
 Probe = Literal["knn", "logistic", "attentive"]  # probes that `compare` can use
 PROBE_NAMES: tuple[Probe, ...] = get_args(Probe)
-COLUMN_NAMES = ("path", "class", "caption")  # additional columns of `embed`
 Modality = Literal["image", "text", "paired"]
-MODALITIES: tuple[Modality, ...] = get_args(Modality)
 _NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # NAME=SHARDS, the first value of an option --ood
 
 

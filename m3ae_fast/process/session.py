@@ -35,11 +35,11 @@ class Session(NamedTuple):
         return Node(self.ranks.from_main(uuid.uuid4().hex), self.ranks.of_node, self.fetcher)
 
 
-def raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats | None = None) -> NoReturn:
+def _raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats) -> NoReturn:
     """Report an error once, even if it occurs on several ranks. The first rank that calls this function raises the
     UserError of `explain`; the other ranks raise ErrorElsewhere with the exit code of the first rank. An error that
-    `explain` does not recognise is raised unchanged. `heartbeats`: the heartbeats, which may have received the exit
-    code of a rank that has ended with an error."""
+    `explain` does not recognise is raised unchanged. `heartbeats` may have received the exit code of a rank that has
+    ended with an error."""
     shown = explain(error)
     if shown is None:
         raise error
@@ -57,14 +57,14 @@ def raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats | None = N
     raise elsewhere from None
 
 
-def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats | None) -> tuple[bool, int]:
+def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats) -> tuple[bool, int]:
     """Return whether this rank is the first to end with an error, and the exit code of the first one."""
     try:
         return ranks.first_error(shown.exit_code)
     except RuntimeError:  # the store, which rank 0 hosts, is gone
         if not isinstance(shown, RankLost):  # rank 0 has printed it
             return False, shown.exit_code
-    if heartbeats and heartbeats.first_error is not None:
+    if heartbeats.first_error is not None:
         return False, heartbeats.first_error
     try:
         return ranks.first_error(shown.exit_code, of_node=True)
@@ -96,4 +96,4 @@ def joined_program(device: Device | None = None) -> Iterator[Session]:
             if heartbeats.stop_requested():  # a rank that stopped has closed its connections
                 stop.request(BY_ANOTHER)
                 return
-            raise_once(error, ranks, heartbeats)
+            _raise_once(error, ranks, heartbeats)

@@ -48,7 +48,7 @@ def test_a_sample_without_a_text_label_has_an_empty_label(features, tmp_path):
 
 
 def test_parquet_and_npz_files_have_the_same_content(features, shards):
-    options = ["--labels", "json.name", "--patches", "--pool", "cls"]
+    options = ["--labels", "json.name", "--patches", "--set", "encode.pool=cls"]
     arrays = np.load(features(shards[1], "a.npz", *options))
     table = parquet.read_table(features(shards[1], "a.parquet", *options))
     assert table.column_names == list(arrays)
@@ -116,8 +116,8 @@ def test_features_of_native_images_are_the_same_on_two_ranks(tmp_path):
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_patch_features_do_not_change_pooled_features(features, shards, pool):
-    plain = np.load(features(shards[1], "plain.npz", "--pool", pool))
-    patches = np.load(features(shards[1], "patches.npz", "--pool", pool, "--patches"))
+    plain = np.load(features(shards[1], "plain.npz", "--set", f"encode.pool={pool}"))
+    patches = np.load(features(shards[1], "patches.npz", "--set", f"encode.pool={pool}", "--patches"))
     np.testing.assert_allclose(patches["features"], plain["features"], rtol=1e-4, atol=1e-5)
     if pool == "mean":
         np.testing.assert_allclose(patches["patches"].mean(1, np.float32), plain["features"], rtol=1e-2, atol=2e-3)

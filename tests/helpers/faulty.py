@@ -1,7 +1,7 @@
-"""The trainer with a fault on one rank: run by test_faults.py.
+"""The trainer, or `embed`, with a fault on one rank: run by test_faults.py.
 
 With main(["copy", "1", "MemoryError", ...]), rank 1 raises MemoryError in the first copy for a checkpoint. Further
-arguments are those of m3ae_fast.train.
+arguments are those of m3ae_fast.train or, for the place "encode", of m3ae_fast.cli.embed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import folder, state_files
 from m3ae_fast.checkpoint.staging import Staging
+from m3ae_fast.cli import embed
 from m3ae_fast.data.dataset import Samples
+from m3ae_fast.evaluation import embedding
 from m3ae_fast.training import metrics_log, pretraining_task
 
 
@@ -34,6 +36,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "pictures": (pretraining_task, "draw_training"),
     "log": (metrics_log, "_forget_after"),
     "loader": (Samples, "__getitems__"),
+    "encode": (embedding, "encode_corpus"),
 }
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "MemoryError": lambda: MemoryError("no room for the copy"),
@@ -49,9 +52,9 @@ def main(argv: list[str]) -> int:
     place, rank, error, *arguments = argv
     if os.environ.get("RANK", "0") == rank:
 
-        def injected_fault(*_: Any) -> None:
+        def injected_fault(*_: Any, **__: Any) -> None:
             raise ERRORS[error]()
 
         assert hasattr(*PLACES[place])
         setattr(*PLACES[place], injected_fault)
-    return train.main(arguments)
+    return (embed if place == "encode" else train).main(arguments)
