@@ -45,7 +45,7 @@ def test_valid_arguments_are_parsed():
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["images", "--out", "x", "--hours", "abc"], "--hours"),
+        (["images", "--out", "x", "--recipe", "abc"], "--recipe"),
         (["images"], "--out"),
         (["images", "--out", "x", "--huors", "1"], "--huors 1"),
     ],

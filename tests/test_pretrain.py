@@ -813,7 +813,7 @@ def test_user_errors_are_reported_before_any_output_is_written(tmp_path, monkeyp
         ((photos, kept), {"dry_run": True}, "--dry-run: .* contains a run, whose settings are kept"),
         ((photos, bare), {}, "contains checkpoints, but not the config.json of their run; choose another --out"),
         ((photos, out), {"labels": "class"}, "labels 'class': must be cls, or json.FIELD"),
-        ((photos, out), {"hours": 0}, "hours 0: must be above 0"),
+        ((photos, out), {"hours": 0}, "hours 0: must be greater than 0"),
         ((photos, next(photos.rglob("*.png"))), {}, "is not a folder; specify a new or an existing folder"),
         ((photos, out), {"val": ["a.tar"]}, "--val: can be used only if SOURCE consists of shards"),
         (("a.tar", out), {"captions": "a.csv"}, "only if SOURCE is a folder of images; a.tar is not"),

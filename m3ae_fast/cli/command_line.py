@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 from m3ae_fast.base.environment import DEVICES, Device
@@ -143,30 +143,6 @@ def use_device(name: Device | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for DeepSpeed, which would use any visible GPU
 
 
-GROUP_HELP = (
-    "keep samples with equal values of FIELD in the same split: a column of the table, json.NAME (a field of "
-    "KEY.json), or folder (the folder of the image)"
-)
-
-
-def add_columns(parser: Any) -> None:
-    """Add the options that name the columns of a table or of a dataset to a parser or to a group of its options."""
-    text = "column of paths or images in a table or a dataset (default: detected)"
-    parser.add_argument("--image-column", metavar="NAME", help=text)
-    text = "column of captions (default: detected); '' reads only the other columns, as fields"
-    parser.add_argument("--caption-column", metavar="NAME", help=text)
-
-
-def add_labels(parser: argparse.ArgumentParser) -> None:
-    """Add `--labels`, which names the member of a sample that contains its label."""
-    parser.add_argument(
-        "--labels",
-        default="cls",
-        metavar="cls|json.FIELD",
-        help="source of the labels: cls (integers in KEY.cls; default) or json.FIELD (a field of KEY.json)",
-    )
-
-
 def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:
     """Add `--resume`. `folder`: name of the run folder in the help."""
     parser.add_argument(
@@ -183,18 +159,3 @@ def seed(text: str) -> int:
     if not (text.isdecimal() and int(text) < 1 << 63):
         raise UserError(f"--seed {text}: must be an integer from 0 to 2^63 - 1")
     return int(text)
-
-
-def names_of(what: str, known: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return a function that parses comma-separated names, which must be in `known`, and removes duplicates.
-    `what`: the kind of the names, for messages. The function raises argparse.ArgumentTypeError for an unknown name."""
-
-    def parse(text: str) -> list[str]:
-        names = [*dict.fromkeys(text.split(","))]
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(
-                f"{text}: there is no {what} {unknown[0]!r}; choose from {', '.join(known)}"
-            )
-        return names
-
-    return parse

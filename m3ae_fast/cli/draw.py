@@ -4,7 +4,7 @@ m3ae-fast draw reconstructions runs/large                       # original, mask
 m3ae-fast draw reconstructions runs/large --ratios 0.5 0.75     # the same images at several mask ratios
 m3ae-fast draw reconstructions export/ --val 'shards/val-*.tar' --out export.png
 m3ae-fast draw attention runs/large --word dog                  # from the cls token and a word to the patches
-m3ae-fast draw attention runs/large --patch 3,5 --head 2        # from a patch to the words, in one head
+m3ae-fast draw attention runs/large --patch 3,5 --layer 2       # from a patch to the words, in the second block
 """
 
 from __future__ import annotations
@@ -85,9 +85,6 @@ def _add_attention(commands: Any, of_run: argparse.ArgumentParser) -> None:
         metavar="N",
         help="encoder block whose attention is drawn, counted from 1 (default: the last)",
     )
-    parser.add_argument(
-        "--head", type=int, metavar="N", help="attention head, counted from 1 (default: mean over all heads)"
-    )
 
 
 def _add_pictures(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +100,7 @@ def _reconstructions(args: argparse.Namespace) -> Path:
 def _attention(args: argparse.Namespace) -> Path:
     from m3ae_fast.evaluation.run_figures import attention
 
-    whose = {name: getattr(args, name) for name in ("pictures", "word", "patch", "layer", "head")}
+    whose = {name: getattr(args, name) for name in ("pictures", "word", "patch", "layer")}
     return attention(args.run, **whose, **_source(args))
 
 

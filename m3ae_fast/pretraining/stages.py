@@ -6,28 +6,23 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base import object_store
 from m3ae_fast.base.atomic_file import write_text_atomically
-from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import unused_gpus, uses_gpu
 from m3ae_fast.config import (
     Config,
-    Overrides,
     Range,
     follow,
     load_config,
-    override_list,
     read_config,
     stored_config,
 )
-from m3ae_fast.config.recipes import Recipe
+from m3ae_fast.config.arguments import accepts
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
@@ -42,7 +37,8 @@ from m3ae_fast.pretraining.final_evaluation import (
     verdict,
 )
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
-from m3ae_fast.pretraining.recipes import ChosenRecipe, check_recipe, choose_recipe
+from m3ae_fast.pretraining.options import PretrainOptions
+from m3ae_fast.pretraining.recipes import ChosenRecipe, choose_recipe
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.pretraining.time_spent import TimeSpent
@@ -66,24 +62,15 @@ class Outcome(NamedTuple):
     results: dict[str, dict[str, Any]]  # results by task and by model; empty without classes
 
 
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of a call of `pretrain`."""
+class _Call(PretrainOptions):
+    """A call of `pretrain` and its options."""
 
-    source: str
-    out: Path
-    hours: float
-    captions: Path | None
-    columns: tuple[str | None, str | None]  # of images and of captions
-    val: Sequence[str]
-    group: str | None
-    labels: str
-    start_from: str | None
-    recipe: Recipe | None
-    overrides: Sequence[str]
-    device: Device | None
-    dry_run: bool
     began: float  # value of `time.monotonic` at the beginning of the call
+
+    @property
+    def columns(self) -> tuple[str | None, str | None]:
+        """Return the names of the columns of images and of captions."""
+        return self.image_column, self.caption_column
 
     @property
     def config_file(self) -> Path:
@@ -92,7 +79,7 @@ class _Call:
     @property
     def all_overrides(self) -> list[str]:
         """Return the overrides and one that sets `run.dir`, because the run folder may have been moved or copied."""
-        return [*self.overrides, f"run.dir={json.dumps(str(self.out))}"]
+        return [*super().all_overrides, f"run.dir={json.dumps(str(self.out))}"]
 
     @property
     def continues(self) -> bool:
@@ -104,78 +91,30 @@ class _Call:
         return load_config(self.config_file, by_setting(self.all_overrides))
 
 
-def pretrain(
-    source: str | Path,
-    out: str | Path,
-    *,
-    hours: float = 0.5,
-    captions: str | Path | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    val: Sequence[str] = (),
-    group: str | None = None,
-    labels: str = "cls",
-    start_from: str | Path | None = None,
-    recipe: Recipe | None = None,
-    overrides: Overrides = (),
-    device: Device | None = None,
-    dry_run: bool = False,
-) -> Outcome:
+@accepts(PretrainOptions)
+def pretrain(source: str | Path, out: str | Path, **options: Any) -> Outcome:
     """Train a model on images and, if there are any, on their captions; evaluate the model and export it. If `out`
     contains a run, it is resumed with its own settings, except those in `overrides`; `hours`, `recipe`, `start_from`
     and `labels` have no effect.
+
+    If `hours` are too short to learn much and stdin is a terminal, the user is asked whether to start.
 
     Args:
         source: a folder of images (with captions in .txt files or in a table, and sub-folders as classes), shards, an
             HDF5 file in the layout of the official code, or a Hugging Face dataset: a name, or a folder with its files.
         out: the run folder, which contains all output.
-        hours: hours for the whole call, on this machine. The length of the run is derived from it, and adjusted during
-            training. If the time is too short to learn much and stdin is a terminal, the user is asked whether to
-            start.
-        captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files next
-            to the images.
-        image_column, caption_column: names of the columns of a table or of a dataset; None: detected. With "" in place
-            of `caption_column`, only the other columns are read, as fields.
-        val: if `source` consists of shards, the held-out shards.
-        group: field whose equal values keep samples either in training or held out: a column of the table or the
-            dataset, "json." and the name of a field, or "folder" for the folder of an image; None: only identical
-            images are kept together.
-        labels: source of the classes: "cls", or "json." and the name of a field.
-        start_from: `--from` of the command: model from whose weights the run starts: a run, an export, weights of the
-            official M3AE or MAE or of a timm model, or a name on the Hugging Face Hub. The run then has the size of
-            this model, a lower learning rate and a shorter warm-up. None: random weights.
-        recipe: "fast": a decoder with cross-attention, a third of the masked tokens predicted, and Muon; "hog": "fast"
-            with histograms of oriented gradients as targets of images; "official": the method of the official M3AE;
-            "mae": the method of the official MAE, without captions. None: "hog", unless the run starts from given
-            weights or an override cannot be combined with it.
-        overrides: overrides of the chosen settings (`--set` of the command): "section.key=value", a list of such texts,
-            or a dict such as {"train.global_batch": 64}.
-        device: "cpu" or "cuda"; None: a GPU if there is one, otherwise the CPU.
-        dry_run: whether to only print the plan and the expected duration.
+        options: the options of the command, such as `hours=8`: the fields of `options.PretrainOptions`. With a model as
+            `start_from` (`--from` of the command), the run has the size of this model, a lower learning rate and a
+            shorter warm-up.
 
     Returns:
         The content of the run folder at the end.
 
     Raises:
-        UserError: the source cannot be used, an override is invalid, `out` cannot be written, or the user declines to
+        UserError: the source cannot be used, an option is invalid, `out` cannot be written, or the user declines to
             start.
     """
-    call = _Call(
-        source=str(source),
-        out=Path(out),
-        hours=hours,
-        captions=None if captions is None else Path(captions),
-        columns=(image_column, caption_column),
-        val=val,
-        group=group,
-        labels=labels,
-        start_from=None if start_from is None else str(start_from),
-        recipe=recipe,
-        overrides=override_list(overrides),
-        device=device,
-        dry_run=dry_run,
-        began=time.monotonic(),
-    )
+    call = _Call(source=source, out=out, began=time.monotonic(), **options)
     value_range = _check(call)
     with RunFolder(call.out) as folder:  # no other process can write to it before this call has ended
         return _run_stages(call, value_range, folder)
@@ -213,15 +152,12 @@ def _run_stages(call: _Call, value_range: Range | None, folder: RunFolder) -> Ou
 
 
 def _check(call: _Call) -> Range | None:
-    """Check the arguments before any work, and return the value range of the images; None if no override sets it.
-    Raises UserError if an argument is invalid."""
-    if not 0 < call.hours < 10_000:
-        raise UserError(f"hours {call.hours:g}: must be above 0 and below 10000")
+    """Check the call before any work, and return the value range of the images; None if no override sets it. Raises
+    UserError if the call is not possible."""
     if not alone():
         raise UserError(SEVERAL_RANKS)
     uses_gpu(call.device)
     value_range = check_overrides(call.overrides, call.start_from).model.value_range
-    check_recipe(call.recipe, call.overrides, call.start_from)
     object_store.require(call.source, *call.val)
     check_field(call.labels)
     if call.out.exists() and not call.out.is_dir():

@@ -60,7 +60,7 @@ class SourceOptions(ColumnOptions):
 class GroupOption(Arguments):
     """What is kept together if samples are held out."""
 
-    group: Annotated[str | None, Option(metavar="FIELD", group="shards")] = None
+    group: Annotated[str | None, Option(metavar="FIELD", group="held-out samples")] = None
     """keep samples with equal values of FIELD in the same split: a column of the table, json.NAME (a field of
     KEY.json), or folder (the folder of the image)"""
 
@@ -74,7 +74,7 @@ class ShardOptions(GroupOption):
     """maximum number of samples per shard"""
     value_range: Annotated[ValueRange, Option(metavar="LOW,HIGH|dtype", group="shards")] = None
     """pixel values that map to black and white in images with more than 8 bits per channel"""
-    held_out: Annotated[float, Field(ge=0, lt=1), Option(metavar="FRACTION", group="shards")] = 0.0
+    held_out: Annotated[float, Field(ge=0, lt=1), Option(metavar="FRACTION", group="held-out samples")] = 0.0
     """fraction of the samples that are written to val-*.tar (default: 0)"""
     keep_order: Annotated[bool, Option(group="shards")] = False
     """keep the order of SOURCE (default: shuffle the samples, always in the same way)"""
