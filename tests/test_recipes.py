@@ -141,7 +141,7 @@ def test_a_recipe_is_not_combined_with_given_weights(tmp_path):
 def test_an_unknown_recipe_is_refused_before_any_output_is_written(tmp_path):
     with pytest.raises(
         UserError,
-        match="^recipe slow: must be official, fast, hog or mae",
+        match=r"^recipe slow: must be official, fast, hog or mae",
     ):
         pretrain(tmp_path, tmp_path / "run", recipe="slow")
     with pytest.raises(UserError, match=r"--recipe: .*slow.*official.*fast.*hog.*mae"):
