@@ -17,7 +17,7 @@ from m3ae_fast.drawing import attention, reconstructions
 from m3ae_fast.drawing.attention import attention_to_patches, shade_patches
 from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.drawing.reconstructions import draw_run
-from m3ae_fast.evaluation.run_figures import head_choice
+from m3ae_fast.evaluation.run_figures import block_of
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import ENCODER, read_pretrained, write_pretrained
 from m3ae_fast.weights.converting import convert
@@ -134,14 +134,11 @@ def test_each_sample_is_drawn_at_each_ratio_of_its_image(run, tmp_path, monkeypa
     assert not all(torch.equal(one.image_mask, other.image_mask) for one, other in zip(drawn[0], drawn[2]))
 
 
-def test_blocks_and_heads_are_counted_from_1():
-    def choice(layer=None, head=None):
-        return tuple(head_choice(SIZES, layer, head))
-
-    assert [choice(), choice(1), choice(2, 1), choice(head=4)] == [(1, None), (0, None), (1, 0), (1, 3)]
-    for wrong in ((0, 1), (3, 1), (1, 0), (1, 5)):
-        with pytest.raises(UserError, match=r"must be from 1 to [24]"):
-            choice(*wrong)
+def test_blocks_are_counted_from_1():
+    assert [block_of(SIZES, layer) for layer in (None, 1, 2)] == [1, 0, 1]
+    for wrong in (0, 3):
+        with pytest.raises(UserError, match=f"--layer {wrong}: must be from 1 to 2"):
+            block_of(SIZES, wrong)
 
 
 def test_nothing_is_drawn_if_no_sample_can_be_used(run, tmp_path):

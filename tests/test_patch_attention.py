@@ -14,7 +14,6 @@ from m3ae_fast.drawing import attention
 from m3ae_fast.drawing.attention import (
     OUTLINE,
     SHADE,
-    HeadChoice,
     attention_to_patches,
     attention_to_words,
     draw_patch_attention,
@@ -63,16 +62,13 @@ def by_hand(model, sample, number):
 
 
 @pytest.mark.parametrize("block", [0, 1, -1])
-@pytest.mark.parametrize("head", [None, 0, 3])
-def test_the_attention_of_a_patch_equals_a_softmax_computed_by_hand(model, sample, block, head):
-    weights = by_hand(model, sample, block)
-    weights = weights.mean(0) if head is None else weights[head]
-    choice = HeadChoice(block, head)
+def test_the_attention_of_a_patch_equals_a_softmax_computed_by_hand(model, sample, block):
+    weights = by_hand(model, sample, block).mean(0)
     for row, column in ((0, 0), (1, 2), (3, 3)):
-        found = attention_to_words(model, sample, (row, column), choice).numpy()
+        found = attention_to_words(model, sample, (row, column), block).numpy()
         np.testing.assert_allclose(found, weights[1 + 4 * row + column, 1 + LENGTH :], rtol=1e-4)
     patches = weights[[0, 18], 1 : 1 + LENGTH]
-    found = attention_to_patches(model, sample, [0, 18], choice).numpy()
+    found = attention_to_patches(model, sample, [0, 18], block).numpy()
     np.testing.assert_allclose(found, patches / patches.sum(1, keepdims=True), rtol=1e-4)
 
 
@@ -90,9 +86,9 @@ def test_a_patch_of_a_native_image_is_selected_by_row_and_column(size):
         np.testing.assert_allclose(found, weights[next(patches), 1 + rows * columns :], rtol=1e-4)
 
 
-def test_attention_differs_between_heads_and_blocks(model, sample):
-    choices = [HeadChoice(), HeadChoice(0), HeadChoice(-1, 0), HeadChoice(-1, 1)]
-    assert len({tuple(attention_to_words(model, sample, (1, 1), choice).tolist()) for choice in choices}) == 4
+def test_attention_differs_between_blocks(model, sample):
+    first, last, default = (attention_to_words(model, sample, (1, 1), *block).tolist() for block in ([0], [1], []))
+    assert first != last == default
 
 
 def test_shades_are_proportional_to_attention():
@@ -157,20 +153,19 @@ def test_the_draw_command_passes_its_options(tmp_path, monkeypatch):
     )  # fmt: skip
     out = tmp_path / "a.png"
     base = ["attention", str(run), "--pictures", "2", "--out", str(out)]
-    assert main([*base, "--patch", "1,3", "--layer", "1", "--head", "4"]) == 0
+    assert main([*base, "--patch", "1,3", "--layer", "1"]) == 0
     assert main([*base, "--patch", "0,0"]) == 0
-    assert choices == [((1, 3), HeadChoice(0, 3))] * 2 + [((0, 0), HeadChoice(1, None))] * 2
+    assert choices == [((1, 3), 0)] * 2 + [((0, 0), 1)] * 2
     pictures = set()
-    for options in ([], ["--layer", "1"], ["--head", "1"], ["--word", "blue", "--head", "1"]):
+    for options in ([], ["--layer", "1"], ["--word", "blue"]):
         assert main([*base, *options]) == 0
         pictures.add(out.read_bytes())
-    assert len(pictures) == 4
+    assert len(pictures) == 3
     out.unlink()
     for options, message in (
         (["--patch", "4,0"], "--patch 4,0: must be ROW,COLUMN, from 0,0 to 3,3"),
         (["--patch", "1"], "--patch 1: must be ROW,COLUMN"),
         (["--layer", "3"], "--layer 3: must be from 1 to 2"),
-        (["--head", "0"], "--head 0: must be from 1 to 4"),
     ):
         with pytest.raises(UserError, match=message):
             main([*base, *options])

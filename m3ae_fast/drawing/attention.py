@@ -35,14 +35,7 @@ OUTLINE: Colour = (255, 0, 0)
 _SIDE, _WIDE, _GAP, _LINE = 192, 420, 8, 20
 
 
-class HeadChoice(NamedTuple):
-    """The encoder block and the attention head whose attention is shown."""
-
-    block: int = -1  # block of the encoder, counted from 0; -1: the last block
-    head: int | None = None  # head, counted from 0; None: the mean over all heads
-
-
-MEAN_OF_LAST = HeadChoice()
+LAST = -1  # the last block of the encoder
 
 
 class Word(NamedTuple):
@@ -53,19 +46,19 @@ class Word(NamedTuple):
 
 
 @torch.no_grad()
-def attention_weights(model: M3AE, sample: Sample, queries: Sequence[int], choice: HeadChoice = MEAN_OF_LAST) -> Tensor:
+def attention_weights(model: M3AE, sample: Sample, queries: Sequence[int], block: int = LAST) -> Tensor:
     """Return the attention weights [R, T], in the model's dtype, of the rows `queries` of an unmasked sample over all
-    its rows. The weights of each query sum to 1. Raises IndexError if the block, the head or a row does not exist."""
+    its rows, averaged over the heads of an encoder block. The weights of each query sum to 1. `block`: number of the
+    block, from 0. Raises IndexError if the block or a row does not exist."""
     seen: list[Tensor] = []
-    block = cast(Block, model.encoder.blocks[choice.block])
-    with block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+    module = cast(Block, model.encoder.blocks[block])
+    with module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
         model.forward_encoder(pack([sample], model.geometry))
-    heads = block.attn.num_heads
-    qkv = block.attn.qkv(block.norm1(seen[0]))
+    heads = module.attn.num_heads
+    qkv = module.attn.qkv(module.norm1(seen[0]))
     q_THd, k_THd, _ = qkv.unflatten(-1, (3, heads, -1)).unbind(1)
     scores_HRT = torch.einsum("rhd,thd->hrt", q_THd[list(queries)], k_THd) / math.sqrt(q_THd.shape[-1])
-    weights_HRT = scores_HRT.softmax(-1)
-    return weights_HRT.mean(0) if choice.head is None else weights_HRT[choice.head]
+    return scores_HRT.softmax(-1).mean(0)
 
 
 def patches_of(sample: Sample) -> int:
@@ -73,12 +66,10 @@ def patches_of(sample: Sample) -> int:
     return 0 if sample.image_mask is None else len(sample.image_mask)
 
 
-def attention_to_patches(
-    model: M3AE, sample: Sample, queries: Sequence[int], choice: HeadChoice = MEAN_OF_LAST
-) -> Tensor:
+def attention_to_patches(model: M3AE, sample: Sample, queries: Sequence[int], block: int = LAST) -> Tensor:
     """Return the attention weights [R, L] from the queries to the image patches, computed as in `attention_weights` and
     then normalised to sum to 1 over the patches."""
-    weights_RL = attention_weights(model, sample, queries, choice)[:, 1 : 1 + patches_of(sample)]
+    weights_RL = attention_weights(model, sample, queries, block)[:, 1 : 1 + patches_of(sample)]
     return weights_RL / weights_RL.sum(1, keepdim=True)
 
 
@@ -88,7 +79,7 @@ def draw_attention(
     path: Path,
     count: int,
     word: str | None = None,
-    choice: HeadChoice = MEAN_OF_LAST,
+    block: int = LAST,
     channels: Sequence[int] | None = None,
 ) -> None:
     """Write a PNG with a row for each of the first `count` samples with an image. Each row shows the attention of cls
@@ -106,7 +97,7 @@ def draw_attention(
             continue
         before = 1 + patches_of(sample)
         queries = [[0], *([before + token for token in word.tokens] for word in words)]
-        weights_RL = attention_to_patches(model, sample, list(chain.from_iterable(queries)), choice)
+        weights_RL = attention_to_patches(model, sample, list(chain.from_iterable(queries)), block)
         parts = [part.mean(0) for part in weights_RL.split([*map(len, queries)])]
         image = levels(sample.image, model.config, channels)
         cells = [Cell(image)]
@@ -158,9 +149,7 @@ def _key(like: Tensor | None) -> Tensor:
     return ((127 + _colours(torch.linspace(0, 1, width).expand(height, -1))) / 2).to(torch.uint8)
 
 
-def attention_to_words(
-    model: M3AE, sample: Sample, patch: tuple[int, int], choice: HeadChoice = MEAN_OF_LAST
-) -> Tensor:
+def attention_to_words(model: M3AE, sample: Sample, patch: tuple[int, int], block: int = LAST) -> Tensor:
     """Return the attention weights [n] of the patch at (row, column) to the tokens of the caption.
 
     Their sum is below 1, because cls and the patches receive attention too. `sample`: an unmasked sample with an image
@@ -169,7 +158,7 @@ def attention_to_words(
     assert sample.image is not None
     _, columns = model.geometry.grid(sample.image)
     row = 1 + patch[0] * columns + patch[1]
-    return attention_weights(model, sample, [row], choice)[0, 1 + patches_of(sample) :]
+    return attention_weights(model, sample, [row], block)[0, 1 + patches_of(sample) :]
 
 
 def draw_patch_attention(
@@ -178,7 +167,7 @@ def draw_patch_attention(
     path: Path,
     count: int,
     patch: tuple[int, int],
-    choice: HeadChoice = MEAN_OF_LAST,
+    block: int = LAST,
     channels: Sequence[int] | None = None,
 ) -> None:
     """Write a PNG with a row for each of the first `count` samples with an image and a caption. The patch is outlined,
@@ -196,7 +185,7 @@ def draw_patch_attention(
         image = levels(sample.image, model.config, channels)
         sheet.paste(_outlined(image, patch, model.config.patch_size), (_GAP, top))
         words = model.tokenizer.pieces(sample.tokens.tolist())
-        parts = attention_to_words(model, sample, patch, choice).tolist()
+        parts = attention_to_words(model, sample, patch, block).tolist()
         _write_shaded(ImageDraw.Draw(sheet), words, parts, (_SIDE + 2 * _GAP, top))
     with atomic_write(path) as partial:
         sheet.save(partial, format="PNG")

@@ -16,7 +16,7 @@ from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
 from m3ae_fast.data.untrusted_sources import require_harmless
-from m3ae_fast.drawing.attention import HeadChoice, draw_attention, draw_patch_attention
+from m3ae_fast.drawing.attention import draw_attention, draw_patch_attention
 from m3ae_fast.drawing.reconstructions import draw_run
 from m3ae_fast.model.pretrained import Pretrained, is_encoder, read_pretrained
 from m3ae_fast.weights.open_model import is_run, open_model
@@ -79,7 +79,6 @@ def attention(
     word: str | None = None,
     patch: str | tuple[int, int] | None = None,
     layer: int | None = None,
-    head: int | None = None,
     shards: Sequence[str] = (),
     trust: bool = False,
 ) -> Path:
@@ -90,25 +89,24 @@ def attention(
         word: word whose attention is shown; None: the first words of each caption.
         patch: row and column, from 0, of a patch whose attention over the words is shown instead; None: no patch.
         layer: number of the encoder block, from 1; None: the last one.
-        head: number of the attention head, from 1; None: the mean over all heads.
 
     Raises:
-        UserError: the checkpoint, word, patch, layer or head does not exist.
+        UserError: the checkpoint, word, patch or layer does not exist.
     """
     _check_pictures(pictures)
     if word is not None and patch is not None:
         raise UserError("--word and --patch draw different figures; use only one of them")
     source = _open(run, out, shards, trust)
     config, path = source.config, _path(run, out, "attention")
-    choice, place = head_choice(config.model, layer, head), _patch(patch, config.model)
+    block, place = block_of(config.model, layer), _patch(patch, config.model)
     text = bool(config.model.vocab_size) or place is not None
     model = open_model(str(run), text=text, tokenizer=config.data.tokenizer).eval()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, config.run.seed)
     samples = eval_samples(source.corpus, preparation, _SEARCHED if word else pictures)
     if place:
-        draw_patch_attention(model, samples, path, pictures, place, choice, config.data.show_channels)
+        draw_patch_attention(model, samples, path, pictures, place, block, config.data.show_channels)
     else:
-        draw_attention(model, samples, path, pictures, word, choice, config.data.show_channels)
+        draw_attention(model, samples, path, pictures, word, block, config.data.show_channels)
     return path
 
 
@@ -162,13 +160,12 @@ def _check_pictures(pictures: int) -> None:
         raise UserError(f"--pictures {pictures}: must be 1 or more")
 
 
-def head_choice(model: ModelConfig, layer: int | None, head: int | None) -> HeadChoice:
-    """Return the requested encoder block and attention head. Raises UserError if the model has no such block or
-    head."""
-    for name, number, most in (("layer", layer, model.depth), ("head", head, model.num_heads)):
-        if number is not None and not 1 <= number <= most:
-            raise UserError(f"--{name} {number}: must be from 1 to {most}")
-    return HeadChoice((layer or model.depth) - 1, head and head - 1)
+def block_of(model: ModelConfig, layer: int | None) -> int:
+    """Return the number of an encoder block, from 0, for a number from 1; None: the last block. Raises UserError if the
+    model has no such block."""
+    if layer is not None and not 1 <= layer <= model.depth:
+        raise UserError(f"--layer {layer}: must be from 1 to {model.depth}")
+    return (layer or model.depth) - 1
 
 
 def _patch(given: str | tuple[int, int] | None, model: ModelConfig) -> tuple[int, int] | None:
