@@ -27,7 +27,6 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.fingerprint import written
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
-from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.image_features import ImageFeatures, available, input_config, open_image_features
@@ -37,6 +36,7 @@ from m3ae_fast.evaluation.significance import LEVEL, Difference, difference, mea
 from m3ae_fast.evaluation.stored_features import SUFFIX, StoredFeatures, open_features
 from m3ae_fast.evaluation.tasks import Compare
 from m3ae_fast.evaluation.timm_features import TimmFeatures, open_timm
+from m3ae_fast.heads.attentive_online import passes, predict_online
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.predictions import Predictions, largest_share, stacked
 from m3ae_fast.heads.probes import PROBES, Features, Setting, attentive_recipe
@@ -352,7 +352,7 @@ def _measure(
     well as the initial weights. With the same order for all seeds, the standard error over seeds would be too small.
     """
     work, whole = planned
-    own, parts = job, dict[str, tuple[FeatureBank, FeatureBank] | None]()
+    parts = dict[str, tuple[FeatureBank, FeatureBank] | None]()
     encoded: int | None = None  # seed of the weights with which the samples were last encoded
     for (seed, probe), path in work.trials.items():
         if (seed, probe) not in work.missing:
@@ -361,7 +361,7 @@ def _measure(
             continue
         if encoded is None or (work.seeded_weights and seed != encoded):
             opened = open_model(model, text=False, seed=seed) if isinstance(model, str) else model
-            own, parts = _encoded(job, opened, name, corpora, planned)
+            parts = _encoded(job, opened, name, corpora, planned)
             encoded = seed
         about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
 
@@ -372,7 +372,8 @@ def _measure(
         if (pair := parts[probe]) is None:
             recipe = attentive_recipe(corpora[0].samples, setting)
             left, depth = Pace(passes(recipe, *corpora)), opened.config.depth
-            predictions = predict_online(own, corpora, [Features(depth, None)], recipe, setting, left)[0]
+            kinds, node = [Features(depth, None)], job.session.node()
+            predictions = predict_online(opened, corpora, kinds, recipe, setting, node, left)[0]
         else:
             predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
         found.add(name, probe, seed, predictions)
@@ -382,9 +383,9 @@ def _measure(
 
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, Pace]
-) -> tuple[Job, dict[str, tuple[FeatureBank, FeatureBank] | None]]:
-    """Encode the samples with a model, in one pass over the images. Return a job for this model, and the features of
-    the training and held-out samples by probe; None for a probe that will be trained online."""
+) -> dict[str, tuple[FeatureBank, FeatureBank] | None]:
+    """Move a model to the ranks' device, and encode the samples with it in one pass. Return the features
+    of the training and held-out samples by probe; None for a probe that will be trained online."""
     work, left = planned
     if not isinstance(model, ImageFeatures):
         set_images(model, job.config.model)
@@ -401,4 +402,4 @@ def _encoded(
     bank, held_out = whole
     pooled = bank.pooled(), held_out.pooled()
     with_tokens = (bank.tokens(), held_out.tokens()) if tokens else None
-    return own, {probe: with_tokens if PROBES[probe].is_attentive else pooled for probe in probes}
+    return {probe: with_tokens if PROBES[probe].is_attentive else pooled for probe in probes}

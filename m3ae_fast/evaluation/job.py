@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -33,7 +33,7 @@ from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.image_features import ImageFeatures
 from m3ae_fast.evaluation.tasks import Modality, Task, WithLabels
 from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
-from m3ae_fast.heads.encoding import PassMonitor, Reduce, UnusableSamples, encode_by_each, encode_corpus
+from m3ae_fast.heads.encoding import PassMonitor, UnusableSamples, encode_by_each, encode_corpus
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.logistic_regression import Tried
 from m3ae_fast.heads.modules import LinearProbeHead
@@ -158,7 +158,6 @@ class Job(Generic[T_co]):
         layers: Sequence[int] | None = None,
         pools: Sequence[Pool] | None = None,
         patches: bool = False,
-        reduce: Reduce | None = None,
     ) -> FeatureBank:
         """Return pooled features of all samples. `title`: title of the progress display; `whole`, `part`: see
         `PassMonitor`; other arguments: see `encode_corpus`."""
@@ -173,7 +172,6 @@ class Job(Generic[T_co]):
             layers=layers,
             pools=pools,
             patches=patches,
-            reduce=reduce,
             folder=self.out,
         )
 
@@ -342,14 +340,11 @@ class Job(Generic[T_co]):
         steps: range,
         layout: Layout,
         transform: Transform | None = None,
-        seed: int | None = None,
     ) -> DataLoader[PackedBatch]:
-        """Return a loader of this rank's training batches for the given steps. `seed`: random seed of the order and the
-        crops of the samples; None: `run.seed`."""
+        """Return a loader of this rank's training batches for the given steps."""
         more: dict[str, Any] = {"node": self.session.node(), "pin_memory": pins_memory(self.ranks.device)}
-        preparation = self.preparation if seed is None else replace(self.preparation, seed=seed)
         return train_loader(
-            self.config.data, train, preparation, share, steps, layout=layout, transform=transform, **more
+            self.config.data, train, self.preparation, share, steps, layout=layout, transform=transform, **more
         )
 
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:

@@ -17,11 +17,11 @@ from m3ae_fast.config import FOR_TEXTS, POOLINGS, Pool
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
-from m3ae_fast.evaluation.attentive_online import passes, predict_online
 from m3ae_fast.evaluation.baselines import LOGISTIC, WARNINGS, Baseline, accuracy_difference, baseline_entries
 from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
 from m3ae_fast.evaluation.tasks import DRAWS, WithGrid
+from m3ae_fast.heads.attentive_online import passes, predict_online
 from m3ae_fast.heads.encoding import key_digest
 from m3ae_fast.heads.feature_bank import FeatureBank, missing_in_host_memory
 from m3ae_fast.heads.predictions import Predictions, stacked
@@ -176,7 +176,7 @@ def _run_online(
         f"{_pooled(job.options)}{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, "
         f"learning rates: {', '.join(map(str, recipe.rates))}"
     )
-    made = predict_online(job, (train, val), kinds, recipe, setting, whole)
+    made = predict_online(job.model, (train, val), kinds, recipe, setting, job.session.node(), whole)
     found.samples = train.samples, len(made[0].keys)  # unreadable samples are not classified
     found.made = [(Case(*kinds[number], None), 0, own) for number, own in made.items()]
     return _concluded(job, found, (train, val))

@@ -13,12 +13,12 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import cross_entropy
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.evaluation import attentive_online, probe_grid
+from m3ae_fast.evaluation import probe_grid
 from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.evaluation.tasks import Knn
-from m3ae_fast.heads import encoding, feature_bank
+from m3ae_fast.heads import attentive_online, encoding, feature_bank
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.hyperparameter_choice import best
 from m3ae_fast.heads.probes import ATTENTIVE_RATES

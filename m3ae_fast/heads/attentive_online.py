@@ -11,17 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from m3ae_fast.base.hardware import pins_memory
 from m3ae_fast.base.pace import Pace
+from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.evaluation import EncodeConfig
-from m3ae_fast.data import Corpus, Share, lay_out
-from m3ae_fast.evaluation.job import Job
-from m3ae_fast.heads.encoding import key_digest
+from m3ae_fast.data import Corpus, Preparation, Share, lay_out, train_loader
+from m3ae_fast.heads.encoding import PassMonitor, Reduce, encode_corpus, key_digest
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import HeadBatch, Heads, Input, fit_heads, losses, verdicts
 from m3ae_fast.heads.hyperparameter_choice import Trial, best
@@ -37,6 +37,7 @@ from m3ae_fast.heads.probes import (
 )
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
+from m3ae_fast.process.helper_process import Node
 from m3ae_fast.process.ranks import Ranks
 
 _HELD_OUT = 0.1  # fraction of the training samples that is held out to choose the learning rate
@@ -84,11 +85,12 @@ class EncodedSteps:
 
 
 def predict_online(
-    job: Job,
+    model: MultimodalEncoder,
     corpora: tuple[Corpus, Corpus],
     kinds: Sequence[Features],
     recipe: Recipe,
     setting: Setting,
+    node: Node,
     whole: Pace,
 ) -> dict[Input, Predictions]:
     """Train one probe per feature type, and return the predictions for the held-out samples on every rank, by index of
@@ -97,36 +99,60 @@ def predict_online(
     predictions of a probe are those of the head with the best results on this tenth.
 
     Args:
-        job: the job.
+        model: the encoder, on the device of the ranks.
         corpora: the training and the held-out samples.
         kinds: types of features on which heads are trained.
         recipe: hyper-parameters of the training.
         setting: context of the probes.
+        node: the ranks of this node.
         whole: pace of the task, whose total is the number returned by `passes`.
 
     Raises:
         UserError: as `encode_corpus` does, or a score is not finite.
     """
     train, held_out = corpora
-    ranks, world, trying = job.ranks, job.ranks.world, len(recipe.rates) > 1
+    config, ranks, trying = setting.config, setting.ranks, len(recipe.rates) > 1
     types, places = FeatureTypes(kinds), range(len(kinds))
     stacks = {
-        at: new_stack(shape, recipe, recipe.rates, setting) for at, shape in enumerate(types.shapes(job.model.config))
+        at: new_stack(shape, recipe, recipe.rates, setting) for at, shape in enumerate(types.shapes(model.config))
     }
-    accumulation = max(-(-recipe.batch // (job.config.encode.batch * world)), 1)
-    share = Share(recipe.batch, accumulation, ranks.rank, world)
-    layout = lay_out(job.config.data, train.sizes, recipe.batch)
-    loader = job.batches(train, share, range(recipe.steps), layout, seed=setting.seed)
-    steps = EncodedSteps(loader, accumulation, job.model, job.config.encode, types, ranks, trying)
+    accumulation = max(-(-recipe.batch // (config.encode.batch * ranks.world)), 1)
+    share = Share(recipe.batch, accumulation, ranks.rank, ranks.world)
+    loader = train_loader(
+        config.data,
+        train,
+        Preparation(model.geometry, UNMASKED, model.tokenizer, setting.seed),
+        share,
+        range(recipe.steps),
+        layout=lay_out(config.data, train.sizes, recipe.batch),
+        node=node,
+        pin_memory=pins_memory(ranks.device),
+    )
+    steps = EncodedSteps(loader, accumulation, model, config.encode, types, ranks, trying)
     title = "attentive probe, online" + (f", {len(recipe.rates)} rates" if trying else "")
     part = float(recipe.steps * recipe.batch)
-    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, job.heartbeats, whole, part)
+    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, setting.heartbeats, whole, part)
     heads = {at: stack.heads for at, stack in stacks.items()}
-    features: dict[str, Any] = {"layers": types.layers, "pools": types.pools or None}
+
+    def reduced(corpus: Corpus, title: str, reduce: Reduce) -> FeatureBank:
+        """Return the results of `reduce` for each sample and type of features."""
+        monitor = PassMonitor(title, setting.heartbeats, whole=whole, part=corpus.samples)
+        return encode_corpus(
+            model,
+            corpus,
+            config.data,
+            config.encode,
+            ranks,
+            monitor,
+            layers=types.layers,
+            pools=types.pools or None,
+            reduce=reduce,
+            folder=config.run.dir,
+        )
+
     tried: dict[Input, list[Trial]] = {at: [] for at in places}
     if trying:
-        reduce = partial(_judged, types, heads)
-        found = job.encode(train, "evaluating learning rates", whole, train.samples, reduce=reduce, **features)
+        found = reduced(train, "evaluating learning rates", partial(_judged, types, heads))
         found = found.rows([row for row, key in enumerate(found.keys) if is_held_out(key)])
         tried = {at: _tried(found.part(at), recipe) for at in places}
     trained = {}
@@ -137,8 +163,7 @@ def predict_online(
         for text in head_warnings(trained[at], recipe):
             setting.warn(at, text)
         setting.chose(at, {"peak_lr": rate})
-    reduce = partial(_logits, types, trained)
-    logits = job.encode(held_out, "encoding val", whole, held_out.samples, reduce=reduce, **features)
+    logits = reduced(held_out, "encoding val", partial(_logits, types, trained))
     return {at: logits.predictions(logits.part(at).features_RD) for at in places}
 
 
