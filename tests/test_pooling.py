@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
+from m3ae_fast.cli.convert import main as convert
 from m3ae_fast.config import GRIDS, POOLINGS, POOLS, ModelConfig, parse
-from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
+from m3ae_fast.heads.pool_choice import usual_pool
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pooling import means_of_cells
+from m3ae_fast.weights.open_model import load_model
 from tests.helpers.trainer import TINY
 
 LAYER = {"size": None, "emb_dim": 24, "depth": 2, "num_heads": 2, "vocab_size": 0}
@@ -101,6 +104,26 @@ def test_poolings_of_several_layers_are_computed_in_one_pass():
         parts = [model.pooled_of_layers(batch, [layer], [pool]) for layer in (1, 2) for pool in POOLS]
     for found in (together, with_patches):
         torch.testing.assert_close(found, torch.cat(parts, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_the_default_pooling_is_that_of_the_model(tmp_path):
+    """It is saved with the model. Texts have no patches, so a grid becomes the mean."""
+    _model(pool="grid2").save_pretrained(tmp_path / "own")
+    assert convert([str(tmp_path / "own"), "--out", str(tmp_path / "cls"), "--pool", "cls"]) == 0
+    own, cls = (load_model(tmp_path / name) for name in ("own", "cls"))
+    image = _images((32, 32))
+    assert torch.equal(own.encode(image), own.encode(image, pool="grid2"))
+    assert torch.equal(cls.encode(image), own.encode(image, pool="cls"))
+    assert own.config.default_pool(texts=True) == "mean" and cls.config.default_pool(texts=True) == "cls"
+    assert EncodeConfig().of_model(own.config, texts=False).pool == "grid2"
+    assert EncodeConfig(pool="cls").of_model(own.config, texts=False).pool == "cls"
+
+
+@pytest.mark.parametrize(
+    ("width", "pool"), [(64, "grid4"), (256, "grid4"), (384, "grid2"), (1024, "grid2"), (1280, "mean")]
+)
+def test_without_labels_the_pooling_is_the_largest_grid_with_at_most_4096_features(width, pool):
+    assert usual_pool(width) == pool
 
 
 def test_grids_without_images_are_refused():

@@ -200,6 +200,7 @@ SETTINGS = {
     "deepspeed={}": "c.deepspeed is not None",
     "data.repeats=2": "c.data.repeats == 2 and o.warmup_epochs == 0.25",  # an epoch has twice as many steps
     "model.value_range=[0,4095]": "m.value_range == (0, 4095)",
+    "model.pool=cls": "m.pool == 'cls'",
     "data.val=[]": "not c.data.val and t.probe is None",
     "data.show_channels=[5,1,0]": "m.channels == 6",
     "optim.peak_lr=1e-3": "o.peak_lr == 1e-3",

@@ -222,7 +222,7 @@ def test_the_masking_of_captions_may_change_if_the_model_is_image_only(tmp_path)
 REFUSED, STREAM, NOTED, FREE = "was made with", "which changes the stream of samples", "from here on", ""
 SETTINGS = {
     "run": {"seed": REFUSED, "dir": FREE, "loggers": FREE, "stall_timeout": FREE},
-    "model": {name: FREE if name == "init_from" else REFUSED for name in ModelConfig.model_fields},
+    "model": {name: FREE if name in ("init_from", "pool") else REFUSED for name in ModelConfig.model_fields},
     "masking": dict.fromkeys(("image_ratio", "text_ratio", "image_predicted", "text_predicted", "per"), STREAM),
     "loss": dict.fromkeys(
         ("image_weight", "text_weight", "image_all_tokens", "text_all_tokens", "norm_pix", "per"), NOTED

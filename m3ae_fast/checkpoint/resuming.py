@@ -56,7 +56,7 @@ PRETRAINING = Rules(
         "optim.*",
         *(f"train.{key}" for key in ("epochs", "steps", "hours", "precision")),
     ),
-    free=("model.init_from",),
+    free=("model.init_from", "model.pool"),
     advice="to train on other samples, start a new run",
 )
 

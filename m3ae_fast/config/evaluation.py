@@ -19,6 +19,7 @@ from m3ae_fast.config.schema import (
     DataConfig,
     DeepSpeedConfig,
     KnnConfig,
+    ModelConfig,
     OptimConfig,
     Rate,
     RunConfig,
@@ -57,7 +58,7 @@ class EncodeConfig(Section):
         None,
         description=f"Pooling of the features after the final LayerNorm: {described('`')}. null: for `knn` and "
         "`logistic`, the pooling with which logistic regression is most accurate on held-out training samples, among "
-        "those with at most 4,096 features; for other tasks, `mean`.",
+        "those with at most 4,096 features; for other tasks, `model.pool` of the model.",
     )
     batch: Batch = 64
     """Number of samples per forward pass."""
@@ -68,6 +69,11 @@ class EncodeConfig(Section):
     def fixed_pool(self) -> Pool:
         """Return `pool`, or "mean" if it is null."""
         return self.pool or "mean"
+
+    def of_model(self, model: ModelConfig, *, texts: bool) -> EncodeConfig:
+        """Return the same settings, with the pooling of a model if `pool` is null. `texts`: whether texts are encoded,
+        alone or with images."""
+        return self.model_copy(update={"pool": self.pool or model.default_pool(texts=texts)})
 
 
 class AttentiveProbeConfig(Section):

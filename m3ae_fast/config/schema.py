@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
-from m3ae_fast.config.poolings import Pool
+from m3ae_fast.config.poolings import POOLINGS, Pool
 from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
@@ -153,6 +153,9 @@ class ModelConfig(Section):
     mean_pool: Literal["after_norm", "before_norm"] = "after_norm"
     """Order of mean pooling and the final LayerNorm. `after_norm`: features are averaged over tokens after the
     LayerNorm; `before_norm`: they are averaged before it, as in fine-tuned MAEs (timm's `fc_norm`)."""
+    pool: Pool = "mean"
+    """Pooling of the features of images in `encode`, `embed`, evaluations and exports, unless they set another one; see
+    `encode.pool`. Texts and pairs use `mean` in place of a grid."""
     init_from: str | None = None
     """Export folder or Hugging Face model id whose weights initialise a new run. If it contains no decoder, or a
     decoder with a different `dec_attention`, the decoder is randomly initialised."""
@@ -210,6 +213,11 @@ class ModelConfig(Section):
         if self.image_targets == "vqgan" and self.image_dtype != "uint8":
             raise ValueError(f"image_targets vqgan needs image_dtype uint8, not {self.image_dtype}")
         return self
+
+    def default_pool(self, *, texts: bool) -> Pool:
+        """Return the pooling that is used unless another one is set: `pool`, or "mean" if it needs images and there are
+        `texts`."""
+        return "mean" if texts and POOLINGS[self.pool].needs_images else self.pool
 
     @property
     def patches_per_image(self) -> int:
@@ -427,7 +435,7 @@ class KnnConfig(Section):
 
 
 class KnnProbeConfig(KnnConfig):
-    """k-NN accuracy on labelled samples while the model trains."""
+    """k-NN accuracy of the mean of the tokens on labelled samples while the model trains."""
 
     train: list[SourceConfig] = Field(min_length=1)
     """Data sources of the training samples, which are the neighbours."""
@@ -435,8 +443,6 @@ class KnnProbeConfig(KnnConfig):
     """Data sources of the samples to classify."""
     labels: str = "cls"
     """Source of the labels: `cls` (integers in KEY.cls), or `json.FIELD` (a field of KEY.json)."""
-    pool: Pool = "mean"
-    """Pooling of the features, as in `encode.pool`."""
     every: Count | None = None
     """Number of optimiser steps between probes; null: only at the start and the end."""
 

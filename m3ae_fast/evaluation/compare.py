@@ -205,7 +205,8 @@ def run(job: Job[Compare]) -> dict[str, Any]:
     for name, model in names.items():
         if model not in own and name not in others:
             opened = open_model(model, text=False)
-            shapes[name], digests[name] = _shape(job, opened), weights_digest(opened.state_dict())
+            digest = f"{weights_digest(opened.state_dict())} {opened.config.pool}"
+            shapes[name], digests[name] = _shape(job, opened), digest
             channels[name] = opened.config.channels
     if missing:
         job.warn(missing)

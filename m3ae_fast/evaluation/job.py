@@ -23,7 +23,7 @@ from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import Pool, SourceConfig
-from m3ae_fast.config.evaluation import EvaluationConfig
+from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
 from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.label_lists import are_lists
@@ -91,6 +91,12 @@ class Job(Generic[T_co]):
     @property
     def out(self) -> Path:
         return self.config.run.dir
+
+    @property
+    def encode_config(self) -> EncodeConfig:
+        """Return the settings of the encoding, with the pooling of the model if they contain none."""
+        config, texts = getattr(self.model, "backbone", self.model).config, self.modality != "image"
+        return self.config.encode.of_model(config, texts=texts)
 
     def open(self, sources: Sequence[SourceConfig]) -> Corpus:
         """Open the samples of the sources, whether or not they have labels. Raises UserError as `open_corpus` does."""
@@ -166,7 +172,7 @@ class Job(Generic[T_co]):
             self.model,
             corpus,
             config.data,
-            config.encode,
+            self.encode_config,
             self.ranks,
             monitor,
             layers=layers,
@@ -203,7 +209,7 @@ class Job(Generic[T_co]):
         models = {MODEL: self.model, **self.open_baselines()}
         networks = {name: model for name, model in models.items() if not isinstance(model, ImageFeatures)}
         if not networks or self.config.encode.pool is not None:
-            given = ChosenPool(self.config.encode.fixed_pool, None)
+            given = ChosenPool(self.encode_config.fixed_pool, None)
             return self._encode_by_each(models, train, val), dict.fromkeys(networks, given)
         chosen: dict[str, ChosenPool] = {}
         pools = candidates(networks[MODEL].config.emb_dim, self.modality == "image")
@@ -277,7 +283,8 @@ class Job(Generic[T_co]):
         inputs = list(dict.fromkeys(model.geometry for model in models.values()))
         whole = self.pace(len(inputs) * (train.samples + val.samples), shorter=lambda _: shorter)
         config = self.config
-        encode = config.encode.model_copy(update={"pool": pool or config.encode.fixed_pool})
+        encode = self.encode_config
+        encode = encode.model_copy(update={"pool": pool or encode.pool})
         found: dict[str, tuple[FeatureBank, FeatureBank]] = {}
         for geometry in inputs:
             same = {name: model for name, model in models.items() if model.geometry == geometry}
@@ -400,7 +407,7 @@ class Job(Generic[T_co]):
     def save_probe(self, task: Literal["linear", "logistic"], head: LinearProbeHead) -> None:
         """Write a classifier that consists of the model and a head that `task` has trained on its pooled features, as
         `Classifier.save_pretrained` does. Every rank must call it."""
-        pool = self.pools[MODEL].pool if MODEL in self.pools else self.config.encode.fixed_pool
+        pool = self.pools[MODEL].pool if MODEL in self.pools else self.encode_config.fixed_pool
 
         def save() -> None:
             classifier = Classifier(

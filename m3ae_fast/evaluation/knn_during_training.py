@@ -65,7 +65,7 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
     trainer.stop_if_diverged()
     model = trainer.engine.model
     assert isinstance(model, M3AE)
-    encode = EncodeConfig(pool=probe.pool, precision=config.train.precision)
+    encode = EncodeConfig(pool="mean", precision=config.train.precision)
     ranks, heartbeats, stop, folder = trainer.ranks, trainer.heartbeats, trainer.stop, trainer.config.run.dir
     try:
         bank, queries = (

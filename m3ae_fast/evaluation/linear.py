@@ -34,7 +34,7 @@ class ProbingTask(LabelledTask):
     val: FeatureBank
 
     def first_line(self, trainer: Trainer) -> str:
-        task = f"linear probe of {self.job.config.encode.fixed_pool} features, {len(self.classes)} classes, "
+        task = f"linear probe of {self.job.encode_config.fixed_pool} features, {len(self.classes)} classes, "
         return task + sentence(trainer.schedule, trainer.step)
 
     def is_due(self, trainer: Trainer) -> bool:
@@ -59,15 +59,15 @@ class ProbingTask(LabelledTask):
 def set_up(job: Job[Linear]) -> tuple[ProbingTask, Trainer]:
     """Open the data and the checkpoint, encode the held-out samples, and return the task and its trainer. Raises
     UserError if the data or the checkpoint cannot be used."""
-    ranks, run, encode = job.ranks, job.config.run, job.config.encode
+    ranks, run, encode = job.ranks, job.config.run, job.encode_config
     start = open_training(job)
     held_out = job.encode(start.val, "encoding val")
     width = POOLINGS[encode.fixed_pool].vectors * job.model.config.emb_dim
     heads = LinearHeads(width, len(start.classes), [run.seed], ranks).to(ranks.device)
-    engine = ProbeEngine(heads, job.config, ranks, job.model)
+    engine = ProbeEngine(heads, job.config.model_copy(update={"encode": encode}), ranks, job.model)
     weights = weights_digest(job.model.state_dict())
     sections = {
-        "encode": encode.model_copy(update={"pool": encode.fixed_pool}).model_dump(mode="json"),
+        "encode": encode.model_dump(mode="json"),
         "task": {"model": job.options.model, "weights": weights, "classes": list(start.classes)},
     }
     layout = lay_out(job.config.data, start.train.sizes, start.share.global_batch)

@@ -128,7 +128,7 @@ def run(job: Job[WithGrid]) -> dict[str, Any]:
     if job.modality == "text" and of_images:
         raise UserError(f"pools {of_images[0]}: needs images, but captions are encoded; use {FOR_TEXTS}")
     layers = chosen_layers(options.layers, job.model.config.depth)
-    pools: list[Pool | None] = [*options.pools] or [job.config.encode.fixed_pool]
+    pools: list[Pool | None] = [*options.pools] or [job.encode_config.fixed_pool]
     pools = [None, *options.pools] if PROBES[task].is_attentive else pools
     kinds = [Features(layer, pool) for layer in layers for pool in pools]
     draws = DRAWS if options.shots else 1

@@ -29,6 +29,13 @@ class ChosenPool(NamedTuple):
     tried: Tried | None  # the regressions of its features; None if they are those of some of the samples
 
 
+def usual_pool(width: int) -> Pool:
+    """Return the pooling of images for which no labels are known: the largest grid with at most 4,096 features, which
+    was the best pooling of all models in lab/results/targets.md. `width`: width of the encoder."""
+    fitting = candidates(width, is_image=True)
+    return max(fitting, key=lambda pool: POOLINGS[pool].vectors)
+
+
 def best_pool(bank: FeatureBank, pools: Sequence[Pool], classes: int, heartbeats: Heartbeats) -> ChosenPool:
     """Return the pooling with the highest accuracy on held-out samples; in a tie, or if there are too few different
     samples to hold one out, the one that comes first. Every rank must call it, and gets the same result.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import POOLINGS, ModelConfig
 
 # the Hub's value for a licence that it does not list; the card asks for the actual licence
 _CARD = """---
@@ -22,7 +22,7 @@ tags: [{tags}]
 from m3ae_fast.model import M3AE
 
 model = M3AE.from_pretrained("{name}")
-features = model.encode({arguments})  # files, PIL images or arrays{captions} -> float32 [S, {emb_dim}]
+features = model.encode({arguments})  # files, PIL images or arrays{captions} -> float32 [S, {features}]
 tokens = model.representation(pixels)  # {pixels} [B, {channels}, {side}, {side}] -> [B, 1 + {patches}, {emb_dim}]
 ```
 
@@ -44,6 +44,7 @@ def model_card(name: str, config: ModelConfig, run: str = "") -> str:
         **c.model_dump(),
         name=name,
         side=c.image_size,
+        features=POOLINGS[c.default_pool(texts=bool(c.vocab_size))].vectors * c.emb_dim,
         what=what,
         tags="masked-autoencoder, " + ("image-text" if c.vocab_size else "image-feature-extraction"),
         images=f"{c.image_size} x {c.image_size} images" if c.resize == "square" else "images of any aspect ratio",

@@ -220,7 +220,7 @@ class MultimodalEncoder(nn.Module):
         texts: str | Sequence[str] | None = None,
         *,
         value_range: ValueRange = None,
-        pool: Pool = "mean",
+        pool: Pool | None = None,
         layer: int | None = None,
         batch_size: int = 64,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
@@ -243,7 +243,8 @@ class MultimodalEncoder(nn.Module):
                 torchvision's ToTensor or (0, 255) for 8-bit levels stored as floats. With None, tensors that are
                 evidently not normalised raise ValueError, and float32 arrays are read with the model's value_range.
             pool: "mean" over all tokens except cls, the "cls" token, or a grid such as "grid2", which keeps the
-                position in the image; see `pooled`.
+                position in the image; see `pooled`. None: `config.pool`, or "mean" if that is a grid and there are
+                texts.
             layer: number of the block after which features are taken, from 1; None: the last block.
             batch_size: samples per forward pass.
             precision: precision of matmuls; "auto": bf16 if it is faster on the hardware.
@@ -261,6 +262,7 @@ class MultimodalEncoder(nn.Module):
         """
         if images is None and texts is None:
             raise ValueError("encode requires images, texts or both")
+        pool = self.config.default_pool(texts=texts is not None) if pool is None else pool
         if pool not in POOLS:
             raise ValueError(f"pool {pool!r}: must be one of {', '.join(POOLS)}")
         if POOLINGS[pool].needs_images and images is None:

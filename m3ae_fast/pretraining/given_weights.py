@@ -23,7 +23,7 @@ from m3ae_fast.weights.model_name import RANDOM
 
 FOLDER = "start"  # name of the export's folder in the run folder
 # model settings that are not determined by the weights
-_FREE = ("drop_path", "init_from", "value_range")
+_FREE = ("drop_path", "init_from", "value_range", "pool")
 
 
 class GivenWeights(NamedTuple):

@@ -26,10 +26,13 @@ from m3ae_fast.config.arguments import accepts
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
+from m3ae_fast.heads.pool_choice import usual_pool
+from m3ae_fast.model.pretrained import Pretrained
 from m3ae_fast.pretraining import SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import by_setting, check_overrides
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import (
+    RUN,
     evaluate_run,
     shard_names,
     stage,
@@ -145,7 +148,7 @@ def _run_stages(call: _Call, value_range: Range | None, folder: RunFolder) -> Ou
     if results is None:
         return outcome
     spent.add("evaluation after training")
-    _present(results, outcome)
+    _present(config, results, outcome)
     spent.add("report and export")
     print(f"{spent.line()}\n{verdict(outcome.run, results)}")
     return outcome._replace(finished=True, results=results)
@@ -175,7 +178,7 @@ def _check_folder(call: _Call) -> None:
         raise UserError(f"--dry-run: {call.out} contains a run, whose settings are kept; choose another --out")
 
 
-def _present(results: dict[str, dict[str, Any]], outcome: Outcome) -> None:
+def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcome) -> None:
     """Print the summary of the run and the results of the evaluations, and write the report and the export."""
     words, unusual = summary(outcome.run, read_metrics(outcome.run))
     print(words)
@@ -184,8 +187,13 @@ def _present(results: dict[str, dict[str, Any]], outcome: Outcome) -> None:
     if results:
         print("\n".join(table(results)))
     write_report(outcome.run, outcome.report)
-    convert(outcome.run, outcome.export)
-    print(f"{outcome.report}: curves and figures; {outcome.export}: model for m3ae_fast.load_model")
+    # without labels, or if the user has set another pooling than the usual one, the export has the run's own pooling
+    chosen = next((found[RUN].get("pool") for found in results.values()), None)
+    is_usual = config.model.pool == usual_pool(config.model.emb_dim)
+    exported = convert(outcome.run, outcome.export, pool=chosen if is_usual else None)
+    assert isinstance(exported, Pretrained)  # not an image tokenizer
+    print(f"{outcome.report}: curves and figures")
+    print(f"{outcome.export}: model for m3ae_fast.load_model; pooling of its features: {exported.config.pool}")
 
 
 def _kept_config(call: _Call) -> Config | None:

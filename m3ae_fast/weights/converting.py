@@ -12,6 +12,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import push_folder
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.config import GRIDS, POOLS, Pool
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.pretrained import Pretrained, write_pretrained
 from m3ae_fast.vqgan.flax import convert_vqgan
@@ -35,6 +36,7 @@ def convert(
     weights: Weights = "average",
     tokenizer: str | None = None,
     num_heads: int | tuple[int, int] | None = None,
+    pool: Pool | None = None,
     push: str | None = None,
 ) -> Pretrained | VQGAN:
     """Write the float32 weights of a model in another format, and return them: a model, or the image tokenizer for a
@@ -52,14 +54,17 @@ def convert(
             `source`, if it has one.
         num_heads: number of attention heads of the encoder, or of encoder and decoder, for a .pth or .safetensors file
             whose width is not one of the published sizes.
+        pool: pooling of images that the written model uses by default (`model.pool`); None: that of `source`. timm
+            has no grids.
         push: name, OWNER/NAME, under which the folder is also uploaded to the Hugging Face Hub.
 
     Raises:
         UserError: the source is unknown or damaged, the tokenizer does not fit, an argument is invalid, arguments
             cannot be combined, a library is missing, or the result cannot be written or uploaded.
     """
-    for argument, value, allowed in (("format", format, get_args(Format)), ("weights", weights, get_args(Weights))):
-        if value not in allowed:
+    choices = (("format", format, get_args(Format)), ("weights", weights, get_args(Weights)), ("pool", pool, POOLS))
+    for argument, value, allowed in choices:
+        if value not in allowed and not (argument == "pool" and value is None):
             raise UserError(f"{argument} {value}: must be one of {', '.join(allowed)}")
     name, folder = os.fspath(source), os.fspath(out)
     if Path(name).suffix == ".msgpack":
@@ -74,6 +79,10 @@ def convert(
     if tokenizer:
         sizes = found.config.text_length, found.config.vocab_size
         found = replace(found, tokenizer=load_tokenizer(tokenizer, *sizes, label="tokenizer"))
+    if pool:
+        found = replace(found, config=found.config.model_copy(update={"pool": pool}))
+    if format == "timm" and found.config.pool in GRIDS:
+        raise UserError(f"{name}: its pooling, {found.config.pool}, does not exist in timm; add --pool mean")
     if format != "m3ae" and found.config.resize == "native":
         size = found.config.image_size
         square = f"this format accepts only square images of {size} x {size} pixels; other images need format m3ae"

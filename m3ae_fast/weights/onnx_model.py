@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import GRIDS, ModelConfig
+from m3ae_fast.model.pooling import means_of_cells
 from m3ae_fast.weights.timm_folder import model_arguments, timm_weights
 
 NEEDS = dict.fromkeys(("onnx", "timm"), "format onnx")
@@ -27,7 +28,8 @@ SUFFIX = ".onnx"
 
 
 class ImageEncoder(nn.Module):
-    """timm's VisionTransformer with the encoder's weights: pixels [B, C, S, S] -> float32 [B, D]."""
+    """timm's VisionTransformer with the encoder's weights: pixels [B, C, S, S] -> float32 [B, D], or
+    [B, G * D] for a grid of G cells."""
 
     mean: Tensor
     scale: Tensor
@@ -38,13 +40,20 @@ class ImageEncoder(nn.Module):
 
         self.vit = VisionTransformer(**model_arguments(config))
         self.vit.load_state_dict(timm_weights(config, state))
+        side = config.image_size // config.patch_size
+        self.grid, self.cells = (side, side), GRIDS.get(config.pool)
         mean, std = (torch.tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
         white = LARGEST.get(getattr(torch, config.image_dtype), 1)
         self.register_buffer("mean", white * mean)
         self.register_buffer("scale", 1 / (white * std))
 
     def forward(self, pixels_BCSS: Tensor) -> Tensor:
-        return self.vit((pixels_BCSS.float() - self.mean) * self.scale)
+        normal_BCSS = (pixels_BCSS.float() - self.mean) * self.scale
+        if self.cells is None:
+            return self.vit(normal_BCSS)
+        patches_BLD = self.vit.forward_features(normal_BCSS)[:, 1:]
+        means_BGD = means_of_cells(patches_BLD, [self.grid], self.cells)
+        return self.vit.fc_norm(means_BGD).flatten(1)
 
 
 def input_dtype(config: ModelConfig) -> np.dtype:

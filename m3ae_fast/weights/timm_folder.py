@@ -61,7 +61,7 @@ image = ImageOps.exif_transpose(image)  # a PIL image
 side = min(image.size)
 left, top = (image.width - side) // 2, (image.height - side) // 2
 square = image.crop((left, top, left + side, top + side))
-features = model(prepare(square)[None])  # [1, {emb_dim}], equal to M3AE.encode(image, pool="mean")
+features = model(prepare(square)[None])  # [1, {emb_dim}], equal to M3AE.encode(image, pool="{pool}")
 """
 _OPAQUE = """if image.has_transparency_data:  # white where it is transparent
     image = image.convert("RGBA")
@@ -73,7 +73,7 @@ model has a channel for them. The central square is cropped first: timm's own tr
 it, which gives different pixels, and therefore different features, if the image is not square.
 """
 _CODE_OF_BANDS = """# pixels: float32 [{channels}, {image_size}, {image_size}], prepared as described below
-features = model(pixels[None])  # [1, {emb_dim}], equal to M3AE.encode(image, pool="mean")
+features = model(pixels[None])  # [1, {emb_dim}], equal to M3AE.encode(image, pool="{pool}")
 """
 
 
@@ -123,8 +123,8 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
 
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
-    """Return the arguments with which timm's VisionTransformer computes the same features as `M3AE.encode` with mean
-    pooling. If the last norm is applied to the mean, it is `fc_norm`."""
+    """Return the arguments with which timm's VisionTransformer computes the same features as `M3AE.encode`, with mean
+    pooling if `config.pool` is a grid. If the last norm is applied to the mean, it is `fc_norm`."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -135,7 +135,7 @@ def model_arguments(config: ModelConfig) -> dict[str, Any]:
         "mlp_ratio": config.mlp_ratio,
         "act_layer": _ACT_LAYERS[config.gelu],
         "num_classes": 0,
-        "global_pool": "avg",
+        "global_pool": "token" if config.pool == "cls" else "avg",
         "fc_norm": config.mean_pool == "before_norm",
     }
 

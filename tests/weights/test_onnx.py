@@ -14,9 +14,16 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.convert import main as convert
 from m3ae_fast.weights import onnx_model
 from tests.helpers.trainer import ROOT
-from tests.weights.test_timm import CASES, make
+from tests.weights.test_timm import CASES as OF_TIMM
+from tests.weights.test_timm import make
 
 pytestmark = pytest.mark.slow
+
+
+CASES = OF_TIMM | {  # cells of 3 x 3 patches have parts of patches
+    "grid2": {"pool": "grid2"},
+    "grid4, a norm of the means": {"pool": "grid4", "mean_pool": "before_norm"},
+}
 
 
 def _features(path, pixels):

@@ -47,6 +47,7 @@ CASES = {
     "no types, wide": {"use_type_embedding": False, "mlp_ratio": 2.5},
     "MAE's": {"gelu": "exact", "positions": "stored", "vocab_size": 0},
     "a norm of the mean": {"mean_pool": "before_norm"},
+    "cls": {"pool": "cls"},
     "grey": {"channels": 1, "image_mean": [0.4], "image_std": [0.2]},
 }
 
@@ -188,6 +189,20 @@ def test_a_timm_folder_is_not_mistaken_for_an_export(tmp_path):
     with pytest.raises(UserError, match="a timm model; convert it"):
         M3AE.from_pretrained(tmp_path / "timm")
     assert json.loads((tmp_path / "timm/config.json").read_text())["model_args"]["act_layer"] == "gelu_tanh"
+
+
+def test_a_model_whose_pooling_is_a_grid_is_exported_with_another_pooling(tmp_path):
+    model, _, normal = make(pool="grid2")
+    model.save_pretrained(tmp_path / "own")
+    arguments = [str(tmp_path / "own"), "--out", str(tmp_path / "timm"), "--format", "timm"]
+    with pytest.raises(UserError, match=r"own: its pooling, grid2, does not exist in timm; add --pool mean"):
+        main(arguments)
+    assert not (tmp_path / "timm").exists()
+    assert main([*arguments, "--pool", "mean"]) == 0
+    vit = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    with torch.no_grad():
+        expected = model.encode(normal, precision="fp32", pool="mean")
+        torch.testing.assert_close(vit(normal), expected, rtol=0, atol=2e-5)
 
 
 def test_a_run_is_exported_for_timm(run, tmp_path):
