@@ -37,7 +37,7 @@ from m3ae_fast.heads.encoding import encoding_loader
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import BankSteps, HeadBatch, Stack, fit_heads, logits
 from m3ae_fast.heads.logistic_regression import fit_chosen
-from m3ae_fast.heads.neighbours import Neighbours, nearest
+from m3ae_fast.heads.nearest_neighbours import Neighbours, nearest
 from m3ae_fast.heads.probes import Setting, attentive_recipe, new_stack
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from m3ae_fast import shards as shards
     from m3ae_fast.base.errors import UserError
     from m3ae_fast.evaluation.embedding import embed
+    from m3ae_fast.evaluation.nearest_images import neighbours
     from m3ae_fast.evaluation.task_runner import evaluate
     from m3ae_fast.model.m3ae import M3AE
     from m3ae_fast.pretraining.stages import pretrain
@@ -27,6 +28,7 @@ __all__ = [
     "embed",
     "evaluate",
     "load_model",
+    "neighbours",
     "pretrain",
     "train",
 ]
@@ -38,6 +40,7 @@ _MODULES = {
     "embed": "m3ae_fast.evaluation.embedding",
     "evaluate": "m3ae_fast.evaluation.task_runner",
     "load_model": "m3ae_fast.weights.open_model",
+    "neighbours": "m3ae_fast.evaluation.nearest_images",
     "pretrain": "m3ae_fast.pretraining.stages",
 }
 

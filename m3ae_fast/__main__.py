@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a model on shards with a config; on several GPUs: torchrun --nproc-per-node N -m m3ae_fast train",
     "shards": "make shards from folders, HDF5 files and Hugging Face datasets; index them; train a tokenizer",
     "embed": "write the features of shards or of a folder of images as .npz or .parquet",
+    "neighbours": "find the images of a folder that are most similar to an image",
     "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, out-of-distribution, ...",
     "draw": "draw reconstructions and attention maps of a run or of an exported model",
     "convert": "write the weights of a run, of official M3AE or MAE, or of timm as a folder, for timm, or as ONNX",

@@ -111,7 +111,7 @@ def test_an_invalid_setting_of_pretrain_is_reported_before_torch_is_imported(tmp
     names, output = imported("-m", "m3ae_fast", "pretrain", *arguments, code=2)
     assert (
         "torch" not in names
-        and output == "error: overrides: unknown key train.global_bach; did you mean train.global_batch?"
+        and output == "error: --set: unknown key train.global_bach; did you mean train.global_batch?"
     )
 
 

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.cli.convert import main as convert
 from m3ae_fast.config import GRIDS, POOLINGS, POOLS, ModelConfig, parse
 from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
-from m3ae_fast.heads.pool_choice import usual_pool
+from m3ae_fast.config.poolings import usual_pool
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pooling import means_of_cells
+from m3ae_fast.weights.converting import convert
 from m3ae_fast.weights.open_model import load_model
 from tests.helpers.trainer import TINY
 
@@ -109,7 +109,9 @@ def test_poolings_of_several_layers_are_computed_in_one_pass():
 def test_the_default_pooling_is_that_of_the_model(tmp_path):
     """It is saved with the model. Texts have no patches, so a grid becomes the mean."""
     _model(pool="grid2").save_pretrained(tmp_path / "own")
-    assert convert([str(tmp_path / "own"), "--out", str(tmp_path / "cls"), "--pool", "cls"]) == 0
+    convert(tmp_path / "own", tmp_path / "cls", pool="cls")
+    with pytest.raises(UserError, match="pool max: must be one of mean, cls, grid2, grid4"):
+        convert(tmp_path / "own", tmp_path / "max", pool="max")
     own, cls = (load_model(tmp_path / name) for name in ("own", "cls"))
     image = _images((32, 32))
     assert torch.equal(own.encode(image), own.encode(image, pool="grid2"))

@@ -10,8 +10,8 @@ from tests.helpers.trainer import ROOT
 
 MOST_SETTINGS = {"config.md": 110, "evaluation-config.md": 40}  # rows of the pages of settings
 COMMANDS = {
-    "pretrain", "train", "embed", "convert", "report", "verify", "shards make", "shards table", "shards stats",
-    "shards tokenizer", "evaluate knn", "evaluate logistic", "evaluate linear", "evaluate attentive",
+    "pretrain", "train", "embed", "neighbours", "convert", "report", "verify", "shards make", "shards table",
+    "shards stats", "shards tokenizer", "evaluate knn", "evaluate logistic", "evaluate linear", "evaluate attentive",
     "evaluate finetune", "evaluate segment", "evaluate robustness", "evaluate ood", "evaluate compare",
     "draw reconstructions", "draw attention",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def test_the_number_of_settings_is_small(page):
 
 def test_there_are_no_other_commands(parsers):
     print(f"{len(parsers)} commands: {', '.join(parsers)}")
-    assert parsers.keys() == COMMANDS and len(parsers) <= 21
+    assert parsers.keys() == COMMANDS and len(parsers) <= 22
 
 
 def test_the_number_of_different_options_is_small(parsers):

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import program
 from m3ae_fast.config.arguments import output
-from m3ae_fast.config.poolings import POOLS
 
 if TYPE_CHECKING:  # torch is imported only where it is used, so that --help appears immediately
     from m3ae_fast.model.pretrained import Pretrained
@@ -53,8 +52,6 @@ def main(argv: list[str] | None = None) -> int:
         help="number of attention heads of the encoder, and of the decoder if there is one; required for .pth and "
         ".safetensors files if no published model has the same width",
     )
-    text = "pooling of images that the written model uses by default (default: that of SOURCE)"
-    parser.add_argument("--pool", choices=POOLS, help=text)
     parser.add_argument(
         "--push",
         metavar="OWNER/NAME",
@@ -74,7 +71,6 @@ def main(argv: list[str] | None = None) -> int:
         weights=args.weights,
         tokenizer=args.tokenizer,
         num_heads=heads,
-        pool=args.pool,
         push=args.push,
     )
     if isinstance(found, VQGAN):

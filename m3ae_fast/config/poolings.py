@@ -33,6 +33,23 @@ POOLINGS: dict[Pool, Pooling] = {
 FOR_TEXTS = " or ".join(pool for pool in POOLS if not POOLINGS[pool].needs_images)
 
 
+_MOST_FEATURES = 4096  # poolings with more features are not candidates
+
+
+def candidates(width: int, is_image: bool) -> list[Pool]:
+    """Return the poolings among which one is chosen, the mean first. `width`: width of the encoder; `is_image`: whether
+    it sees only images."""
+    most = max(_MOST_FEATURES // width, 1)
+    return [pool for pool, each in POOLINGS.items() if each.vectors <= most and (is_image or not each.needs_images)]
+
+
+def usual_pool(width: int) -> Pool:
+    """Return the pooling of images for which no labels are known: the largest grid with at most 4,096 features, which
+    was the best pooling of all models in lab/results/targets.md. `width`: width of the encoder."""
+    fitting = candidates(width, is_image=True)
+    return max(fitting, key=lambda pool: POOLINGS[pool].vectors)
+
+
 def described(quote: str = "") -> str:
     """Return the descriptions of all poolings. `quote`: character around each name."""
     return "; ".join(

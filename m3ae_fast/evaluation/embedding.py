@@ -100,14 +100,19 @@ def _image_files(names: Sequence[str]) -> tuple[str, list[str]] | None:
         folder = names[0]
         if _tars(folder):
             return None
-        found = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
-        images = sorted(path for path in found if path.lower().endswith(SUFFIXES))
+        images = images_in(folder)
         if not images:
             raise UserError(
                 f"{folder}: has neither images ({', '.join(each[1:] for each in SUFFIXES)}) nor .tar shards"
             )
         return folder, [os.path.relpath(path, folder) for path in images]
     return ("", [*names]) if all(name.lower().endswith(SUFFIXES) for name in names) else None
+
+
+def images_in(folder: str) -> list[str]:
+    """Return the paths of the image files in a folder and its sub-folders, in alphabetical order."""
+    found = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
+    return sorted(path for path in found if path.lower().endswith(SUFFIXES))
 
 
 def _tars(folder: str) -> list[str]:
@@ -159,14 +164,15 @@ def _arrays(
 ) -> dict[str, np.ndarray]:
     if ranks.device.type == "cpu":
         keep_freed_memory()
+    encode = config.encode.of_model(model.config, texts=options.modality != "image")
+    config = config.model_copy(update={"encode": encode})
     if images:
         found = _encode_files(model, *images, config, ranks, options.patches).gathered()
         return {"keys": np.array(found.keys, dtype=str)} | _features(model, found)
     store = ShardStore(config.data.cache_dir, config.data.cache_gb)
     corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
     known = read_labels(corpus, options.labels, progress=ranks.is_main)
-    data, encode = config.data, config.encode
-    found = encode_corpus(model, _number(corpus), data, encode, ranks, patches=options.patches).gathered()
+    found = encode_corpus(model, _number(corpus), config.data, encode, ranks, patches=options.patches).gathered()
     numbers = found.labels.numpy()
     arrays = _names(corpus, numbers, found.keys)
     table = _features(model, found)

@@ -24,6 +24,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import Pool, SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
+from m3ae_fast.config.poolings import candidates
 from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.label_lists import are_lists
@@ -37,7 +38,7 @@ from m3ae_fast.heads.encoding import PassMonitor, UnusableSamples, encode_by_eac
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.logistic_regression import Tried
 from m3ae_fast.heads.modules import LinearProbeHead
-from m3ae_fast.heads.pool_choice import ChosenPool, best_pool, candidates, part_of_pool
+from m3ae_fast.heads.pool_choice import ChosenPool, best_pool, part_of_pool
 from m3ae_fast.heads.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.model.encoder import MultimodalEncoder

@@ -19,7 +19,7 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.tasks import Knn
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.knn import knn_predictions
-from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.nearest_neighbours import nearest
 
 _SHOWN, _NEIGHBOURS = 8, 7  # number of queries in the figure, and of neighbours per query
 

@@ -23,7 +23,7 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
 from m3ae_fast.evaluation.tasks import WithLabels
 from m3ae_fast.heads.feature_bank import FeatureBank
-from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.predictions import IMAGE_HASH
 from m3ae_fast.heads.standard_error import image_clusters
 

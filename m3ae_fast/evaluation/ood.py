@@ -41,7 +41,7 @@ from m3ae_fast.heads.classifier import Classifier
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import logits
 from m3ae_fast.heads.logistic_regression import fit
-from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.predictions import IMAGE_HASH
 from m3ae_fast.heads.standard_error import image_clusters
 from m3ae_fast.process.collectives import all_reduce

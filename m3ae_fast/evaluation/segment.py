@@ -36,7 +36,7 @@ from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compar
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import BankSteps, HeadBatch, Stack, fit_heads
 from m3ae_fast.heads.modules import LinearHeads, LinearProbeHead
-from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.predictions import IMAGE_HASH
 from m3ae_fast.heads.stacked_optimizers import AdamW
 from m3ae_fast.heads.standard_error import image_clusters

@@ -13,7 +13,7 @@ from torch import Tensor
 from m3ae_fast.config import USUAL_K, KnnConfig
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.hyperparameter_choice import split
-from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.predictions import Predictions
 
 NUMBERS = (1, USUAL_K)  # numbers of neighbours that are tried if `knn.k` is null

@@ -11,15 +11,7 @@ from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.logistic_regression import Tried, try_strengths
 from m3ae_fast.process.heartbeats import Heartbeats
 
-_MOST_FEATURES = 4096  # poolings with more features are not candidates
 MOST_SAMPLES = 5000  # number of training samples with which the candidates are compared
-
-
-def candidates(width: int, is_image: bool) -> list[Pool]:
-    """Return the poolings among which one is chosen, the mean first. `width`: width of the encoder; `is_image`: whether
-    it sees only images."""
-    most = max(_MOST_FEATURES // width, 1)
-    return [pool for pool, each in POOLINGS.items() if each.vectors <= most and (is_image or not each.needs_images)]
 
 
 class ChosenPool(NamedTuple):
@@ -27,13 +19,6 @@ class ChosenPool(NamedTuple):
 
     pool: Pool
     tried: Tried | None  # the regressions of its features; None if they are those of some of the samples
-
-
-def usual_pool(width: int) -> Pool:
-    """Return the pooling of images for which no labels are known: the largest grid with at most 4,096 features, which
-    was the best pooling of all models in lab/results/targets.md. `width`: width of the encoder."""
-    fitting = candidates(width, is_image=True)
-    return max(fitting, key=lambda pool: POOLINGS[pool].vectors)
 
 
 def best_pool(bank: FeatureBank, pools: Sequence[Pool], classes: int, heartbeats: Heartbeats) -> ChosenPool:

@@ -15,7 +15,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import parse_json
 from m3ae_fast.config import LONGEST, MAX_CHANNELS, Config, Range, parse, require_libraries_of
 from m3ae_fast.config.load import apply_override
-from m3ae_fast.heads.pool_choice import usual_pool
+from m3ae_fast.config.poolings import usual_pool
 
 TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
 EPOCHS, SEEN = 20, 20_000  # a larger model is chosen only if it can be trained for this many epochs and samples

@@ -23,10 +23,10 @@ from m3ae_fast.config import (
     stored_config,
 )
 from m3ae_fast.config.arguments import accepts
+from m3ae_fast.config.poolings import usual_pool
 from m3ae_fast.data.labels import check_field
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
-from m3ae_fast.heads.pool_choice import usual_pool
 from m3ae_fast.model.pretrained import Pretrained
 from m3ae_fast.pretraining import SEVERAL_RANKS
 from m3ae_fast.pretraining.automatic_settings import by_setting, check_overrides

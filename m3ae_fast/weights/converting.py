@@ -54,8 +54,8 @@ def convert(
             `source`, if it has one.
         num_heads: number of attention heads of the encoder, or of encoder and decoder, for a .pth or .safetensors file
             whose width is not one of the published sizes.
-        pool: pooling of images that the written model uses by default (`model.pool`); None: that of `source`. timm
-            has no grids.
+        pool: pooling of images that the written model uses by default (`model.pool`); None: that of `source`. For
+            timm, which has no grids, the mean takes their place.
         push: name, OWNER/NAME, under which the folder is also uploaded to the Hugging Face Hub.
 
     Raises:
@@ -82,7 +82,8 @@ def convert(
     if pool:
         found = replace(found, config=found.config.model_copy(update={"pool": pool}))
     if format == "timm" and found.config.pool in GRIDS:
-        raise UserError(f"{name}: its pooling, {found.config.pool}, does not exist in timm; add --pool mean")
+        note = f"timm has no pooling {found.config.pool}: the written model computes the mean over the patches instead"
+        found = replace(found, config=found.config.model_copy(update={"pool": "mean"}), notes=(*found.notes, note))
     if format != "m3ae" and found.config.resize == "native":
         size = found.config.image_size
         square = f"this format accepts only square images of {size} x {size} pixels; other images need format m3ae"

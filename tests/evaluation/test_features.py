@@ -7,7 +7,8 @@ from pyarrow import parquet
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.embed import main
-from m3ae_fast.weights.open_model import open_model
+from m3ae_fast.evaluation.embedding import embed
+from m3ae_fast.weights.open_model import load_model, open_model
 from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import picture, write_tar
@@ -37,6 +38,15 @@ def test_the_table_of_features_contains_keys_features_and_labels(features, tmp_p
     assert file["shards"].tolist() == [first] * 4 + [second] * 3
     assert file["labels"].tolist() == [0, 2, -1, 1, 2, 0, 1]
     assert (file["features"].shape, file["features"].dtype) == ((7, 32), np.float32)
+
+
+def test_features_have_the_pooling_of_the_model_unless_another_one_is_set(tmp_path):
+    run = tiny_run(tmp_path / "run", pool="grid2")
+    shard = labelled_tar(tmp_path / "a.tar", range(3))
+    model, images = load_model(run), {"overrides": ["data.workers=0", "encode.precision=fp32"]}
+    found, mean = embed(run, shard, **images), embed(model, shard, overrides=[*images["overrides"], "encode.pool=mean"])
+    assert found["features"].shape == (3, 4 * 32) and mean["features"].shape == (3, 32)
+    np.testing.assert_array_equal(embed(model, shard, **images)["features"], found["features"])
 
 
 def test_a_sample_without_a_text_label_has_an_empty_label(features, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from pyarrow import parquet
 
 from m3ae_fast.config import POOLS as ALL
+from m3ae_fast.config.poolings import candidates
 from m3ae_fast.evaluation import job
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.heads import pool_choice
@@ -15,7 +16,7 @@ from m3ae_fast.heads.classifier import Classifier
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.hyperparameter_choice import Trial
 from m3ae_fast.heads.logistic_regression import Tried, fit_chosen
-from m3ae_fast.heads.pool_choice import ChosenPool, best_pool, candidates, part_of_pool
+from m3ae_fast.heads.pool_choice import ChosenPool, best_pool, part_of_pool
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import joined_program
 from tests.evaluation.conftest import settings

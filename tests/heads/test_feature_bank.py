@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.heads import feature_bank, neighbours
 from m3ae_fast.heads.feature_bank import FeatureBank, Rows, storage
-from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.process.ranks import join_ranks
 from tests.helpers import bank_cases
 from tests.helpers.ranks import run_ranks

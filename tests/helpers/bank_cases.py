@@ -17,7 +17,7 @@ from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import logits
 from m3ae_fast.heads.knn import knn_scores
 from m3ae_fast.heads.logistic_regression import fit_chosen
-from m3ae_fast.heads.neighbours import nearest
+from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.probes import Setting, attentive_recipe, train_heads
 from m3ae_fast.process.ranks import Ranks, join_ranks
 
