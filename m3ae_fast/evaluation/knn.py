@@ -35,8 +35,8 @@ def run(job: Job[Knn]) -> dict[str, Any]:
     encoded = job.encode_for_classes(train, val)
     found, chosen = {}, {}
     for name, banks in encoded.items():
-        found[name], k = knn_predictions(*banks, len(classes), config)
-        chosen[name] = {"k": k, **job.chosen_pool(name)}
+        found[name], search = knn_predictions(*banks, len(classes), config)
+        chosen[name] = {**search.entries(), **job.chosen_pool(name)}
     job.keep(found[MODEL].columns(classes))
     predicted_M, (bank, queries) = found[MODEL].best_NK[:, 0], encoded[MODEL]
     shown = _shown(bank, queries)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,16 @@ from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.inference import refuse_not_finite, rows_not_finite
 from m3ae_fast.process.ranks import Ranks
 
+_MEASURED = 8192  # number of samples whose features are summed at a time
+_CONSTANT = 1e-9  # a feature with a smaller variance, relative to its mean square, counts as constant
 _DEVICE_SHARE = 0.5  # fraction of a GPU's free memory that features may take; heads and searches need memory too
+
+
+class Standard(NamedTuple):
+    """The scale of features: they are shown with a mean of 0 and a standard deviation of 1."""
+
+    mean_D: Tensor  # float32
+    std_D: Tensor  # float32; 1 for a constant feature
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,7 @@ class FeatureBank:
     at_R: Tensor | None = None  # int64: row in `stored_SD` of each of these samples; None: all rows, in order
     ranks: Ranks | None = None
     image_hashes: list[str] = field(default_factory=list)  # see `Sample.image_hash`; empty: they are unknown
+    standard: Standard | None = None  # how features are scaled when they are read; None: not at all
 
     @property
     def labels(self) -> Tensor:
@@ -58,9 +68,10 @@ class FeatureBank:
 
     @property
     def features_RD(self) -> Tensor:
-        """Return the features of this rank's samples, in the dtype of `stored_SD`: a copy if the storage also contains
-        other samples."""
-        return self.stored_SD if self.at_R is None else self.take(torch.arange(len(self.at_R)))
+        """Return the features of this rank's samples, as `take` does: a copy if the storage also contains other
+        samples, or if they are scaled."""
+        rows = slice(None) if self.at_R is None else torch.arange(len(self.at_R))
+        return self.take(rows)
 
     @property
     def patches_RLD(self) -> Tensor | None:
@@ -68,11 +79,29 @@ class FeatureBank:
         return None if self.patches_SLD is None else self.tokens().features_RD
 
     def take(self, rows: Tensor | slice) -> Tensor:
-        """Return the features of some of this rank's samples, in the dtype of `stored_SD`. `rows`: indices into the R
-        samples, int64, or a slice of them."""
-        if self.at_R is None:
-            return self.stored_SD[rows if isinstance(rows, slice) else rows.to(self.stored_SD.device)]
-        return self.stored_SD[self.at_R[rows].to(self.stored_SD.device)]
+        """Return the features of some of this rank's samples, in the dtype of `stored_SD`, or float32 if they are
+        scaled. `rows`: indices into the R samples, int64, or a slice of them."""
+        device = self.stored_SD.device
+        if self.at_R is not None:
+            rows = self.at_R[rows]
+        found_SD = self.stored_SD[rows if isinstance(rows, slice) else rows.to(device)]
+        if self.standard is None:
+            return found_SD
+        mean_D, std_D = (each.to(device) for each in self.standard)
+        return (found_SD.float() - mean_D) / std_D
+
+    def measured(self) -> Standard:
+        """Return the mean and the standard deviation of the features of all ranks. Every rank must call it."""
+        sums_2D = torch.zeros(2, self.stored_SD.shape[-1], dtype=torch.float64)
+        for start in range(0, len(self.own), _MEASURED):
+            wide_SD = self.take(slice(start, start + _MEASURED)).double()
+            sums_2D += torch.stack((wide_SD.sum(0), wide_SD.square().sum(0))).cpu()
+        parts = self.ranks.gather(sums_2D) if self.ranks else [sums_2D]
+        # rounded to float32, so that the order of the sums, which depends on the number of ranks, has no effect
+        mean_D, square_D = torch.stack(parts).sum(0) / max(len(self.keys), 1)
+        variance_D = square_D - mean_D**2
+        variance_D = torch.where(variance_D > _CONSTANT * square_D, variance_D, torch.ones_like(variance_D))
+        return Standard(mean_D.float(), variance_D.sqrt().float())
 
     def rows(self, numbers: Sequence[int]) -> FeatureBank:
         """Return a bank of the samples with these numbers, which must be ascending, without copying features."""
@@ -105,7 +134,7 @@ class FeatureBank:
 
     def gathered(self) -> FeatureBank:
         """Return a bank that stores all samples on the CPU of every rank. Every rank must call it."""
-        alone = replace(self, own_R=None, at_R=None, ranks=None)
+        alone = replace(self, own_R=None, at_R=None, ranks=None, standard=None)  # what `features_RD` returns is scaled
         patches_NLD = None if self.patches_SLD is None else self.tokens().complete(self.tokens().features_RD)
         return replace(alone, stored_SD=self.complete(self.features_RD), patches_SLD=patches_NLD)
 

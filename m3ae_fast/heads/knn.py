@@ -8,6 +8,9 @@ Shapes: N training samples, R samples to classify on this rank, K neighbours, C 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 from torch import Tensor
 
 from m3ae_fast.config import USUAL_K, KnnConfig
@@ -30,25 +33,44 @@ def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, te
     return votes_RC.float()
 
 
+class Search(NamedTuple):
+    """How the neighbours are found."""
+
+    k: int = USUAL_K  # number of neighbours of a query
+    standardised: bool = False  # whether features are compared after standardisation
+
+    def entries(self) -> dict[str, float]:
+        """Return the entries of this choice in result.json."""
+        return self._asdict()
+
+
 def knn_predictions(
     bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig
-) -> tuple[Predictions, int]:
-    """Return the k-NN predictions of all queries, with neighbours from `bank`, and the number of neighbours of a query.
-    If `config.k` is null, this number is the one of NUMBERS with the highest accuracy on a tenth of the samples of
-    `bank`, with neighbours from the others; in a tie, or if there are fewer than ten samples, it is USUAL_K. Every rank
-    must call it."""
-    k = config.k or _chosen_k(bank, classes, config.temperature)
-    scores_RC = knn_scores(bank, queries, classes, k, config.temperature)
-    return queries.predictions(scores_RC, votes=True), min(k, len(bank.keys))
+) -> tuple[Predictions, Search]:
+    """Return the k-NN predictions of all queries, with neighbours from `bank`, and how the neighbours were found. If
+    `config.k` is null, this is the choice of a number from NUMBERS, and of standardised features or not, that has the
+    highest accuracy on a tenth of the samples of `bank`, with neighbours from the others. In a tie, and if there are
+    fewer than ten samples, features are not standardised, and the number is USUAL_K. Every rank must call it."""
+    search = Search(config.k) if config.k else _chosen(bank, classes, config.temperature)
+    scores_RC = _scores(bank, queries, classes, search, config.temperature)
+    return queries.predictions(scores_RC, votes=True), search._replace(k=min(search.k, len(bank.keys)))
 
 
-def _chosen_k(bank: FeatureBank, classes: int, temperature: float) -> int:
+def _scores(bank: FeatureBank, queries: FeatureBank, classes: int, search: Search, temperature: float) -> Tensor:
+    """Return the votes as `knn_scores` does. The standardisation is that of the features of `bank`."""
+    if search.standardised:
+        standard = bank.measured()
+        bank, queries = replace(bank, standard=standard), replace(queries, standard=standard)
+    return knn_scores(bank, queries, classes, search.k, temperature)
+
+
+def _chosen(bank: FeatureBank, classes: int, temperature: float) -> Search:
     parts = split(bank, _MOST_HELD_OUT)
     if not parts.held_out:
-        return USUAL_K
+        return Search()
     train, held_out = bank.rows(parts.train), bank.rows(parts.held_out)
     top1 = {}
-    for k in NUMBERS:
-        scores_RC = knn_scores(train, held_out, classes, k, temperature)
-        top1[k] = held_out.predictions(scores_RC, votes=True).accuracies()["top1"]
-    return max(top1, key=lambda k: (top1[k], k == USUAL_K))
+    for search in (Search(k, standardised) for standardised in (False, True) for k in NUMBERS):
+        scores_RC = _scores(train, held_out, classes, search, temperature)
+        top1[search] = held_out.predictions(scores_RC, votes=True).accuracies()["top1"]
+    return max(top1, key=lambda search: (top1[search], not search.standardised, search.k == USUAL_K))

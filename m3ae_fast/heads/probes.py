@@ -269,8 +269,8 @@ class Probe(NamedTuple):
 
 
 def _by_neighbours(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> tuple[Predictions, dict[str, float]]:
-    predictions, k = knn_predictions(bank, held_out, setting.classes, setting.config.knn)
-    return predictions, {"k": k}
+    predictions, search = knn_predictions(bank, held_out, setting.classes, setting.config.knn)
+    return predictions, search.entries()
 
 
 def _by_regression(bank: FeatureBank, held_out: FeatureBank, setting: Setting) -> tuple[Predictions, dict[str, float]]:

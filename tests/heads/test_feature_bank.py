@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.heads import feature_bank, neighbours
+from m3ae_fast.heads import feature_bank, nearest_neighbours
 from m3ae_fast.heads.feature_bank import FeatureBank, Rows, storage
 from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.process.ranks import join_ranks
@@ -33,10 +33,10 @@ def _bank(features):
 def test_neighbours_equal_those_of_a_stable_sort(monkeypatch, samples, width, k, equal):
     """Samples are searched in blocks, which are divided into groups. The last block and the last group are incomplete.
     More samples may be equally similar than the list of candidates can hold."""
-    monkeypatch.setitem(neighbours._BLOCKS, "cpu", neighbours._Blocks(16, 2048))
-    monkeypatch.setattr(neighbours, "_GROUP", 4)
-    monkeypatch.setattr(neighbours, "_AT_A_TIME", 50)
-    monkeypatch.setattr(neighbours, "_RESCORED", 1000)
+    monkeypatch.setitem(nearest_neighbours._BLOCKS, "cpu", nearest_neighbours._Blocks(16, 2048))
+    monkeypatch.setattr(nearest_neighbours, "_GROUP", 4)
+    monkeypatch.setattr(nearest_neighbours, "_AT_A_TIME", 50)
+    monkeypatch.setattr(nearest_neighbours, "_RESCORED", 1000)
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(count, width, generator=generator) for count in (samples, 70))
     if equal:
@@ -63,7 +63,7 @@ def test_neighbours_do_not_depend_on_the_number_of_ranks(tmp_path):
         each = torch.load(tmp_path / "found.pt", weights_only=False)
         assert len(each) == count
         for found in each:
-            for name in ("similarity", "number", "best", "scores", "rows"):
+            for name in ("similarity", "number", "standard", "best", "scores", "rows"):
                 assert torch.equal(found[name], alone[name]), name
             assert found["keys"] == alone["keys"]
             for name, expected in heads.items():

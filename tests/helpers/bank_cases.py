@@ -52,6 +52,7 @@ def found(ranks: Ranks | None) -> dict[str, object]:
     return {
         "similarity": queries.complete(near.similarity_QK),
         "number": queries.complete(near.number_QK),
+        "standard": torch.stack([*bank.measured()]),
         "keys": predictions.keys,
         "best": predictions.best_NK,
         "scores": predictions.scores_N,
