@@ -19,8 +19,8 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import folder as folder_module
 from m3ae_fast.checkpoint import resuming, state_files
+from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.checkpoint.saver import Saver
-from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.engine.fragments import Fragment, cut, whole

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from m3ae_fast.batch.packing import pack
-from m3ae_fast.checkpoint.staging import Staging
+from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.config import Config, parse
 from m3ae_fast.engine import optimizer
 from m3ae_fast.engine.build import build_engine

@@ -21,8 +21,8 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import pack
+from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.checkpoint.saver import Saver
-from m3ae_fast.checkpoint.staging import Staging
 from m3ae_fast.config import Config, MaskingConfig, OptimConfig, SourceConfig, TrainConfig, parse
 from m3ae_fast.data import Data, ShardStore, open_corpus, open_data
 from m3ae_fast.data.loader import collate

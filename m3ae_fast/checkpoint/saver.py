@@ -12,7 +12,7 @@ from torch import Tensor
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.memory import out_of_memory
-from m3ae_fast.checkpoint.staging import Staging
+from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.engine.fragments import Fragments, whole
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.process.agreement import Agreement

@@ -32,8 +32,8 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.tasks import Finetune
 from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
-from m3ae_fast.heads.default_hyperparameters import sentence
 from m3ae_fast.heads.encoding import check_skipped
+from m3ae_fast.heads.length_and_rate import sentence
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.diagnostics import fix_of_losses

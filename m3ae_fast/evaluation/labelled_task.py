@@ -25,7 +25,7 @@ from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, WARNINGS, accuracy_e
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Job
 from m3ae_fast.evaluation.tasks import WithResume
 from m3ae_fast.heads import logistic_regression
-from m3ae_fast.heads.default_hyperparameters import OFFICIAL, chosen, with_defaults
+from m3ae_fast.heads.length_and_rate import OFFICIAL, chosen, with_defaults
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.heads.training_warnings import training_warnings

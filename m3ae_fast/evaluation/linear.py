@@ -13,9 +13,9 @@ from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
 from m3ae_fast.evaluation.tasks import Linear
-from m3ae_fast.heads.default_hyperparameters import sentence
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import logits
+from m3ae_fast.heads.length_and_rate import sentence
 from m3ae_fast.heads.modules import LinearHeads
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.training.trainer import Trainer

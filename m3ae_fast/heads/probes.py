@@ -18,7 +18,6 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import POOLINGS, ModelConfig, Pool
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import warmup_cosine
-from m3ae_fast.heads.default_hyperparameters import OFFICIAL
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import (
     BankSteps,
@@ -32,6 +31,7 @@ from m3ae_fast.heads.fit_heads import (
 )
 from m3ae_fast.heads.hyperparameter_choice import Trial, best, edge, split
 from m3ae_fast.heads.knn import knn_predictions
+from m3ae_fast.heads.length_and_rate import OFFICIAL
 from m3ae_fast.heads.logistic_regression import predict
 from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
 from m3ae_fast.heads.predictions import Predictions

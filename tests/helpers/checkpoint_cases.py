@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from m3ae_fast import checkpoint
 from m3ae_fast.checkpoint import folder as folder_module
 from m3ae_fast.checkpoint import resuming, state_files
-from m3ae_fast.checkpoint.staging import Staging
+from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 from m3ae_fast.engine.fragments import Fragments, cut

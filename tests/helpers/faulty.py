@@ -15,7 +15,7 @@ from typing import Any
 from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import folder, state_files
-from m3ae_fast.checkpoint.staging import Staging
+from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.cli import embed
 from m3ae_fast.data.dataset import Samples
 from m3ae_fast.evaluation import embedding

@@ -27,7 +27,7 @@ from torch import Tensor
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import resuming
-from m3ae_fast.checkpoint.staging import Staging
+from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.config import Config, DeepSpeedConfig, ZeroConfig
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.engine.interface import ModelEngine

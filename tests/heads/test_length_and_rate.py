@@ -7,7 +7,7 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import FINETUNE, LINEAR, evaluation_config
-from m3ae_fast.heads.default_hyperparameters import IMAGENET, OFFICIAL, Recipe, chosen, with_defaults
+from m3ae_fast.heads.length_and_rate import IMAGENET, OFFICIAL, Recipe, chosen, with_defaults
 from m3ae_fast.heads.training_warnings import rising
 from tests.helpers.trainer import ROOT
 
