@@ -16,6 +16,7 @@ class Pooling(NamedTuple):
     about: str  # what the features are
     vectors: int = 1  # number of feature vectors, each as wide as the encoder, to which a sample is reduced
     needs_images: bool = False  # whether every sample must have an image
+    timm: str | None = None  # value of timm's `global_pool` for this pooling; None: timm has none
 
 
 def _grid(side: int) -> Pooling:
@@ -26,8 +27,8 @@ def _grid(side: int) -> Pooling:
 # number of cells per side of the poolings that keep the position in the image
 GRIDS = {pool: int(pool.removeprefix("grid")) for pool in POOLS if pool.startswith("grid")}
 POOLINGS: dict[Pool, Pooling] = {
-    "mean": Pooling("the mean over all tokens except cls"),
-    "cls": Pooling("the cls token"),
+    "mean": Pooling("the mean over all tokens except cls", timm="avg"),
+    "cls": Pooling("the cls token", timm="token"),
     **{pool: _grid(side) for pool, side in GRIDS.items()},
 }
 FOR_TEXTS = " or ".join(pool for pool in POOLS if not POOLINGS[pool].needs_images)
@@ -53,7 +54,7 @@ def usual_pool(width: int) -> Pool:
 def described(quote: str = "") -> str:
     """Return the descriptions of all poolings. `quote`: character around each name."""
     return "; ".join(
-        f"{quote}{name}{quote}, {about}"
-        + (f" ({vectors} times as many features; needs images)" if needs_images else "")
-        for name, (about, vectors, needs_images) in POOLINGS.items()
+        f"{quote}{name}{quote}, {pooling.about}"
+        + (f" ({pooling.vectors} times as many features; needs images)" if pooling.needs_images else "")
+        for name, pooling in POOLINGS.items()
     )

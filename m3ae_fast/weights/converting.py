@@ -12,7 +12,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import push_folder
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.batch.tokenizer import load_tokenizer
-from m3ae_fast.config import GRIDS, POOLS, Pool
+from m3ae_fast.config import POOLINGS, POOLS, Pool
 from m3ae_fast.model.card import model_card
 from m3ae_fast.model.pretrained import Pretrained, write_pretrained
 from m3ae_fast.vqgan.flax import convert_vqgan
@@ -81,7 +81,7 @@ def convert(
         found = replace(found, tokenizer=load_tokenizer(tokenizer, *sizes, label="tokenizer"))
     if pool:
         found = replace(found, config=found.config.model_copy(update={"pool": pool}))
-    if format == "timm" and found.config.pool in GRIDS:
+    if format == "timm" and POOLINGS[found.config.pool].timm is None:
         note = f"timm has no pooling {found.config.pool}: the written model computes the mean over the patches instead"
         found = replace(found, config=found.config.model_copy(update={"pool": "mean"}), notes=(*found.notes, note))
     if format != "m3ae" and found.config.resize == "native":

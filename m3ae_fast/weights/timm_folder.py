@@ -26,7 +26,7 @@ from m3ae_fast.base.output_folder import (
     read_tensors,
     write_tensors,
 )
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import POOLINGS, ModelConfig
 from m3ae_fast.images.decoding import PIL_MODES
 from m3ae_fast.model.positions import sincos_2d
 from m3ae_fast.model.pretrained import Pretrained
@@ -124,7 +124,7 @@ def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]
 
 def model_arguments(config: ModelConfig) -> dict[str, Any]:
     """Return the arguments with which timm's VisionTransformer computes the same features as `M3AE.encode`, with mean
-    pooling if `config.pool` is a grid. If the last norm is applied to the mean, it is `fc_norm`."""
+    pooling if timm does not have `config.pool`. If the last norm is applied to the mean, it is `fc_norm`."""
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -135,7 +135,7 @@ def model_arguments(config: ModelConfig) -> dict[str, Any]:
         "mlp_ratio": config.mlp_ratio,
         "act_layer": _ACT_LAYERS[config.gelu],
         "num_classes": 0,
-        "global_pool": "token" if config.pool == "cls" else "avg",
+        "global_pool": POOLINGS[config.pool].timm or "avg",
         "fc_norm": config.mean_pool == "before_norm",
     }
 

@@ -360,7 +360,7 @@ def test_a_file_that_is_not_an_image_is_named(model, tmp_path):
         ({"images": [torch.zeros(3, 0, 32, dtype=torch.uint8)]}, "has shape"),
         ({"images": [b"a file"]}, "images must be paths, PIL images, arrays or tensors, not bytes"),
         ({"images": [torch.full((3, 32, 32), math.nan)]}, "values that are not finite"),
-        ({"images": [torch.zeros(3, 32, 32)], "pool": "max"}, f"pool 'max': must be one of {', '.join(POOLS)}"),
+        ({"images": [torch.zeros(3, 32, 32)], "pool": "other"}, f"pool 'other': must be one of {', '.join(POOLS)}"),
         ({"images": [torch.zeros(3, 32, 32)], "precision": "fp64"}, "precision 'fp64': must be auto, bf16 or fp32"),
         ({"images": [torch.zeros(3, 32, 32)], "batch_size": -1}, "batch_size -1: must be an integer of at least 1"),
     ],

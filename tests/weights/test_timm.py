@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.convert import main
-from m3ae_fast.config import ModelConfig
+from m3ae_fast.config import GRIDS, POOLS, ModelConfig
 from m3ae_fast.model import M3AE
 from m3ae_fast.weights.from_mae_or_timm import HEADS, IMAGENET, ViTOptions
 from m3ae_fast.weights.timm_folder import read_timm_folder, write_timm
@@ -47,7 +47,7 @@ CASES = {
     "no types, wide": {"use_type_embedding": False, "mlp_ratio": 2.5},
     "MAE's": {"gelu": "exact", "positions": "stored", "vocab_size": 0},
     "a norm of the mean": {"mean_pool": "before_norm"},
-    "cls": {"pool": "cls"},
+    **{pool: {"pool": pool} for pool in POOLS if pool not in ("mean", *GRIDS)},
     "grey": {"channels": 1, "image_mean": [0.4], "image_std": [0.2]},
 }
 
