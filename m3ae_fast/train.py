@@ -77,7 +77,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--world",
         type=int,
         metavar="N",
-        help="plan for N GPUs of another machine, assuming the data-sheet values of an H100 (default: this machine)",
+        help="plan for N GPUs of another machine: print the FLOPs, the network traffic and the memory per GPU, and the "
+        "shortest possible step on several kinds of GPUs, instead of measuring steps (default: this machine)",
     )
     dry.add_argument(
         "--no-data",

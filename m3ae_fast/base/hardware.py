@@ -101,7 +101,7 @@ class Peaks(NamedTuple):
 
 
 # The keys are parts of GPU names; the first key that occurs in a GPU's name is used.
-_PEAKS = {
+PEAKS = {
     "H200": Peaks(989e12, 4.8e12),
     "H100 PCIe": Peaks(756e12, 2.0e12),
     "H100 NVL": Peaks(835e12, 3.9e12),
@@ -136,7 +136,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 def data_sheet(name: str) -> Peaks | None:
     """Return the peak throughput of the GPU called `name`; None if the GPU is unknown."""
-    return next((peaks for part, peaks in _PEAKS.items() if part in name), None)
+    return next((peaks for part, peaks in PEAKS.items() if part in name), None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from m3ae_fast.base.hardware import Peaks, data_sheet, missing_memory, resolve_precision
+from m3ae_fast.base.hardware import PEAKS, missing_memory, resolve_precision
 from m3ae_fast.base.progress import working
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, open_data, split_batch
@@ -33,14 +33,9 @@ from m3ae_fast.training.diagnostics import WAITING, faster_loading
 from m3ae_fast.training.throughput import newton_schulz_flops
 from m3ae_fast.training.throughput_estimate import FIRST_BATCH, measure
 
-UTILISATION = 0.45  # assumed fraction of an H100's bf16 peak; good trainers reach it for models of this size
-NETWORK = 50e9  # assumed network bandwidth in bytes per second and GPU: 400 Gbit/s
-FETCHED = 1e9  # assumed download rate in bytes per second and node
-GPUS_OF_NODE = 8
+RANKS_OF_NODE = 8  # assumed number of ranks per node
 MEASURED_S = 5.0  # maximum number of seconds spent measuring steps to estimate the duration of the run
 DECODED_PER_CORE = 600  # images decoded per second and core at 256 px, from benchmarks/results
-CORES_PER_GPU = 12  # usual number of cores per GPU
-FP32 = 67e12  # FLOP/s of an H100 in float32, according to its data sheet
 
 
 def report(
@@ -57,8 +52,8 @@ def report(
         config: config of the run; if `gpus` is False, its precision must be resolved.
         world: number of GPUs, or number of ranks if there are no GPUs; None: `train.global_batch` divided by
             `train.micro_batch` and rounded down, but at least 1.
-        gpus: whether to also print throughput and times for GPUs according to an H100's data sheet; otherwise, only
-            machine-independent lines are printed.
+        gpus: whether to also print the FLOPs, the network traffic and the memory per GPU, and the shortest possible
+            step on each kind of GPU in `PEAKS`; otherwise, only the lines that matter without GPUs are printed.
         data: whether to open the shards and the tokenizer.
         more: additional lines to print at the end, each as a title and a text.
 
@@ -69,9 +64,9 @@ def report(
     needs = _Needs(config, world)
     lines = [*_flops_lines(needs), _batch_line(needs, gpus)]
     if gpus:
-        lines += _gpu_lines(needs)
+        lines += [("step", _step(needs)), ("network", _network(needs))]
     if data:
-        lines += _data_lines(needs, gpus)
+        lines += _data_lines(needs)
     if not gpus:
         stage = config.zero.stage if config.zero else 0
         state = zero_bytes(needs.parameters, stage, needs.world, in_bf16(config), needs.matrices)
@@ -84,11 +79,14 @@ def report(
     for name, text in [*lines, *more]:
         console.print(f"{name:21} {text}")
     if gpus:
+        console.print(shortest_steps(needs.step_flops))
+        sheet = "shortest step: FLOPs divided by the peak in the GPU's data sheet for dense matmuls in bf16"
+        console.print(f"{sheet}; this is a lower limit, not a prediction")
         _print_memory(console, needs)
 
 
 class _Needs:
-    """The FLOPs, the throughput of an H100 and the memory that follow from a config."""
+    """The FLOPs and the memory that follow from a config."""
 
     def __init__(self, config: Config, world: int | None) -> None:
         """Compute these values. The arguments and errors are the same as in `report`."""
@@ -101,10 +99,9 @@ class _Needs:
         self.world = world or max(one_step, 1)
         self.share = split_batch(config.train, self.world)
         self.flops = executed_flops(config.model, sample)  # per sample
-        peaks = data_sheet("H100")
-        assert peaks is not None
-        self.peaks = peaks
-        self.rate = UTILISATION * peaks.flops / self.flops  # samples per second of an H100
+        self.samples = config.train.global_batch / self.world  # mean number per step and rank
+        self.muon_flops = newton_schulz_flops(config, self.model, self.world)  # per step and rank
+        self.step_flops = self.samples * self.flops + self.muon_flops  # per step and rank
         self.activations = self.share.micro_batch * activation_bytes(config, sample)  # bytes per rank
         self.matrices = matrix_elements(config, self.model)
 
@@ -132,26 +129,15 @@ def _batch_line(needs: _Needs, gpus: bool) -> tuple[str, str]:
     return "batch", text
 
 
-def _gpu_lines(needs: _Needs) -> list[tuple[str, str]]:
-    config, world, rate = needs.config, needs.world, needs.rate
-    sheet = f"{needs.peaks.flops / 1e12:,.0f} TFLOP/s according to its data sheet"
-    return [
-        ("GPU", f"an H100, {sheet}, at an assumed utilisation of {UTILISATION:.0%}"),
-        ("network", _network(needs)),
-        ("step", _step(config, needs.model, world, rate, needs.peaks)),
-        ("loader", _loader(rate)),
-    ]
-
-
-def _data_lines(needs: _Needs, gpus: bool) -> list[tuple[str, str]]:
+def _data_lines(needs: _Needs) -> list[tuple[str, str]]:
     """Open the data, and return lines about the data and the number of steps."""
     config = needs.config
     with working("opening the data"):
         found = open_data(config.data, config.model, progress=True)
     schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
     held_out = f", {found.val.samples:,} held out" if found.val else ""
-    lines = [("data", f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps")]
-    return lines + (fetching_lines(config, found.train, needs.world, needs.rate) if gpus else [])
+    text = f"{found.train.samples:,} samples{held_out}; {schedule.total_steps:,} steps"
+    return [("data", text), *fetching_lines(config, found.train, needs.world)]
 
 
 def _print_memory(console: Console, needs: _Needs) -> None:
@@ -175,8 +161,8 @@ def _print_memory(console: Console, needs: _Needs) -> None:
 
 def report_time(config: Config, session: Session) -> None:
     """Print the duration of the run on the present ranks, estimated from measured steps, and whether the data loader
-    is the bottleneck. On CPUs, also print the number of cores that it needs. Every rank must call this function. Raises
-    the same errors as `measure`."""
+    is the bottleneck. Also print the number of cores that it needs at this pace. Every rank must call this function.
+    Raises the same errors as `measure`."""
     ranks = session.ranks
     if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
         if ranks.is_main:
@@ -187,12 +173,12 @@ def report_time(config: Config, session: Session) -> None:
     if ranks.is_main:
         found = open_data(config.data, config.model)
         schedule = Schedule(config.train, config.optim, found.train.samples * config.data.repeats)
-        lines = [("time", pace.sentence(config, schedule))]
-        if ranks.device.type == "cpu":
-            batch = config.train.global_batch
-            rate = batch / pace.step(batch)
-            lines.append(("loader", f"{rate / DECODED_PER_CORE:,.2g} cores, for {pace.rate(batch)}"))
-            lines += fetching_lines(config, found.train, ranks.world, rate / ranks.world)
+        batch = config.train.global_batch
+        cores = batch / pace.step(batch) / DECODED_PER_CORE
+        lines = [
+            ("time", pace.sentence(config, schedule)),
+            ("loader", f"{cores:,.2g} cores, for {pace.rate(batch)}"),
+        ]
         if pace.data_wait > WAITING:
             text = f"{pace.data_wait:.0%} of the measured time: the loader is the bottleneck on this machine; "
             lines.append(("data wait", f"{text}suggested fix: {faster_loading(config.data.repeats)}"))
@@ -229,75 +215,54 @@ def exchanged_updates(matrices: int, world: int) -> float:
     return 4 * matrices * (world - 1) / world
 
 
-def _step(config: Config, model: M3AE, world: int, rate: float, peaks: Peaks) -> str:
-    """Return a description of the duration of a step, including Muon but excluding waits for network and data."""
-    samples = config.train.global_batch / world
-    seconds = samples / rate
-    if config.optim.name == "adamw":
-        return f"{1e3 * seconds:.3g} ms for {samples:,.0f} samples per GPU"
-    flops = newton_schulz_flops(config, model, world)
-    precision, peak = ("bf16", peaks.flops) if in_bf16(config) else ("float32", FP32)
-    orthogonalising = flops / (UTILISATION * peak)
-    return (
-        f"{1e3 * (seconds + orthogonalising):.3g} ms: {1e3 * seconds:.3g} ms for {samples:,.0f} samples per GPU, and "
-        f"{1e3 * orthogonalising:.3g} ms for Muon's Newton-Schulz iterations, {flops / 1e9:,.3g} GFLOP in {precision}"
-    )
-
-
-def _loader(rate: float) -> str:
-    """Return a description of the number of cores that are needed to load the samples for a GPU, with advice if this
-    number is higher than usual. `rate`: number of samples per second."""
-    cores = rate / DECODED_PER_CORE
-    text = f"{cores:,.1f} cores per GPU, for {rate:,.0f} samples/s"
-    if cores <= CORES_PER_GPU:
-        return text
-    return (
-        f"{text}; on nodes with fewer cores per GPU (usually {CORES_PER_GPU}), the loader is the bottleneck: "
-        "downscale the images when the shards are written (--short-side), or raise data.repeats"
-    )
+def _step(needs: _Needs) -> str:
+    """Return a description of the FLOPs of a step, including those of Muon."""
+    text, samples = f"{_rounded(needs.step_flops / 1e12)} TFLOP per GPU", f"for {_rounded(needs.samples)} samples"
+    if not needs.muon_flops:
+        return f"{text}, {samples}"
+    parts = needs.samples * needs.flops, needs.muon_flops
+    forward, muon = (_rounded(flops / 1e12) for flops in parts)
+    return f"{text}: {forward} {samples}, and {muon} for Muon's Newton-Schulz iterations"
 
 
 def _network(needs: _Needs) -> str:
-    config, world, rate, accumulation = needs.config, needs.world, needs.rate, needs.share.accumulation
+    config = needs.config
     stage = None if config.zero is None else config.zero.stage
     fp32_sums = config.deepspeed is None or config.deepspeed.communication_data_type == "fp32"
+    world, accumulation = needs.world, needs.share.accumulation
     sent = network_bytes(needs.parameters, stage, world, accumulation, in_bf16(config), fp32_sums, needs.matrices)
     text = f"{sent / 1e9:,.2f} GB sent per GPU in each step"
-    if not sent:
-        return text
-    if stage in (1, 2) and needs.matrices:
+    if stage in (1, 2) and needs.matrices and sent:
         text += f", of which {exchanged_updates(needs.matrices, world) / 1e9:,.2f} GB are Muon's updates"
-    batch = config.train.global_batch
-    seconds, work = sent / NETWORK, batch / world / rate
-    text += f": {1e3 * seconds:.3g} ms at {NETWORK / 1e9:g} GB/s, compared with {1e3 * work:.3g} ms of computation"
-    if seconds > work:
-        other = ", or set deepspeed.zero_optimization.stage to 1" if (stage or 0) > 1 and accumulation > 1 else ""
-        most = max(1, int(batch / rate / seconds))
-        text += f"; with more than {most:,} GPUs, the network is the bottleneck: raise train.global_batch{other}"
     return text
 
 
-def fetching_lines(config: Config, corpus: Corpus, world: int, rate: float) -> list[tuple[str, str]]:
-    """Return lines, pairs of a title and a text, on the downloads and cached shards of a node, at `rate` samples per
-    second and rank. The result is empty if shards are read in place or
-    their sizes are unknown."""
-    ranks = range(min(world, GPUS_OF_NODE))
+def fetching_lines(config: Config, corpus: Corpus, world: int) -> list[tuple[str, str]]:
+    """Return lines, pairs of a title and a text, on the downloads and cached shards of a node. The result is empty if
+    shards are read in place or their sizes are unknown."""
+    ranks = range(min(world, RANKS_OF_NODE))
     schedule = prefetch_schedule(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
-    first, owned = schedule.in_use(), schedule.owned()
+    first, owned = schedule.in_use() / 1e9, schedule.owned() / 1e9
     if not owned:
         return []
-    epoch = corpus.samples * config.data.repeats / (rate * world)  # seconds per epoch
+    node = f"a node with {len(ranks)} rank{'s' * (len(ranks) > 1)}"
     return [
-        (
-            "fetching",
-            f"at most {first / 1e9:,.3g} GB per node before the first step, in {first / FETCHED:,.0f} s at "
-            f"{FETCHED / 1e9:g} GB/s; then {owned / epoch / 1e6:,.3g} MB/s",
-        ),
-        (
-            "disk of a node",
-            f"at least {2 * first / 1e9:,.3g} GB for cached shards; {owned / 1e9:,.3g} GB to cache all shards",
-        ),
+        ("fetching", f"at most {first:,.3g} GB for {node} before the first step, and {owned:,.3g} GB in an epoch"),
+        ("disk of a node", f"at least {2 * first:,.3g} GB for cached shards; {owned:,.3g} GB to cache all shards"),
     ]
+
+
+def shortest_steps(flops: float) -> Table:
+    """Return a table of the shortest possible step on each kind of GPU. `flops`: FLOPs per step and GPU."""
+    table = Table("GPU", "peak TFLOP/s", "shortest step in ms")
+    for name, peaks in PEAKS.items():
+        table.add_row(name, f"{peaks.flops / 1e12:,.0f}", _rounded(1e3 * flops / peaks.flops))
+    return table
+
+
+def _rounded(value: float) -> str:
+    """Return a number with three significant digits, without an exponent if it is at least 0.0001."""
+    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 def memory_table(config: Config, parameters: int, world: int, activations: float, matrices: int = 0) -> Table:

@@ -59,7 +59,9 @@ def test_a_dry_run_measures_steps_and_updates_on_the_gpu(tmp_path, monkeypatch, 
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     assert main(["--config", str(tmp_path / "tiny.json"), "--dry-run", "--set", "deepspeed=null"]) == 0
     assert measured[0].update == pytest.approx(0.001)
-    assert re.search(r"^GPU +an H100.*^time +\S+ on this machine", capsys.readouterr().out, re.M | re.S)
+    assert re.search(
+        r"^step .*^. H100 .*^time +\S+ on this machine.*^loader +\S+ cores", capsys.readouterr().out, re.M | re.S
+    )
 
 
 def test_expandable_memory_segments_are_requested_unless_the_user_configures_the_allocator(monkeypatch):
