@@ -343,5 +343,5 @@ def test_statistics_are_computed_per_channel(tmp_path, capsys):
     assert np.abs(both.mean((0, 1, 2)) - mean).max() < 1e-4 and np.abs(both.std((0, 1, 2)) - std).max() < 1e-4
     assert 'model.image_dtype="float32"' in output and "has 3 channels, but the model expects 13" in output
     assert Image.open(tmp_path / "a.png").width > 600
-    with pytest.raises(UserError, match="--channels 0: must be from 1 to 256"):
+    with pytest.raises(UserError, match="--channels 0: must be greater than or equal to 1"):
         data_tools([*command, "--channels", "0"])
