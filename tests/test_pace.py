@@ -48,6 +48,16 @@ def test_the_pace_excludes_pauses_but_the_time_left_includes_further_pauses():
     assert worker.pace.done == 100 and worker.pace.left() == 20
 
 
+def test_parts_without_units_have_no_pace_of_their_own():
+    """Their time counts for the next units, for example if no sample of a batch can be read."""
+    worker = Worker(20)
+    worker.work(30.0)
+    worker.work(1.0, units=0)
+    assert worker.pace.describe_left() == ", about 0:09:30 left"
+    worker.work(2.0, units=3)
+    assert (worker.pace.done, worker.pace.per_unit) == (4, 1.0)
+
+
 def test_recent_units_have_a_higher_weight_if_wanted():
     for recent, pace in ((float("inf"), 2.0), (10.0, 3.0)):
         worker = Worker()

@@ -1335,7 +1335,8 @@ def test_the_pretrain_command_passes_on_its_arguments(monkeypatch, capsys, end, 
     given = {"hours": 3.0, "captions": Path("a.csv"), "val": ["b.tar", "c.tar"], "labels": "json.kind"}
     given |= {"start_from": "base", "overrides": ["train.global_batch=8"], "dry_run": dry_run}
     given |= {"device": None, "recipe": None, "image_column": "file", "caption_column": None, "group": "folder"}
-    assert calls == [(("photos", Path("run")), given)]
+    given |= {"source": "photos", "out": Path("run"), "seed": None}
+    assert calls == [((), given)]
     out, err = capsys.readouterr()
     assert (out.strip(), err.strip()) == (
         printed,

@@ -48,8 +48,10 @@ class Pace:
         self._pauses: dict[str, tuple[float, float]] = {}  # by name: seconds of a pause, and pauses per unit
 
     def advance(self, units: float = 1.0, recent: float = math.inf) -> None:
-        """Count units that were done since the last call. `recent`: seconds of work within which the weight of earlier
-        units decreases by a factor of e."""
+        """Count units that were done since the last call. If there are none, the time since then counts for the next
+        units. `recent`: seconds of work within which the weight of earlier units decreases by a factor of e."""
+        if not units:
+            return
         now = self.now()
         took, self._last = now - self._last, now
         if self.missing:

@@ -24,6 +24,7 @@ from m3ae_fast.evaluation.image_features import available
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.ood import SCORES
 from m3ae_fast.evaluation.significance import difference
+from m3ae_fast.heads import attentive_online
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
 from tests.evaluation.conftest import figure_names, same_as_baseline, settings
@@ -144,13 +145,13 @@ def test_an_interrupted_comparison_continues_with_the_probe_that_was_interrupted
 
 def test_each_seed_of_an_online_probe_has_samples_in_another_order(compared, run, monkeypatch):
     """The order of a seed is the same for all models."""
-    orders, batches = [], Job.batches
+    orders, loader = [], attentive_online.train_loader
 
-    def seen(job, *given, **more):
-        orders.append([key for batch in batches(job, *given, **more) for key in batch.keys])
-        return batches(job, *given, **more)
+    def seen(*given, **more):
+        orders.append([key for batch in loader(*given, **more) for key in batch.keys])
+        return loader(*given, **more)
 
-    monkeypatch.setattr(Job, "batches", seen)
+    monkeypatch.setattr(attentive_online, "train_loader", seen)
     short = settings("attentive.steps=3", "attentive.batch=16", "attentive.peak_lr=0.001", "attentive.online=true")
     compared("--seeds", "2", "--probes", "attentive", models=[run], short=short)
     assert len(orders) == 4 and orders[:2] == orders[2:] and orders[0] != orders[1]

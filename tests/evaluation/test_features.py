@@ -94,7 +94,7 @@ def test_features_of_native_images_are_the_same_on_two_ranks(tmp_path):
     """The images have different sizes, one of them cannot be read, and their batches are assigned to the ranks in
     turn."""
     torch.manual_seed(0)
-    model = str(tiny_run(tmp_path / "run", resize="native", data={"resize": "native"}))
+    model = str(tiny_run(tmp_path / "run", resize="native"))
     sizes = [(32, 32), (64, 16), (40, 24), (16, 16)]
     files = [
         (f"{i}.png", b"" if i == 2 else picture(i, sizes[i % 4], fmt="PNG"))

@@ -10,6 +10,7 @@ import torch
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.evaluation import knn_during_training
 from m3ae_fast.heads import encoding, knn
+from m3ae_fast.heads.knn import Search
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stoppable_loop import Stopped
@@ -44,12 +45,12 @@ def test_a_run_logs_the_k_nn_accuracy_and_its_losses_are_unchanged(pretrain, sha
     given, real = [], knn.knn_scores
     monkeypatch.setattr(knn, "knn_scores", lambda *args: given.append(args) or real(*args))
     plain = pretrain("plain")
-    probed = pretrain("probed", *probe(shards, pool="cls", k=3, temperature=0.5))
+    probed = pretrain("probed", *probe(shards, k=3, temperature=0.5))
     *_, (bank, found, classes, k, temperature) = given
     labels, queries = bank.labels, found.features_RD
     model = open_model(str(trainer.folder / "probed"), text=False)
     images = [decode_image(coloured(number, NAMES[number % 3]), 3) for number in range(100, 118)]
-    torch.testing.assert_close(queries, model.encode(images, pool="cls", precision="fp32"), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(queries, model.encode(images, precision="fp32"), rtol=1e-4, atol=1e-5)
     assert (len(bank.keys), labels.tolist(), classes, k, temperature) == (48, [i % 3 for i in range(48)], 3, 3, 0.5)
     shown = [(line["step"], line["val_knn_top1"]) for line in probed if "val_knn_top1" in line]
     assert [step for step, _ in shown] == [0, 2, 3]
@@ -79,7 +80,7 @@ def test_a_stop_request_ends_the_pass_between_two_batches(pretrain, shards, monk
     assert resumed[-1] == whole[-1] and "val_knn_top1" in whole[-1]
 
 
-def test_the_probe_encodes_in_the_precision_of_the_run_and_with_its_own_pooling(monkeypatch):
+def test_the_probe_encodes_the_mean_of_the_tokens_in_the_precision_of_the_run(monkeypatch):
     """A pass that a stop request ends is cut short."""
     encoded, cut = [], []
 
@@ -92,8 +93,8 @@ def test_the_probe_encodes_in_the_precision_of_the_run_and_with_its_own_pooling(
     trainer.cut_short = lambda: cut.append(True)
     for precision in ("bf16", "fp32"):
         config = SimpleNamespace(data=None, train=SimpleNamespace(precision=precision))
-        knn_during_training._log(config, SimpleNamespace(every=1, pool="cls"), None, None, [0, 1], trainer)
-    assert encoded == [("cls", "bf16"), ("cls", "fp32")] and cut == [True, True]
+        knn_during_training._log(config, SimpleNamespace(every=1), None, None, [0, 1], trainer)
+    assert encoded == [("mean", "bf16"), ("mean", "fp32")] and cut == [True, True]
 
 
 @pytest.mark.parametrize("captioned", ["train", "val"])
@@ -121,12 +122,12 @@ def test_the_largest_class_is_that_of_the_held_out_samples(monkeypatch):
 
     def predictions(bank, queries, classes, config):
         assert (len(bank.labels), len(queries.labels), classes) == (4, 3, 2)
-        return SimpleNamespace(accuracies=lambda: {"top1": 0.5}), 20
+        return SimpleNamespace(accuracies=lambda: {"top1": 0.5}), Search(20)
 
     monkeypatch.setattr(knn_during_training, "encode_corpus", encode)
     monkeypatch.setattr(knn_during_training, "knn_predictions", predictions)
     config = SimpleNamespace(data=None, train=SimpleNamespace(precision="fp32"))
-    knn_during_training._log(config, SimpleNamespace(every=1, pool="cls"), "train", "val", [0, 1], trainer)
+    knn_during_training._log(config, SimpleNamespace(every=1), "train", "val", [0, 1], trainer)
     assert done == ["checked", "train", "val"]
     trainer.log.log.assert_called_once_with(7, {"val_knn_top1": 0.5, "val_knn_k": 20, "val_knn_largest_class": 2 / 3})
 
