@@ -162,7 +162,7 @@ def test_every_setting_of_a_model_affects_its_weights_or_is_compared():
         "image_targets": "vqgan", "gelu": "exact", "positions": "stored", "mean_pool": "before_norm",
         "value_range": [0, 4095],
     }  # fmt: skip
-    free = {"size", "drop_path", "init_from"}
+    free = {"size", "drop_path", "init_from", "pool"}
     # sin-cos positions fit any size; the codebook size shows in the weights if it is used; the bit depth may be higher
     adapted = {"image_size", "text_length", "codebook_size", "image_dtype"}
     adapted |= {"resize", "max_patches", "min_patches", "native_positions"}
