@@ -1,10 +1,11 @@
 """The evaluation tasks and their options. This module does not import torch, so that `--help` is fast.
 
 The fields of a task's class are its options on the command line and its arguments in Python, with the string below a
-field as the help. A new option is a field, which the task reads from `job.options`. A new task needs a class, its entry
-in `TASKS`, a module in this package with a function `run(job)`, and a section of EvaluationConfig if it has settings. A
-new frozen probe also needs an entry in `PROBES` of `heads/probes.py`, and its name in `Probe` if `compare` is to offer
-it.
+field as the help. A new option is a field, which the task reads from `job.options`. An option that changes the samples
+is read in `Job.open_labelled`, because a grid (`--layers`, `--pools`, `--shots`) runs `probe_grid.py` in place of the
+task's module. A new task needs a class, its entry in `TASKS`, a module in this package with a function `run(job)`, and
+a section of EvaluationConfig if it has settings. A new frozen probe also needs an entry in `PROBES` of
+`heads/probes.py`, and its name in `Probe` if `compare` is to offer it.
 """
 
 from __future__ import annotations
