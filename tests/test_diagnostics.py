@@ -14,7 +14,7 @@ from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, LossConfig, OptimConfig, TrainConfig, parse
 from m3ae_fast.data import dataset
 from m3ae_fast.engine.fragments import cut
-from m3ae_fast.engine.validation_losses import Baselines, entropy, rankme
+from m3ae_fast.engine.validation_losses import Baselines, entropy, position_share, rankme
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.images.decoding import decode_image
@@ -295,7 +295,7 @@ def test_the_effective_rank_is_computed_from_the_features_of_all_ranks(monkeypat
     parts = [Baselines(model, "fp32", ranks) for _ in range(world)]
     for rank, part in enumerate(parts):
         for own in features[rank::world].split(700):
-            monkeypatch.setattr(model, "pooled", lambda batch, own=own: own)
+            monkeypatch.setattr(model, "pooled_and_rows", lambda batch, own=own: (own, torch.empty(0, SMALL.emb_dim)))
             part.add(nothing)
     each: list[torch.Tensor] = []
     for part in parts[1:]:
@@ -305,6 +305,46 @@ def test_the_effective_rank_is_computed_from_the_features_of_all_ranks(monkeypat
     computed.clear()
     expected = rankme_by_svd(features)
     assert parts[0].values({}) == {"val_rankme": pytest.approx(expected, rel=1e-6)} and computed == [1]
+
+
+@pytest.mark.parametrize("norm", ["before_norm", "after_norm"])
+def test_the_share_of_positions_is_that_of_an_analysis_of_variance(norm):
+    """It is 0 on average for features that do not depend on the position, and 1 for those that only depend on it."""
+    torch.manual_seed(0)
+    model = M3AE(SMALL.model_copy(update={"mean_pool": norm}))
+    with join_ranks() as ranks, torch.no_grad():
+        ours = Baselines(model, "fp32", ranks)
+        features, positions = [], []
+        for sample in MIXED:
+            batch = pack([sample], model.geometry)
+            ours.add(batch)
+            patches = batch.encoder_src >= 0
+            features.append(model.eval().forward_encoder(batch)[patches].double())
+            positions += (batch.encoder_table_ids[patches] - 1).tolist()
+            torch.testing.assert_close(model.pooled_and_rows(batch)[0], model.pooled(batch))
+        found = ours.values({})["val_position_share"]
+    values, at = torch.cat(features), torch.tensor(positions)
+    dummies = torch.nn.functional.one_hot(at).double()
+    dummies = dummies[:, dummies.any(0)]
+    fitted = dummies @ torch.linalg.lstsq(dummies, values).solution
+    within = (values - fitted).square().sum() / (len(values) - dummies.shape[1])
+    total = (values - values.mean(0)).square().sum() / (len(values) - 1)
+    assert found == pytest.approx(1 - (within / total).item(), rel=1e-6)
+
+
+def test_positions_explain_nothing_everything_or_are_undefined():
+    random = torch.Generator().manual_seed(0)
+    at = torch.arange(20).repeat(50)
+
+    def share(values):
+        sums = torch.zeros(25, values.shape[1], dtype=torch.float64).index_add_(0, at[: len(values)], values)
+        return position_share(torch.bincount(at[: len(values)], minlength=25).double(), sums, values.square().sum().item())
+
+    noise = torch.randn(1000, 8, generator=random, dtype=torch.float64)
+    tables = torch.randn(20, 8, generator=random, dtype=torch.float64)
+    assert abs(share(noise)) < 0.01 and share(tables[at]) == pytest.approx(1)
+    assert share(noise + tables[at]) == pytest.approx(0.5, abs=0.1)
+    assert share(noise[:20]) is None and share(torch.ones(1000, 8, dtype=torch.float64)) is None
 
 
 def rankme_by_svd(features: torch.Tensor) -> float:

@@ -165,6 +165,7 @@ def test_each_curve_shows_the_metric_named_in_title_and_label(monkeypatch):
         ("k-NN accuracy of the features", "largest class"): "val_knn_largest_class",
         ("k-NN accuracy of the features", "held-out"): "val_knn_top1",
         ("Effective rank of the features", "held-out"): "val_rankme",
+        ("Variance of the patch features that positions explain", "held-out"): "val_position_share",
         ("Held-out loss relative to a constant prediction", "image"): "val_image_relative",
         ("Held-out loss relative to a constant prediction", "text"): "val_text_relative",
         ("Throughput", ""): "samples_per_s",

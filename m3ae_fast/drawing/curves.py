@@ -42,6 +42,11 @@ LEARNING = (
     ),
     Chart("Effective rank of the features", "dimensions (RankMe)", [Line("val_rankme", "held-out", _HELD_OUT)]),
     Chart(
+        "Variance of the patch features that positions explain",
+        "fraction",
+        [Line("val_position_share", "held-out", _HELD_OUT)],
+    ),
+    Chart(
         "Held-out loss relative to a constant prediction",
         "ratio of losses",
         [Line("val_image_relative", "image", _HELD_OUT), Line("val_text_relative", "text", _OTHER)],

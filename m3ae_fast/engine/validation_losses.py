@@ -1,6 +1,7 @@
-"""Losses on held-out samples, baseline losses of constant predictions, and the effective rank of the features.
+"""Losses on held-out samples, baseline losses of constant predictions, the effective rank of the features, and the
+fraction of their variance that positions explain.
 
-Shapes: I masked patches, K values of a patch, N samples, D encoder width.
+Shapes: I masked patches, K values of a patch, N samples, D encoder width, P visible patches, L positions.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def evaluate(
 
 
 class Baselines:
-    """Baseline losses of constant predictions, and the effective rank of the features (RankMe), accumulated over the
-    batches of all ranks in an evaluation."""
+    """Baseline losses of constant predictions, and statistics of the features, accumulated over the batches of all
+    ranks in an evaluation."""
 
     def __init__(self, model: M3AE, precision: str, ranks: Ranks) -> None:
         """Start an evaluation. `precision`: precision in which features are computed."""
@@ -75,6 +76,12 @@ class Baselines:
         self._text_ids = torch.zeros(c.vocab_size, dtype=torch.float64)
         self._gram_DD = torch.zeros(c.emb_dim, c.emb_dim, dtype=torch.float64, device=ranks.device)  # see `rankme`
         self._samples = 0
+        # of the features of visible patches: number and sum by position, and sum of squares; native images of different
+        # sizes have no common positions
+        positions = 0 if c.resize == "native" else c.most_patches
+        self._count_L = torch.zeros(positions, dtype=torch.float64, device=ranks.device)
+        self._sum_LD = torch.zeros(positions, c.emb_dim, dtype=torch.float64, device=ranks.device)
+        self._squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
 
     def add(self, batch: PackedBatch) -> None:
         """Add a batch with its targets, which must be on the device. Features are computed from the visible tokens."""
@@ -85,9 +92,19 @@ class Baselines:
             self._text_ids += torch.bincount(batch.text_targets[text_W], minlength=len(self._text_ids)).cpu()
         with encoding(self._model, self._precision, self._ranks.device):
             # computed even for a batch without samples, because with ZeRO-3 all ranks must gather the weights
-            features_ND = self._model.pooled(batch).double()
+            features_ND, rows_TD = self._model.pooled_and_rows(batch)
+        features_ND = features_ND.double()
         self._gram_DD += features_ND.T @ features_ND
         self._samples += len(features_ND)
+        if len(self._count_L):
+            patches_T = batch.encoder_src >= 0
+            self._add_patches(rows_TD[patches_T].double(), batch.encoder_table_ids[patches_T] - 1)
+
+    def _add_patches(self, features_PD: Tensor, positions_P: Tensor) -> None:
+        """Add the features of visible patches at these positions, int32 from 0."""
+        self._count_L += torch.bincount(positions_P, minlength=len(self._count_L))
+        self._sum_LD.index_add_(0, positions_P, features_PD)
+        self._squares += features_PD.square().sum()
 
     def _add_targets(self, targets: Tensor) -> None:
         """Add the image targets of a batch, float32 [I, K] or ids [I]."""
@@ -100,16 +117,20 @@ class Baselines:
 
     def values(self, losses: dict[str, float]) -> dict[str, float]:
         """Return `val_image_relative` and `val_text_relative`, which are the `losses` divided by the losses of the best
-        constant predictions, and `val_rankme`. Every rank must call it.
+        constant predictions, and the statistics of the features, `val_rankme` and `val_position_share`. Every rank must
+        call it.
 
         For pixels and HOG, the best constant prediction is the mean target, and its loss is the variance of the
         targets. For ids, the best constant prediction is the distribution of their frequencies, and its loss is the
         entropy of the ids.
         """
         counts = torch.tensor([self._patches, self._samples])
-        parts = self._moments_2K, self._image_ids, self._text_ids, self._gram_DD, counts
+        of_patches = self._count_L, self._sum_LD, self._squares
+        parts = self._moments_2K, self._image_ids, self._text_ids, self._gram_DD, counts, *of_patches
         sums = self._ranks.sum_tensor(torch.cat([part.flatten().cpu() for part in parts]))
-        moments, image_ids, text_ids, gram, (patches, samples) = sums.split([part.numel() for part in parts])
+        moments, image_ids, text_ids, gram, (patches, samples), count_L, sum_LD, squares = sums.split(
+            [part.numel() for part in parts]
+        )
         mean_K, square_K = moments.view(2, -1) / patches.clamp_min(1)
         image = entropy(image_ids) if len(image_ids) else (square_K - mean_K**2).mean().item()
         found = {"image": image, "text": entropy(text_ids)}
@@ -121,7 +142,8 @@ class Baselines:
         if samples:
             gram_DD = gram.view_as(self._gram_DD)
             values["val_rankme"] = self._ranks.broadcast(lambda: rankme(gram_DD, int(samples)))
-        return values
+        share = position_share(count_L, sum_LD.view_as(self._sum_LD), squares.item())
+        return values if share is None else values | {"val_position_share": share}
 
 
 def entropy(counts: Tensor) -> float:
@@ -145,3 +167,25 @@ def rankme(gram_DD: Tensor, samples: int) -> float:
     sizes = squares.clamp_min(0).sqrt()
     p = sizes / sizes.sum().clamp_min(_EPS) + _EPS
     return math.exp(-(p * p.log()).sum().item())
+
+
+def position_share(count_L: Tensor, sum_LD: Tensor, squares: float) -> float | None:
+    """Return the fraction of the variance of the patches' features that their positions explain, corrected for the
+    fraction that random positions would explain (epsilon squared, Kelley 1935); so it may be slightly negative. It is
+    None if it is undefined, because there are too few patches or all of them have the same features.
+
+    Args:
+        count_L: float64, number of patches by position.
+        sum_LD: float64, sum of the features by position.
+        squares: sum of the squares of all features.
+    """
+    found_l = count_L > 0
+    count_L, sum_LD = count_L[found_l], sum_LD[found_l]
+    patches, positions = int(count_L.sum()), len(count_L)
+    mean_square = sum_LD.sum(0).square().sum().item() / max(patches, 1)
+    total = squares - mean_square
+    if patches <= positions or not total > 1e-9 * squares:
+        return None
+    between = (sum_LD.square().sum(1) / count_L).sum().item() - mean_square
+    within = (total - between) / (patches - positions)
+    return (between - (positions - 1) * within) / total

@@ -178,6 +178,13 @@ class MultimodalEncoder(nn.Module):
             found[layer] = pool_rows(pools, x_TD, segments, batch, self.encoder.norm, self.config)
         return torch.cat([found[layer] for layer in layers], 1)
 
+    def pooled_and_rows(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Return the features of `pooled` with the pooling "mean", [S, D], and the rows of `forward_encoder`, [T, D],
+        in one forward pass."""
+        ((_, x_TD),) = self._after([self.config.depth], batch)
+        norm = self.encoder.norm
+        return pool_rows(["mean"], x_TD, batch.encoder, batch, norm, self.config).flatten(1), norm(x_TD)
+
     def pooled_and_patches(
         self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)
     ) -> tuple[Tensor, Tensor]:
