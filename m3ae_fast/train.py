@@ -1,10 +1,10 @@
-"""Train a model on shards, with the settings of a config. `m3ae-fast pretrain` chooses the settings for you.
+"""Train a model on shards, with the settings of a config. `m3ae-fast pretrain` chooses the settings.
 
 m3ae-fast train --config quickstart
 m3ae-fast train --config base --train 'shards/train-*.tar' --val 'shards/val-*.tar' --out runs/mine
 m3ae-fast train --config large --recipe fast --dry-run
 torchrun --nproc-per-node 8 -m m3ae_fast train --config large --set optim.peak_lr=3e-4
-deepspeed --num_gpus 8 --module m3ae_fast.train --config large     # in a clone, m3ae_fast/train.py works too
+deepspeed --num_gpus 8 --module m3ae_fast.train --config large   # in a clone: m3ae_fast/train.py
 """
 
 from __future__ import annotations
@@ -61,18 +61,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help=f"settings that replace those of the config; {HELP}, with the length, warm-up and pixel statistics of its "
         "training on ImageNet (default: the settings of the config)",
     )
-    add_settings(parser, "train.epochs=20")
+    more = parser.add_argument_group("further options")
+    add_settings(parser, more, "train.epochs=20")
     add_resume(parser, "run.dir")
-    parser.add_argument(
+    more.add_argument(
         "--profile", action="store_true", help="write a torch profiler trace of some steps to trace.json.gz in run.dir"
     )
-    dry = parser.add_argument_group("checking a config without training")
-    dry.add_argument(
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check config, shards, tokenizer and probe; print the model size and a memory estimate; measure a few "
         "steps, and print the expected duration of the run on this machine; then exit",
     )
+    dry = parser.add_argument_group("options of --dry-run")
     dry.add_argument(
         "--world",
         type=int,

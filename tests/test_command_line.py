@@ -3,16 +3,19 @@
 import os
 import re
 from contextlib import suppress
+from importlib import import_module
 
 import pytest
 
 from m3ae_fast import __main__, train
+from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli import command_line, evaluate, option_hints, pretrain, shards
 from m3ae_fast.cli.command_line import seed, use_device
 from m3ae_fast.config import Config
 from m3ae_fast.config.arguments import output
 from m3ae_fast.config.messages import settings_called
+from m3ae_fast.evaluation.tasks import TASKS
 
 WRONG = [
     (output(), "", "is empty; specify a path"),  # such as the value of a shell variable that is not set
@@ -151,3 +154,23 @@ def test_the_device_option_hides_gpus_only_for_cpu(monkeypatch):
     use_device("cpu")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+FIRST = ["pretrain", "train", "embed", "evaluate", *(f"evaluate {task}" for task in TASKS)]
+
+
+@pytest.mark.parametrize("command", FIRST)
+def test_the_help_of_a_command_fits_on_a_screen_and_names_all_its_options(monkeypatch, capsys, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    name, *task = command.split()
+    shown = []
+    for words in (["--help"], ["--help", "all"]):
+        with pytest.raises(SystemExit):
+            import_module(MODULES[name]).main([*task, *words])
+        shown.append(capsys.readouterr().out)
+    short, whole = shown
+    assert len(short.splitlines()) <= 42 and max(map(len, short.splitlines())) <= 104
+    options = {option for text in shown for option in re.findall(r"^  (--[a-z-]+)", text, re.MULTILINE)}
+    assert "--set" in options or name == "evaluate"
+    assert options <= {*re.findall(r"--[a-z][a-z-]+", short)}
+    assert ("\nsettings, which are passed with --set" in whole) == bool(task) and "\nsettings, which" not in short

@@ -17,7 +17,8 @@ from m3ae_fast.config.messages import section_of
 from tests.conftest import LONGEST
 from tests.helpers.trainer import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
+GUIDE = [page for folder in ("recipes", "guide") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDE]
 FOLDERS = ("docs", "kernels", "lab", "benchmarks", "examples")
 LINKED = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
@@ -28,9 +29,9 @@ def commands() -> list[str]:
     """Return each command of the project in the pages' code blocks and between backticks."""
     found: list[str] = []
     for text in TEXT.values():
-        blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        blocks = re.findall(r"^ *```\w*\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
         found += [line for block in blocks for line in block.splitlines() if re.search(MODULE, line)]
-        rest = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        rest = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.DOTALL | re.MULTILINE)
         found += re.findall(r"`(m3ae-fast \w+ [^`\n]+)`", rest)
     return [*found, *examples_of_help()]
 
@@ -71,7 +72,7 @@ def test_a_printed_command_is_accepted(command, monkeypatch, capsys):
 
 def test_every_setting_named_in_the_docs_exists():
     sections = "|".join(Config.model_fields)
-    named = {name for text in TEXT.values() for name in re.findall(rf"`((?:{sections})\.[a-z_.]+)`", text)}
+    named = {name for text in TEXT.values() for name in re.findall(rf"`((?:{sections})\.(?!py`)[a-z_.]+)`", text)}
     assert len(named) > 10
     for name in named:
         place: type[BaseModel] | None = Config
@@ -104,18 +105,24 @@ def test_links_lead_to_files_and_headings(page):
             assert heading[1:] in [re.sub(r"[^\w\s-]", "", title).lower().replace(" ", "-") for title in titles]
 
 
-@pytest.mark.parametrize("place", ["mkdocs.yml", "docs/index.md", "README.md"])
+@pytest.mark.parametrize("place", ["mkdocs.yml", "docs/index.md"])
 def test_every_page_of_the_guide_is_listed(place):
-    """Appendices need not be listed in the README."""
     text = (ROOT / place).read_text(encoding="utf-8")
-    missing = {page.name for page in (ROOT / "docs/guide").glob("*.md") if f"guide/{page.name}" not in text}
-    assert missing <= ({"image-formats.md"} if place == "README.md" else set())
+    assert [page.name for page in GUIDE if f"{page.parent.name}/{page.name}" not in text] == []
 
 
-def test_the_readme_clones_the_url_of_the_project():
-    urls = re.search(r"^\[project\.urls\]\n((?:\w+ = .*\n)+)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    address = re.search(r"^Repository = \"(.*)\"$", urls[1], re.MULTILINE)[1]
-    assert f"git clone {address} && cd m3ae-fast\n" in TEXT["README.md"]
+def test_the_recipes_are_linked_at_the_top_of_the_readme():
+    top = " ".join(TEXT["README.md"].split()[:150])
+    recipes = [f"docs/recipes/{page.name}" for page in GUIDE if page.parent.name == "recipes"]
+    assert all(f"({path})" in top for path in [*recipes, "CONTRIBUTING.md#a-bug-in-the-loader"])
+
+
+def test_the_address_of_the_repository_is_in_one_place():
+    text = (ROOT / "pyproject.toml").read_text()
+    (address,) = re.findall(r"^Repository = \"https://(.*)\"$", text, re.MULTILINE)
+    pages = [*LINKED, *ROOT.glob("*.*"), *(ROOT / "kernels").glob("*.toml")]
+    found = [page for page in pages if page.is_file() and address in page.read_text(encoding="utf-8")]
+    assert found == [ROOT / "pyproject.toml"] and text.count(address) == 1
 
 
 def test_pre_commit_and_ci_use_the_same_version_of_ruff():

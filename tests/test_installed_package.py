@@ -1,4 +1,4 @@
-"""The commands in the README and the guide work with an installed wheel without extras, in an empty folder without a
+"""The commands in the guide work with an installed wheel without extras, in an empty folder without a
 clone."""
 
 import json
@@ -95,14 +95,16 @@ def test_one_command_of_an_installed_wheel_trains_a_model_and_writes_a_report(si
     assert config.train.steps == 12 and config.model.vocab_size > 0 and config.train.probe
 
 
-def test_the_readmes_commands_train_an_image_model_and_use_it(site, tmp_path):
+def test_the_guides_commands_train_an_image_model_and_use_it(site, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(10):
             (tmp_path / "images" / name / f"{i}.jpg").write_bytes(picture(i + 10 * (name == "dog")))
             if i % 5:
                 (tmp_path / "images" / name / f"{i}.txt").write_text(f"{name} {caption(i)}")
-    block = re.search(r"```sh\n(m3ae-fast shards make.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    block = re.search(
+        r"```sh\n(m3ae-fast shards make.*?)```", (ROOT / "docs/guide/training.md").read_text(), re.DOTALL
+    )[1]
     make, words, train, show, write = (shlex.split(line) for line in block.splitlines())
     options = [option for key, value in SMALL.items() for option in ("--set", f"{key}={value}")]
     knn = [

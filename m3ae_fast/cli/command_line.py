@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
@@ -19,9 +20,46 @@ A = TypeVar("A", bound=Arguments)
 _FIRST_S = 10.0  # seconds that other ranks wait for rank 0 to report a mistake, because rank 0 may start later
 
 
+class _Help(argparse.Action):
+    """The option --help, which prints the short help, or with the value "all" the whole help."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        print(parser.format_help() if values == "all" else parser.short_help(), end="")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser that raises UserError for a mistake, whereas argparse would print the usage and exit. Mistakes in the
-    arguments of a command are reported by the command's own parser."""
+    arguments of a command are reported by the command's own parser. Its help is short: it names the options that are in
+    a group and the settings in the epilog, and `--help all` explains them."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(**how, add_help=False)
+        self.add_argument("-h", "--help", action=_Help, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def short_help(self) -> str:
+        """Return the help without the options that are in a group and without the epilog."""
+        first = (self._positionals, self._optionals)
+        actions = [action for group in first for action in group._group_actions if action.help != argparse.SUPPRESS]
+        formatter = self._get_formatter()
+        needed = [action for action in actions if action.required and action.option_strings]
+        words = [f"{action.option_strings[0]} {action.metavar}" for action in needed]
+        places = [formatter._format_args(action, "").strip() for action in self._positionals._group_actions]
+        formatter.add_usage(" ".join([self.prog, *places, *words, "[OPTIONS]"]), [], [])
+        formatter.add_text(self.description)
+        for group in first:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        more = [group for group in self._action_groups if group not in first]
+        names = [action.option_strings[-1] for group in more for action in group._group_actions]
+        if names or self.epilog:
+            names += ["settings"] if self.epilog else []
+            text = f"more options, explained by `{self.prog} --help all`: {', '.join(names)}"
+            formatter.add_text(textwrap.fill(text, formatter._width, break_on_hyphens=False))
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         refuse(f"{message}; `{self.prog} --help` lists the options")
@@ -68,8 +106,9 @@ def command(
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
-    """Add `--set KEY=VALUE`, `--seed` and `--device`, and the options that the deepspeed launcher adds."""
+def add_settings(parser: argparse.ArgumentParser, more: argparse._ArgumentGroup, example: str) -> None:
+    """Add `--set KEY=VALUE` and, to the group `more`, `--seed`, `--device` and the options that the deepspeed launcher
+    adds."""
     parser.add_argument(
         "--set",
         action="append",
@@ -77,8 +116,8 @@ def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
         metavar="KEY=VALUE",
         help=f"override a setting, for example --set {example} (in Python: overrides)",
     )
-    add_setting(parser, "--seed", "run.seed", seed, "random seed")
-    add_device(parser)
+    add_setting(more, "--seed", "run.seed", seed, "random seed")
+    add_device(more)
     add_local_rank(parser)
 
 
@@ -95,7 +134,7 @@ def checked(kind: type[A], given: Mapping[str, Any]) -> A:
         refuse(str(error))
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     """Add `--device`."""
     text = (
         "device to use; with cpu, the GPUs of this machine are ignored (default: cuda if there is a GPU, otherwise cpu)"
@@ -103,7 +142,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=DEVICES, help=text)
 
 
-def add_setting(parser: argparse.ArgumentParser, option: str, key: str, parse: Callable[[str], Any], text: str) -> None:
+def add_setting(
+    parser: argparse._ActionsContainer, option: str, key: str, parse: Callable[[str], Any], text: str
+) -> None:
     """Add an option that is short for `--set KEY=VALUE`. `parse`: function that converts the argument to the value;
     `text`: the help."""
     shown = "DIR" if option == "--out" else "N"

@@ -1,4 +1,4 @@
-"""Encode every sample of shards, or every image of a folder, without masking, and write a table of the features.
+"""Encode every sample of shards, or every image of a folder, and write a table of the features.
 
 m3ae-fast embed runs/large 'imagenet/val-*.tar' --out val.parquet
 m3ae-fast embed runs/large photos/ --out photos.parquet
@@ -9,10 +9,9 @@ FILE contains these arrays or columns:
   shards    [N], if SOURCE consists of shards
   features  float32 [N, D]
   labels    [N], if any are found; -1 or "" for a sample without a label
-  patches   float16 [N, L, D], with --patches (in parquet [N, L * D]). With native aspect ratio, the features of images
-            with fewer than L patches end with zeros, and `grids` [N, 2] contains the numbers of patch rows and columns
-  path, class, caption   with --columns: the fields path and class of a sample's json, which `shards make` writes, and
-            the sample's caption; "" if a sample has no such field or no caption
+  patches   float16 [N, L, D], with --patches (in parquet [N, L * D]). With native aspect ratio, images
+            with fewer patches end with zeros, and `grids` [N, 2] contains their rows and columns
+  path, class, caption   with --columns; "" if a sample has none
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
 """Evaluate the representation of a trained model.
 
-m3ae-fast evaluate knn runs/large --train 'imagenet/train-*.tar' --val 'imagenet/val-*.tar' --out runs/knn
-m3ae-fast evaluate knn random:runs/large --train ... --val ... --labels json.label --out runs/knn-random
+m3ae-fast evaluate knn runs/large --train 'train-*.tar' --val 'val-*.tar' --out runs/knn
+m3ae-fast evaluate logistic runs/large --train ... --val ... --labels json.label --out runs/logistic
 
-Labels are integers in KEY.cls (the default), or integers or names in a field of KEY.json (--labels json.FIELD). For knn
-and logistic, the field may also contain lists of them. The output folder, OUT, contains result.json, the predictions of
-all held-out samples, figures and TensorBoard events.
+Labels are integers in KEY.cls (the default), or integers or names in a field of KEY.json (--labels
+json.FIELD). The output folder, OUT, contains result.json, predictions, figures and TensorBoard events.
 On several GPUs: torchrun --nproc-per-node 8 -m m3ae_fast evaluate ...
 
-To list the options and settings of a task, add --help after its name.
+--help after the name of a task explains its options, and --help all also its settings.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from m3ae_fast.base.errors import exit_cleanly
@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None) -> tuple[type[Task], dict[str, Any]]:
         command = commands.add_parser(
             name,
             help=task.about(),
-            description=task.about(),
+            description=fill(task.about(), 100),
             epilog=settings_help(task.uses),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -1,15 +1,14 @@
-"""Pre-train a model with one command: shards, tokenizer, settings, training, evaluation, report and export.
+"""Pre-train a model with one command: make shards, choose settings, train, evaluate and export.
 
-m3ae-fast pretrain photos/ --out run                      # captions: NAME.txt next to NAME.jpg; classes: sub-folders
-m3ae-fast pretrain photos/ --out run --captions table.csv --labels json.category   # from columns of a table
-m3ae-fast pretrain imagenette2/ --out run                 # train/CLASS and val/CLASS: the images in val are held out
+m3ae-fast pretrain photos/ --out run        # captions: NAME.txt beside NAME.jpg; sub-folders: classes
+m3ae-fast pretrain photos/ --out run --captions table.csv --labels json.category   # columns of a table
 m3ae-fast pretrain 'shards/*.tar' --out run --hours 8
-m3ae-fast pretrain uoft-cs/cifar10 --out run              # a dataset on the Hugging Face Hub
-m3ae-fast pretrain photos/ --out run --from runs/base     # continue from existing weights: a run, an export, MAE, ...
-m3ae-fast pretrain photos/ --out run --dry-run            # print the chosen settings and the expected duration
+m3ae-fast pretrain uoft-cs/cifar10 --out run                # a dataset on the Hugging Face Hub
+m3ae-fast pretrain photos/ --out run --from runs/base       # continue from existing weights
+m3ae-fast pretrain photos/ --out run --dry-run              # print the settings and the duration
 
-The chosen settings are printed and written to OUT/config.json, which can be passed to `m3ae-fast train --config`.
-If the command is interrupted, run it again to resume. In Python: m3ae_fast.pretrain("photos/", out="run").
+The settings are printed and written to OUT/config.json, for `m3ae-fast train --config`. If the command
+is interrupted, run it again to resume. In Python: m3ae_fast.pretrain("photos/", out="run").
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ _SHOWN = 80  # maximum number of characters of a wrong value in a message
 class Option:
     """The form of a field on the command line, if it is not the usual one: the arguments of
     `argparse.ArgumentParser.add_argument`. A name without dashes is a positional argument. `group`: title under which
-    the help shows the field."""
+    `--help all` shows the field; the short help only names it."""
 
     def __init__(self, *names: str, group: str = "", **how: Any) -> None:
         self.names, self.group, self.how = names, group, how
@@ -211,11 +211,11 @@ Labels = Annotated[str, Option(metavar="cls|json.FIELD")]
 Resume = Annotated[str, Option(metavar="auto|no|PATH")]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 ValueRange = Annotated[Range | None, BeforeValidator(as_range), Option(metavar="LOW,HIGH|dtype")]
-_SETTINGS = "settings and device"
+_FURTHER = "seed and device"
 Settings = Annotated[
     Sequence[str],
     BeforeValidator(override_list),
-    Option("--set", action="append", metavar="KEY=VALUE", group=_SETTINGS),
+    Option("--set", action="append", metavar="KEY=VALUE"),
 ]
 
 
@@ -225,9 +225,9 @@ class WithSettings(Arguments):
     overrides: Settings = ()
     """override a setting, such as data.workers=4; in Python: overrides, a list of such texts or a dict such as
     {"data.workers": 4}"""
-    seed: Annotated[Seed | None, Option(metavar="N", group=_SETTINGS)] = None
+    seed: Annotated[Seed | None, Option(metavar="N", group=_FURTHER)] = None
     """random seed: short for --set run.seed=N"""
-    device: Annotated[Device | None, Option(group=_SETTINGS)] = None
+    device: Annotated[Device | None, Option(group=_FURTHER)] = None
     """device to use; with cpu, the GPUs of this machine are ignored (default: cuda if there is a GPU, otherwise cpu)"""
 
     @model_validator(mode="after")

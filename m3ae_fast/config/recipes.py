@@ -11,9 +11,8 @@ from m3ae_fast.base.errors import UserError
 Recipe = Literal["official", "fast", "hog", "mae"]
 NAMES: tuple[Recipe, ...] = get_args(Recipe)
 HELP = (
-    "official: the decoder and the optimiser of the official M3AE; fast: a decoder with cross-attention, a third of "
-    "the masked tokens predicted, and Muon; hog: fast, with histograms of oriented gradients instead of pixels as "
-    "targets; mae: the official MAE, without captions"
+    "official: the official M3AE; fast: a cheaper decoder, a third of the masked tokens predicted, and Muon; hog: "
+    "fast, with image gradients instead of pixels as targets; mae: the official MAE, without captions"
 )
 _OFFICIAL: dict[str, Any] = {
     "model.dec_attention": "self",

@@ -85,9 +85,14 @@ Model = Annotated[str, Option("model", metavar="MODEL")]
 Models = Annotated[
     Sequence[str], BeforeValidator(_model_names), Field(min_length=1), Option("model", metavar="MODEL", nargs="+")
 ]
-Layers = Annotated[Literal["all"] | Sequence[int] | None, BeforeValidator(_layers), Option(metavar="all|N,N")]
-Pools = Annotated[Sequence[Pool], CommaList, BeforeValidator(_pools), Option(metavar="all|NAME,NAME")]
-Shots = Annotated[Sequence[Annotated[int, Field(gt=0)]], CommaList, AfterValidator(sorted), Option(metavar="N,N")]
+_GRID = "layers, poolings and few samples"
+Layers = Annotated[
+    Literal["all"] | Sequence[int] | None, BeforeValidator(_layers), Option(metavar="all|N,N", group=_GRID)
+]
+Pools = Annotated[Sequence[Pool], CommaList, BeforeValidator(_pools), Option(metavar="all|NAME,NAME", group=_GRID)]
+Shots = Annotated[
+    Sequence[Annotated[int, Field(gt=0)]], CommaList, AfterValidator(sorted), Option(metavar="N,N", group=_GRID)
+]
 OutsideSets = Annotated[
     Mapping[str, Shards],
     BeforeValidator(named_sets),

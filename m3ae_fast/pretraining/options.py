@@ -27,7 +27,9 @@ class PretrainOptions(WithSettings, GroupOption, ColumnOptions):
     """time limit in hours for all stages on this machine; the training length is adapted to it"""
     captions: Annotated[Path | None, Option(metavar="TABLE")] = None
     """table of captions, .csv, .tsv, .jsonl or .parquet (default: the table in the folder)"""
-    val: Annotated[Sequence[str], BeforeValidator(names), Option(nargs="+", metavar="SHARDS")] = ()
+    val: Annotated[
+        Sequence[str], BeforeValidator(names), Option(nargs="+", metavar="SHARDS", group="held-out samples")
+    ] = ()
     """held-out shards, if SOURCE consists of shards (default: those named val or test, or the last tenth)"""
     labels: Labels = "cls"
     """source of the labels: cls (integers in KEY.cls; default) or json.FIELD (a field of KEY.json)"""
