@@ -12,6 +12,7 @@ from m3ae_fast.base import hub
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import find_folder
 from m3ae_fast.batch.tokenizer import load_tokenizer
+from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.sources.huggingface import HuggingFace
 
 
@@ -73,4 +74,4 @@ def test_a_hub_that_timed_out_is_not_contacted_again(hub_at_port, monkeypatch, t
         with pytest.raises(UserError, match="owner/name: is neither a file nor available from the Hugging Face Hub"):
             load_tokenizer("owner/name", 8)
         with pytest.raises(UserError, match=r"owner/name: cannot be loaded \(it is not a folder, and the"):
-            HuggingFace("owner/name", None, None, (None, None, None))
+            HuggingFace("owner/name", SourceOptions())

@@ -16,6 +16,7 @@ from m3ae_fast.__main__ import MODULES
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import EXTRAS, library, require_libraries
 from m3ae_fast.base.progress import working
+from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.sources.folder import Folder
 from tests.helpers.trainer import ROOT, TINY
 
@@ -139,12 +140,12 @@ def test_the_reason_why_a_library_cannot_be_imported_is_reported(tmp_path, monke
 @pytest.mark.parametrize("name", ["a.tif", "A.TIFF"])
 def test_a_folder_of_tiffs_that_require_tifffile_is_reported(tmp_path, hide, name):
     tifffile.imwrite(tmp_path / name, np.zeros((8, 8, 6), np.uint8), planarconfig="contig", photometric="minisblack")
-    assert Folder(tmp_path)
+    assert Folder(tmp_path, SourceOptions())
     hide("tifffile")
     with pytest.raises(
         UserError, match=rf"{re.escape(name)}: a TIFF with bands .* needs tifffile: pip install 'm3ae-fast\[tiff\]'"
     ):
-        Folder(tmp_path)
+        Folder(tmp_path, SourceOptions())
 
 
 def test_work_of_unknown_length_prints_progress(capsys):

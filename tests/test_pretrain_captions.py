@@ -10,7 +10,7 @@ from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.source_shards import find_shards
-from m3ae_fast.shards.sources.caption_table import NO_CAPTIONS
+from m3ae_fast.shards.sources.columns import NO_CAPTIONS
 from tests.helpers.shards import members, write_tar
 
 

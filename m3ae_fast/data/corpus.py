@@ -13,9 +13,10 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.object_store import require
 from m3ae_fast.config import SourceConfig
-from m3ae_fast.data.index import IMAGE_SUFFIXES, IndexedShard, Modality, index_shards
+from m3ae_fast.data.index import IndexedShard, Modality, index_shards
 from m3ae_fast.data.manifest import UNREAD, CountedShards, cached, is_manifest, none_read, read, read_all
 from m3ae_fast.data.shard_store import ShardStore, expand
+from m3ae_fast.images.suffixes import listed_suffixes
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         ignored = describe_ignored(shards)
         shards = [shard for shard in shards if shard.summary.samples]
         if not shards:
-            kinds = f"image suffixes: {', '.join(IMAGE_SUFFIXES)}; caption suffixes: txt, json"
+            kinds = f"image suffixes: {listed_suffixes()}; caption suffixes: txt, json"
             others = f"; files in the shards: {ignored}" if ignored else ""
             raise UserError(f"shards {config.shards!r}: contain no samples ({kinds}){others}{damage}")
         corpus.sources.append(_source(config, shards, [shard.summary.modality for shard in shards]))

@@ -31,13 +31,11 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.shard_store import INDEX_SUFFIX, ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
+from m3ae_fast.images.suffixes import IMAGE_SUFFIXES, MASK_SUFFIX
 
 Modality = Literal["any", "paired", "image", "text"]
 
 VERSION = 7
-# suffixes of images; if a sample has several images, the one whose suffix comes first in this list is used
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "npy")
-MASK_SUFFIX = "mask.png"
 _OTHER_SUFFIXES = ("txt", "json", "cls", MASK_SUFFIX)
 _MOST_IGNORED = 20  # maximum number of suffixes in a summary
 MISSING = -1

@@ -19,11 +19,12 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.corpus import Corpus
-from m3ae_fast.data.index import IMAGE_SUFFIXES, MASK_SUFFIX, MAX_IMAGE_BYTES, MISSING, group
+from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, group
 from m3ae_fast.data.labels import LEFT_OUT, select_labelled
 from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.images.label_mask import mask_view, read_mask
+from m3ae_fast.images.suffixes import IMAGE_SUFFIXES, MASK_SUFFIX
 
 _THREADS = 4
 

@@ -38,11 +38,11 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
 from m3ae_fast.heads.encoding import Batches, encode_batches, encode_corpus
 from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.images.suffixes import is_image, listed_suffixes
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
-from m3ae_fast.shards.sources.folder import SUFFIXES
 from m3ae_fast.weights.open_model import open_model, set_images
 
 PARQUET, NPZ = ".parquet", ".npz"
@@ -102,17 +102,15 @@ def _image_files(names: Sequence[str]) -> tuple[str, list[str]] | None:
             return None
         images = images_in(folder)
         if not images:
-            raise UserError(
-                f"{folder}: has neither images ({', '.join(each[1:] for each in SUFFIXES)}) nor .tar shards"
-            )
+            raise UserError(f"{folder}: has neither images ({listed_suffixes()}) nor .tar shards")
         return folder, [os.path.relpath(path, folder) for path in images]
-    return ("", [*names]) if all(name.lower().endswith(SUFFIXES) for name in names) else None
+    return ("", [*names]) if all(map(is_image, names)) else None
 
 
 def images_in(folder: str) -> list[str]:
     """Return the paths of the image files in a folder and its sub-folders, in alphabetical order."""
     found = [os.path.join(place, name) for place, _, files in os.walk(folder) for name in files]
-    return sorted(path for path in found if path.lower().endswith(SUFFIXES))
+    return sorted(path for path in found if is_image(path))
 
 
 def _tars(folder: str) -> list[str]:

@@ -26,11 +26,12 @@ from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.output_claim import MANIFEST, manifest_text
 from m3ae_fast.shards.overview import parts_of, show
 from m3ae_fast.shards.settings import Settings
-from m3ae_fast.shards.sources.caption_table import CAPTION_OPTION, NO_CAPTIONS, READERS, NoColumns
-from m3ae_fast.shards.sources.folder import ImagesMissing
+from m3ae_fast.shards.sources.caption_table import ImagesMissing
+from m3ae_fast.shards.sources.columns import CAPTION_OPTION, NO_CAPTIONS, NoColumns
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
 from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.sources.registry import kind_of_source, open_source
+from m3ae_fast.shards.sources.table_rows import READERS
 from m3ae_fast.shards.writer import are_reproduced, convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 PIECE = 4096  # number of bytes in the middle of a file that are compared first; if they differ, the rest is not read
 
 
-def middle(size: int) -> tuple[int, int]:
-    """Return the offset and length in bytes of the piece of a file that is compared first."""
-    return max(0, (size - PIECE) // 2), min(size, PIECE)
+def sketch(size: int, read: Callable[[int, int], bytes | memoryview]) -> tuple[int, int]:
+    """Return the features of a file that are compared first: its size in bytes, and a checksum of its middle. `read`:
+    function that returns a piece of the file, given its length and its offset in bytes."""
+    return size, zlib.crc32(read(min(size, PIECE), max(0, (size - PIECE) // 2)))
 
 
 def number_same(count: int, features: Sequence[Callable[[int], Any]]) -> np.ndarray:

@@ -10,8 +10,8 @@ import hashlib
 import io
 import os
 import tarfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from m3ae_fast.data.index import MISSING, IndexedShard, group, index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
-from m3ae_fast.shards.duplicate_images import middle
+from m3ae_fast.shards.duplicate_images import sketch
 from m3ae_fast.shards.tar_member import add_member
 
 
@@ -72,13 +72,13 @@ def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int
     store = ShardStore()
     first, second = (index_shards(shards, store, progress=True) for shards in (train, val))
     sketches: dict[tuple[int, int], list[_Place]] = {}
-    for place, sketch in _sketches(second):
-        sketches.setdefault(sketch, []).append(place)
+    for place, features in _sketches(second):
+        sketches.setdefault(features, []).append(place)
     sizes = np.array(sorted({size for size, _ in sketches}))
     title = "looking for held-out images in training shards"
     shared: dict[str, set[int]] = {}
-    for place, sketch in _sketches(track(first, title), sizes):
-        for other in sketches.get(sketch, ()):
+    for place, features in _sketches(track(first, title), sizes):
+        for other in sketches.get(features, ()):
             if other.offset not in shared.get(other.shard, ()) and _digest(place) == _digest(other):
                 shared.setdefault(other.shard, set()).add(other.offset)
     return shared
@@ -87,8 +87,7 @@ def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int
 def _sketches(
     entries: Iterable[IndexedShard], sizes: np.ndarray | None = None
 ) -> Iterator[tuple[_Place, tuple[int, int]]]:
-    """Yield the images (if `sizes` is given, only images of one of these sizes), each with its size and the checksum of
-    its middle."""
+    """Yield the images (if `sizes` is given, only images of one of these sizes), each with its sketch."""
     for entry in entries:
         table = entry.table()
         table = table[table["image_offset"] != MISSING]
@@ -96,9 +95,12 @@ def _sketches(
             table = table[np.isin(table["image_size"], sizes)]
         with _opened(entry.shard) as file:
             for offset, size in zip(table["image_offset"].tolist(), table["image_size"].tolist()):
-                start, length = middle(size)
-                piece = os.pread(file.fileno(), length, offset + start)
-                yield _Place(entry.shard, offset, size), (size, zlib.crc32(piece))
+                yield _Place(entry.shard, offset, size), sketch(size, partial(_piece, file.fileno(), offset))
+
+
+def _piece(fd: int, offset: int, length: int, start: int) -> bytes:
+    """Return `length` bytes of the image at `offset`, from its byte `start` on."""
+    return os.pread(fd, length, offset + start)
 
 
 def _opened(shard: str) -> io.FileIO:

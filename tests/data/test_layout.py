@@ -10,6 +10,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.images.image_kind import Kind
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards import overview
+from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.folder_layout import split_of_file
 from tests.data.test_shards_make import contents, make
@@ -131,12 +132,14 @@ def test_any_change_of_images_captions_or_splits_is_another_conversion(tmp_path)
     seen = []
     for change in changes:
         change()
-        seen.append(json.dumps(Folder(root).identity))
-    assert len({*seen}) == len(seen) and json.dumps(Folder(root).identity) == seen[-1]
+        seen.append(json.dumps(Folder(root, SourceOptions()).identity))
+    assert len({*seen}) == len(seen) and json.dumps(Folder(root, SourceOptions()).identity) == seen[-1]
     photos = tree(tmp_path / "photos", "cat/0.png", "dog/0.png")
-    before = Folder(photos).identity
-    assert Folder(photos.rename(tmp_path / "pictures")).identity == before
-    assert Folder((tmp_path / "pictures").rename(tmp_path / "val")).identity != before, "the images form another split"
+    before = Folder(photos, SourceOptions()).identity
+    assert Folder(photos.rename(tmp_path / "pictures"), SourceOptions()).identity == before
+    assert Folder((tmp_path / "pictures").rename(tmp_path / "val"), SourceOptions()).identity != before, (
+        "the images form another split"
+    )
 
 
 def test_a_table_may_contain_only_labels(tmp_path, capsys):
@@ -159,7 +162,7 @@ def test_a_table_may_contain_only_labels(tmp_path, capsys):
     identities = []
     for site in "ab":
         (root / "t.csv").write_text(f"path,site\nval/cat/0.png,{site}\n")
-        identities.append(Folder(root, root / "t.csv", columns=(None, "")).identity)
+        identities.append(Folder(root, SourceOptions(captions=root / "t.csv", caption_column="")).identity)
     assert identities[0] != identities[1]
 
 
@@ -176,7 +179,7 @@ def test_split_folders_mixed_with_other_folders_are_refused(tmp_path):
         UserError,
         match=r"train, val are names of splits, but other folders are next to them \(masks\); move the others",
     ):
-        Folder(root)
+        Folder(root, SourceOptions())
 
 
 def test_pretraining_keeps_the_splits(tmp_path):
@@ -262,10 +265,10 @@ def test_an_empty_class_folder_is_reported(tmp_path):
     for name in ("train/emu", "val/emu", "train/.hidden", "train/cat/a/none"):
         (root / name).mkdir()
     (root / "train/emu/readme.md").write_text("none")
-    folder = Folder(root)
+    folder = Folder(root, SourceOptions())
     assert folder.classes == ["cat", "dog"]
     assert folder.notes == ["train/emu, val/emu: no images, although neighbouring folders have some"]
-    assert Folder(root, flat=True).notes == []
+    assert Folder(root, SourceOptions(flat=True)).notes == []
 
 
 def test_the_most_frequent_of_many_kinds_of_images_are_printed():

@@ -38,7 +38,7 @@ from m3ae_fast.process import workers as loader_workers
 from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.helper_process import Node
 from m3ae_fast.process.workers import Loader, default_workers
-from m3ae_fast.shards.sources.folder import ImagesMissing
+from m3ae_fast.shards.sources.caption_table import ImagesMissing
 from tests.helpers import threads
 from tests.helpers.shards import WORDS, caption, members, picture, write_tar
 

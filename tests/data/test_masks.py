@@ -12,6 +12,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.segmentation_masks import masked_corpus
+from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.sources.folder import Folder
 from tests.data.test_shards_make import contents, make
 from tests.helpers.shards import picture, write_tar
@@ -45,9 +46,9 @@ def test_segmentation_masks_of_a_folder_are_matched_to_their_images(tmp_path, pl
         for split in ("train", "val")
     }
     assert {*found["train"]} == {mask(1), None} and found["val"] == [mask(2)]
-    before = Folder(images, masks=masks).identity
+    before = Folder(images, SourceOptions(masks=masks)).identity
     (masks / "val/a.png").write_bytes(mask(2) + b" ")
-    assert Folder(images, masks=masks).identity != before
+    assert Folder(images, SourceOptions(masks=masks)).identity != before
 
 
 def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
@@ -57,7 +58,7 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
     Image.open(io.BytesIO(picture(0, (32, 24)))).save(rotated, "JPEG", exif=exif)
     images = write(tmp_path / "images", {"a.jpg": picture(1, (32, 24)), "b.jpg": rotated.getvalue()})
     masks = write(tmp_path / "masks", {"a.png": mask(1, (24, 32)), "b.png": mask(1, (24, 32))})
-    folder = Folder(images, masks=masks)
+    folder = Folder(images, SourceOptions(masks=masks))
     with pytest.raises(BadSample, match="the mask has 24 x 32 pixels, but the image has 32 x 24"):
         folder.read("train", 0)
     assert folder.read("train", 1).members == {"mask.png": mask(1, (24, 32))}
@@ -67,7 +68,7 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"--masks .*nothing: contains no mask for any of the images; .* .*nothing/a.png"
     ):
-        Folder(images, masks=tmp_path / "nothing")
+        Folder(images, SourceOptions(masks=tmp_path / "nothing"))
 
 
 def test_samples_contain_their_segmentation_masks(tmp_path):

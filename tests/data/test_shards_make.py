@@ -29,6 +29,7 @@ from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards import making, writer
 from m3ae_fast.shards.duplicate_images import join
 from m3ae_fast.shards.held_out import split_images
+from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.huggingface import HuggingFace
 from m3ae_fast.shards.sources.interface import to_int
@@ -479,18 +480,18 @@ def test_different_columns_or_splits_of_a_dataset_are_different_conversions(tmp_
     both = dataset.map(lambda row: {"title": "a " + str(row["id"])})
     datasets.DatasetDict(train=both.select(range(3)), test=both.select([3])).save_to_disk(tmp_path / "saved")
 
-    def identity(split=None, image=None, caption="caption", label=None):
-        return json.dumps(HuggingFace(str(tmp_path / "saved"), None, split, (image, caption, label)).identity)
+    def identity(split=None, **columns):
+        return json.dumps(HuggingFace(str(tmp_path / "saved"), SourceOptions(split=split, **columns)).identity)
 
-    ways = [{}, {"caption": "title"}, {"label": "id"}, {"split": "train"}, {"split": "test"}]
+    ways = [{}, {"caption_column": "title"}, {"label_column": "id"}, {"split": "train"}, {"split": "test"}]
     assert len({identity(**way) for way in ways}) == len(ways)
     assert identity() == identity()
 
 
 def test_classes_in_another_order_are_a_different_conversion(pictures):
     orders = (["cat", "dog"], ["dog", "cat"], ["cat", "dog", "emu"])
-    assert len({json.dumps(Folder(pictures, classes=classes).identity) for classes in orders}) == 3
-    assert Folder(pictures, classes=orders[0]).identity == Folder(pictures).identity
+    assert len({json.dumps(Folder(pictures, SourceOptions(classes=classes)).identity) for classes in orders}) == 3
+    assert Folder(pictures, SourceOptions(classes=orders[0])).identity == Folder(pictures, SourceOptions()).identity
 
 
 def _mistakes(folder):

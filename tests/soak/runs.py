@@ -22,7 +22,7 @@ from typing import IO, cast
 import psutil
 
 from m3ae_fast import checkpoint
-from m3ae_fast.data.index import IMAGE_SUFFIXES
+from m3ae_fast.images.suffixes import IMAGE_SUFFIXES
 from m3ae_fast.shards.tar_member import add_member
 from tests.helpers.image_formats import CASES
 from tests.helpers.ranks import free_port

@@ -15,6 +15,7 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import library
 from m3ae_fast.base.untrusted_file import open_regular
+from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.sources.interface import Record, Records, caption_of_row, count_samples, to_int
 
 FIELDS = "jpg with caption, train_jpg with train_labels, val_jpg with val_labels, or text"
@@ -39,7 +40,7 @@ class Hdf5(Records):
     gives one sample per caption. Raises UserError if h5py is not installed, the file is not HDF5, or it does not
     contain the HDF5 datasets of the official code."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, _: SourceOptions) -> None:
         h5py = library("h5py", str(path))
         self.path = path
         self._open: Any = None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,18 @@ from m3ae_fast.base.hub import hub_answers
 from m3ae_fast.base.libraries import library
 from m3ae_fast.base.progress import track
 from m3ae_fast.images.bands import write_npy
-from m3ae_fast.shards.duplicate_images import middle, number_same
+from m3ae_fast.shards.duplicate_images import number_same, sketch
+from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.problem_counts import UNREAD
-from m3ae_fast.shards.sources.caption_table import CAPTION_COLUMNS, IMAGE_COLUMNS, NO_CAPTIONS, choose_column
+from m3ae_fast.shards.sources.columns import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    NO_CAPTIONS,
+    choose_column,
+)
 from m3ae_fast.shards.sources.interface import Record, Records, caption_of_row, count_samples, read_file, to_int
 
-LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
 _AT_A_TIME = 1000  # number of rows that are read at a time
 
 
@@ -33,30 +37,23 @@ class HuggingFace(Records):
     """Records of a dataset: a folder written by `save_to_disk`, a folder of data files, or a name on the Hub. A row
     with a list of captions gives one sample per caption. `ignored` counts columns that are not read.
 
-    Args:
-        name: the folder or the name on the Hub.
-        subset: name of the subset if there are several.
-        split: the split to read; None: all splits.
-        columns: names of the columns of the image, caption and label; None: detected. With NO_CAPTIONS, captions are
-            not read.
-
     Raises:
         UserError: `datasets` is not installed, the dataset has neither images nor captions, the split or a named column
             does not exist, or the columns that are read differ between its splits.
         NotLoaded: the dataset does not exist or cannot be loaded.
     """
 
-    def __init__(
-        self, name: str, subset: str | None, split: str | None, columns: tuple[str | None, str | None, str | None]
-    ) -> None:
+    def __init__(self, name: str, options: SourceOptions) -> None:
         datasets = library("datasets", "a Hugging Face dataset")
-        data = _load(datasets, name, subset)
-        if split is not None:
+        data = _load(datasets, name, options.subset)
+        if (split := options.split) is not None:
             if split not in data:
                 raise UserError(f"--split {split}: {name} has only the splits {', '.join(data)}")
             data = {split: data[split]}
         first = next(iter(data.values()))
-        self.image, self.caption, self.label = read = _columns(first.features, columns, name)
+        self.image, self.caption, self.label = read = _columns(
+            first.features, (options.image_column, options.caption_column, options.label_column), name
+        )
         for key, rows in data.items():
             if odd := next((c for c in read if c and rows.features.get(c) != first.features[c]), None):
                 raise UserError(
@@ -134,13 +131,17 @@ class HuggingFace(Records):
         return number_same(len(data), [lambda row: sketches[row] or row, whole])[rows_S]
 
 
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether a folder was written by `save_to_disk` of the `datasets` library."""
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
 def _load(datasets: Any, name: str, subset: str | None) -> dict[str, Any]:
     """Return the splits of a dataset, by name. Raises NotLoaded if it cannot be loaded."""
     try:
-        saved = any(os.path.exists(Path(name, file)) for file in ("dataset_dict.json", "state.json"))
         if not (Path(name).exists() or _downloaded(name) or hub_answers(name, "dataset")):
             raise ConnectionError("it is not a folder, and the Hugging Face Hub does not respond")
-        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, subset)
+        data = datasets.load_from_disk(name) if is_saved_dataset(Path(name)) else datasets.load_dataset(name, subset)
     except Exception as error:  # the library raises many kinds of errors, from files and from the network
         raise NotLoaded(f"{name}: cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     return dict(data) if isinstance(data, dict) else {"train": data}
@@ -205,8 +206,8 @@ def _samples(rows: Any, caption: str | None) -> np.ndarray:
 
 
 def _sketch(value: Any) -> Any:
-    """Return cheap features of an image (a struct or binary of pyarrow): its path, or the size and middle bytes of the
-    file. None if there is no image."""
+    """Return cheap features of an image (a struct or binary of pyarrow): its path, or the sketch of the file.
+    None if there is no image."""
     if value.is_valid and hasattr(value, "keys"):
         if not value["bytes"].is_valid:
             return value["path"].as_py()
@@ -214,8 +215,7 @@ def _sketch(value: Any) -> Any:
     if not value.is_valid:
         return None
     data = memoryview(value.as_buffer())
-    start, length = middle(len(data))
-    return len(data), zlib.crc32(data[start : start + length])
+    return sketch(len(data), lambda length, start: data[start : start + length])
 
 
 def _image(value: Any) -> bytes | None:

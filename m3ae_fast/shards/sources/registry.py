@@ -1,31 +1,31 @@
 """The kinds of sources from which shards can be created: detection of a source's kind, and functions to open sources.
 
 A new kind needs a module next to this one with a subclass of `Records`, an entry of `SOURCE_KINDS` in `__init__.py`,
-a function in `_OPEN`, and a branch of `kind_of_source`. The options that apply to it name it in `AppliesTo`.
+and a branch of `kind_of_source` and of `open_source`. The options that apply to it name it in `AppliesTo`.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import LibraryMissing
-from m3ae_fast.base.untrusted_file import open_regular, read_json
+from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.config.arguments import option_of
+from m3ae_fast.images.suffixes import is_image
 from m3ae_fast.shards.options import SourceOptions, kinds_with
 from m3ae_fast.shards.sources import SOURCE_KINDS, SourceKind
-from m3ae_fast.shards.sources.caption_table import CAPTION_OPTION, IMAGE_OPTION, READERS
-from m3ae_fast.shards.sources.folder import SUFFIXES, Folder, find_files
+from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.hdf5 import Hdf5
-from m3ae_fast.shards.sources.huggingface import HuggingFace, NotLoaded
+from m3ae_fast.shards.sources.huggingface import HuggingFace, NotLoaded, is_saved_dataset
+from m3ae_fast.shards.sources.image_files import find_files
 from m3ae_fast.shards.sources.interface import Records
+from m3ae_fast.shards.sources.table_rows import READERS
 
 _HDF5_SUFFIXES, _HDF5_SIGNATURE = (".hdf5", ".h5"), b"\x89HDF\r\n\x1a\n"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")  # form of a dataset's name on the Hub
-_SAVED = ("dataset_dict.json", "state.json")  # a folder written by `save_to_disk` contains one of them
 _DATA_FILES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl")
 
 
@@ -66,17 +66,12 @@ def _hint(path: Path) -> str:
     return f"; did you mean {parent / near[0]}?" if near else ""
 
 
-def is_saved_dataset(folder: Path) -> bool:
-    """Return whether a folder was written by `save_to_disk` of the `datasets` library."""
-    return any((folder / name).exists() for name in _SAVED)
-
-
 def _kind_of_folder(folder: Path) -> SourceKind:
     if is_saved_dataset(folder):
         return "huggingface"
     tables = False
     for path in find_files(str(folder)):
-        if path.lower().endswith(SUFFIXES):
+        if is_image(path):
             return "folder"
         tables |= path.lower().endswith(_DATA_FILES)
     return "huggingface" if tables else "folder"
@@ -100,52 +95,24 @@ def open_source(source: str, options: SourceOptions, kind: SourceKind | None = N
             wanted = " or ".join(SOURCE_KINDS[each] for each in kinds)
             option = option_of(SourceOptions, name)
             raise UserError(f"{option} can be used only with {wanted}; {source} is {SOURCE_KINDS[kind]}")
-    return _OPEN[kind](source, options)
+    path = Path(source)
+    if kind == "folder":
+        return Folder(path, options)
+    if kind == "hdf5":
+        return Hdf5(path, options)
+    return HuggingFace(source, options) if path.exists() else _open_hub(source, options)
 
 
-def _open_folder(name: str, options: SourceOptions) -> Folder:
-    given, table = options.classes, options.captions
-    columns = (options.image_column, options.caption_column)
-    if table is None and columns != (None, None):
-        option = IMAGE_OPTION if options.image_column is not None else CAPTION_OPTION
-        raise UserError(f"{option}: names a column of a table, but {name} has no table; specify one with --captions")
-    classes = _read_classes(given) if isinstance(given, Path) else given
-    return Folder(Path(name), table, columns, classes, options.flat, options.masks)
-
-
-def _open_hdf5(name: str, _: SourceOptions) -> Hdf5:
-    return Hdf5(Path(name))
-
-
-def _open_dataset(name: str, options: SourceOptions) -> HuggingFace:
-    columns = (options.image_column, options.caption_column, options.label_column)
-    if Path(name).exists():
-        return HuggingFace(name, options.subset, options.split, columns)
+def _open_hub(name: str, options: SourceOptions) -> HuggingFace:
+    """Return the dataset with this name on the Hub. Raises UserError with a hint about folders if there is none."""
     hint = _hint(Path(name))
     # without a network, a request to the Hub would take a minute
     if (hint and "/" not in name) or not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name}: no such folder{hint}")
     try:
-        return HuggingFace(name, options.subset, options.split, columns)
+        return HuggingFace(name, options)
     except NotLoaded as error:
         reason = f"it was also tried as the name of a dataset: {error}"
     except LibraryMissing as error:
         reason = f"if it is the name of a dataset on the Hugging Face Hub: {error}"
     raise UserError(f"{name}: no such folder{hint}; {reason}")
-
-
-_OPEN: dict[SourceKind, Callable[[str, SourceOptions], Records]] = {
-    "folder": _open_folder,
-    "hdf5": _open_hdf5,
-    "huggingface": _open_dataset,
-}
-
-
-def _read_classes(path: Path) -> list[str]:
-    try:
-        names = read_json(path)
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("not a list of names")
-        return names
-    except (OSError, ValueError) as error:
-        raise UserError(f"--classes {path}: cannot be read ({error})") from None
