@@ -1,6 +1,5 @@
 """Ranks that wait for each other."""
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -40,7 +39,7 @@ def main(argv):
         return PROGRAMS[argv[0]](*argv[1:])
     ranks.TIMEOUT = timedelta(seconds=TIMEOUT_S)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    with program.joined_program() as (joined, _, heartbeats, _):
+    with program.joined_program() as (joined, _, heartbeats):
         heartbeats.timeout = TIMEOUT_S
         assert joined.of_node == [0, 1]
         mine = joined.rank + 7
@@ -71,33 +70,6 @@ def main(argv):
         dist.all_reduce(total)  # in the group with the short timeout
         print(f"{total.item():g} ranks\n", end="", flush=True)  # a single write, because the ranks share the output
     return 0
-
-
-def sockets(pid):
-    found = set()
-    for file in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # raised for the folder itself
-            found |= {link for link in [os.readlink(file)] if link.startswith("socket:")}
-    return found
-
-
-def print_start_of_fetcher():
-    """Print the calls that query CUDA, and whether this rank and its fetcher have connections."""
-    touched, before = [], sockets(os.getpid())
-    begin, available = program.HelperProcess, torch.cuda.is_available
-    program.HelperProcess = lambda: touched.append("fetcher") or begin()
-    torch.cuda.is_available = lambda: touched.append("cuda") or available()
-    with program.joined_program() as session:
-        own, its = (len(sockets(pid) - before) > 0 for pid in (os.getpid(), session.fetcher.process.pid))
-        print(touched[0], "cuda" in touched, own, its, session.fetcher.process.is_alive(), flush=True)
-    return 0
-
-
-def test_the_fetcher_process_is_started_before_connections_and_cuda(tmp_path):
-    assert run_ranks(__name__, ["start of the fetcher"], 2, tmp_path / "log") == (
-        0,
-        "fetcher True True False True\n" * 2,
-    )
 
 
 def test_a_single_rank_starts_no_gloo_threads(monkeypatch):
@@ -152,7 +124,7 @@ def on_nodes(what, folder):
     """Run ranks, each two of which simulate a separate node. Rank 3 asks the others to stop, stalls or is killed."""
     rank = int(os.environ["RANK"])
     ranks.node_name = lambda: f"node {rank // 2}"
-    with program.joined_program() as (joined, stop, heartbeats, _):
+    with program.joined_program() as (joined, stop, heartbeats):
         stop.listen()
         print(
             f"{rank}: {joined.of_node} {[list(group.monitored) for group in joined.heartbeat_groups]}\n",
@@ -316,7 +288,6 @@ def join(monkeypatch):
         )
         rank.main_has_ended = lambda: False
         monkeypatch.setattr(program, "join_ranks", lambda device: nullcontext(rank))
-        monkeypatch.setattr(program, "HelperProcess", lambda: nullcontext(None))
 
     return pretend
 
@@ -460,7 +431,7 @@ def with_a_mistake(rank):
     """Let one rank find a user error that the others do not see. Meanwhile, rank 1 waits in a sum and rank 2
     computes."""
     ranks._OTHERS_S = 1.0
-    with program.joined_program() as (joined, _, heartbeats, _):
+    with program.joined_program() as (joined, _, heartbeats):
         heartbeats.timeout = 3.0  # with heartbeats every 0.3 s
         joined.sum([1.0])
         if joined.rank == int(rank):
@@ -482,7 +453,6 @@ def test_a_user_error_on_one_rank_is_printed_once_and_all_ranks_exit_with_its_co
 
 PROGRAMS = {
     "mistake": with_a_mistake,
-    "start of the fetcher": print_start_of_fetcher,
     "many clients": many_clients,
     "few files": few_files,
     "nodes": on_nodes,

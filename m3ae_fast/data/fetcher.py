@@ -1,159 +1,72 @@
-"""Prefetching of a node's shards, in the order in which they are needed, by one process for all ranks of the node.
+"""Downloads of a node's shards in the order of its prefetch schedule, by one process for all ranks of the node.
 
-Correctness does not depend on prefetching: if a shard is not cached, a worker downloads it or waits for the process
-that is downloading it (`ShardStore.path`).
+Correctness does not depend on this process: if a shard is not cached, a loader worker downloads it or waits for the
+process that is downloading it (`ShardStore.path`).
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 import mmap
+import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from itertools import chain, takewhile
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.index import index_shards
-from m3ae_fast.data.order import Order, ShuffleWindow
-from m3ae_fast.process.helper_process import HelperProcess, Node
+from m3ae_fast.data.prefetch_schedule import PrefetchSchedule, Shard, Span
+from m3ae_fast.process.ranks import Node
+from m3ae_fast.process.workers import start_worker
 
 T = TypeVar("T")
 CONNECTIONS = 16
 _CHECK_S = 0.1  # seconds between checks of the schedule
 _RETRY_S = 60.0  # seconds until a failed download is retried
+_forks = multiprocessing.get_context("fork")  # independent of this Python's default start method
 
 
-class Shard(NamedTuple):
-    """A shard that can be downloaded."""
-
-    name: str
-    size: int  # bytes; 0: unknown
-
-
-class Span(NamedTuple):
-    """The range of positions in the sample order that a node's ranks are processing."""
-
-    first: int
-    end: int
-    begun: bool  # whether every rank has taken a step
-
-
-@dataclass(frozen=True)
-class PrefetchSchedule:
-    """The prefetch schedule: the shards that a node reads, ordered by time of use."""
-
-    corpus: Corpus
-    order: Order  # the sample order
-    lanes: Sequence[int]  # lanes of the sample order that the node's ranks read
-    start: int  # first step of the run
-    stop: int  # step before which the run ends
-    positions: float  # positions of the sample order per step; fractional if `data.repeats` does not divide the batch
-    ahead: int  # number of steps whose batches are prepared in advance
-
-    def span(self, steps: np.ndarray) -> Span:
-        """Return the range of positions that the ranks are processing, given the number of steps that each rank has
-        taken (`steps`: int64 [ranks])."""
-        slowest, fastest = max(self.start, int(steps.min())), max(self.start, int(steps.max()))
-        end = min(self.stop, fastest + 1 + self.ahead) * self.positions
-        return Span(int(slowest * self.positions), math.ceil(end), slowest > self.start)
-
-    def near(self, span: Span) -> list[Shard]:
-        """Return the shards to download now, as many as fit into the cache, in the order in which they are needed:
-        those of the current shuffle windows and, after the first step, those of the following windows."""
-        each = self.order.upcoming_windows(self.lanes, span.first, span.end)
-        # number of positions that a lane has left before the end of the run; later windows are not downloaded
-        rest = (self.stop * self.positions - span.end) / self.order.lanes - 1
-
-        def soon(window: ShuffleWindow) -> bool:
-            return window.ahead == 0 or (window.ahead <= span.begun and window.wait < rest)
-
-        near = [takewhile(soon, windows) for windows in each]
-        return self._fitting(sorted(chain.from_iterable(near)))
-
-    def next(self, span: Span) -> list[Shard]:
-        """Return the shards that should stay cached: the shards that are needed soonest, as many as fit into the
-        cache."""
-        return self._fitting(heapq.merge(*self.order.upcoming_windows(self.lanes, span.first, span.end)))
-
-    def in_use(self) -> int:
-        """Return an upper bound on the bytes of the shards that are in use at the same time during an epoch."""
-        each = self.order.upcoming_windows(self.lanes, 0, 0)
-        return sum(max(sum(shard.size for shard in self._named([window])) for window in windows) for windows in each)
-
-    def owned(self) -> int:
-        """Return the total size in bytes of all shards that are downloaded in an epoch."""
-        each = self.order.upcoming_windows(self.lanes, 0, 0)
-        return sum(shard.size for shard in set(self._named(chain.from_iterable(each))))
-
-    def require_space(self) -> None:
-        """Check that the shards in use at the same time fit into the cache. If they do not, shards on a network file
-        system are no longer cached but read in place. Raises UserError if the remaining shards do not fit either."""
-        store = self.corpus.store
-        store.staging = store.staging and self.in_use() <= store.space().limit
-        limit = store.limit
-        if limit < math.inf and (most := self.in_use()) > limit:
-            raise UserError(
-                f"data.cache_gb {limit / 1e9:g}: the shards that a node uses at once take {most / 1e9:.3g} GB; "
-                "raise data.cache_gb, or lower data.shuffle_shards"
-            )
-
-    def _fitting(self, windows: Iterable[ShuffleWindow]) -> list[Shard]:
-        space, found = self.corpus.store.space(), {}
-        free = space.limit
-        for shard in self._named(windows):
-            if shard.name not in found:
-                free -= shard.size or space.largest
-                if free < 0:
-                    break
-                found[shard.name] = shard
-        return list(found.values())
-
-    def _named(self, windows: Iterable[ShuffleWindow]) -> Iterator[Shard]:
-        """Yield the shards of `windows`, except shards that are read in place."""
-        for window in windows:
-            shards = self.corpus.sources[window.source].shards
-            for entry in map(shards.__getitem__, window.shards):
-                if self.corpus.store.is_staged(entry.shard):
-                    yield Shard(entry.shard, entry.summary.size)
-
-
-class Fetching:
-    """A rank's interface to its node's fetcher process. The node's leader starts the process, and all ranks report
-    their progress to it."""
+class FetcherOfNode:
+    """A rank's interface to the fetcher of its node. The first rank of the node starts the process, `process`, and all
+    ranks report their progress to it."""
 
     def __init__(self, schedule: PrefetchSchedule, node: Node, rank: int, accumulation: int):
         self.schedule, self.accumulation = schedule, accumulation
+        self.process: BaseProcess | None = None
         self._path = schedule.corpus.store.cache_dir / "locks" / f"steps-{node.run}"
         self._ranks, self._slot = len(node.ranks), list(node.ranks).index(rank)
-        self._fetcher = node.fetcher
-        if self._slot > 0 and self._fetcher:
-            self._fetcher.end()
 
     def begin(self) -> None:
-        """Start downloading if this rank is the leader of its node. Like loader workers, the fetcher starts before the
-        first step.
-        """
+        """Start downloading if this rank is the first of its node. Like the loader workers, the process is forked
+        before the first step."""
         self._steps = _shared_steps(self._path, self._ranks)
         self._steps[self._slot] = self.schedule.start
         if self._slot == 0:
-            self._fetcher = self._fetcher or HelperProcess()
-            self._fetcher.start(serve, self.schedule, self._path, self._ranks)
+            arguments = (os.getpid(), self.schedule, self._path, self._ranks)
+            self.process = _forks.Process(target=_serve, args=arguments, name="fetcher", daemon=True)
+            self.process.start()
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the micro-batches, starting with those of the first step, and report the number of completed steps to
-        the fetcher."""
-        for number, batch in enumerate(batches, 1):
-            self._steps[self._slot] = self.schedule.start + number // self.accumulation
-            yield batch
+        the fetcher, which ends with the iterator."""
+        try:
+            for number, batch in enumerate(batches, 1):
+                self._steps[self._slot] = self.schedule.start + number // self.accumulation
+                yield batch
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Kill the process that this rank has started, if any."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self._path.unlink(missing_ok=True)
 
 
 def _shared_steps(path: Path, ranks: int) -> np.ndarray:
@@ -163,8 +76,9 @@ def _shared_steps(path: Path, ranks: int) -> np.ndarray:
         return np.frombuffer(mmap.mmap(file.fileno(), 8 * ranks), np.int64)
 
 
-def serve(parent: int, schedule: PrefetchSchedule, path: Path, ranks: int) -> None:
+def _serve(parent: int, schedule: PrefetchSchedule, path: Path, ranks: int) -> None:
     """Run the fetcher in this process until the parent process ends."""
+    start_worker(0)
     steps = _shared_steps(path, ranks)
     fetcher = Fetcher(schedule)
     try:

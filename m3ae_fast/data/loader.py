@@ -21,13 +21,14 @@ from m3ae_fast.batch.tokenizer import check_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
-from m3ae_fast.data.fetcher import Fetching, PrefetchSchedule
+from m3ae_fast.data.fetcher import FetcherOfNode
 from m3ae_fast.data.lane_count import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
+from m3ae_fast.data.prefetch_schedule import PrefetchSchedule
 from m3ae_fast.data.rank_share import MicroBatches, Share
 from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.model.flops import executed_flops
-from m3ae_fast.process.helper_process import Node
+from m3ae_fast.process.ranks import Node
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
 
 
@@ -69,10 +70,11 @@ def train_loader(
     micro_batches = MicroBatches(steps, share, lanes, config.repeats, work=work, ranks=ranks)
     loader = _loader(config, samples, micro_batches, pin_memory)
     if any(corpus.store.is_staged(shard.shard) for source in corpus.sources for shard in source.shards):
-        node = node or Node(uuid.uuid4().hex, [share.rank])
-        loader.companion = _fetching(loader, samples, micro_batches, node)
-    elif node and node.fetcher:
-        node.fetcher.end()
+        ahead = -(-loader.num_workers * (loader.prefetch_factor or 0) // share.accumulation)
+        schedule = PrefetchSchedule.of(corpus, order, micro_batches, ranks, ahead)
+        schedule.require_space()
+        node = node or Node(uuid.uuid4().hex, ranks)
+        loader.companion = FetcherOfNode(schedule, node, share.rank, share.accumulation)
     return loader
 
 
@@ -90,36 +92,6 @@ def _patches(corpus: Corpus, order: Order, geometry: Geometry) -> Callable[[int]
         return math.prod(grid(height, width)) if height and width else 0
 
     return patches
-
-
-def _fetching(loader: Loader[PackedBatch], samples: Samples, micro_batches: MicroBatches, node: Node) -> Fetching:
-    """Return this rank's interface to the fetcher. Raises UserError if the shards that the node reads at the same time
-    do not fit into the cache."""
-    share, order = micro_batches.share, cast("Order", samples.order)
-    ahead = -(-loader.num_workers * (loader.prefetch_factor or 0) // share.accumulation)
-    schedule = _schedule(samples.corpus, order, micro_batches, node.ranks, ahead)
-    schedule.require_space()
-    return Fetching(schedule, node, share.rank, share.accumulation)
-
-
-def prefetch_schedule(
-    config: DataConfig, corpus: Corpus, global_batch: int, world: int, ranks: Sequence[int], seed: int
-) -> PrefetchSchedule:
-    """Return the prefetch schedule of the node with these ranks, from the first step of the run on."""
-    lanes, window = lay_out(config, corpus.sizes, global_batch)
-    order = Order(corpus.sizes, corpus.weights, window, seed, lanes)
-    return _schedule(
-        corpus, order, MicroBatches(range(1), Share(global_batch, world=world), lanes, config.repeats), ranks
-    )
-
-
-def _schedule(
-    corpus: Corpus, order: Order, batches: MicroBatches, ranks: Sequence[int], ahead: int = 0
-) -> PrefetchSchedule:
-    positions = batches.share.global_batch / batches.repeats
-    return PrefetchSchedule(
-        corpus, order, batches.lanes_of(ranks), batches.steps.start, batches.steps.stop, positions, ahead
-    )
 
 
 def eval_loader(

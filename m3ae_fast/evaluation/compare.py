@@ -373,7 +373,7 @@ def _measure(
         if (pair := parts[probe]) is None:
             recipe = attentive_recipe(corpora[0].samples, setting)
             left, depth = Pace(passes(recipe, *corpora)), opened.config.depth
-            kinds, node = [Features(depth, None)], job.session.node()
+            kinds, node = [Features(depth, None)], job.ranks.node()
             predictions = predict_online(opened, corpora, kinds, recipe, setting, node, left)[0]
         else:
             predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]

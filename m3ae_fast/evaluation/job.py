@@ -87,7 +87,7 @@ class Job(Generic[T_co]):
     shared: SharedFeatures = field(default_factory=SharedFeatures)  # see `encode_for_classes`
 
     def __post_init__(self) -> None:
-        self.ranks, self.stop, self.heartbeats, _ = self.session
+        self.ranks, self.stop, self.heartbeats = self.session
 
     @property
     def out(self) -> Path:
@@ -350,7 +350,7 @@ class Job(Generic[T_co]):
         transform: Transform | None = None,
     ) -> DataLoader[PackedBatch]:
         """Return a loader of this rank's training batches for the given steps."""
-        more: dict[str, Any] = {"node": self.session.node(), "pin_memory": pins_memory(self.ranks.device)}
+        more: dict[str, Any] = {"node": self.ranks.node(), "pin_memory": pins_memory(self.ranks.device)}
         return train_loader(
             self.config.data, train, self.preparation, share, steps, layout=layout, transform=transform, **more
         )

@@ -176,7 +176,7 @@ def _run_online(
         f"{_pooled(job.options)}{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, "
         f"learning rates: {', '.join(map(str, recipe.rates))}"
     )
-    made = predict_online(job.model, (train, val), kinds, recipe, setting, job.session.node(), whole)
+    made = predict_online(job.model, (train, val), kinds, recipe, setting, job.ranks.node(), whole)
     found.samples = train.samples, len(made[0].keys)  # unreadable samples are not classified
     found.made = [(Case(*kinds[number], None), 0, own) for number, own in made.items()]
     return _concluded(job, found, (train, val))

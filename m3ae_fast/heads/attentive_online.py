@@ -37,8 +37,7 @@ from m3ae_fast.heads.probes import (
 )
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
-from m3ae_fast.process.helper_process import Node
-from m3ae_fast.process.ranks import Ranks
+from m3ae_fast.process.ranks import Node, Ranks
 
 _HELD_OUT = 0.1  # fraction of the training samples that is held out to choose the learning rate
 _DIGEST = 1 << 64

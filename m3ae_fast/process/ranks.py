@@ -10,12 +10,13 @@ import resource
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,13 @@ _ENDED_KEY = "ended"  # key in the store; its value: the number of ranks that ha
 _OTHERS_S = 3.0
 TIMEOUT = timedelta(minutes=30)  # maximum time until the last rank joins
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Heartbeats` ends a run that stalls
+
+
+class Node(NamedTuple):
+    """The ranks of a program on this node."""
+
+    run: str  # a name that is unique among the loaders on the node
+    ranks: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,10 @@ class Ranks:
     def is_main(self) -> bool:
         """Return whether this is rank 0, which prints and writes files for all ranks."""
         return self.rank == 0
+
+    def node(self) -> Node:
+        """Return the ranks of this node, for one of its loaders. Every rank must call this method."""
+        return Node(self.from_main(uuid.uuid4().hex), self.of_node)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the element-wise sum of numbers in host memory over all ranks."""

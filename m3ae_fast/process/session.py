@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
@@ -13,7 +12,6 @@ from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import ErrorElsewhere, RankLost, UserError
 from m3ae_fast.process.failure_messages import explain, rank_lost
 from m3ae_fast.process.heartbeats import Heartbeats
-from m3ae_fast.process.helper_process import HelperProcess, Node
 from m3ae_fast.process.ranks import Ranks, await_ends, join_ranks
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
 from m3ae_fast.process.stoppable_loop import Stopped
@@ -22,17 +20,11 @@ _LAST_S = 0.5  # seconds that other ranks wait while one rank prints an error
 
 
 class Session(NamedTuple):
-    """The parts of a program on several ranks: the ranks, stop requests, heartbeats and the process that downloads
-    shards."""
+    """The parts of a program on several ranks: the ranks, stop requests and heartbeats."""
 
     ranks: Ranks
     stop: StopRequest
     heartbeats: Heartbeats
-    fetcher: HelperProcess
-
-    def node(self) -> Node:
-        """Return the ranks of this node. Every rank must call this method."""
-        return Node(self.ranks.from_main(uuid.uuid4().hex), self.ranks.of_node, self.fetcher)
 
 
 def _raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats) -> NoReturn:
@@ -82,14 +74,13 @@ def joined_program(device: Device | None = None) -> Iterator[Session]:
     normally, as it does if all ranks raise Stopped.
     """
     with (
-        HelperProcess() as fetcher,  # forked before there are threads, connections to other ranks or GPU memory
         StopRequest() as stop,
         join_ranks(device) as ranks,
         Heartbeats(ranks.rank, ranks.heartbeat_groups, ranks.store, stop) as heartbeats,
     ):
         stop.joined(heartbeats.request_stop)
         try:
-            yield Session(ranks, stop, heartbeats, fetcher)
+            yield Session(ranks, stop, heartbeats)
         except Stopped:
             return
         except Exception as error:

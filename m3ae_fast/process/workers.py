@@ -100,7 +100,7 @@ class Loader(DataLoader[T_co]):
 
     def __iter__(self) -> Any:
         keep_socket_paths_short()
-        if self.num_workers:
+        if self.num_workers or self.companion is not None:
             time.sleep(_BEFORE_FORK_S)
         with signals_blocked():
             if self.companion is not None:

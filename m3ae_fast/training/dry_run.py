@@ -12,7 +12,7 @@ from m3ae_fast.base.hardware import PEAKS, missing_memory, resolve_precision
 from m3ae_fast.base.progress import working
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, open_data, split_batch
-from m3ae_fast.data.loader import prefetch_schedule
+from m3ae_fast.data.prefetch_schedule import PrefetchSchedule
 from m3ae_fast.engine.memory_estimate import (
     activation_bytes,
     caption_tokens,
@@ -241,7 +241,7 @@ def fetching_lines(config: Config, corpus: Corpus, world: int) -> list[tuple[str
     """Return lines, pairs of a title and a text, on the downloads and cached shards of a node. The result is empty if
     shards are read in place or their sizes are unknown."""
     ranks = range(min(world, RANKS_OF_NODE))
-    schedule = prefetch_schedule(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
+    schedule = PrefetchSchedule.of_config(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
     first, owned = schedule.in_use() / 1e9, schedule.owned() / 1e9
     if not owned:
         return []

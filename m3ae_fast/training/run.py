@@ -193,7 +193,7 @@ def _loaders(
     changing = stream.limit and step < schedule.total_steps
     last = schedule.most_steps if changing else schedule.total_steps
     steps = range(step, last)
-    make = partial(train_loader, layout=stream.layout, node=session.node(), pin_memory=pin)
+    make = partial(train_loader, layout=stream.layout, node=session.ranks.node(), pin_memory=pin)
     return held_out, session.ranks.main_first(lambda: make(config.data, data.train, preparation, stream.share, steps))
 
 

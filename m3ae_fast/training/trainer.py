@@ -94,7 +94,7 @@ class Trainer:
     limit: TimeLimit | None = None  # used on the main rank
 
     def __post_init__(self) -> None:
-        self.ranks, self.stop, self.heartbeats, _ = self.session
+        self.ranks, self.stop, self.heartbeats = self.session
         run = self.config.run
         self.step = self.start  # optimiser steps so far
         self.log: RunLog = SilentLog()

@@ -15,7 +15,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore
 from m3ae_fast.data.fetcher import Fetcher
 from m3ae_fast.data.manifest import KINDS, prepare, rows_of, write
-from m3ae_fast.process.helper_process import HelperProcess, Node
+from m3ae_fast.process.ranks import Node
 from tests.data.test_manifest import together
 from tests.helpers.shards import members, write_tar
 from tests.helpers.waiting import until
@@ -87,8 +87,7 @@ def epoch(loaders):
 
 def end(*loaders):
     for loader in loaders:
-        loader.companion._fetcher.process.kill()
-        loader.companion._fetcher.process.join()
+        loader.companion.end()
 
 
 @pytest.mark.parametrize("remote_shards", [0.0, 0.5], indirect=True)
@@ -139,8 +138,8 @@ def test_no_sample_is_lost_if_the_fetcher_is_killed(start, remote_shards):
     loader = start(0, 2, 24 * size / 1e9, config={"lanes": LANES, "shuffle_shards": LANES, "workers": 1})
     batches = iter(loader)
     seen = list(next(batches).keys)
-    os.kill(loader.companion._fetcher.process.pid, signal.SIGKILL)
-    loader.companion._fetcher.process.join()
+    os.kill(loader.companion.process.pid, signal.SIGKILL)
+    loader.companion.process.join()
     for batch in batches:
         assert not batch.skipped and bytes_in_cache(loader) <= 24 * size
         seen += batch.keys
@@ -148,15 +147,13 @@ def test_no_sample_is_lost_if_the_fetcher_is_killed(start, remote_shards):
     assert sum(requests.values()) <= 1.05 * SHARDS / 2 + 4  # the shards that the fetcher was downloading when it died
 
 
-@pytest.mark.parametrize("begun", [False, True])
-def test_the_fetcher_exits_with_the_run(start, tmp_path, begun):
+def test_the_fetcher_exits_with_the_run(start, tmp_path):
     pids, other = os.pipe()
     child = os.fork()
     if not child:
-        loader = start(0, 1, node=Node("run", [0], HelperProcess()))
-        os.write(other, loader.companion._fetcher.process.pid.to_bytes(4, "little"))
-        if begun:
-            loader.companion.begin()
+        loader = start(0, 1)
+        loader.companion.begin()
+        os.write(other, loader.companion.process.pid.to_bytes(4, "little"))
         os._exit(0)
     os.waitpid(child, 0)
     pid = int.from_bytes(os.read(pids, 4), "little")
@@ -166,11 +163,11 @@ def test_the_fetcher_exits_with_the_run(start, tmp_path, begun):
 
 def test_ranks_of_a_node_share_one_fetcher(start):
     """The fetcher waits for the slower rank."""
-    loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1], HelperProcess())) for rank in (0, 1)]
+    loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1])) for rank in (0, 1)]
     assert [loader.companion.schedule.lanes for loader in loaders] == [list(range(LANES))] * 2
     for loader in loaders:
         iter(loader)
-    assert [loader.companion._fetcher.process.is_alive() for loader in loaders] == [True, False]
+    assert loaders[0].companion.process.is_alive() and loaders[1].companion.process is None
     batches = iter(loaders[0])
     for _ in range(3):
         next(batches)

@@ -16,7 +16,7 @@ from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_lo
 from m3ae_fast.data.image_sizes import measured
 from m3ae_fast.data.rank_share import balanced
 from m3ae_fast.images.decoding import MAX_PIXELS, size_of
-from m3ae_fast.process.helper_process import Node
+from m3ae_fast.process.ranks import Node
 from tests.helpers.image_formats import CASES, RGB
 from tests.helpers.shards import picture, write_tar
 

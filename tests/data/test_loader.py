@@ -36,7 +36,6 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.images.patch_grid import Native
 from m3ae_fast.process import workers as loader_workers
 from m3ae_fast.process.failure_messages import explain
-from m3ae_fast.process.helper_process import Node
 from m3ae_fast.process.workers import Loader, default_workers
 from m3ae_fast.shards.sources.caption_table import ImagesMissing
 from tests.helpers import threads
@@ -50,13 +49,9 @@ def paired(tmp_path):
     return str(tmp_path / "paired-*.tar")  # 18 samples
 
 
-def test_a_fetcher_with_nothing_to_download_exits(load, paired, tmp_path):
-    ended = []
-    node = Node("run", [0], SimpleNamespace(end=lambda: ended.append(True)))
-    load(f"pipe:cat {tmp_path}/paired-0.tar", node=node)
-    assert not ended
-    load(paired, node=node)
-    assert ended == [True]
+def test_only_shards_that_are_copied_need_a_fetcher(load, paired, tmp_path):
+    assert load(f"pipe:cat {tmp_path}/paired-0.tar").companion is not None
+    assert load(paired).companion is None
 
 
 def content(batch):

@@ -11,10 +11,11 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data import fetcher as fetcher_module
-from m3ae_fast.data.fetcher import CONNECTIONS, Fetcher, Fetching, PrefetchSchedule, Span
+from m3ae_fast.data.fetcher import CONNECTIONS, Fetcher, FetcherOfNode
 from m3ae_fast.data.order import Order
+from m3ae_fast.data.prefetch_schedule import PrefetchSchedule, Span
 from m3ae_fast.data.shard_store import CacheSpace
-from m3ae_fast.process.helper_process import Node
+from m3ae_fast.process.ranks import Node
 
 
 class Store:
@@ -98,7 +99,7 @@ def test_the_cache_must_hold_one_shuffle_window_of_each_lane(needs):
 def test_ranks_report_steps_rather_than_micro_batches(needs, tmp_path):
     """The second rank of the node starts no fetcher, and reports its step in its own slot."""
     (tmp_path / "locks").mkdir()
-    fetching = Fetching(needs(start=7), Node("run", [4, 5]), 5, accumulation=3)
+    fetching = FetcherOfNode(needs(start=7), Node("run", [4, 5]), 5, accumulation=3)
     fetching.begin()
     assert list(fetching._steps) == [0, 7]
     assert [int(fetching._steps[1]) for _ in fetching.watch(iter(range(7)))] == [7, 7, 8, 8, 8, 9, 9]
