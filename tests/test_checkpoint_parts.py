@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from concurrent.futures import TimeoutError
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.checkpoint import folder as folder_module
-from m3ae_fast.checkpoint import resuming, state_files
+from m3ae_fast.checkpoint import resuming, state_files, writing
 from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.checkpoint.saver import Saver
 from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
@@ -26,6 +26,7 @@ from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.engine.schedule import Change
 from m3ae_fast.process import agreement
+from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.weights.converting import convert
 from m3ae_fast.weights.open_model import SavedRun, run_weights
@@ -228,7 +229,7 @@ def test_a_folder_that_nodes_do_not_share_is_reported(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "module, step", [(state_files, "save_file"), (state_files, "write_table"), (folder_module, "put_in_place")]
+    "module, step", [(state_files, "save_file"), (state_files, "write_table"), (writing, "put_in_place")]
 )
 def test_renaming_the_run_folder_while_ranks_write_loses_no_data(tmp_path, monkeypatch, module, step):
     run, done, lock = tmp_path / "run", getattr(module, step), threading.Lock()
@@ -412,6 +413,7 @@ def _saver(run_dir, fragments, log=lambda text: None, **given):
     ranks = SimpleNamespace(
         device=torch.device("cpu"), together=lambda work: work(), sum=lambda values: values, **usual
     )
+    ranks.agreement = partial(Ranks.agreement, ranks)
     options = {"keep": 9, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": None}
     return Saver(run_dir=run_dir, engine=SimpleNamespace(fragments=fragments), ranks=ranks, log=log, **options)
 

@@ -13,7 +13,7 @@ from m3ae_fast.cli.pretrain import main
 from m3ae_fast.config import load_config, shipped_configs
 from m3ae_fast.config.recipes import METHODS, NAMES, as_overrides, with_recipe
 from m3ae_fast.pretraining import stages
-from m3ae_fast.pretraining.recipes import PREFERRED, check_recipe, choose_recipe
+from m3ae_fast.pretraining.recipe_choice import PREFERRED, check_recipe, choose_recipe
 from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import ROOT, SHORT
 

@@ -20,8 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import BadSamples, Skipped
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.checkpoint import folder as folder_module
-from m3ae_fast.checkpoint import state_files
+from m3ae_fast.checkpoint import state_files, writing
 from m3ae_fast.config import Config, parse
 from m3ae_fast.data import open_data
 from m3ae_fast.evaluation.run_report import write_report
@@ -172,7 +171,7 @@ def test_a_run_folder_renamed_during_training_is_reported_with_a_suggested_fix(t
 
 
 @pytest.mark.parametrize(
-    "module, step", [(state_files, "save_file"), (state_files, "sha256"), (folder_module, "put_in_place")]
+    "module, step", [(state_files, "save_file"), (state_files, "sha256"), (writing, "put_in_place")]
 )
 def test_renaming_the_run_folder_during_a_save_loses_no_data(tmp_path, monkeypatch, module, step):
     run, done = tmp_path / "run", getattr(module, step)

@@ -597,11 +597,11 @@ def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch
 class RankWithPartner(OneOfTwo):
     """One of two ranks, with the given sums and values of its partner."""
 
-    rank, world, is_main, lasting = 0, 2, True, None
+    rank, world, is_main = 0, 2, True
 
     def __init__(self, sums=None, value=None):
         super().__init__(sums)
-        self.value, self.agreements = value, itertools.count()
+        self.value = value
 
     def start_sum(self, values):
         total = self.sum(values)
@@ -609,6 +609,9 @@ class RankWithPartner(OneOfTwo):
 
     def gather(self, value):
         return [value, self.value]
+
+    def agreement(self, leaving):
+        return None
 
     def together(self, work):
         return work()

@@ -26,9 +26,8 @@ from lab.labelled.emoji import LICENCES, Emoji
 from lab.labelled.fashion import Fashion
 from lab.labelled.icons import Icons
 from m3ae_fast.base.errors import exit_cleanly
-from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources.interface import Records
-from m3ae_fast.shards.writer import convert
+from m3ae_fast.shards.writer import Settings, convert
 
 SIDE = 64  # maximum number of pixels of the shorter side
 SOURCES: dict[str, Callable[[Path | None, Path], Records]] = {

@@ -14,10 +14,10 @@ from m3ae_fast.checkpoint.folder import (
     prune,
     read_info,
     read_weights,
-    save,
     saved_steps,
     set_aside_after,
     step_folder,
     step_of,
     versions,
 )
+from m3ae_fast.checkpoint.writing import save

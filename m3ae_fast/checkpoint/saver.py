@@ -15,7 +15,6 @@ from m3ae_fast.base.memory import out_of_memory
 from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.engine.fragments import Fragments, whole
 from m3ae_fast.engine.interface import Engine
-from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.ranks import Ranks
 
@@ -42,10 +41,7 @@ class Saver:
 
     def __post_init__(self) -> None:
         self._thread = Background()
-        ranks = self.ranks
-        self._agreement = Agreement(
-            ranks.rank, ranks.world, ranks.lasting, self._thread.leaving, next(ranks.agreements)
-        )
+        self._agreement = self.ranks.agreement(self._thread.leaving)
         self._staging = Staging()
         self.engine.before_update = self._staging.wait
         self.unjudged: int | None = None  # step of the last checkpoint if it is not marked yet

@@ -15,7 +15,8 @@ from m3ae_fast.base.object_store import require
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.index import IndexedShard, Modality, index_shards
 from m3ae_fast.data.manifest import UNREAD, CountedShards, cached, is_manifest, none_read, read, read_all
-from m3ae_fast.data.shard_store import ShardStore, expand
+from m3ae_fast.data.shard_names import expand
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.images.suffixes import listed_suffixes
 
 

@@ -18,7 +18,7 @@ from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard
-from m3ae_fast.data.shard_store import INDEX_SUFFIX
+from m3ae_fast.data.shard_names import INDEX_SUFFIX
 from m3ae_fast.images.decoding import size_of
 
 _HEAD = 1 << 14  # number of bytes that is sufficient for most headers

@@ -29,7 +29,8 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import open_regular
-from m3ae_fast.data.shard_store import INDEX_SUFFIX, ShardStore
+from m3ae_fast.data.shard_names import INDEX_SUFFIX
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.data.tar import Member, scan_tar
 from m3ae_fast.images.suffixes import IMAGE_SUFFIXES, MASK_SUFFIX
 

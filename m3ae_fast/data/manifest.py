@@ -23,7 +23,8 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.index import VERSION, IndexedShard, Modality, Summary, index_shards
 from m3ae_fast.data.order import permutation
-from m3ae_fast.data.shard_store import ShardStore, expand, is_remote
+from m3ae_fast.data.shard_names import expand, is_remote
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.process.ranks import Ranks, Waiting
 
 T = TypeVar("T")

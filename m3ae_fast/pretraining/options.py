@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from m3ae_fast.config.arguments import Labels, Name, Option, WithSettings, names, output
 from m3ae_fast.config.recipes import HELP, Recipe
 from m3ae_fast.pretraining.automatic_settings import check_overrides
-from m3ae_fast.pretraining.recipes import PREFERRED, check_recipe
+from m3ae_fast.pretraining.recipe_choice import PREFERRED, check_recipe
 from m3ae_fast.shards.options import ColumnOptions, GroupOption
 
 

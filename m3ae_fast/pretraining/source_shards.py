@@ -18,21 +18,21 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.config import Range
 from m3ae_fast.data.manifest import is_manifest
-from m3ae_fast.data.shard_store import ShardStore, expand, is_remote
+from m3ae_fast.data.shard_names import expand, is_remote
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.pretraining.automatic_settings import Shards
 from m3ae_fast.pretraining.image_settings import range_of, require_similar_values
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.output_claim import MANIFEST, manifest_text
 from m3ae_fast.shards.overview import parts_of, show
-from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources.caption_table import ImagesMissing
 from m3ae_fast.shards.sources.columns import CAPTION_OPTION, NO_CAPTIONS, NoColumns
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TEST, TRAIN, VAL, split_of_file, split_of_folder
 from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.sources.registry import kind_of_source, open_source
 from m3ae_fast.shards.sources.table_rows import READERS
-from m3ae_fast.shards.writer import are_reproduced, convert, manifest_of
+from m3ae_fast.shards.writer import Settings, are_reproduced, convert, manifest_of
 
 SHARDS, CLEANED = "shards", "held-out"  # sub-folders of the run folder
 # fraction and maximum number of samples that are held out if the source has no held-out split

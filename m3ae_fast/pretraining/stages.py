@@ -41,7 +41,7 @@ from m3ae_fast.pretraining.final_evaluation import (
 )
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.options import PretrainOptions
-from m3ae_fast.pretraining.recipes import ChosenRecipe, choose_recipe
+from m3ae_fast.pretraining.recipe_choice import ChosenRecipe, choose_recipe
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.pretraining.time_spent import TimeSpent

@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor
 from m3ae_fast.base.environment import Device
 from m3ae_fast.base.errors import UserError, attempt, error_report, raise_shared
 from m3ae_fast.base.hardware import uses_gpu
+from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.failure_messages import explain
 from m3ae_fast.process.launchers import adopt
 from m3ae_fast.process.node_groups import ERROR_KEY, HeartbeatGroup, Sums, heartbeat_groups, node_name
@@ -64,7 +66,7 @@ class Ranks:
     lasting: dist.Store  # store that stays available to the ranks if the launcher dies
     heartbeat_groups: list[HeartbeatGroup]
     sums: Sums
-    # numbers of the agreements that use `lasting`: the trainers of a process save one after another
+    # numbers of the agreements that use `lasting`
     agreements: Iterator[int] = field(default_factory=itertools.count)
 
     def __deepcopy__(self, memo: dict) -> Ranks:
@@ -167,6 +169,11 @@ class Ranks:
             with contextlib.suppress(RuntimeError):  # the leader of the node has ended
                 group.store.compare_set(ERROR_KEY, "", first)
         return first == own, int(first.split()[1])
+
+    def agreement(self, leaving: threading.Event) -> Agreement:
+        """Return an agreement between background threads of all ranks. `leaving`: see `Agreement`. All ranks must call
+        this method equally often."""
+        return Agreement(self.rank, self.world, self.lasting, leaving, next(self.agreements))
 
     def main_has_ended(self) -> bool:
         """Return whether rank 0, and therefore also the store that it hosts, has ended."""

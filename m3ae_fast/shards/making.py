@@ -7,10 +7,9 @@ from typing import Any
 
 from m3ae_fast.config.arguments import accepts
 from m3ae_fast.shards.options import MakeOptions, ShardOptions
-from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.sources.interface import Records
 from m3ae_fast.shards.sources.registry import open_source
-from m3ae_fast.shards.writer import Converted, convert
+from m3ae_fast.shards.writer import Converted, Settings, convert
 
 
 @accepts(MakeOptions)

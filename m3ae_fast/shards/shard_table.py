@@ -22,7 +22,8 @@ from m3ae_fast.data.corpus import describe_ignored
 from m3ae_fast.data.download import read_small
 from m3ae_fast.data.index import IndexedShard, index_shards
 from m3ae_fast.data.manifest import KINDS, UNREAD, none_read, rows_of, rows_of_indexed, write
-from m3ae_fast.data.shard_store import ShardStore, expand
+from m3ae_fast.data.shard_names import expand
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.shards.options import TableOptions
 
 _THREADS = 32

@@ -23,10 +23,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from m3ae_fast.base import forking  # noqa: F401  # imported for its effect on the writing processes
 from m3ae_fast.base.atomic_file import put_in_place
@@ -35,18 +36,28 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import progress
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import permutation
-from m3ae_fast.data.shard_store import INDEX_SUFFIX, ShardStore
+from m3ae_fast.data.shard_names import INDEX_SUFFIX
+from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.shards.duplicate_images import join
 from m3ae_fast.shards.held_out import split_images
+from m3ae_fast.shards.options import ShardOptions
 from m3ae_fast.shards.output_claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shards.problem_counts import REDUCED, REFUSED, Tally
-from m3ae_fast.shards.settings import Settings
 from m3ae_fast.shards.shrink import as_member, is_deep
 from m3ae_fast.shards.sources.folder_layout import HELD_OUT, TRAIN, VAL
 from m3ae_fast.shards.sources.interface import Record, Records
 from m3ae_fast.shards.tar_member import add_member
 
 _TICK_S = 1.0  # seconds between updates of the number of samples written by the workers
+
+
+class Settings(ShardOptions):
+    """Settings for the creation of shards: the options of the user, and others."""
+
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """JPEG quality"""
+    of_run: bool = False
+    """whether the shards are made by a run of `pretrain`, which may replace them"""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.data.shard_store import is_remote
+from m3ae_fast.data.shard_names import is_remote
 from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.open_model import SavedRun
 

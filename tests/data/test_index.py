@@ -17,7 +17,7 @@ from m3ae_fast.data import ShardStore, index
 from m3ae_fast.data.corpus import open_corpus
 from m3ae_fast.data.index import MISSING, index_shards
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shard_store import INDEX_SUFFIX
+from m3ae_fast.data.shard_names import INDEX_SUFFIX
 from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.images.suffixes import IMAGE_SUFFIXES
 from tests.helpers.shards import caption, members, picture, write_tar

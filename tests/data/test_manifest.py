@@ -18,7 +18,7 @@ from m3ae_fast.data import ShardStore, manifest, open_corpus
 from m3ae_fast.data.manifest import KINDS, UNREAD, CountedShards, join, read, rows_of, write
 from m3ae_fast.data.order import Order
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shard_store import expand
+from m3ae_fast.data.shard_names import expand
 from m3ae_fast.process.ranks import Ranks
 from tests.helpers.shards import members, write_tar
 from tests.helpers.threads import map_threads

@@ -19,7 +19,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, download, open_corpus
 from m3ae_fast.data.download import NotFound
 from m3ae_fast.data.manifest import KINDS, rows_of, write
-from m3ae_fast.data.shard_store import expand
+from m3ae_fast.data.shard_names import expand
 from tests.data.test_fetcher import bytes_in_cache, epoch
 from tests.helpers.shards import members, write_tar
 

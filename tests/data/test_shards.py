@@ -18,7 +18,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, download, open_corpus, shard_store
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.data.shard_store import expand
+from m3ae_fast.data.shard_names import expand
 from m3ae_fast.process.workers import allow_open_files
 from tests.helpers.shards import members, picture, write_tar
 

@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.shards import main
-from m3ae_fast.data.shard_store import INDEX_SUFFIX
+from m3ae_fast.data.shard_names import INDEX_SUFFIX
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards import making, writer

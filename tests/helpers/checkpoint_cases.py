@@ -25,8 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from m3ae_fast import checkpoint
-from m3ae_fast.checkpoint import folder as folder_module
-from m3ae_fast.checkpoint import resuming, state_files
+from m3ae_fast.checkpoint import resuming, state_files, writing
 from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
@@ -91,7 +90,7 @@ def state_checked_with_deepspeed(engine: ModelEngine) -> dict[str, Tensor]:
 
 
 def agreement(ranks: Ranks) -> Agreement:
-    return Agreement(ranks.rank, ranks.world, ranks.lasting, threading.Event())
+    return ranks.agreement(threading.Event())
 
 
 def copy_made_during_a_step(engine: ModelEngine) -> Fragments:
@@ -157,7 +156,7 @@ def load(ranks: Ranks, folder: Path) -> None:
 
 def die(ranks: Ranks, folder: Path, rank: int, where: str) -> None:
     agreed = agreement(ranks)
-    module = state_files if hasattr(state_files, where) else folder_module
+    module = state_files if hasattr(state_files, where) else writing
 
     def kill_self(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

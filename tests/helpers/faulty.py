@@ -14,7 +14,7 @@ from typing import Any
 
 from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.checkpoint import folder, state_files
+from m3ae_fast.checkpoint import state_files, writing
 from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.cli import embed
 from m3ae_fast.data.dataset import Samples
@@ -32,7 +32,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "copy": (Staging, "_into_buffer"),
     "write": (state_files, "save_file"),
     "table": (state_files, "write_table"),
-    "rename": (folder, "put_in_place"),
+    "rename": (writing, "put_in_place"),
     "pictures": (pretraining_task, "draw_training"),
     "log": (metrics_log, "_forget_after"),
     "loader": (Samples, "__getitems__"),

@@ -31,7 +31,6 @@ from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.config import Config, DeepSpeedConfig, ZeroConfig
 from m3ae_fast.config.messages import section_of
 from m3ae_fast.engine.interface import ModelEngine
-from m3ae_fast.process.agreement import Agreement
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import config_of, engine_of, take
 
@@ -113,7 +112,7 @@ def require_saved(engine: ModelEngine, path: Path, case: str) -> None:
 
 
 def save(ranks: Ranks, folder: Path) -> dict[str, Any]:
-    agreed = Agreement(ranks.rank, ranks.world, ranks.lasting, threading.Event())
+    agreed = ranks.agreement(threading.Event())
     curves = {}
     for case, _, config in cases(ranks.world):
         engine = engine_of(ranks, config)
