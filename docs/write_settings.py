@@ -1,8 +1,10 @@
-"""Write the pages of all settings, docs/config.md and docs/evaluation-config.md: python docs/write_settings.py"""
+"""Write the generated pages, docs/config.md, docs/evaluation-config.md and docs/evaluation-tasks.md:
+python docs/write_settings.py"""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -27,7 +29,7 @@ another page: [Evaluation settings](evaluation-config.md).
 """
 EVALUATION_HEAD = """# Evaluation settings
 
-Settings of [`m3ae-fast evaluate`](guide/evaluating.md) and `m3ae-fast embed`. These commands have no config file; their
+Settings of [`m3ae-fast evaluate`](evaluation-tasks.md) and `m3ae-fast embed`. These commands have no config file; their
 settings are passed with `--set section.key=value`. A command or task accepts only the settings that it uses:
 
 {readers}
@@ -36,7 +38,7 @@ Each of them also uses the sections `run` and `data`, which are described on the
 settings in these two sections have their own options, such as `--out` and `--train`.
 
 `linear` and `finetune` use settings of [training](config.md). The defaults that differ from those of training are in
-parentheses. Derived defaults follow this [rule](guide/evaluating.md#default-hyper-parameters-by-dataset-size), and a
+parentheses. Derived defaults follow this [rule](evaluation-tasks.md#default-hyper-parameters-by-dataset-size), and a
 resumed run keeps them.
 
 {shared}
@@ -131,7 +133,10 @@ def _table(section: type[BaseModel], name: str, note: str, links: dict[type[Base
     return "\n".join([*lines, ""])
 
 
-PAGES = {"config.md": train_page, "evaluation-config.md": evaluation_page}
+sys.path.insert(0, str(Path(__file__).parent))
+from write_tasks import tasks_page  # noqa: E402
+
+PAGES = {"config.md": train_page, "evaluation-config.md": evaluation_page, "evaluation-tasks.md": tasks_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

@@ -338,7 +338,9 @@ def test_positions_explain_nothing_everything_or_are_undefined():
 
     def share(values):
         sums = torch.zeros(25, values.shape[1], dtype=torch.float64).index_add_(0, at[: len(values)], values)
-        return position_share(torch.bincount(at[: len(values)], minlength=25).double(), sums, values.square().sum().item())
+        return position_share(
+            torch.bincount(at[: len(values)], minlength=25).double(), sums, values.square().sum().item()
+        )
 
     noise = torch.randn(1000, 8, generator=random, dtype=torch.float64)
     tables = torch.randn(20, 8, generator=random, dtype=torch.float64)

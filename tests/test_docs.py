@@ -18,7 +18,7 @@ from tests.conftest import LONGEST
 from tests.helpers.trainer import ROOT
 
 GUIDE = [page for folder in ("recipes", "guide") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDE]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/evaluation-tasks.md", *GUIDE]
 FOLDERS = ("docs", "kernels", "lab", "benchmarks", "examples")
 LINKED = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
@@ -115,6 +115,13 @@ def test_the_recipes_are_linked_at_the_top_of_the_readme():
     top = " ".join(TEXT["README.md"].split()[:150])
     recipes = [f"docs/recipes/{page.name}" for page in GUIDE if page.parent.name == "recipes"]
     assert all(f"({path})" in top for path in [*recipes, "CONTRIBUTING.md#a-bug-in-the-loader"])
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: page.name)
+def test_a_page_of_the_guide_is_short(page):
+    """A page answers one question; evidence belongs to lab/ and benchmarks/, and reasons to docstrings."""
+    appendix = page.name == "image-formats.md"  # a table
+    assert appendix or len(TEXT[page.name].split()) <= (520 if page.parent.name == "recipes" else 1500)
 
 
 def test_the_address_of_the_repository_is_in_one_place():

@@ -341,7 +341,8 @@ class DataConfig(Section):
     whose samples a lane shuffles together."""
     lanes: int = Field(64, gt=0, le=1 << 16)
     """Maximum number of lanes, the parallel sub-streams into which the training stream is divided; each node reads only
-    some of them ([explanation](guide/many-nodes.md#partitioning-of-shards-over-nodes)). The actual number of lanes is
+    some of them ([explanation](guide/remote-shards.md#partitioning-of-shards-over-nodes)). The actual number of
+    lanes is
     the largest divisor of `train.global_batch` / `repeats` that exceeds neither this value nor the number of
     shards."""
     workers: int | None = Field(None, ge=0, le=1024)

@@ -1,11 +1,13 @@
 """The evaluation tasks and their options. This module does not import torch, so that `--help` is fast.
 
 The fields of a task's class are its options on the command line and its arguments in Python, with the string below a
-field as the help. A new option is a field, which the task reads from `job.options`. An option that changes the samples
-is read in `Job.open_labelled`, because a grid (`--layers`, `--pools`, `--shots`) runs `probe_grid.py` in place of the
-task's module. A new task needs a class, its entry in `TASKS`, a module in this package with a function `run(job)`, and
-a section of EvaluationConfig if it has settings. A new frozen probe also needs an entry in `PROBES` of
-`heads/probes.py`, and its name in `Probe` if `compare` is to offer it.
+field as the help. The first paragraph of a docstring is the description in the help, and all of it is a section of
+docs/evaluation-tasks.md, which `python docs/write_settings.py` generates. A new option is a field, which the task reads
+from `job.options`. An option that changes the samples is read in `Job.open_labelled`, because a grid (`--layers`,
+`--pools`, `--shots`) runs `probe_grid.py` in place of the task's module. A new task needs a class, its entry in
+`TASKS`, a module in this package with a function `run(job)`, and a section of EvaluationConfig if it has settings. A
+new frozen probe also needs an entry in `PROBES` of `heads/probes.py`, and its name in `Probe` if `compare` is to offer
+it.
 """
 
 from __future__ import annotations
@@ -120,7 +122,7 @@ class Task(WithSettings):
     @classmethod
     def about(cls) -> str:
         """Return the description of the task."""
-        text = " ".join((cls.__doc__ or "").split()).removesuffix(".")
+        text = " ".join((cls.__doc__ or "").partition("\n\n")[0].split()).removesuffix(".")
         return text[:1].lower() + text[1:]
 
     @classmethod
@@ -210,7 +212,30 @@ class WithResume(WithLabels):
 
 
 class WithBaselines(OneModel):
-    """A task that evaluates baselines too."""
+    """A task that evaluates baselines too.
+
+    A high accuracy is not necessarily due to pre-training: the colours of the images may reveal the classes. Every task
+    that learns from labelled images therefore also evaluates baselines on the same samples:
+
+    - random weights (`random:MODEL`): the network of MODEL, randomly initialised with the seed `run.seed`;
+    - downscaled pixels (`pixels`): the pixels, scaled down to 16 x 16 and normalised by the mean and standard deviation
+      of the training images;
+    - colour histogram (`histogram`): the square roots of the fractions of the pixels in 4 x 4 x 4 colours; for images
+      that do not have three channels, in 16 bins for each channel;
+    - HOG (`hog`): histograms of oriented gradients, with 9 orientations, cells of 8 x 8 pixels and blocks of 2 x 2
+      cells: 900 numbers. They need scikit-image (the extra `evaluate`); without it, they are left out with a warning.
+
+    The last three are computed from the central square of each image, resized to 48 x 48, with the channels and the
+    value range of the training files, so that they are the same for all models. `segment` has only random weights and
+    the pixels of each patch.
+
+    A printed line shows the metrics of each baseline, and the paired difference between MODEL and the baseline;
+    `baselines` in `result.json` contains both. A warning names the baselines than which MODEL is not significantly
+    better. `knn`, `logistic` and `segment` use the same classifier for the baselines as for MODEL, with
+    hyper-parameters chosen separately by the same rule. The other tasks use logistic regression, so that no second
+    training is necessary. With `--layers`, `--pools` or `--shots`, the baselines are compared with the accuracy `top1`
+    of the result.
+    """
 
     baselines: bool = True
     """evaluate the baselines, which are random weights and features that are computed without a network
@@ -223,7 +248,17 @@ class WithBaselines(OneModel):
 
 
 class WithGrid(OneModel, WithLabels):
-    """A task that can train probes on the features of several layers and poolings, and on few samples."""
+    """A task that can train probes on the features of several layers and poolings, and on few samples.
+
+    The three options can be combined. One pass over the images covers all layers, poolings and numbers of shots, and
+    all heads are trained together. `results` in `result.json` has a row for each combination of `layer`, `pool` and
+    number of `shots`. The fields `top1` and `top5` outside `results` are the accuracies for the last layer, the first
+    pooling and the largest number of shots. A figure shows the accuracy by layer or, for a single layer, by number of
+    shots.
+
+    Features of earlier layers are those after the block, with the final LayerNorm applied. For each number of shots,
+    the samples are drawn five times, and the mean accuracy is reported with its 95 % confidence interval.
+    """
 
     layers: Layers = None
     """evaluate the features after each of these blocks, numbered from 1, in one pass over the images; OUT contains
@@ -252,7 +287,23 @@ class WithGrid(OneModel, WithLabels):
 
 
 class PooledProbe(WithGrid, WithBaselines, WithModality, WithTraining):
-    """A probe of pooled features."""
+    """A probe of pooled features, whose samples may have lists of labels.
+
+    The field given by `--labels` may contain a list of numbers or names for each sample, such as
+    `"tags": ["dog", "beach"]`. An empty list means that the sample has none of the classes. `logistic` then fits a
+    logistic regression for each class, with scikit-learn's default penalty, and writes no classifier. With `knn`, each
+    of the `knn.k` nearest training samples (20 by default) votes for all of its labels. These metrics are reported:
+
+    - `map`: mean average precision, averaged over the classes that occur in the held-out samples;
+    - `per_class`: number of samples and average precision of each class;
+    - `chance_map`: expected `map` of random scores: the fraction of the samples that have a class, averaged over
+      classes.
+
+    Labels that do not occur in the training samples are left out, with a note. The standard error of `map` and the
+    interval of its difference from `chance_map` are computed by a bootstrap over samples, corrected for its bias:
+    samples that are drawn repeatedly raise the average precision of rare labels. They are left out, with a warning, if
+    they cannot be estimated, for example from one held-out sample.
+    """
 
     TAKES_IMAGE_FEATURES = True
 
@@ -269,24 +320,67 @@ class PooledProbe(WithGrid, WithBaselines, WithModality, WithTraining):
 
 
 class Knn(PooledProbe):
-    """Measure the k-nearest-neighbour accuracy of frozen features."""
+    """Measure the k-nearest-neighbour accuracy of frozen features.
+
+    The class of a held-out sample is predicted by a vote of its k nearest training samples in feature space. The weight
+    of a vote is exp(cosine similarity / `knn.temperature`). By default, k is 1 or 20, and the features are compared as
+    they are or standardised (with a mean of 0 and a standard deviation of 1), whichever is most accurate on a tenth of
+    the training samples with neighbours from the others. `--set knn.k=10` sets k, and does not standardise.
+    `result.json` contains the choice as `k` and `standardised`. `neighbours.png` shows some held-out samples with their
+    nearest training samples.
+    """
 
     uses = Uses(("encode", "knn"))
 
 
 class Logistic(PooledProbe):
-    """Fit logistic regression to frozen features, with one of five L2 penalties; the classifier is saved in OUT."""
+    """Fit logistic regression to frozen features, with one of five L2 penalties; the classifier is saved in OUT.
+
+    Each image is encoded once. A multinomial logistic regression with an L2 penalty is then fitted to the standardised
+    features by L-BFGS. This method has no learning rate and no random seed. It is usually at least as accurate as the
+    linear probe and takes only a fraction of the time.
+
+    The inverse strength of the penalty (scikit-learn's `C`) is selected from 0.0001, 0.001, 0.01, 0.1 and 1, each of
+    which is evaluated on a held-out tenth of the training samples. Among the values whose accuracy is within one
+    standard error of the best accuracy, the smallest value, which is the strongest penalty, is used (the
+    one-standard-error rule of Breiman et al. 1984). With fewer than 1,000 training samples, the value with the best
+    accuracy is used. The regression is then fitted to all training samples. `result.json` contains the value as
+    `inverse_strength`.
+    """
 
 
 class Linear(WithResume, WithBaselines, WithModality, WithTraining):
     """Train a linear classifier on the frozen features of random crops, as in the official code; the classifier is
-    saved in OUT."""
+    saved in OUT.
+
+    Each step encodes a batch of newly sampled crops. The head, the LARS optimiser and its hyper-parameters are those of
+    the official code, and their values depend on the number of training samples (see below). Use this task to compare a
+    model with published results; otherwise, use `logistic`. The official code uses the cls token, so add
+    `--set encode.pool=cls` for such a comparison. If the linear probe is less accurate than `knn` on the same data, it
+    was probably trained for too few steps.
+    """
 
     uses = LINEAR
 
 
 class Attentive(WithGrid, WithBaselines, WithTraining):
-    """Train a linear classifier and a query that pools the frozen patch tokens."""
+    """Train a linear classifier and a query that pools the frozen patch tokens.
+
+    The query attends to the output tokens of the encoder for the patches. At initialisation, the probe is equivalent to
+    a linear probe on the mean of the patch features. With `--pools mean,cls`, linear heads on the mean and on the cls
+    token are trained in the same pass, with the same optimiser, number of steps and candidate learning rates; the
+    difference in accuracy between the attentive probe and these heads shows what the attention contributes.
+
+    Five probes with different learning rates are trained simultaneously on nine tenths of the training samples, and the
+    learning rate with the highest accuracy on the remaining tenth is selected. With stored features, a new probe is
+    then trained with this learning rate on all training samples. With online training, the probe that was trained with
+    the selected learning rate is used. The batch size and the number of steps are those of `linear`.
+
+    The patch features of all images are stored: all ranks together need samples x layers x patches x width x 2 bytes,
+    which the program prints before the task begins. If that much memory is not free, the probe is trained online: each
+    step encodes a batch of newly sampled crops and discards its features, so that the memory does not grow with the
+    dataset. `attentive.online` selects one of the two. With `--shots`, the features are always stored.
+    """
 
     uses = Uses(("encode", "attentive"))
 
@@ -300,7 +394,15 @@ class Attentive(WithGrid, WithBaselines, WithTraining):
 
 
 class Finetune(WithResume, WithBaselines, WithModality, WithTraining):
-    """Train the encoder with a classification head; the classifier is saved in OUT."""
+    """Train the encoder with a classification head; the classifier is saved in OUT.
+
+    The head and the layer-wise learning rates are those of the official code. The batch size and the number of epochs
+    depend on the number of training samples (see below). The classifier is evaluated about ten times during the
+    training (`train.eval_every`). On a CPU, fine-tuning may take an hour.
+
+    The baselines of this task are logistic regressions. Training from scratch is a stronger baseline, but takes as long
+    as fine-tuning: evaluate `random:MODEL` with this task, and compare both folders with the task `compare`.
+    """
 
     uses = FINETUNE
     LIBRARIES = ("timm",)
@@ -308,13 +410,38 @@ class Finetune(WithResume, WithBaselines, WithModality, WithTraining):
 
 class Segment(WithBaselines, WithTraining):
     """Segment images: classify frozen patch features with a linear head, or by a vote of the nearest training
-    patches."""
+    patches.
+
+    Each image in the shards needs a label mask of the same size, `KEY.mask.png`, which `shards make --masks` adds.
+    Samples without a mask are left out. With `segment.head=linear`, the default, a BatchNorm and a linear layer are
+    trained for `segment.steps` steps; the target of a patch is the distribution of the classes among its pixels. With
+    `segment.head=knn`, nothing is trained: the nearest of `segment.bank_patches` training patches vote with their class
+    distributions, as in `knn`. The scores of the patches are upsampled bilinearly to the resolution of the image. These
+    metrics are reported:
+
+    - `miou`: intersection over union of each class, computed over the pixels of all held-out images, and averaged over
+      the classes;
+    - `per_class`: the intersection over union of each class;
+    - `chance_miou`: `miou` if the largest class is always predicted.
+
+    Pixels with the label `segment.ignore_label` (255 by default) are excluded from training and from the metrics.
+    Standard errors and intervals are computed by a bootstrap over images. Masks are cropped and resized in the same way
+    as images: to the central square, at the model's resolution. The results are therefore not comparable with results
+    that were computed with sliding windows or on uncropped images. `segmentation.png` shows held-out images next to
+    their masks and the predictions. A high `miou` may be due to the positions of the objects alone, so compare it with
+    the baselines.
+    """
 
     uses = Uses(("encode", "segment", "knn"))
 
 
 class Robustness(OneModel, WithLabels):
-    """Measure the accuracy of a classifier on adversarial images."""
+    """Measure the accuracy of a classifier on adversarial images.
+
+    The images are generated by projected gradient descent (PGD). The default is five passes over the held-out images:
+    one over the clean images, and four attacks of 10 steps with different bounds. To shorten the task, evaluate fewer
+    images, for example with `--set robustness.samples=1000`. The input is that of the classifier.
+    """
 
     uses = Uses(("robustness", "encode.batch"))
 
@@ -322,7 +449,26 @@ class Robustness(OneModel, WithLabels):
 
 
 class Ood(OneModel, WithModality, WithLabels, WithTraining):
-    """Detect out-of-distribution samples with a frozen encoder or with a classifier."""
+    """Detect out-of-distribution samples with a frozen encoder or with a classifier.
+
+    The samples of `--val` are in-distribution, and the samples of `--ood`, which need no labels, are
+    out-of-distribution. For a frozen encoder, the logits are those of a logistic regression that is fitted to the
+    training samples. Four scores are computed for each sample. They are higher for samples that look in-distribution:
+
+    - `max_softmax`: highest softmax probability of the classes;
+    - `energy`: logsumexp of the logits;
+    - `knn`: minus the distance to the `knn.k`-th nearest training sample;
+    - `mahalanobis`: minus the squared Mahalanobis distance to the nearest class mean of the training samples.
+
+    These metrics are reported for each score:
+
+    - `auroc`: area under the ROC curve, with its 95 % bootstrap interval. If the whole interval is below 0.5, the score
+      is reported as inverted;
+    - `aupr_in`, `aupr_out`: area under the precision-recall curve with in-distribution or out-of-distribution samples
+      as positives. Unlike the other metrics, they depend on the ratio of the two;
+    - `fpr95`: fraction of out-of-distribution samples accepted at the threshold that accepts 95 % of the
+      in-distribution samples.
+    """
 
     uses = Uses(("encode", "knn"))
     LIBRARIES = ("sklearn",)

@@ -1,7 +1,6 @@
 """The values of settings that are left at null, by number of samples."""
 
 import json
-import re
 
 import pytest
 
@@ -9,7 +8,6 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import FINETUNE, LINEAR, evaluation_config
 from m3ae_fast.heads.length_and_rate import IMAGENET, OFFICIAL, Recipe, chosen, with_defaults
 from m3ae_fast.heads.training_warnings import rising
-from tests.helpers.trainer import ROOT
 
 USES = {"linear": LINEAR, "finetune": FINETUNE}
 
@@ -69,19 +67,6 @@ def test_default_steps_have_a_minimum_and_change_gradually_with_the_number_of_sa
                 assert rate == pytest.approx(max(expected, 0.8), rel=0.01)
             assert last is None or steps <= 20 * last
             last = steps
-
-
-def test_the_guides_table_of_default_hyper_parameters_is_current():
-    text = (ROOT / "docs/guide/evaluating.md").read_text()
-    rows = re.findall(r"^\| ([\d,]+) \| (.+) \|$", text, re.MULTILINE)
-    assert [int(samples.replace(",", "")) for samples, _ in rows] == [1_000, 10_000, 50_000, IMAGENET]
-    for samples, row in rows:
-        expected = []
-        for official in OFFICIAL.values():
-            recipe = official.scaled(n := int(samples.replace(",", "")))
-            steps = recipe.epochs * (n // recipe.global_batch)
-            expected += [recipe.global_batch, recipe.epochs, steps, recipe.peak_lr]
-        assert [float(cell.replace(",", "")) for cell in row.split(" | ")] == expected
 
 
 def test_epochs_and_steps_are_mutually_exclusive():
