@@ -169,6 +169,7 @@ class StandIns:
 
     def __init__(self, wrong: str = "") -> None:
         self.calls: list[str] = []
+        self.deterministic: list[bool] = []  # that argument of each backward pass of flash-attn
         self.wrong = wrong
 
     def forward(self, name: str, q, k, v, ends: tuple) -> tuple[Tensor, Tensor]:
@@ -202,6 +203,7 @@ class StandIns:
             deterministic, rng_state=None,
         ):  # fmt: skip
             assert dropout_p == 0 and softmax_scale == q.shape[-1] ** -0.5 and not causal and not softcap
+            self.deterministic.append(deterministic)
             ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
             fill((dq, dk, dv), self.backward("2", dout, q, k, v, out, softmax_lse, ends))
 
@@ -222,13 +224,20 @@ class StandIns:
         def _flash_attn_backward(
             dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
             max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+            deterministic=False,
         ):  # fmt: skip
             assert softmax_scale == q.shape[-1] ** -0.5
+            self.deterministic.append(deterministic)
             ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
             fill((dq, dk, dv), self.backward("3", dout, q, k, v, out, softmax_lse, ends))
 
         module._flash_attn_forward, module._flash_attn_backward = _flash_attn_forward, _flash_attn_backward
         return {"flash_attn_interface": module}
+
+    def flash_attn_3_as_a_package(self) -> dict[str, ModuleType]:
+        package = ModuleType("flash_attn_3")
+        package.flash_attn_interface = self.flash_attn_3()["flash_attn_interface"]
+        return {"flash_attn_3": package}
 
     def flash_attn_4(self) -> dict[str, ModuleType]:
         module = ModuleType("flash_attn.cute.interface")
@@ -242,8 +251,9 @@ class StandIns:
 
         def _flash_attn_bwd(
             q, k, v, out, dout, lse, softmax_scale=None, causal=False, cu_seqlens_q=None, cu_seqlens_k=None,
-            max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None,
+            max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, deterministic=False,
         ):  # fmt: skip
+            self.deterministic.append(deterministic)
             ends = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
             fill((dq, dk, dv), self.backward("4", dout, q, k, v, out, lse, ends))
 
@@ -348,6 +358,17 @@ def test_the_fastest_attention_kernel_is_chosen_and_the_reasons_against_the_othe
     assert cuda.choose_by_benchmark(CPU, BF16, 2, 16, 300).name == "torch varlen"
     asked = (12, 50, 54, 150, 290)  # the nearest length is determined by ratios: 9 * 300 is 52 * 52
     assert [cuda.choose(CPU, BF16, 2, 16, n).name for n in asked] == ["flash-attn 2"] * 2 + ["torch varlen"] * 3
+
+
+@pytest.mark.parametrize("module", ["flash_attn_2", "flash_attn_3", "flash_attn_3_as_a_package", "flash_attn_4"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_flash_attn_is_deterministic_if_torch_is(monkeypatch, module, deterministic):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    stand_ins = StandIns()
+    stand_ins.install(monkeypatch, module)
+    kernel = cuda.MAKERS[f"flash-attn {module[11]}"](CPU)
+    cuda.results(kernel, *cuda.example(CPU, BF16, 2, 16, 9))
+    assert stand_ins.deterministic == [deterministic]
 
 
 def test_kernels_that_fail_are_excluded(monkeypatch, caplog):

@@ -199,22 +199,29 @@ def _flash_attn_2(device: torch.device) -> Kernel:
         _flash_attn_varlen_backward(
             grad, q, k, v, out, lse, dq, dk, dv, **_ends(queries, keys), dropout_p=0.0,
             softmax_scale=q.shape[-1] ** -0.5, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
-            alibi_slopes=None, deterministic=False,
+            alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
 
     return Kernel("flash-attn 2", forward, backward)
 
 
 def _flash_attn_3(device: torch.device) -> Kernel:
-    from flash_attn_interface import _flash_attn_backward, _flash_attn_forward  # type: ignore[import-not-found]
+    try:
+        from flash_attn_3 import flash_attn_interface  # type: ignore[import-not-found]
+    except ImportError:  # older builds install only the module below
+        import flash_attn_interface  # type: ignore[import-not-found]
 
     def forward(q, k, v, queries, keys):
-        out, lse, *_ = _flash_attn_forward(q, k, v, **_ends(queries, keys), softmax_scale=q.shape[-1] ** -0.5)
+        out, lse, *_ = flash_attn_interface._flash_attn_forward(
+            q, k, v, **_ends(queries, keys), softmax_scale=q.shape[-1] ** -0.5
+        )
         return out, lse
 
     def backward(grad, q, k, v, out, lse, dq, dk, dv, queries, keys):
-        options = {"dq": dq, "dk": dk, "dv": dv, "softmax_scale": q.shape[-1] ** -0.5}
-        _flash_attn_backward(grad, q, k, v, out, lse, **_ends(queries, keys), **options)
+        flash_attn_interface._flash_attn_backward(
+            grad, q, k, v, out, lse, **_ends(queries, keys), dq=dq, dk=dk, dv=dv, softmax_scale=q.shape[-1] ** -0.5,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
 
     return Kernel("flash-attn 3", forward, backward)
 
@@ -226,7 +233,10 @@ def _flash_attn_4(device: torch.device) -> Kernel:
         return _flash_attn_fwd(q, k, v, **_ends(queries, keys), return_lse=True)[:2]
 
     def backward(grad, q, k, v, out, lse, dq, dk, dv, queries, keys):
-        _flash_attn_bwd(q, k, v, out, grad, lse, **_ends(queries, keys), dq=dq, dk=dk, dv=dv)
+        _flash_attn_bwd(
+            q, k, v, out, grad, lse, **_ends(queries, keys), dq=dq, dk=dk, dv=dv,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
 
     return Kernel("flash-attn 4", forward, backward)
 
