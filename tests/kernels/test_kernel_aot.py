@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import m3ae_kernels
 import pytest
@@ -126,6 +127,18 @@ def test_the_largest_kernels_fit_into_the_shared_memory_of_small_gpus(arch):
     for kernel in ("pixel_error", "attention_backward"):
         report = compile_case(CASE[kernel], arch, "bf16")
         assert report.problems == () and 0 < report.shared_bytes <= 99 << 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch, part, programs", [("sm_80", 32, 2), ("sm_90", 32, 2), ("sm_90", 64, 2), ("sm_100", 32, 4)]
+)
+def test_the_backward_pass_of_attention_spills_nothing_at_the_sizes_of_the_large_config(arch, part, programs):
+    """`part`: head dimension of the encoder (64) or of the decoder (32); `programs`: program instances that must fit on
+    a multiprocessor. kernels/TRIED.md lists the registers."""
+    case = next(c for c in CASES if c.kernel == "attention_backward" and c.sample[0] == part)
+    report = compile_case(replace(case, programs=programs), arch, "bf16")
+    assert report.problems == () and report.spills == 0
 
 
 @pytest.fixture

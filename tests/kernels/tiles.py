@@ -53,11 +53,11 @@ def test_ops_with_the_shipped_tiles_equal_the_reference(case, dtype, monkeypatch
 @pytest.mark.parametrize("other", [False, True], ids=["whole", "queries of some rows"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_attention_is_correct_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F811
-    """Samples have one row less than a tile, as many rows as a tile, one row more, or the rows of two tiles. This holds
-    for keys and for queries.
+    """Samples have as many rows as a tile, one row less or more, or the rows of two tiles, and the last tile has half
+    of its rows, or one more. This holds for keys and for queries.
     """
     rows = {side: attention.as_rows(tuning.config("attention_backward", CPU, dtype), 16)[side] for side in SIDES}
-    edges = sorted({n for b in rows.values() for n in (b - 1, b, b + 1, 2 * b)})
+    edges = sorted({n for b in rows.values() for n in (b // 2, b - 1, b, b + 1, b + b // 2, b + b // 2 + 1, 2 * b)})
     inputs = packed_attention(dtype, edges, 1, 16, queries=[*edges[1:], edges[0]] if other else None)
     true, torch_like = run(reference, "attend-some", double(inputs)), run(reference, "attend-some", inputs)
     for name, got in run(m3ae_kernels, "attend-some", inputs).items():

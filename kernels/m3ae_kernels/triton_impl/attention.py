@@ -142,6 +142,48 @@ def _power(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+@triton.jit
+def key_tile_backward(
+    n0, grad, q, k, v, out, lse, dq, dk, dv, partial, queries, keys, width, stride_q, stride_kv, stride_dq, stride_dkv,
+    scale, scale2,
+    D: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of keys n0 to n0 + BLOCK_N of one sample and head, and of their values, and add their part
+    of the gradients of all queries. The arguments are those of `attention_backward_kernel`; the pointers point to the
+    first row of the sample."""
+    n = n0 + tl.arange(0, BLOCK_N)
+    last = n0 + BLOCK_N >= keys
+    k_ND = load_rows(k, n, keys, stride_kv, D, BLOCK_D)
+    v_ND = load_rows(v, n, keys, stride_kv, D, BLOCK_D)
+    dk_ND = tl.zeros((BLOCK_N, BLOCK_D), dtype=ACC)
+    dv_ND = tl.zeros((BLOCK_N, BLOCK_D), dtype=ACC)
+    for m0 in range(0, queries, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        q_MD = load_rows(q, m, queries, stride_q, D, BLOCK_D)
+        g_MD = load_rows(grad, m, queries, width, D, BLOCK_D)
+        o_MD = load_rows(out, m, queries, width, D, BLOCK_D)
+        delta = tl.sum(g_MD.to(ACC) * o_MD.to(ACC), 1)
+        lse_M = tl.load(lse + m, mask=m < queries, other=0)
+        s = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION, out_dtype=ACC)
+        p = tl.where((n < keys)[:, None], tl.exp2(s * scale2 - lse_M[None, :]), 0)
+        dv_ND = tl.dot(p.to(g_MD.dtype), g_MD, dv_ND, input_precision=PRECISION, out_dtype=ACC)
+        dp = tl.dot(v_ND, tl.trans(g_MD), input_precision=PRECISION, out_dtype=ACC)
+        ds = (p * (dp - delta[None, :])).to(q_MD.dtype)
+        dk_ND = tl.dot(ds, q_MD, dk_ND, input_precision=PRECISION, out_dtype=ACC)
+        dq_MD = tl.dot(tl.trans(ds), k_ND, input_precision=PRECISION, out_dtype=ACC)
+        if LONG and n0 > 0:
+            dq_MD += load_rows(partial, m, queries, width, D, BLOCK_D)
+        if LONG and not last:
+            store_rows(partial, m, queries, width, dq_MD, D, BLOCK_D)
+        else:
+            store_rows(dq, m, queries, stride_dq, dq_MD * scale, D, BLOCK_D)
+    store_rows(dk, n, keys, stride_dkv, dk_ND * scale, D, BLOCK_D)
+    store_rows(dv, n, keys, stride_dkv, dv_ND, D, BLOCK_D)
+    if LONG and not last:
+        tl.debug_barrier()  # a thread may load values of `partial` that another thread has stored
+
+
 @triton.jit(do_not_specialize=["Q"], do_not_specialize_on_alignment=ANYWHERE)
 def attention_backward_kernel(
     grad, q, k, v, out, lse, dq, dk, dv, partial, cu_queries, cu_keys, Q, H, stride_q, stride_kv, stride_dq, stride_dkv,
@@ -150,17 +192,21 @@ def attention_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute one sample and head per program instance, so that no other instance adds to its gradients; scale is 1 /
-    sqrt(D), and scale2 is scale * log2(e). For LONG samples (more than BLOCK_N keys), `partial` [Q, H, D] carries the
-    running sums of dq from one tile of keys to the next; it stays in the cache. This is FlashAttention-2's algorithm 2
+    sqrt(D), and scale2 is scale * log2(e). If there are LONG samples (more than BLOCK_N keys), `partial` [Q, H, D]
+    carries the running sums of dq from one tile of keys to the next (it stays in the cache), and the last tile of a
+    sample has half the size if that is sufficient. This is FlashAttention-2's algorithm 2
     (https://arxiv.org/abs/2307.08691): p contains the weights, dp and ds contain the gradients of the weights and of
     the scores, and delta contains the sum of out * grad for each row.
 
     Cost: 10HD sum(n^2) FLOPs, 16THD bytes in bfloat16, H sum(n^2) exponentials. Estimates for the sizes and the GPU of
     `attention_kernel`:
-    - Encoder: 28 GFLOP. The memory traffic of 612 MB takes 183 us. Issuing the instructions takes only 85 us
-      with tiles of 128 keys for samples of 73.
-    - Decoder: 220 GFLOP. The memory traffic of 1.2 GB takes 363 us. Issuing the instructions takes 610 us.
+    - Encoder: 28 GFLOP. The memory traffic of 612 MB takes 183 us. Issuing the instructions takes only 85 us, with one
+      tile of 128 keys.
+    - Decoder: 220 GFLOP. The memory traffic of 1.2 GB takes 363 us. Issuing the instructions takes 517 us, with two
+      tiles of 128 keys and one of 64.
     """
+    HALF: tl.constexpr = BLOCK_N // 2
+    HALVED: tl.constexpr = LONG and HALF >= 16  # 16 keys are the minimum of a matrix instruction
     pid = tl.program_id(0)
     head = (pid % H).to(tl.int64)
     sample = pid // H
@@ -179,37 +225,20 @@ def attention_backward_kernel(
     out += query * width + head * D
     partial += query * width + head * D
     lse += head * Q + query
-    for n0 in range(0, tl.maximum(keys, 1), BLOCK_N):  # without keys, one iteration writes dq
-        n = n0 + tl.arange(0, BLOCK_N)
-        k_ND = load_rows(k, n, keys, stride_kv, D, BLOCK_D)
-        v_ND = load_rows(v, n, keys, stride_kv, D, BLOCK_D)
-        dk_ND = tl.zeros((BLOCK_N, BLOCK_D), dtype=ACC)
-        dv_ND = tl.zeros((BLOCK_N, BLOCK_D), dtype=ACC)
-        for m0 in range(0, queries, BLOCK_M):
-            m = m0 + tl.arange(0, BLOCK_M)
-            q_MD = load_rows(q, m, queries, stride_q, D, BLOCK_D)
-            g_MD = load_rows(grad, m, queries, width, D, BLOCK_D)
-            o_MD = load_rows(out, m, queries, width, D, BLOCK_D)
-            delta = tl.sum(g_MD.to(ACC) * o_MD.to(ACC), 1)
-            lse_M = tl.load(lse + m, mask=m < queries, other=0)
-            s = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION, out_dtype=ACC)
-            p = tl.where((n < keys)[:, None], tl.exp2(s * scale2 - lse_M[None, :]), 0)
-            dv_ND = tl.dot(p.to(g_MD.dtype), g_MD, dv_ND, input_precision=PRECISION, out_dtype=ACC)
-            dp = tl.dot(v_ND, tl.trans(g_MD), input_precision=PRECISION, out_dtype=ACC)
-            ds = (p * (dp - delta[None, :])).to(q_MD.dtype)
-            dk_ND = tl.dot(ds, q_MD, dk_ND, input_precision=PRECISION, out_dtype=ACC)
-            dq_MD = tl.dot(tl.trans(ds), k_ND, input_precision=PRECISION, out_dtype=ACC)
-            if LONG:
-                dq_MD += load_rows(partial, m, tl.where(n0 > 0, queries, 0), width, D, BLOCK_D)
-                last = n0 + BLOCK_N >= keys
-                store_rows(partial, m, tl.where(last, 0, queries), width, dq_MD, D, BLOCK_D)
-                store_rows(dq, m, tl.where(last, queries, 0), stride_dq, dq_MD * scale, D, BLOCK_D)
-            else:
-                store_rows(dq, m, queries, stride_dq, dq_MD * scale, D, BLOCK_D)
-        store_rows(dk, n, keys, stride_dkv, dk_ND * scale, D, BLOCK_D)
-        store_rows(dv, n, keys, stride_dkv, dv_ND, D, BLOCK_D)
-        if LONG:
-            tl.debug_barrier()  # a thread may load values of `partial` that another thread has stored
+    count = tl.maximum(keys, 1)  # without keys, one tile writes dq
+    end = count
+    if HALVED and (count - 1) % BLOCK_N < HALF:
+        end = (count - 1) // BLOCK_N * BLOCK_N
+    for n0 in range(0, end, BLOCK_N):
+        key_tile_backward(
+            n0, grad, q, k, v, out, lse, dq, dk, dv, partial, queries, keys, width, stride_q, stride_kv, stride_dq,
+            stride_dkv, scale, scale2, D, LONG, ACC, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if HALVED and end < count:
+        key_tile_backward(
+            end, grad, q, k, v, out, lse, dq, dk, dv, partial, queries, keys, width, stride_q, stride_kv, stride_dq,
+            stride_dkv, scale, scale2, D, LONG, ACC, PRECISION, BLOCK_M, HALF, BLOCK_D,
+        )  # fmt: skip
 
 
 @launcher
