@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import m3ae_kernels
 import pytest
 from PIL import Image
 
@@ -60,6 +61,48 @@ def site(tmp_path_factory):
     blocked = f"import sys\nsys.modules.update(dict.fromkeys({EXTRAS!r}))\n"  # importing one of them fails
     (work / "site/sitecustomize.py").write_text(blocked)
     return work / "site"
+
+
+def test_the_quickstart_runs_from_an_empty_folder(site, tmp_path):
+    """The config is found by its name. The images are those of a clone, which the error says if they are missing."""
+    where = environment() | {"PYTHONPATH": str(site)}
+    small = {"deepspeed": "null", "train.steps": 2, "train.pictures": 0, "train.eval_samples": 8, "data.workers": 0}
+    line = [site / "bin/m3ae-fast", "train", "--config", "quickstart"]
+    line += [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+
+    def run():
+        return subprocess.run(
+            [sys.executable, *line], cwd=tmp_path, env=where, capture_output=True, text=True, timeout=300
+        )
+
+    missing = run()
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and not [*tmp_path.iterdir()]
+    assert "no such file; it is part of a clone of m3ae-fast: run the command there, or specify" in missing.stderr
+    (tmp_path / "data").mkdir()
+    shutil.copytree(ROOT / "data/openclipart", tmp_path / "data/openclipart")
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert status(tmp_path / "runs/quickstart")[0] == "finished"
+
+
+def test_the_kernels_are_installed_without_the_engine(tmp_path):
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--no-build-isolation", "--target", tmp_path / "only", tmp_path / "kernels"], check=True)
+    code = """
+import sys
+sys.modules["m3ae_fast"] = None
+import torch, m3ae_kernels
+hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
+m3ae_kernels.masked_token_loss(hidden, weight, torch.arange(4)).backward()
+print(m3ae_kernels.__file__, m3ae_kernels.__version__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment() | {"PYTHONPATH": str(tmp_path / "only")},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "only/m3ae_kernels/__init__.py"), m3ae_kernels.__version__]
 
 
 def test_one_command_of_an_installed_wheel_trains_a_model_and_writes_a_report(site, tmp_path):

@@ -1,3 +1,3 @@
 """The version of both packages, m3ae_kernels and m3ae_fast."""
 
-__version__ = "0.2.0"
+__version__ = "1.0.0"

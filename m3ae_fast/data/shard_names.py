@@ -59,6 +59,9 @@ def is_remote(shard: str) -> bool:
     return shard.startswith("pipe:") or ("://" in shard and not shard.startswith("file:"))
 
 
+CLIP_ART = "data/openclipart/"  # the shards of the config quickstart, which are in a clone but not in an installation
+
+
 def _advice_on(folder: str) -> str:
     """Return advice for a user who specified a folder instead of shards."""
     if glob.glob(os.path.join(glob.escape(folder), "*.tar")):
@@ -79,7 +82,8 @@ def _local(name: str) -> list[str]:
         if os.path.isdir(path):
             raise UserError(f"shards {path!r}: is a folder; {_advice_on(path)}")
         if not os.path.exists(path):
-            raise UserError(f"shards {path!r}: no such file")
+            inside = "; it is part of a clone of m3ae-fast: run the command there, or specify your own shards"
+            raise UserError(f"shards {path!r}: no such file{inside if path.startswith(CLIP_ART) else ''}")
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UserError(f"shards {path!r}: is a pipe or a device; specify a file, or 'pipe:cat {path}'")
         try:
