@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from m3ae_fast.config.describe import allowed_values, default_value
 from m3ae_fast.config.evaluation import EvaluationConfig, Uses
 from m3ae_fast.config.messages import section_of
-from m3ae_fast.config.schema import Config
+from m3ae_fast.config.settings import Config
 from m3ae_fast.evaluation.tasks import TASKS
 
 TRAIN_HEAD = """# Settings
@@ -25,7 +25,7 @@ for example `--set train.epochs=200`.
 [Terms](index.md#terms) explains words such as shard, lane and rank. The settings of probes and fine-tuning are on
 another page: [Evaluation settings](evaluation-config.md).
 
-`python docs/write_settings.py` generates this page from m3ae_fast/config/schema.py.
+`python docs/write_settings.py` generates this page from m3ae_fast/config/settings.py.
 """
 EVALUATION_HEAD = """# Evaluation settings
 

@@ -1,5 +1,6 @@
 """The run's configuration: one strict JSON file, typed sections, `--set` overrides, errors that name fields."""
 
+from m3ae_fast.config.knn import USUAL_K, KnnConfig
 from m3ae_fast.config.libraries import require_libraries_of
 from m3ae_fast.config.load import (
     Overrides,
@@ -12,22 +13,20 @@ from m3ae_fast.config.load import (
     stored_config,
 )
 from m3ae_fast.config.poolings import FOR_TEXTS, GRIDS, POOLINGS, POOLS, Pool, Pooling
-from m3ae_fast.config.schema import (
+from m3ae_fast.config.section import Section
+from m3ae_fast.config.settings import (
     LONGEST,
     MAX_CHANNELS,
     MAX_VOCAB,
-    USUAL_K,
     Config,
     DataConfig,
     DeepSpeedConfig,
-    KnnConfig,
     KnnProbeConfig,
     LossConfig,
     MaskingConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
-    Section,
     SourceConfig,
     TrainConfig,
     ZeroConfig,

@@ -10,23 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.config.knn import KnnConfig
 from m3ae_fast.config.load import apply_override, parse
 from m3ae_fast.config.messages import section_of, settings_called
 from m3ae_fast.config.poolings import FOR_TEXTS, POOLINGS, Pool, described
-from m3ae_fast.config.schema import (
-    Batch,
-    Count,
-    DataConfig,
-    DeepSpeedConfig,
-    KnnConfig,
-    ModelConfig,
-    OptimConfig,
-    Rate,
-    RunConfig,
-    Section,
-    Size,
-    TrainConfig,
-)
+from m3ae_fast.config.section import Batch, Count, Rate, Section, Size
+from m3ae_fast.config.settings import DataConfig, DeepSpeedConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from m3ae_fast.config.value_range import Range, check_range
 
 _COMMON = ("run", "data", "model")  # sections that every task reads

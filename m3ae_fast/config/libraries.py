@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from m3ae_fast.base import object_store
+from m3ae_fast.base import s3_and_gs
 from m3ae_fast.base.libraries import require_libraries
-from m3ae_fast.config.schema import Config
+from m3ae_fast.config.settings import Config
 
 
 def require_libraries_of(config: Config) -> None:
@@ -16,4 +16,4 @@ def require_libraries_of(config: Config) -> None:
     probe = config.train.probe
     sources = [*config.data.train, *config.data.val, *([*probe.train, *probe.val] if probe else [])]
     for source in sources:
-        object_store.require(*([source.shards] if isinstance(source.shards, str) else source.shards))
+        s3_and_gs.require(*([source.shards] if isinstance(source.shards, str) else source.shards))

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import parse_json, read_json
 from m3ae_fast.config.messages import describe_error
-from m3ae_fast.config.schema import Config, Section
+from m3ae_fast.config.section import Section
+from m3ae_fast.config.settings import Config
 
 T = TypeVar("T", bound=Section)
 # Overrides of settings in Python: "section.key=value", several of them, or the values by "section.key".

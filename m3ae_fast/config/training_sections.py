@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from m3ae_fast.config.schema import DeepSpeedConfig, OptimConfig, RunConfig, TrainConfig
+from m3ae_fast.config.settings import DeepSpeedConfig, OptimConfig, RunConfig, TrainConfig
 
 
 class TrainingSections(Protocol):

@@ -11,7 +11,7 @@ import numpy as np
 
 from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.object_store import require
+from m3ae_fast.base.s3_and_gs import require
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.index import IndexedShard, Modality, index_shards
 from m3ae_fast.data.manifest import UNREAD, CountedShards, cached, is_manifest, none_read, read, read_all

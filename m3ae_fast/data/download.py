@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from webdataset.gopen import Pipe, gopen
 
-from m3ae_fast.base import object_store
+from m3ae_fast.base import s3_and_gs
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.data.tar import is_whole_tar
 
@@ -115,7 +115,7 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
         with open_regular(shard) as file:
             yield iter(lambda: file.read(_CHUNK), b"")
     else:
-        stored = shard.startswith(object_store.SCHEMES)
+        stored = shard.startswith(s3_and_gs.SCHEMES)
         source = _object(shard) if stored else gopen(shard)
         if not isinstance(source, Pipe):
             with source:
@@ -132,14 +132,14 @@ def _open(shard: str) -> Iterator[Iterator[bytes]]:
 
 
 def _object(url: str) -> Pipe:
-    return Pipe(object_store.command(url), mode="rb", stderr=subprocess.PIPE, ignore_errors=True)
+    return Pipe(s3_and_gs.command(url), mode="rb", stderr=subprocess.PIPE, ignore_errors=True)
 
 
 def _of_object(source: Pipe) -> Iterator[bytes]:
     yield from _of_command(source)
     if code := source.proc.wait():
         reason = source.proc.stderr.read().decode("utf-8", "replace").strip()
-        raise NotFound(reason) if code == object_store.NOT_FOUND else OSError(reason)
+        raise NotFound(reason) if code == s3_and_gs.NOT_FOUND else OSError(reason)
 
 
 def _of_http(response) -> Iterator[bytes]:

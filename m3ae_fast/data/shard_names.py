@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from webdataset.shardlists import expand_urls
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.object_store import require
+from m3ae_fast.base.s3_and_gs import require
 
 MAX_SHARDS = 10_000_000
 INDEX_SUFFIX = ".index"  # suffix of a shard's sidecar

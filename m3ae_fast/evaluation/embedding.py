@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from m3ae_fast.base import object_store
+from m3ae_fast.base import s3_and_gs
 from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.bad_samples import BadSample, Skipped
 from m3ae_fast.base.errors import ErrorElsewhere, UserError
@@ -124,7 +124,7 @@ def _settings(options: EmbedOptions, images: tuple[str, list[str]] | None) -> Ev
         argument = "columns" if options.columns else f"modality {modality}"
         raise UserError(f"{argument}: images that are not in shards have neither captions nor columns; leave it out")
     shards = _tars(names[0]) if len(names) == 1 and os.path.isdir(names[0]) else names
-    object_store.require(*shards)
+    s3_and_gs.require(*shards)
     given: dict = {"data": {"train": [{"shards": shards, "modality": modality}]}}
     return evaluation_config(given, options.all_overrides, "embed", Uses())
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from m3ae_fast.base import object_store
+from m3ae_fast.base import s3_and_gs
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config.arguments import (
@@ -149,7 +149,7 @@ class Task(WithSettings):
     def require(self) -> None:
         """Raise UserError if a library that the task or its shards require is not installed."""
         require_libraries(dict.fromkeys(("tensorboard", *self.LIBRARIES), self.name()))
-        object_store.require(*self.shards)
+        s3_and_gs.require(*self.shards)
 
 
 class OneModel(Task):

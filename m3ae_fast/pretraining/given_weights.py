@@ -14,7 +14,7 @@ import torch
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import TOKENIZER_FILE
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.config.schema import SIZES
+from m3ae_fast.config.settings import SIZES
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_start, check_weights, missing_decoder, start_for
 from m3ae_fast.pretraining.automatic_settings import assumed_config, channels_set

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast import checkpoint
-from m3ae_fast.base import object_store
+from m3ae_fast.base import s3_and_gs
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import unused_gpus, uses_gpu
@@ -161,7 +161,7 @@ def _check(call: _Call) -> Range | None:
         raise UserError(SEVERAL_RANKS)
     uses_gpu(call.device)
     value_range = check_overrides(call.overrides, call.start_from).model.value_range
-    object_store.require(call.source, *call.val)
+    s3_and_gs.require(call.source, *call.val)
     check_field(call.labels)
     if call.out.exists() and not call.out.is_dir():
         raise UserError(f"--out {call.out}: is not a folder; specify a new or an existing folder")

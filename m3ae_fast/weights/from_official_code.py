@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import ModelConfig, parse
-from m3ae_fast.config.schema import SIZES
+from m3ae_fast.config.settings import SIZES
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import ENCODER, Pretrained
 from m3ae_fast.weights.from_mae_or_timm import IMAGENET

@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, strict sections whose fields have documented meanings.
+"""Every setting of a training run with its default: typed, strict sections whose fields have documented meanings.
 
 The defaults are the official M3AE hyper-parameters (arXiv 2205.14204 and its public code). The string below a field is
 its description; `python docs/write_settings.py` generates docs/config.md from these strings.
@@ -10,9 +10,11 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import Field, Strict, model_validator
 
+from m3ae_fast.config.knn import KnnConfig
 from m3ae_fast.config.poolings import POOLINGS, Pool
+from m3ae_fast.config.section import Batch, Beta, Channels, Count, Layers, NamedPath, Rate, Section, Size
 from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
@@ -22,40 +24,6 @@ LONGEST = 800  # maximum number of epochs of a run with a time limit; MAE trains
 MAX_POSITIONS = 1 << 27  # maximum number of elements in a table of position embeddings: 512 MB
 # (emb_dim, depth, num_heads) of the encoder; all sizes have the same decoder: width 512, depth 8, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
-
-# The upper bounds are far above all useful values. They turn a typo into an error instead of an overflow or an endless
-# start-up.
-Size = Annotated[int, Field(gt=0, le=1 << 16)]  # widths, pixels, tokens
-Layers = Annotated[int, Field(gt=0, le=1024)]
-Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
-Count = Annotated[int, Field(gt=0, le=1 << 40)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-# one number per channel; in strict mode, pydantic would not accept a JSON array for a tuple
-Channels = Annotated[tuple[float, ...], Strict(False)]
-
-
-def _named(path: Any) -> Any:
-    if path == "":
-        raise ValueError("is empty; specify a path")
-    return path
-
-
-NamedPath = Annotated[Path, BeforeValidator(_named)]  # pathlib would treat "" as the current folder
-
-
-class Section(BaseModel):
-    """A section of the config. Unknown keys and values of the wrong type are errors."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        frozen=True,
-        allow_inf_nan=False,
-        defer_build=True,
-        use_attribute_docstrings=True,
-    )
 
 
 class RunConfig(Section):
@@ -415,25 +383,6 @@ class OptimConfig(Section):
         """Return the length of the decay at the end of the run, as a fraction of the run's steps; None for a cosine
         schedule, which has no constant learning rate before the decay."""
         return self.decay_fraction if self.schedule == "wsd" else None
-
-
-USUAL_K = 20  # number of neighbours in DINO (arXiv 2104.14294)
-
-
-class KnnConfig(Section):
-    """k-nearest-neighbour classification of frozen features."""
-
-    k: int | None = Field(None, gt=0)
-    """Number of neighbours that vote; null: 1 or 20, with or without standardisation of the features, whichever is most
-    accurate on held-out training samples. In that case, lists of labels and the tasks other than `knn` and `compare`
-    use 20, and do not standardise the features."""
-    temperature: float = Field(0.07, gt=0)
-    """Temperature of the votes: a neighbour's vote is exp(cosine similarity / temperature)."""
-
-    @property
-    def fixed_k(self) -> int:
-        """Return `k`, or the usual number of neighbours if it is null."""
-        return self.k or USUAL_K
 
 
 class KnnProbeConfig(KnnConfig):

@@ -13,7 +13,7 @@ import pytest
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from m3ae_fast.base import object_store
+from m3ae_fast.base import s3_and_gs
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, download, open_corpus
@@ -124,7 +124,7 @@ def test_credentials_are_read_from_the_users_aws_profile(s3, tmp_path, monkeypat
     (tmp_path / "credentials").write_text("[work]\naws_access_key_id = me\naws_secret_access_key = secret\n")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "work")
-    store = object_store._open("s3", "bucket")
+    store = s3_and_gs._open("s3", "bucket")
     assert store.credential_provider()["access_key_id"] == "me"
 
 

@@ -1,4 +1,4 @@
-"""Writes the object at an s3:// or gs:// URL to standard output: python -m m3ae_fast.base.object_store URL
+"""Writes the object at an s3:// or gs:// URL to standard output: python -m m3ae_fast.base.s3_and_gs URL
 
 Each object is read by a separate process, because the threads of obstore do not survive a fork, and loader workers are
 forked.
@@ -28,7 +28,7 @@ def require(*shards: str) -> None:
 def command(url: str) -> list[str]:
     """Return the arguments of a command that writes the object to stdout. If it fails, it exits with NOT_FOUND or 1 and
     prints the reason on stderr."""
-    return [sys.executable, "-m", "m3ae_fast.base.object_store", url]
+    return [sys.executable, "-m", "m3ae_fast.base.s3_and_gs", url]
 
 
 def main(url: str) -> int:
