@@ -43,7 +43,6 @@ from m3ae_fast.evaluation.baselines import UNTRAINED
 from m3ae_fast.pretraining import automatic_settings, final_evaluation, size_and_length, source_shards, stages
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
-    MODEL_SIZES,
     DatasetStatistics,
     Shards,
     batch_of,
@@ -52,6 +51,7 @@ from m3ae_fast.pretraining.automatic_settings import (
     steps_in,
 )
 from m3ae_fast.pretraining.dataset_statistics import inspect
+from m3ae_fast.pretraining.model_sizes import MODEL_SIZES
 from m3ae_fast.pretraining.source_shards import find_shards, overlap
 from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE

@@ -12,16 +12,10 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.pretrain import parse_args
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import final_evaluation
-from m3ae_fast.pretraining.automatic_settings import (
-    MODEL_SIZES,
-    DatasetStatistics,
-    Shards,
-    assumed,
-    model_sizes,
-    settings,
-)
+from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, Shards, assumed, model_sizes, settings
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.given_weights import FOLDER, given_weights
+from m3ae_fast.pretraining.model_sizes import MODEL_SIZES
 from m3ae_fast.pretraining.size_and_length import Budget
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.training.throughput_estimate import ThroughputEstimate

@@ -20,16 +20,10 @@ from m3ae_fast.config import load_config
 from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.images.bit_depth import Depth
 from m3ae_fast.images.image_kind import Kind
-from m3ae_fast.pretraining.automatic_settings import (
-    MODEL_SIZES,
-    Shards,
-    assumed,
-    by_setting,
-    check_overrides,
-    settings,
-)
+from m3ae_fast.pretraining.automatic_settings import Shards, assumed, by_setting, check_overrides, settings
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.image_settings import range_of
+from m3ae_fast.pretraining.model_sizes import MODEL_SIZES
 from m3ae_fast.pretraining.size_and_length import Budget, _lines
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards.problem_counts import Tally

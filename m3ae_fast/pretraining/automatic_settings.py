@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import parse_json
 from m3ae_fast.config import LONGEST, MAX_CHANNELS, Config, Range, parse, require_libraries_of
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.config.poolings import usual_pool
+from m3ae_fast.pretraining.model_sizes import MODEL_SIZES, ModelSize
 
 TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
 EPOCHS, SEEN = 20, 20_000  # a larger model is chosen only if it can be trained for this many epochs and samples
@@ -74,29 +75,6 @@ class DatasetStatistics:
     value_range: Range | None = None  # values of black and white in images with more than 8 bits per channel
     has_captions: bool = False  # whether there are captions, even if an override excludes them
     fitted: tuple[str, ...] = ()  # overrides that adapt the settings of given weights to the images
-
-
-class ModelSize(NamedTuple):
-    """A model size, with its requirements."""
-
-    name: str
-    model: dict[str, Any]
-    pixels: int  # maximum image size in pixels
-    samples: float  # minimum number of training samples
-
-
-def _narrow(width: int, depth: int, heads: int, decoder: int) -> dict[str, Any]:
-    own = {"size": None, "emb_dim": width, "depth": depth, "num_heads": heads}
-    return own | {"dec_emb_dim": decoder, "dec_depth": 2, "dec_num_heads": 4}
-
-
-MODEL_SIZES = (
-    ModelSize("tiny", _narrow(128, 4, 4, 64), 48, 0),
-    ModelSize("mini", _narrow(192, 6, 6, 128), 96, 0),
-    ModelSize("small", {"size": "small", "dec_emb_dim": 256, "dec_depth": 4, "dec_num_heads": 8}, 224, 1e4),
-    ModelSize("base", {"size": "base"}, 224, 1e5),
-    ModelSize("large", {"size": "large"}, 224, 1e6),
-)
 
 
 def model_sizes(statistics: DatasetStatistics, overrides: Sequence[str] = ()) -> list[ModelSize]:

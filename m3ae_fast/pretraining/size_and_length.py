@@ -17,7 +17,8 @@ from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.heads.pool_choice import MOST_SAMPLES
 from m3ae_fast.pretraining import automatic_settings
-from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, ModelSize, Shards
+from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, Shards
+from m3ae_fast.pretraining.model_sizes import MODEL_SIZES, ModelSize
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.throughput_estimate import ThroughputEstimate, measure
 
@@ -230,7 +231,7 @@ def _largest_fitting(
 
 def _why_not_larger(statistics: DatasetStatistics) -> str:
     """Return the reason why no larger model size is considered for this number of samples."""
-    above = [size for size in automatic_settings.MODEL_SIZES if size.samples > statistics.samples]
+    above = [size for size in MODEL_SIZES if size.samples > statistics.samples]
     if not above:
         return "there is no larger size"
     return f'"{above[0].name}" requires {above[0].samples:,.0f} samples or more'
