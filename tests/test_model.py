@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from m3ae_kernels import registry
+from m3ae_kernels import bias_gelu, registry
 from m3ae_kernels.attention import op
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +16,7 @@ from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import Sample, Segments, pack
 from m3ae_fast.config import LossConfig, ModelConfig
+from m3ae_fast.model import transformer
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pooling import mean_of_tokens, only_cls
@@ -263,6 +264,26 @@ def test_a_block_equals_plain_modules(gelu):
     fc2 = block.mlp.fc2
     out = F.linear(hidden, fc2.weight, fc2.bias)
     torch.testing.assert_close(got, x + dropped(out, factors[1]))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@torch._functorch.config.patch(activation_memory_budget=1.0)  # restored afterwards
+@torch.compiler.config.patch(cache_key_tag="")
+def test_the_mlp_uses_the_op_for_bias_and_gelu_on_a_gpu_unless_gelu_is_recomputed(monkeypatch, keep):
+    torch.manual_seed(0)
+    stack = Transformer(8, 1, 2)
+    stack.compile_blocks(keep_activations=keep)
+    mlp, x = stack.blocks[0].mlp, torch.randn(5, 8, requires_grad=True)
+    torch.nn.init.normal_(mlp.fc1.bias)
+    learned = (x, *mlp.parameters())
+    expected = torch.autograd.grad(mlp(x).square().sum(), learned)
+    calls = []
+    monkeypatch.setattr(transformer, "mlp", lambda *_: None)  # no kernel of the CPU
+    monkeypatch.setattr(transformer, "choose_impl", lambda *_: "triton")
+    monkeypatch.setattr(transformer, "bias_gelu", lambda *inputs: calls.append(inputs) or bias_gelu(*inputs))
+    for got, want in zip(torch.autograd.grad(mlp(x).square().sum(), learned), expected):
+        torch.testing.assert_close(got, want)
+    assert len(calls) == keep
 
 
 def test_drop_path_drops_whole_samples_except_padding():

@@ -1,6 +1,7 @@
 """Fused ops for masked autoencoders over images and text. Requires torch, and Triton on a GPU."""
 
 from .attention import packed_attention
+from .bias_gelu import bias_gelu
 from .gather import GatherNorm, gather_tokens
 from .hog_loss import MaskedHogLoss, hog_targets, masked_hog_loss
 from .hugging_face import patch_model
@@ -21,6 +22,7 @@ __all__ = [
     "MaskedTokenLoss",
     "PatchEmbed",
     "__version__",
+    "bias_gelu",
     "flat_ids",
     "gather_tokens",
     "head_inputs",

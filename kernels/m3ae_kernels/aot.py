@@ -168,6 +168,11 @@ CASES = [
         _pointers(x="grad x weight grad_x", i32="source", fp32="mean rstd partial_weight partial_bias"),
         ("D", "stride"), ("T", "program_rows"), (), {"GRAD_X": True, "PARAMETERS": True}, whole_rows=DIM,
     ),
+    Case("bias_gelu", "bias_gelu", _pointers(x="x bias y"), ("D", "stride"), ("T",)),
+    Case(
+        "bias_gelu", "bias_gelu_backward", _pointers(x="grad x bias grad_x", fp32="partial"), ("D", "stride"),
+        ("T", "program_rows"), table="bias_gelu",
+    ),
     Case(
         "token_loss", "token_rows", _pointers(x="logits", i32="targets", fp32="unit_weight row_loss", i8="correct"),
         ("stride",), ("V", "ignore_index"), ("smoothing", "z_loss"), {"GRAD": True, "CORRECT": True, "SMOOTH": True},

@@ -49,6 +49,11 @@ def gather_tokens(
     return y if norm_weight is None else F.layer_norm(y, y.shape[1:], norm_weight, norm_bias, eps)
 
 
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """See `m3ae_kernels.bias_gelu`."""
+    return F.gelu(x + bias, approximate="tanh")
+
+
 def scatter_tokens(
     x: Tensor,
     src: Tensor,

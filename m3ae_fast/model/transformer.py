@@ -18,11 +18,12 @@ import m3ae_kernels
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from m3ae_kernels import gather_tokens, packed_attention
+from m3ae_kernels import bias_gelu, gather_tokens, packed_attention
 from m3ae_kernels.attention import Segments
 from m3ae_kernels.cpu.linear import Linear, linear
 from m3ae_kernels.cpu.mlp import mlp
 from m3ae_kernels.cpu.norm import LayerNorm
+from m3ae_kernels.dispatch import choose_impl
 from m3ae_kernels.plain import is_plain
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -92,6 +93,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = Linear(dim, hidden_dim), Linear(hidden_dim, dim)
         self.gelu = gelu
+        self.recomputed = False  # whether the compiler recomputes the output of GELU, which an op would hide from it
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """Map [R, D] to [R, D]."""
@@ -101,6 +103,8 @@ class MLP(nn.Module):
             out_RD = mlp(x_RD, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
             if out_RD is not None:
                 return out_RD
+            if choose_impl("auto", x_RD.device, x_RD.dtype) == "triton" and not self.recomputed:
+                return fc2(bias_gelu(linear(x_RD, fc1.weight, None), fc1.bias))
         return fc2(gelu(fc1(x_RD), self.gelu))
 
 
@@ -265,6 +269,7 @@ class Blocks(nn.Module):
         torch._functorch.config.activation_memory_budget = budget
         torch.compiler.config.cache_key_tag = f"{_source_tag()}-{samples}"
         for block in self.blocks:
+            block.mlp.recomputed = not keep_activations
             block.compile(dynamic=True)
 
     def _run(self, block: nn.Module, *args) -> Tensor:

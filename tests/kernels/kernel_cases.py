@@ -96,6 +96,10 @@ def gather_tokens(dtype, tokens, rows, dim, norm=False, bias=True, ids=torch.int
     return Inputs(tensors)
 
 
+def bias_gelu(dtype, rows, dim) -> Inputs:
+    return Inputs({"x": _random(rows, dim, dtype=dtype), "bias": _random(dim, dtype=dtype)})
+
+
 def scatter_tokens(dtype, tokens, rows, dim, fill=None, table=None, ids=torch.int32) -> Inputs:
     src = torch.full((tokens,), -1, dtype=ids)
     used = torch.randperm(rows)[: min(tokens, rows) * 3 // 4].to(ids)  # some rows are not used
@@ -220,6 +224,9 @@ CASES = {
         gather_tokens,
         {"tokens": 41, "rows": 23, "dim": 64, "norm": True, "bias": False, "ids": torch.int64},
     ),
+    "gelu-empty": (bias_gelu, {"rows": 0, "dim": 48}),
+    "gelu-one": (bias_gelu, {"rows": 1, "dim": 512}),
+    "gelu-some": (bias_gelu, {"rows": 101, "dim": 123}),
     "scatter-empty": (scatter_tokens, {"tokens": 0, "rows": 3, "dim": 48, "fill": 2, "table": 5}),
     "scatter-no-rows": (scatter_tokens, {"tokens": 11, "rows": 0, "dim": 48, "fill": 2, "table": 5}),
     "scatter-mask": (scatter_tokens, {"tokens": 641, "rows": 97, "dim": 123, "fill": 2, "table": 35}),
@@ -302,7 +309,7 @@ CASES = {
 }
 # One small case of each op, for tests that are not about sizes.
 SMALL = (
-    "attend-queries", "embed-bands-float", "gather-some", "norm-some", "scatter-no-rows", "pixel-p16",
+    "attend-queries", "embed-bands-float", "gather-some", "norm-some", "gelu-some", "scatter-no-rows", "pixel-p16",
     "pixel-rows", "hog-p16", "hog-rows", "token-z", "token-rows",
 )  # fmt: skip
 

@@ -29,7 +29,7 @@ ORDERS: dict[str, Callable[[list[int]], None]] = {
 # Cases with incomplete tiles for every kernel. They are small, because the interpreter is slow.
 CHECKED = (
     "attend-some", "attend-queries", "embed-p14", "embed-last", "embed-bands-float", "gather-some", "norm-some",
-    "norm-no-bias", "scatter-vocab", "pixel-norm", "pixel-rows", "pixel-bands", "hog-p48", "hog-bands",
+    "norm-no-bias", "gelu-some", "scatter-vocab", "pixel-norm", "pixel-rows", "pixel-bands", "hog-p48", "hog-bands",
     "hog-mean-last", "token-z", "token-mean", "token-rows",
 )  # fmt: skip
 builder = interpreter.interpreter_builder

@@ -14,6 +14,7 @@ TOKENS = {"rows": 12, "dim": 16, "vocab": 31, "ignored": True}
 ROWS = {  # the inputs whose first dimension may be replaced by several
     "patch_embed": ("patch_ids",),
     "gather_tokens": ("x", "rows"),
+    "bias_gelu": ("x",),
     "scatter_tokens": ("x", "src", "fill", "fill_ids", "table", "table_ids"),
     "masked_pixel_loss": ("hidden", "patch_ids", "row_weight"),
     "masked_hog_loss": ("hidden", "patch_ids", "row_weight"),
@@ -24,6 +25,7 @@ CASES = {
     "embed": (cases.patch_embed, IMAGES),
     "gather": (cases.gather_tokens, {"tokens": 24, "rows": 12, "dim": 16}),
     "norm": (cases.gather_tokens, {"tokens": 24, "rows": 12, "dim": 16, "norm": True}),
+    "gelu": (cases.bias_gelu, {"rows": 24, "dim": 16}),
     "scatter": (cases.scatter_tokens, {"tokens": 24, "rows": 12, "dim": 16, "fill": 6, "table": 6}),
     "pixel": (cases.masked_pixel_loss, IMAGES),
     "pixel rows": (cases.masked_pixel_loss, IMAGES | {"reduction": "none"}),

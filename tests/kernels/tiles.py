@@ -27,6 +27,7 @@ RAGGED = (
     "embed-last",
     "embed-bands",
     "norm-some",
+    "gelu-some",
     "scatter-mask",
     "pixel-norm",
     "pixel-bands",
@@ -79,7 +80,7 @@ def test_a_loss_scale_does_not_change_attention_gradients():
         assert error(scaled[name] / scale, plain[name].double()) < 2e-3, name
 
 
-@pytest.mark.parametrize("case", ["embed-p14", "norm-some"])
+@pytest.mark.parametrize("case", ["embed-p14", "norm-some", "gelu-some"])
 def test_a_backward_program_instance_sums_its_blocks(case, monkeypatch):
     """There are more blocks of rows than program instances."""
     monkeypatch.setattr(patch_embed, "TARGET_PROGRAMS", 1)

@@ -176,6 +176,12 @@ def _norm(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
     return work
 
 
+def _bias_gelu(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
+    t, d = s.samples * (1 + s.visible + s.words // 4), 4 * s.encoder
+    tensors = {"x": _random(t, d, dtype=dtype, device=device), "bias": _random(d, dtype=dtype, device=device)}
+    return Workload("", "bias_gelu", tensors, ("x",), {}, (0, 4 * t * d), (0, 6 * t * d))
+
+
 def _scatter(s: Sizes, n: int, fill: int, length: int, d: int, dtype, device) -> Workload:
     """Return a workload that assembles samples of `length` rows. In total, n of these rows come from x, and the others
     from `fill`."""
@@ -301,6 +307,7 @@ OPS: dict[str, Callable[[Sizes, torch.dtype, torch.device], Workload]] = {
     "patch_embed": _patch_embed,
     "gather_tokens": _gather,
     "gather_tokens + LayerNorm": _norm,
+    "bias_gelu, encoder": _bias_gelu,
     "scatter_tokens, encoder": _scatter_encoder,
     "scatter_tokens, decoder": _scatter_decoder,
     "masked_pixel_loss": _pixel,
