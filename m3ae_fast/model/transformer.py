@@ -268,8 +268,10 @@ class Blocks(nn.Module):
             torch._dynamo.reset()
         torch._functorch.config.activation_memory_budget = budget
         torch.compiler.config.cache_key_tag = f"{_source_tag()}-{samples}"
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.recomputed = not keep_activations
         for block in self.blocks:
-            block.mlp.recomputed = not keep_activations
             block.compile(dynamic=True)
 
     def _run(self, block: nn.Module, *args) -> Tensor:
