@@ -18,13 +18,13 @@ import m3ae_fast
 from m3ae_fast import checkpoint, train
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.config import Config, parse
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.engine.memory_estimate import typical_batch
 from m3ae_fast.evaluation.tasks import TASKS
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.throughput import newton_schulz_flops
 
 TOP1 = ("top1",)

@@ -10,6 +10,7 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import METRICS_FILE
 from m3ae_fast.base.output_folder import CARD_FILE, MODEL_FILE, output_folder, write_tensors
 from m3ae_fast.checkpoint import state_files
 from m3ae_fast.cli.shards import main as make_data
@@ -17,7 +18,7 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.manifest import rows_of, write
 from m3ae_fast.engine.fragments import cut
-from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
+from m3ae_fast.training.metrics_log import RunLog
 from tests.helpers.checkpoints import save, save_cut
 from tests.helpers.shards import members, picture, write_tar
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from m3ae_fast import checkpoint
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, LossConfig, OptimConfig, TrainConfig, parse
 from m3ae_fast.data import dataset
@@ -22,7 +23,6 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.training.diagnostics import diagnose, fix_of_losses, verdict
-from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
 from tests.helpers.trainer import TINY
 from tests.test_model import MIXED

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import METRICS_FILE
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.checkpoint.state_files import STATE_FILE, TABLE_FILE
 from m3ae_fast.cli.shards import main as data
@@ -30,7 +31,7 @@ from m3ae_fast.heads.classifier import read_config
 from m3ae_fast.model.pretrained import read_pretrained
 from m3ae_fast.shards.output_claim import claimed
 from m3ae_fast.shards.sources.hdf5 import Hdf5
-from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
+from m3ae_fast.training.metrics_log import RunLog
 from m3ae_fast.verify.golden import Golden
 from m3ae_fast.vqgan.model import VQGAN
 from m3ae_fast.weights.from_mae_or_timm import ViTOptions

@@ -7,7 +7,7 @@ from tests.helpers.trainer import ROOT
 
 # The packages, lowest first. The programs at the root of m3ae_fast are above all of them.
 LAYERS = ("m3ae_kernels", "base", "config", "process", "images", "batch", "model", "vqgan", "data", "shards", "engine")
-LAYERS += ("checkpoint", "drawing", "training", "weights", "heads", "evaluation", "pretraining", "verify", "cli")
+LAYERS += ("checkpoint", "weights", "drawing", "training", "heads", "evaluation", "pretraining", "verify", "cli")
 
 
 def _modules():

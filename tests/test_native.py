@@ -13,10 +13,10 @@ from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.config.evaluation import ImageConfig
+from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.images.patch_grid import Native, patch_rows
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.positions import Positions, resampled, sincos_1d
-from m3ae_fast.weights.open_model import set_images
 
 SQUARE = ModelConfig(
     size=None, emb_dim=24, depth=2, num_heads=3, dec_emb_dim=16, dec_depth=2, dec_num_heads=2, image_size=16,

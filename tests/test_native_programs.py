@@ -16,9 +16,10 @@ from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.config.evaluation import ImageConfig
 from m3ae_fast.drawing.figures import box_in, shown
 from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.heads.modules import AttentiveHeads
 from m3ae_fast.images.decoding import decode_image
-from m3ae_fast.weights.open_model import open_model, set_images
+from m3ae_fast.weights.open_model import open_model
 from tests.helpers.labelled import labelled_members, tiny_run
 from tests.helpers.shards import write_tar
 from tests.test_resume import SAVE, _cut

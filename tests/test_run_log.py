@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from m3ae_fast import checkpoint
 from m3ae_fast.base.bad_samples import BadSamples, Skipped
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import METRICS_FILE
 from m3ae_fast.checkpoint import state_files, writing
 from m3ae_fast.config import Config, parse
 from m3ae_fast.data import open_data
@@ -27,7 +28,7 @@ from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.training import run_lock, throughput
 from m3ae_fast.training.loggers import WANDB_ID_FILE
 from m3ae_fast.training.metrics_line import MetricsLine
-from m3ae_fast.training.metrics_log import METRICS_FILE, RunLog
+from m3ae_fast.training.metrics_log import RunLog
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_lock import LOCK_FILE, RunFolder
 from m3ae_fast.training.trainer import Trainer

@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         help="folders outside RUN whose results (every result.json below them) are included",
     )
     args = parser.parse_args(argv)
+    from m3ae_fast.base.metrics_file import read_metrics
     from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
-    from m3ae_fast.training.metrics_log import read_metrics
 
     run, *others = args.runs
     print(summary(run, read_metrics(run))[0], flush=True)

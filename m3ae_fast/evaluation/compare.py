@@ -31,6 +31,7 @@ from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.image_features import ImageFeatures, available, input_config, open_image_features
 from m3ae_fast.evaluation.job import Job, summary
+from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.significance import LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.evaluation.stored_features import SUFFIX, StoredFeatures, open_features
@@ -44,7 +45,7 @@ from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM, TIMM
-from m3ae_fast.weights.open_model import open_model, set_images
+from m3ae_fast.weights.open_model import open_model
 
 _BASELINES = (UNTRAINED, *IMAGE_FEATURES.values())
 _TOKENS = 196  # number of patches of a ViT for 224 px

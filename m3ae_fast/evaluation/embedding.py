@@ -36,6 +36,7 @@ from m3ae_fast.data.loader import collate
 from m3ae_fast.data.rank_share import MicroBatches
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
+from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.heads.encoding import Batches, encode_batches, encode_corpus
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.images.suffixes import is_image, listed_suffixes
@@ -43,7 +44,7 @@ from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
-from m3ae_fast.weights.open_model import open_model, set_images
+from m3ae_fast.weights.open_model import open_model
 
 PARQUET, NPZ = ".parquet", ".npz"
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

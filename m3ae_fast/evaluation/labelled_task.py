@@ -11,6 +11,7 @@ from torch import Tensor
 
 from m3ae_fast.base.bad_samples import BadSamples
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.base.pace import duration
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import Resume, Rules, require_same
@@ -29,7 +30,6 @@ from m3ae_fast.heads.length_and_rate import OFFICIAL, chosen, with_defaults
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.heads.training_warnings import training_warnings
-from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.throughput import SampleCounts, SampleRate
 from m3ae_fast.training.trainer import Trainer
 

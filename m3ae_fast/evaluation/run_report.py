@@ -12,6 +12,7 @@ from typing import Any
 from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
 from m3ae_fast.drawing.reconstructions import GIVEN_AWAY
@@ -27,7 +28,6 @@ from m3ae_fast.evaluation.baselines import (
 from m3ae_fast.evaluation.difference import verdicts
 from m3ae_fast.heads.standard_error import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Diagnostic, Metrics, diagnose, verdict
-from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_state import status
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 

@@ -26,6 +26,7 @@ from m3ae_fast.evaluation.job import (
     summary,
     write_result,
 )
+from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.evaluation.tasks import (
     Compare,
     Modality,
@@ -45,7 +46,7 @@ from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
-from m3ae_fast.weights.open_model import open_model, set_images, untrained
+from m3ae_fast.weights.open_model import open_model, untrained
 
 
 @overload

@@ -14,6 +14,7 @@ from m3ae_fast.base import s3_and_gs
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import unused_gpus, uses_gpu
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.config import (
     Config,
     Range,
@@ -46,7 +47,6 @@ from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.pretraining.time_spent import TimeSpent
 from m3ae_fast.process.launchers import alone
-from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import status

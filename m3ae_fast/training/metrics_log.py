@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import threading
@@ -21,9 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from m3ae_fast.base.atomic_file import put_in_place
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import METRICS_FILE, metrics_lines
 from m3ae_fast.training.loggers import LOGGERS, Logger
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class _Console(Console):
@@ -140,7 +138,7 @@ class RunLog:
         """Return whether the log has a line for this step with any of these names. Lines from before the run was
         resumed count too."""
         with contextlib.suppress(OSError):
-            lines = _lines(self.folder / METRICS_FILE)
+            lines = metrics_lines(self.folder / METRICS_FILE)
             return any(line["step"] == step and not line.keys().isdisjoint(names) for line in lines)
         return False
 
@@ -176,31 +174,6 @@ class SilentLog(RunLog):
         return self
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run folder's metrics.jsonl that have a step. Raises UserError if there are none."""
-    try:
-        lines = _lines(folder / METRICS_FILE)
-    except OSError as error:
-        raise UserError(f"{folder}: not a run folder ({METRICS_FILE}: {error.strerror})") from None
-    if not lines:
-        raise UserError(f"{folder / METRICS_FILE}: contains no steps yet")
-    return lines
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a regular file")
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # an incomplete line
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            lines.append(values)
-    return lines
-
-
 def _summary(values: dict[str, Any]) -> str:
     shown = {"loss": "loss {:.4f}", "samples_per_s": "{:.1f} samples/s", "data_wait": "data wait {:.1%}"}
     return "  ".join(form.format(values[name]) for name, form in shown.items() if name in values)
@@ -217,7 +190,7 @@ def _forget_after(path: Path, step: int) -> None:
         path.unlink(missing_ok=True)
     if not path.exists():
         return
-    kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= step]
+    kept = [json.dumps(line) + "\n" for line in metrics_lines(path) if line["step"] <= step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     put_in_place(partial, path)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.base.untrusted_file import read_json
-from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.training.run_lock import is_held
 
 RECORD_FILE = "status.json"

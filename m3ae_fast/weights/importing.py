@@ -17,12 +17,12 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import find_folder
+from m3ae_fast.base.metrics_file import METRICS_FILE
 from m3ae_fast.base.output_folder import MODEL_FILE, read_folder_config, read_tensors
 from m3ae_fast.base.untrusted_file import open_regular
 from m3ae_fast.checkpoint import INFO_FILE, checkpoints_dir
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretrained
-from m3ae_fast.training.metrics_log import METRICS_FILE
 from m3ae_fast.weights.from_mae_or_timm import ViTOptions, from_vit
 from m3ae_fast.weights.from_official_code import read_jax_checkpoint
 from m3ae_fast.weights.open_model import is_run, run_weights, saved_run

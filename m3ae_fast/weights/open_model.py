@@ -16,10 +16,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import uses_gpu
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import LossConfig, ModelConfig, parse
-from m3ae_fast.config.evaluation import ImageConfig
-from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.m3ae import M3AE
-from m3ae_fast.model.positions import Positions
 from m3ae_fast.model.pretrained import Pretrained, build
 from m3ae_fast.weights.model_name import RANDOM
 
@@ -164,13 +161,3 @@ def untrained(config: ModelConfig, loss: LossConfig, seed: int) -> M3AE:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return M3AE(config, loss)
-
-
-def set_images(model: MultimodalEncoder, settings: ImageConfig) -> None:
-    """Change settings of the images that the model will receive, such as their value range. Settings that are None are
-    left unchanged. Raises UserError if the model does not support the settings."""
-    given = settings.model_dump(mode="json", exclude_none=True)
-    model.config = parse(ModelConfig, model.config.model_dump(mode="json") | given, "model")
-    for module in model.modules():
-        if isinstance(module, Positions):
-            module.lay_out(model.config)

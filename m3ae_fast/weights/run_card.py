@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.data.shard_names import is_remote
-from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.open_model import SavedRun
 
 # sections of the config that the card shows; the other sections contain local paths

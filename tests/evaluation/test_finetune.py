@@ -18,6 +18,7 @@ from timm.data.transforms_factory import transforms_imagenet_train
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError, exit_cleanly
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.cli.evaluate import main
@@ -31,7 +32,6 @@ from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder
-from m3ae_fast.training.metrics_log import read_metrics
 from tests.evaluation.conftest import finetune_settings
 from tests.helpers.labelled import labelled_members, labelled_tar
 from tests.helpers.ranks import run_ranks

@@ -7,6 +7,7 @@ import torch
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.evaluation import finetune, linear
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
@@ -14,7 +15,6 @@ from m3ae_fast.heads.classifier import Classifier
 from m3ae_fast.heads.modules import LinearHeads
 from m3ae_fast.process.ranks import join_ranks
 from m3ae_fast.training import throughput
-from m3ae_fast.training.metrics_log import read_metrics
 from m3ae_fast.weights.open_model import open_model
 from tests.evaluation.conftest import figure_names, settings
 from tests.helpers import bank_cases

@@ -1,6 +1,6 @@
 """The decay of finished runs with a stable learning rate."""
 
-from m3ae_fast.training.metrics_log import read_metrics
+from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.training.run_state import status
 
 
