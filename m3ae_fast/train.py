@@ -205,8 +205,12 @@ def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None
     from m3ae_fast.base.hardware import resolve_precision
     from m3ae_fast.evaluation.knn_during_training import open_probe
     from m3ae_fast.training.dry_run import report, report_time
+    from m3ae_fast.training.teacher import open_teacher, with_target_width
 
-    ranks = session.ranks
+    ranks, given = session.ranks, config
+    known = args.no_data and config.model.target_width is not None  # the teacher may be on another machine
+    teacher = None if known else ranks.main_first(lambda: open_teacher(given))
+    config = with_target_width(given, teacher)
     gpus = args.world is not None or ranks.device.type == "cuda"
     resolved = config if gpus else config.model_copy(update={"train": resolve_precision(config.train, ranks.device)})
 
@@ -217,11 +221,11 @@ def _dry_run(config: Config, args: argparse.Namespace, session: Session) -> None
                 probe = open_probe(config, progress=True)
             more = [("probe", probe.describe())] if probe else []
         world = args.world if gpus else ranks.world
-        report(resolved, world, gpus=gpus, data=not args.no_data, more=more)
+        report(resolved, world, gpus=gpus, data=not args.no_data, more=more, teacher=teacher)
 
     ranks.on_main(print_report)
     if args.world is None and not args.no_data:
-        report_time(config, session)
+        report_time(config, session, teacher)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def test_a_decoder_with_cross_attention_starts_from_an_encoder(tmp_path):
     M3AE(SMALL).save_pretrained(tmp_path / "self")
     given = given_weights(str(tmp_path / "self"), tmp_path / "run", ["model.dec_attention=cross"])
     note = (
-        "the decoder of the weights was trained with model.dec_attention=self, so the decoder is randomly initialised"
+        "the decoder of the weights was trained with model.dec_attention=self and model.image_targets=pixels, so the "
+        "decoder is randomly initialised"
     )
     assert note in given.notes
     assert note not in given_weights(str(tmp_path / "self"), tmp_path / "other", []).notes

@@ -68,7 +68,7 @@ def m3ae_loss(
     image_hidden: Tensor,
     text_hidden: Tensor | None = None,
     *,
-    image_head: MaskedPixelLoss | MaskedHogLoss | MaskedTokenLoss,
+    image_head: nn.Module,
     images: Tensor | None = None,
     patch_ids: Tensor | None = None,
     image_targets: Tensor | None = None,
@@ -83,11 +83,14 @@ def m3ae_loss(
 
     Args:
         image_hidden: [I, D] floating-point; text_hidden: [W, D] floating-point, or None without a text head.
-        image_head, text_head: heads with reduction "sum"; text_head is None for an image-only model.
+        image_head: a `MaskedPixelLoss`, a `MaskedHogLoss` or a `MaskedTokenLoss` with reduction "sum", or a module of
+            your own, called with (image_hidden, image_targets, image_row_weight), that has an attribute `reduction`,
+            "sum", and returns a scalar.
+        text_head: a `MaskedTokenLoss` with reduction "sum"; None for an image-only model.
         images: [B, C, H, W] as in `MaskedPixelLoss` or `MaskedHogLoss`; patch_ids: [I] int; image_row_weight: [I]
             floating-point, or None for ones: as in `masked_pixel_loss`.
-        image_targets: [I] int, the patches' token ids, in place of images and patch_ids if image_head is a
-            `MaskedTokenLoss`.
+        image_targets: in place of images and patch_ids, the targets of an image_head that does not read images; [I]
+            int, the patches' token ids, if it is a `MaskedTokenLoss`.
         targets: [W] int; text_row_weight: [W] floating-point, or None for ones: as in `masked_token_loss`.
         correct_weight: [W] floating-point, weights of the correct predictions; None for text_row_weight.
 
@@ -98,10 +101,10 @@ def m3ae_loss(
     for name, head in (("image_head", image_head), ("text_head", text_head)):
         if head is not None and head.reduction != "sum":
             raise ValueError(f'{name} has reduction "{head.reduction}", but m3ae_loss needs heads with reduction="sum"')
-    if isinstance(image_head, MaskedTokenLoss):
-        image = image_head(image_hidden, image_targets, image_row_weight)
-    else:
+    if isinstance(image_head, MaskedPixelLoss | MaskedHogLoss):
         image = image_head(image_hidden, images, patch_ids, image_row_weight)
+    else:
+        image = image_head(image_hidden, image_targets, image_row_weight)
     if text_head is None:
         return M3AELoss(image, torch.zeros_like(image), torch.zeros_like(image))
     text, correct = text_head(text_hidden, targets, text_row_weight, return_correct=True)

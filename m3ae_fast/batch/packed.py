@@ -56,7 +56,9 @@ class PackedBatch:
     loss_rows: Tensor  # [M] decoder row
     image_rows: Tensor  # [I] index among the M loss rows
     image_patch_ids: Tensor  # [I] as `patch_ids`, for `image_rows`
-    image_targets: Tensor  # [I] token ids; empty if the targets are pixels, or if the ids are computed later
+    # [I] token ids, or float32 [I, K] features of a teacher; empty if the targets follow from the images, or are
+    # computed later
+    image_targets: Tensor
     image_row_weight: Tensor  # float32 [I] loss weight / (rows of this image), or the loss weight alone
     text_rows: Tensor  # [W] index among the M loss rows
     text_targets: Tensor  # [W] token id

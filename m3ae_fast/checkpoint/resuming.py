@@ -20,6 +20,7 @@ from m3ae_fast.process.ranks import Ranks
 
 Severity = Literal["refused", "other samples", "noted", "free"]
 Sections = Mapping[str, Mapping[str, Any] | None]  # settings by section, as in JSON
+TEACHER = "loss.teacher"  # entry of the fingerprint of a run with a teacher
 SAMPLING = ("data.crop_scale", "data.flip", "data.repeats", "data.image_tokens")  # settings that change the samples
 
 
@@ -48,7 +49,7 @@ class Rules:
 
 
 PRETRAINING = Rules(
-    same=("model.*", "run.seed", "train.global_batch", "optim.name"),
+    same=("model.*", "run.seed", "train.global_batch", "optim.name", TEACHER),
     samples=(*DATA, *SAMPLING, "masking.*"),
     noted=(
         WRITTEN,
@@ -56,7 +57,7 @@ PRETRAINING = Rules(
         "optim.*",
         *(f"train.{key}" for key in ("epochs", "steps", "hours", "precision")),
     ),
-    free=("model.init_from", "model.pool"),
+    free=("model.init_from", "model.pool", "model.target_width"),
     advice="to train on other samples, start a new run",
 )
 
@@ -195,7 +196,7 @@ def describe(sections: Sections, stream: Mapping[str, str]) -> dict[str, Any]:
         settings |= {f"{name}.{key}": value for key, value in settings.pop(name).items()}
     if settings.get("model.vocab_size") == 0:
         settings = {name: value for name, value in settings.items() if not name.startswith("masking.text_")}
-    return settings | dict.fromkeys((*DATA, WRITTEN), "none") | dict(stream)
+    return settings | dict.fromkeys((*DATA, WRITTEN, TEACHER), "none") | dict(stream)
 
 
 def require_same(ranks: Ranks, stream: dict[str, str], held_out: Corpus | None) -> None:

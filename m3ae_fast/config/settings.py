@@ -107,10 +107,13 @@ class ModelConfig(Section):
     vocab_size: int = Field(30522, ge=0, le=MAX_VOCAB)
     """Number of tokens in the tokenizer's vocabulary. 0: an image-only MAE without text weights, which ignores the
     captions of its shards."""
-    image_targets: Literal["pixels", "hog", "vqgan"] = "pixels"
+    image_targets: Literal["pixels", "hog", "vqgan", "features"] = "pixels"
     """Targets of masked patches. `pixels`: the pixels, as in the official M3AE. `hog`: a histogram of oriented
     gradients, nine numbers per patch (as in MaskFeat, arXiv 2112.09133), without `loss.norm_pix`. `vqgan`: token ids of
-    a frozen VQGAN (`data.image_tokenizer`)."""
+    a frozen VQGAN (`data.image_tokenizer`). `features`: features of a frozen model (`loss.teacher`)."""
+    target_width: Size | None = None
+    """With `image_targets: features`: number of features per patch, which is the width of the teacher. null: determined
+    from the teacher when the run starts."""
     codebook_size: int = Field(1024, gt=0, le=MAX_VOCAB)
     """Number of token ids in the VQGAN's codebook; used only with `image_targets: vqgan`."""
     gelu: Literal["tanh", "exact"] = "tanh"
@@ -154,6 +157,10 @@ class ModelConfig(Section):
                 raise ValueError(f"min_patches {self.min_patches} is more than max_patches {self.most_patches}")
             if self.image_targets == "vqgan":
                 raise ValueError("image_targets vqgan needs resize square, because a VQGAN needs images of one size")
+            if self.image_targets == "features":
+                raise ValueError(
+                    "image_targets features needs resize square, because a teacher needs images of one size"
+                )
             if self.image_targets == "hog":
                 raise ValueError(
                     "image_targets hog needs resize square, because native images are stored as separate patches, but "
@@ -217,8 +224,11 @@ class ModelConfig(Section):
 
     @property
     def image_output_dim(self) -> int:
-        """Return the number of outputs of the image head per patch."""
-        return {"pixels": self.patch_dim, "hog": ORIENTATIONS, "vqgan": self.codebook_size}[self.image_targets]
+        """Return the number of outputs of the image head per patch. Raises ValueError if it is not known yet."""
+        if self.image_targets == "features" and self.target_width is None:
+            raise ValueError("model.target_width is not set: the width of the teacher is known when it has been opened")
+        sizes = {"pixels": self.patch_dim, "hog": ORIENTATIONS, "vqgan": self.codebook_size}
+        return (sizes | {"features": self.target_width or 0})[self.image_targets]
 
 
 class MaskingConfig(Section):
@@ -252,6 +262,10 @@ class LossConfig(Section):
     """Whether the text loss includes visible tokens."""
     norm_pix: bool = False
     """Whether pixel targets are standardised per patch, as in MAE (with the unbiased variance)."""
+    teacher: str | None = Field(None, min_length=1)
+    """With `model.image_targets: features`: the frozen model whose features are the targets. It is a run, a checkpoint,
+    an export, a name on the Hugging Face Hub, or a timm model: `timm:NAME`, or `timm:NAME=FILE` with weights in a
+    file."""
     per: Literal["sample", "batch"] = "sample"
     """Reduction of the losses: `sample` averages over the tokens of each sample, then over samples; `batch` averages
     over all tokens, as in MAE."""
@@ -515,6 +529,12 @@ class Config(Section):
         targets = self.model.image_targets
         if targets == "vqgan" and self.data.image_tokenizer is None:
             raise ValueError("data.image_tokenizer: model.image_targets vqgan needs the folder of a VQGAN")
+        if targets == "features" and self.loss.teacher is None:
+            raise ValueError(
+                "loss.teacher: model.image_targets features needs a teacher (with pretrain: --teacher MODEL)"
+            )
+        if targets != "features" and self.loss.teacher is not None:
+            raise ValueError(f"loss.teacher needs model.image_targets features, not {targets}")
         if targets != "pixels" and self.loss.norm_pix:
             raise ValueError(
                 f"loss.norm_pix standardises pixels, but model.image_targets is {targets}: set loss.norm_pix to false"

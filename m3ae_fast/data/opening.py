@@ -19,7 +19,7 @@ class Data:
     train: Corpus
     val: Corpus | None
     tokenizer: CaptionTokenizer | None  # None for a model without text
-    image_tokenizer: VQGAN | None = None  # None if image targets are pixels
+    image_tokenizer: VQGAN | None = None  # None if the image targets are not its ids
 
     @property
     def shown(self) -> Corpus:
@@ -56,9 +56,9 @@ def open_tokenizer(config: DataConfig, model: ModelConfig) -> CaptionTokenizer |
 
 
 def open_image_tokenizer(config: DataConfig, model: ModelConfig) -> VQGAN | None:
-    """Return the VQGAN; None if the image targets are pixels. Raises UserError if the VQGAN is missing or does not fit
-    the model."""
-    if model.image_targets == "pixels" or config.image_tokenizer is None:
+    """Return the VQGAN; None if the image targets are not its ids. Raises UserError if the VQGAN is missing or does not
+    fit the model."""
+    if model.image_targets != "vqgan" or config.image_tokenizer is None:
         return None
     vqgan = VQGAN.from_pretrained(config.image_tokenizer)
     vqgan.check_fits(model.patch_size, model.codebook_size, f"data.image_tokenizer {config.image_tokenizer}")

@@ -11,18 +11,18 @@ from m3ae_fast.batch.tokenizer import CaptionTokenizer
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, Preparation, eval_samples
 from m3ae_fast.drawing.attention import draw_attention
-from m3ae_fast.drawing.reconstructions import draw_run, open_weights
+from m3ae_fast.drawing.reconstructions import can_draw, draw_run, open_weights
 
 
 def draw_training(
     config: Config, weights: dict[str, Tensor], corpus: Corpus, tokenizer: CaptionTokenizer | None
 ) -> dict[str, Path]:
     """Plot samples of `corpus`, write the figures to the run folder, and return their paths by name: "reconstructions"
-    and, if there are images, "attention"; there are no reconstructions if no sample is valid. See `draw_run` for the
-    arguments and errors."""
+    and, if there are images, "attention"; there are no reconstructions if no sample is valid, or if the predictions
+    cannot be drawn. See `draw_run` for the arguments and errors."""
     folder, count = config.run.dir, config.train.pictures
     drawn = {}
-    if draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):
+    if can_draw(config.model) and draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):
         drawn["reconstructions"] = folder / "reconstructions.png"
     model = open_weights(config, weights).eval()
     model.tokenizer = tokenizer

@@ -16,13 +16,13 @@ from torch import Tensor
 from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.batch.tokenizer import CaptionTokenizer
-from m3ae_fast.config import Config
+from m3ae_fast.config import Config, ModelConfig
 from m3ae_fast.data import Corpus, Preparation, eval_samples, open_image_tokenizer
 from m3ae_fast.drawing.figures import BLACK, GREEN, RED, Colour, levels, shown, stretched
 from m3ae_fast.drawing.gradient_glyphs import glyphs
 from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.images.patch_grid import Grid, patch_rows
-from m3ae_fast.model.image_targets import Hog
+from m3ae_fast.model.image_targets import Hog, TeacherFeatures
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import load_weights
 from m3ae_fast.model.transformer import whole_depth
@@ -59,6 +59,12 @@ def open_weights(config: Config, weights: dict[str, Tensor]) -> M3AE:
         model = M3AE(config.model, config.loss)
     load_weights(model, weights, "the run's weights", assign=True)
     return model
+
+
+def can_draw(config: ModelConfig) -> bool:
+    """Return whether something that a model predicts can be drawn. Features of a teacher cannot be drawn, but captions
+    can."""
+    return config.image_targets != "features" or config.vocab_size > 0
 
 
 def draw_run(
@@ -102,8 +108,9 @@ def draw_reconstructions(
     """Write a PNG with a row for each sample. Visible patches and text tokens are shown unchanged, and masked ones are
     shown as predicted. If the image targets are ids of `vqgan`, the whole image is decoded from the true and the
     predicted ids. For HOG targets, their true and predicted values are drawn as lines (see `gradient_glyphs`), and
-    visible patches have their true values. If the model has loss.norm_pix, a column shows the zero prediction (see
-    `views_of`), and the error of the reconstructions is written as a fraction of its error.
+    visible patches have their true values. Predicted features of a teacher are not drawn. If the model has
+    loss.norm_pix, a column shows the zero prediction (see `views_of`), and the error of the reconstructions is written
+    as a fraction of its error.
 
     Args:
         model: model on any device, in any mode.
@@ -178,6 +185,8 @@ def _titles(model: M3AE) -> list[str]:
     """Return the headings of the columns with images."""
     if isinstance(model.image_targets, Hog):
         return ["original", "masked", "gradients", "predicted gradients"]
+    if isinstance(model.image_targets, TeacherFeatures):
+        return ["original", "masked"]
     return ["original", "masked", "reconstruction"] + ["zero prediction"] * model.loss_config.norm_pix
 
 

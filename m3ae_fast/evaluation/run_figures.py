@@ -17,7 +17,7 @@ from m3ae_fast.config import Config, ModelConfig, SourceConfig, parse
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
 from m3ae_fast.data.untrusted_sources import require_harmless
 from m3ae_fast.drawing.attention import draw_attention, draw_patch_attention
-from m3ae_fast.drawing.reconstructions import draw_run
+from m3ae_fast.drawing.reconstructions import can_draw, draw_run
 from m3ae_fast.model.pretrained import Pretrained, is_encoder, read_pretrained
 from m3ae_fast.weights.open_model import is_run, open_model
 
@@ -64,6 +64,8 @@ def reconstructions(
     weights = source.weights()
     if is_encoder(weights):
         raise UserError(f"{run}: contains no decoder, so it cannot reconstruct images")
+    if not can_draw(source.config.model):
+        raise UserError(f"{run}: predicts features of a teacher, which cannot be drawn; use m3ae-fast draw attention")
     tokenizer = open_tokenizer(source.config.data, source.config.model)
     path = _path(run, out, "reconstructions")
     if not draw_run(source.config, weights, source.corpus, tokenizer, path, pictures, list(ratios)):
@@ -132,13 +134,16 @@ def _open(run: str | Path, out: str | Path | None, shards: Sequence[str], trust:
 def _config_of_export(found: Pretrained, folder: Path, shards: Sequence[str]) -> Config:
     """Return the config of a run with default settings that has the model and the tokenizer of an export. Raises
     UserError if the model predicts ids of an image tokenizer, because an export does not contain this tokenizer."""
-    if found.config.image_targets != "pixels":
+    if found.config.image_targets == "vqgan":
         raise UserError(f"{folder}: predicts ids of an image tokenizer, which is not part of an export; draw its run")
     data: dict[str, Any] = {"train": [{"shards": list(shards)}]}
     if found.tokenizer is not None:
         data["tokenizer"] = str(folder / TOKENIZER_FILE)
     model = found.config.model_dump(mode="json", exclude={"init_from"})
-    content = {"model": model, "loss": {"norm_pix": bool(found.norm_pix)}, "data": data, "train": {"steps": 1}}
+    loss: dict[str, Any] = {"norm_pix": bool(found.norm_pix)}
+    if found.config.image_targets == "features":
+        loss["teacher"] = "not part of an export"  # figures do not need it
+    content = {"model": model, "loss": loss, "data": data, "train": {"steps": 1}}
     return parse(Config, content, str(folder))
 
 

@@ -16,7 +16,7 @@ from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, WARNINGS, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
-from m3ae_fast.evaluation.image_features import available, open_image_features
+from m3ae_fast.evaluation.image_features import available, input_config, open_image_features
 from m3ae_fast.evaluation.job import (
     RESULT_FILE,
     Job,
@@ -40,12 +40,13 @@ from m3ae_fast.evaluation.tasks import (
     WithTraining,
     named_task,
 )
+from m3ae_fast.evaluation.timm_features import open_timm
 from m3ae_fast.heads.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.run_lock import RunFolder
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS, TIMM
 from m3ae_fast.weights.open_model import open_model, untrained
 
 
@@ -136,6 +137,9 @@ def _open(
     """Return the model in evaluation mode, on the CPU; None if the task opens models itself."""
     if not isinstance(options, OneModel):
         return None
+    if options.model.startswith(TIMM):
+        reading = ranks.broadcast(lambda: input_config(config.data))
+        return ranks.main_first(lambda: open_timm(options.model, reading))
     if options.is_image_features:
         return open_image_features([options.model], config.data, ranks)[options.model]
     model: MultimodalEncoder | Classifier

@@ -35,7 +35,7 @@ from m3ae_fast.config.arguments import (
 )
 from m3ae_fast.config.evaluation import FINETUNE, LINEAR, Uses
 from m3ae_fast.config.poolings import POOLS, Pool
-from m3ae_fast.weights.model_name import CLASSIFIER_HELP, FEATURES_HELP, IMAGE_FEATURES, MODEL_HELP, RANDOM
+from m3ae_fast.weights.model_name import CLASSIFIER_HELP, FEATURES_HELP, IMAGE_FEATURES, MODEL_HELP, RANDOM, TIMM
 
 DRAWS = 5  # number of draws for each number of shots
 
@@ -152,10 +152,14 @@ class Task(WithSettings):
         s3_and_gs.require(*self.shards)
 
 
+def _is_image_features(model: str) -> bool:
+    return model in IMAGE_FEATURES or model.startswith(TIMM)
+
+
 class OneModel(Task):
     """A task that evaluates one model."""
 
-    TAKES_IMAGE_FEATURES: ClassVar[bool] = False  # whether the model may be one of IMAGE_FEATURES
+    TAKES_IMAGE_FEATURES: ClassVar[bool] = False  # see `is_image_features`
 
     model: Model = Field(description=MODEL_HELP)
 
@@ -165,7 +169,7 @@ class OneModel(Task):
         models = _model_names(value)
         if len(models) != 1:
             raise UserError(f"{cls.name()} evaluates one model, not {len(models)}; to compare several, use compare")
-        if models[0] in IMAGE_FEATURES and not cls.TAKES_IMAGE_FEATURES:
+        if _is_image_features(models[0]) and not cls.TAKES_IMAGE_FEATURES:
             *others, last = (name for name, task in TASKS.items() if getattr(task, "TAKES_IMAGE_FEATURES", False))
             raise UserError(
                 f"{models[0]}: {cls.name()} needs a network; {', '.join(others)} and {last} accept {models[0]} "
@@ -175,8 +179,9 @@ class OneModel(Task):
 
     @property
     def is_image_features(self) -> bool:
-        """Return whether the model is one of IMAGE_FEATURES, and not a network."""
-        return self.model in IMAGE_FEATURES
+        """Return whether the model is one of IMAGE_FEATURES or a timm model, whose features have no layers and
+        poolings."""
+        return _is_image_features(self.model)
 
 
 class WithTraining(Task):

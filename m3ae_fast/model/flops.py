@@ -75,5 +75,12 @@ def executed_flops(config: ModelConfig, batch: PackedBatch) -> float:
     return 3 * forward - embed
 
 
+def encoding_flops(config: ModelConfig) -> float:
+    """Return the FLOPs of the encoder for one unmasked square image, forward only."""
+    patches, dim = config.patches_per_image, config.emb_dim
+    rows = 1 + patches
+    return 2 * patches * config.patch_dim * dim + config.depth * _block(dim, config.mlp_ratio, rows, rows, rows**2)
+
+
 def _pairs(lengths_S: torch.Tensor) -> int:
     return int(lengths_S.long().square().sum())

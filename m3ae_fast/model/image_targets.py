@@ -3,7 +3,7 @@
 A further kind of target needs a class here, a value of the setting, and its number of outputs in
 `ModelConfig.image_output_dim`.
 
-Shapes: I patches, K outputs of the head.
+Shapes: I patches, K outputs of the head, E decoder width.
 """
 
 from __future__ import annotations
@@ -11,15 +11,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from m3ae_kernels import MaskedHogLoss, MaskedPixelLoss, MaskedTokenLoss, hog_targets
 from m3ae_kernels.pixels import check_pixels, standardise, take_patches
-from torch import Tensor
+from torch import Tensor, nn
 
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.model.encoder import pixel_options
 
-ImageHead = MaskedPixelLoss | MaskedHogLoss | MaskedTokenLoss
+
+class MaskedFeatureLoss(nn.Module):
+    """A head with the weighted sum over patches of the mean of the K squared errors. Weight [K, E] (Xavier uniform),
+    bias [K] (zero)."""
+
+    reduction = "sum"
+
+    def __init__(self, dim: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dim))
+        self.bias = nn.Parameter(torch.empty(width))
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, hidden_IE: Tensor, targets_IK: Tensor, row_weight_I: Tensor) -> Tensor:
+        """Return the loss, a float32 scalar. Raises ValueError if there are no targets for these rows."""
+        if targets_IK.shape != (expected := (len(hidden_IE), len(self.weight))):
+            raise ValueError(f"the batch has image targets of shape {[*targets_IK.shape]}, not {[*expected]}")
+        errors_IK = self.predict(hidden_IE).float() - targets_IK
+        return errors_IK.square().mean(1) @ row_weight_I
+
+    def predict(self, hidden_IE: Tensor) -> Tensor:
+        """Return the predicted features [I, K], in autocast's dtype if autocast is enabled, otherwise in the dtype of
+        the input."""
+        return F.linear(hidden_IE, self.weight.to(hidden_IE.dtype), self.bias.to(hidden_IE.dtype))
+
+
+ImageHead = MaskedPixelLoss | MaskedHogLoss | MaskedTokenLoss | MaskedFeatureLoss
 
 
 class Pixels:
@@ -78,8 +106,25 @@ class VqganTokens:
         return batch.image_targets[chosen_I]
 
 
-ImageTargets = Pixels | Hog | VqganTokens
-_KINDS: dict[str, type[ImageTargets]] = {"pixels": Pixels, "hog": Hog, "vqgan": VqganTokens}
+class TeacherFeatures:
+    """Features of a frozen teacher, which are added to each batch (`training.teacher.Teacher.with_targets`)."""
+
+    def __init__(self, config: ModelConfig, loss: LossConfig) -> None:
+        self._config = config
+
+    def head(self) -> ImageHead:
+        """Return a new head; its loss is that of `Pixels.head` with other targets."""
+        return MaskedFeatureLoss(self._config.dec_emb_dim, self._config.image_output_dim)
+
+    def of(self, batch: PackedBatch, chosen_I: Tensor) -> Tensor:
+        """Return the targets, float32 [I, K]; see `Pixels.of`."""
+        return batch.image_targets[chosen_I]
+
+
+ImageTargets = Pixels | Hog | VqganTokens | TeacherFeatures
+_KINDS: dict[str, type[ImageTargets]] = {
+    "pixels": Pixels, "hog": Hog, "vqgan": VqganTokens, "features": TeacherFeatures
+}  # fmt: skip
 
 
 def image_targets(config: ModelConfig, loss: LossConfig) -> ImageTargets:

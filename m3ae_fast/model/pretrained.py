@@ -130,13 +130,15 @@ def read_pretrained(source: str | Path) -> Pretrained:
 
 def start_for(config: ModelConfig, found: Pretrained, *, norm_pix: bool) -> Pretrained:
     """Return the weights with which a model of this config starts. If the model has more channels, the weights are
-    widened. If the decoder was trained with the other kind of attention, only the weights of the encoder are returned.
-    `norm_pix`: loss.norm_pix of the model."""
+    widened. If the decoder was trained with the other kind of attention, or if the model predicts features and the
+    decoder other targets, only the weights of the encoder are returned. `norm_pix`: loss.norm_pix of the model."""
     if config.channels > found.config.channels:
         state = widened(found.state, found.config, config, norm_pix)
         of_images = {name: getattr(config, name) for name in ("channels", "image_mean", "image_std")}
         found = replace(found, state=state, config=found.config.model_copy(update=of_images))
-    if found.has_decoder and found.config.dec_attention != config.dec_attention:
+    targets, own = ((c.image_targets, c.target_width) for c in (found.config, config))
+    other_targets = config.image_targets == "features" and targets != own
+    if found.has_decoder and (other_targets or found.config.dec_attention != config.dec_attention):
         encoder = {name: tensor for name, tensor in found.state.items() if name.startswith(ENCODER)}
         return replace(found, state=encoder)
     return found
@@ -148,7 +150,9 @@ def missing_decoder(found: Pretrained, start: Pretrained) -> str:
     if start.has_decoder:
         return ""
     if found.has_decoder:
-        return f"the decoder of the weights was trained with model.dec_attention={found.config.dec_attention}"
+        c = found.config
+        kind = f"model.dec_attention={c.dec_attention} and model.image_targets={c.image_targets}"
+        return f"the decoder of the weights was trained with {kind}"
     return "the weights contain no decoder"
 
 

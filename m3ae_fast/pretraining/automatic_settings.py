@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from m3ae_fast.config import LONGEST, MAX_CHANNELS, Config, Range, parse, requir
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.config.poolings import usual_pool
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES, ModelSize
+from m3ae_fast.weights.model_name import TIMM
 
 TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
 EPOCHS, SEEN = 20, 20_000  # a larger model is chosen only if it can be trained for this many epochs and samples
@@ -42,6 +44,7 @@ _ARGUMENTS = {
     r"data\.val\.\d+(\.shards)?": "--val",
     r"data": "SOURCE, --val and --set data.KEY",
     r"model\.init_from": "--from",
+    r"loss\.teacher": "--teacher",
 }
 _ARGUMENTS |= {r"train\.probe\.labels": "--labels"}
 _RATE_OF_NARROW = 4  # learning-rate factor for models that are narrower than "small"; the quickstart uses it too
@@ -207,10 +210,23 @@ def reaches(seen: float, samples: int) -> bool:
     return seen >= max(EPOCHS * samples, SEEN)
 
 
-def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> Config:
+def teacher_settings(teacher: str | None) -> list[str]:
+    """Return overrides of the settings of a run with this teacher; none if it is None. Paths become absolute."""
+    if teacher is None:
+        return []
+    name, equals, file = teacher.partition("=")
+    if not teacher.startswith(TIMM):
+        absolute = os.path.abspath(teacher) if os.path.exists(teacher) else teacher
+    else:
+        absolute = f"{name}={os.path.abspath(file)}" if equals else teacher
+    # the width may be that of the former teacher of a run, which is refused by its name when the run resumes
+    return ['model.image_targets="features"', f"loss.teacher={json.dumps(absolute)}", "model.target_width=null"]
+
+
+def check_overrides(overrides: Sequence[str], start_from: str | None = None, teacher: str | None = None) -> Config:
     """Return the result of `assumed_config` for the user's overrides, for a run that starts from the weights
-    `start_from` (None: from random weights). Raises UserError if an override sets a value for which `pretrain` has an
-    option, and the errors of `assumed_config`."""
+    `start_from` (None: from random weights) and has a `teacher` (None: none). Raises UserError if an override sets a
+    value for which `pretrain` has an option, and the errors of `assumed_config`."""
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
@@ -222,7 +238,7 @@ def check_overrides(overrides: Sequence[str], start_from: str | None = None) -> 
             "override data.val: can be only [] (no held-out samples); specify held-out samples with SOURCE or --val"
         )
     start = [] if start_from is None else [f"model.init_from={json.dumps(start_from)}"]
-    return assumed_config([*start, *overrides])
+    return assumed_config([*start, *teacher_settings(teacher), *overrides])
 
 
 def assumed_config(overrides: Sequence[str]) -> Config:

@@ -32,18 +32,19 @@ RESULTS = "results"  # a folder in the run folder
 _CLEAR = 2  # a difference of fewer standard errors is not reported as an improvement
 _MEASURED = "measured"  # file in the folder of the results that identifies the evaluated checkpoint
 RUN = "this run"
-STARTED = "its initial weights"
+STARTED, TEACHER = "its initial weights", "its teacher"
 
 
 # The results of a task for a model are in a folder whose name consists of the task and this suffix.
-_SUFFIXES = {RUN: "", STARTED: "-start"}
+_SUFFIXES = {RUN: "", STARTED: "-start", TEACHER: "-teacher"}
 
 
 def _models(config: Config) -> dict[str, str]:
     """Return the names of the models to evaluate, keyed by their relation to the run. The run's baselines are not
     listed, because they are evaluated together with the run."""
-    start = config.model.init_from
-    return {RUN: str(config.run.dir)} | ({STARTED: start} if start and Path(start).is_dir() else {})
+    start, teacher = config.model.init_from, config.loss.teacher
+    started = {STARTED: start} if start and Path(start).is_dir() else {}
+    return {RUN: str(config.run.dir)} | started | ({TEACHER: teacher} if teacher else {})
 
 
 @contextmanager
@@ -57,8 +58,8 @@ def stage(device: Device | None) -> Iterator[Session]:
 
 def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict[str, Any]] | None:
     """Evaluate the run and its baselines, and return the results by task and by model; return None if a task was
-    stopped. If the run started from given weights, these are evaluated too. Results of an earlier call for the same
-    weights are reused. `train.probe` must be set. Raises UserError if a task fails."""
+    stopped. If the run started from given weights or has a teacher, these are evaluated too. Results of an earlier call
+    for the same weights are reused. `train.probe` must be set. Raises UserError if a task fails."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
@@ -136,9 +137,10 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return one sentence that states whether the run is better than everything that needs no training: the baselines,
-    its initial weights if they were given, and always predicting the largest class. It is about the task in which the
-    highest accuracy was reached, by the run or by a baseline. The run counts as better only if the difference is
-    significant and above two standard errors. `found`: results by task and by model; empty without classes."""
+    its initial weights and its teacher, if it has them, and always predicting the largest class. It is about the task
+    in which the highest accuracy was reached, by the run or by one of these. The run counts as better only if the
+    difference is significant and above two standard errors. `found`: results by task and by model; empty without
+    classes."""
     if not found:
         return "verdict: none, because evaluating the features needs held-out samples with classes"
     task = max(found, key=lambda task: max(each["top1"] for each in _by_model(found[task]).values()))

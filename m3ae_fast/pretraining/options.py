@@ -9,9 +9,10 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.arguments import Labels, Name, Option, WithSettings, names, output
 from m3ae_fast.config.recipes import HELP, Recipe
-from m3ae_fast.pretraining.automatic_settings import check_overrides
+from m3ae_fast.pretraining.automatic_settings import check_overrides, teacher_settings
 from m3ae_fast.pretraining.recipe_choice import PREFERRED, check_recipe
 from m3ae_fast.shards.options import ColumnOptions, GroupOption
 
@@ -36,6 +37,9 @@ class PretrainOptions(WithSettings, GroupOption, ColumnOptions):
     start_from: Annotated[Name | None, Option("--from", metavar="MODEL")] = None
     """initial weights: a run, an export, official M3AE or MAE weights, timm weights, or a name on the Hub; training
     then uses a lower learning rate (default: random weights); in Python: start_from"""
+    teacher: Annotated[Name | None, Option(metavar="MODEL", group="targets of images")] = None
+    """a frozen model whose features are the targets of images: a run, an export, timm:NAME, or timm:NAME=FILE for a
+    timm model with weights in a file (default: the targets of the recipe)"""
     recipe: Recipe | None = Field(
         None, description=f"{HELP} (default: {PREFERRED[0]}, unless --from or a setting prevents it)"
     )
@@ -45,6 +49,8 @@ class PretrainOptions(WithSettings, GroupOption, ColumnOptions):
 
     @model_validator(mode="after")
     def _possible(self) -> PretrainOptions:
-        check_overrides(self.overrides, self.start_from)
-        check_recipe(self.recipe, self.overrides, self.start_from)
+        check_overrides(self.overrides, self.start_from, self.teacher)
+        if self.teacher is not None and self.recipe == "hog":
+            raise UserError("recipe hog: has other targets than those of teacher; leave out one of the two")
+        check_recipe(self.recipe, [*teacher_settings(self.teacher), *self.overrides], self.start_from)
         return self

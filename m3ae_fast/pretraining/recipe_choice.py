@@ -42,18 +42,21 @@ def check_recipe(recipe: str | None, overrides: Sequence[str], start_from: str |
         raise UserError(f"recipe {recipe}: {reason}; leave out this setting or the recipe")
 
 
-def choose_recipe(recipe: Recipe | None, overrides: Sequence[str]) -> ChosenRecipe:
+def choose_recipe(
+    recipe: Recipe | None, overrides: Sequence[str], preferred: Sequence[Recipe] = PREFERRED
+) -> ChosenRecipe:
     """Return the recipe for a run that starts from random weights.
 
     Args:
-        recipe: the name of the recipe; None: the first of PREFERRED of which the user sets no setting, and that can be
-            combined with the overrides.
+        recipe: the name of the recipe; None: the first of `preferred` of which the user sets no setting, and that can
+            be combined with the overrides.
         overrides: the user's overrides "section.key=value", which take precedence over the recipe.
+        preferred: the recipes to choose from.
     """
     chosen, why = recipe, ""
     if chosen is None:
-        chosen, why = PREFERRED[0], "; use --recipe official for the method of the official M3AE"
-        for other in PREFERRED[1:]:
+        chosen, why = preferred[0], "; use --recipe official for the method of the official M3AE"
+        for other in preferred[1:]:
             if not (reason := _own_setting(chosen, overrides) or _obstacle(chosen, overrides)):
                 break
             chosen, why = other, f", because the {chosen} recipe cannot be used: {reason}"

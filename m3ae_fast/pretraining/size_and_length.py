@@ -38,7 +38,6 @@ _POOLINGS, _CHOSEN, _WITHOUT = 4000, 2000, 1500
 # number of passes over the images (for the run, for random weights, and for features without a network); number of
 # those that are part of the evaluation of the run; number of tasks (k-NN, logistic regression)
 _MODELS, _BASELINES, _TASKS = 3, 2, 2
-_CONTINUED_MODELS = 4  # number of evaluated models if the run starts from given weights, which are evaluated too
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,13 @@ class Budget:
         return _START + (self.statistics.samples + self.statistics.held_out) * pace.sample
 
 
+def evaluated_models(overrides: Sequence[str]) -> int:
+    """Return the number of models that are evaluated after training, including the given weights and the teacher of the
+    run, if it has them."""
+    has_teacher = automatic_settings.set_to(overrides, "loss.teacher", None) is not None
+    return _MODELS + automatic_settings.continues(overrides) + has_teacher
+
+
 def choose(
     statistics: DatasetStatistics,
     shards: Shards,
@@ -175,9 +181,7 @@ def choose(
 
     probed = config_of(allowed[0], automatic_settings.SMALLEST_BATCH, 1).train.probe is not None
     continues = automatic_settings.continues(overrides)
-    budget = Budget(
-        statistics, probed, hours, began, _CONTINUED_MODELS if continues else _MODELS, session.ranks.device.type
-    )
+    budget = Budget(statistics, probed, hours, began, evaluated_models(overrides), session.ranks.device.type)
 
     def fitted_batch(pace: ThroughputEstimate) -> int:
         fitted = automatic_settings.fitted_batch(budget.steps_time(pace), pace.step, statistics.samples)

@@ -30,7 +30,7 @@ from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
 from m3ae_fast.model.pretrained import Pretrained
 from m3ae_fast.pretraining import SEVERAL_RANKS
-from m3ae_fast.pretraining.automatic_settings import by_setting, check_overrides
+from m3ae_fast.pretraining.automatic_settings import by_setting, check_overrides, teacher_settings
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import (
     RUN,
@@ -42,7 +42,7 @@ from m3ae_fast.pretraining.final_evaluation import (
 )
 from m3ae_fast.pretraining.given_weights import GivenWeights, given_weights
 from m3ae_fast.pretraining.options import PretrainOptions
-from m3ae_fast.pretraining.recipe_choice import ChosenRecipe, choose_recipe
+from m3ae_fast.pretraining.recipe_choice import PREFERRED, ChosenRecipe, choose_recipe
 from m3ae_fast.pretraining.size_and_length import Plan, choose
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.pretraining.time_spent import TimeSpent
@@ -50,6 +50,7 @@ from m3ae_fast.process.launchers import alone
 from m3ae_fast.training.run import pre_train
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import status
+from m3ae_fast.training.teacher import open_teacher, width_of
 from m3ae_fast.weights.converting import convert
 
 CONFIG, EXPORT = "config.json", "export"  # names in the run folder
@@ -81,8 +82,9 @@ class _Call(PretrainOptions):
 
     @property
     def all_overrides(self) -> list[str]:
-        """Return the overrides and one that sets `run.dir`, because the run folder may have been moved or copied."""
-        return [*super().all_overrides, f"run.dir={json.dumps(str(self.out))}"]
+        """Return the overrides, those of the teacher, and one that sets `run.dir`, because the run folder may have been
+        moved or copied."""
+        return [*teacher_settings(self.teacher), *super().all_overrides, f"run.dir={json.dumps(str(self.out))}"]
 
     @property
     def continues(self) -> bool:
@@ -160,7 +162,7 @@ def _check(call: _Call) -> Range | None:
     if not alone():
         raise UserError(SEVERAL_RANKS)
     uses_gpu(call.device)
-    value_range = check_overrides(call.overrides, call.start_from).model.value_range
+    value_range = check_overrides(call.overrides, call.start_from, call.teacher).model.value_range
     s3_and_gs.require(call.source, *call.val)
     check_field(call.labels)
     if call.out.exists() and not call.out.is_dir():
@@ -221,7 +223,10 @@ def _chosen_config(call: _Call, value_range: Range | None) -> Config | None:
     """Choose the settings of a new run, print them, and write them to the run folder unless this is a dry run. Return
     the config; None if a stop is requested in the meantime. `value_range`: value range of the images. Raises UserError
     if the source or the weights cannot be used, or if the user declines to start."""
-    overrides, weights = call.all_overrides, GivenWeights([], [])
+    own, weights = call.all_overrides, GivenWeights([], [])
+    if call.teacher is not None:
+        own = [*own, f"model.target_width={width_of(call.teacher)}"]
+    overrides = own
     if call.start_from is not None:
         weights = given_weights(call.start_from, call.out, overrides)
         overrides = [*weights.overrides, *overrides]
@@ -235,7 +240,8 @@ def _chosen_config(call: _Call, value_range: Range | None) -> Config | None:
         group=call.group,
         start_range=weights.config.value_range if weights.config else None,
     )
-    method = choose_recipe(call.recipe, overrides) if call.start_from is None else ChosenRecipe([], "")
+    preferred = PREFERRED if call.teacher is None else PREFERRED[1:]  # the first one has targets of its own
+    method = choose_recipe(call.recipe, overrides, preferred) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None
     with stage(call.device) as session:
         statistics, notes = inspect(
@@ -245,15 +251,17 @@ def _chosen_config(call: _Call, value_range: Range | None) -> Config | None:
             value_range,
             [*method.overrides, *overrides],
             start=weights.config,
-            own=call.all_overrides,
+            own=own,
         )
-        given = [*method.overrides, *weights.overrides, *statistics.fitted, *call.all_overrides]
+        given = [*method.overrides, *weights.overrides, *statistics.fitted, *own]
         plan = choose(statistics, shards, call.out, call.hours, call.labels, given, session, call.began)
     if plan is None:
         return None
     notes = [*weights.notes, *shards.notes, *notes]
     printed = (note if note.startswith(" ") else f"note: {note}" for note in notes)  # indented lines are examples
-    lines = [*plan.lines, *filter(None, [method.line]), *printed]
+    teacher = open_teacher(plan.config)
+    described = [f"teacher: {teacher.describe(plan.config)}"] if teacher else []
+    lines = [*plan.lines, *filter(None, [method.line]), *described, *printed]
     print("\n".join(lines), flush=True)
     if plan.warning:
         print(f"warning: {plan.warning}", flush=True)

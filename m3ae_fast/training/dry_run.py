@@ -30,6 +30,7 @@ from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import WAITING, faster_loading
+from m3ae_fast.training.teacher import Teacher
 from m3ae_fast.training.throughput import newton_schulz_flops
 from m3ae_fast.training.throughput_estimate import FIRST_BATCH, measure
 
@@ -45,17 +46,20 @@ def report(
     gpus: bool = True,
     data: bool = True,
     more: Sequence[tuple[str, str]] = (),
+    teacher: Teacher | None = None,
 ) -> None:
     """Print the resources that a run with `config` requires.
 
     Args:
-        config: config of the run; if `gpus` is False, its precision must be resolved.
+        config: config of the run; if `gpus` is False, its precision must be resolved. If the run has a teacher, its
+            `model.target_width` must be known.
         world: number of GPUs, or number of ranks if there are no GPUs; None: `train.global_batch` divided by
             `train.micro_batch` and rounded down, but at least 1.
         gpus: whether to also print the FLOPs, the network traffic and the memory per GPU, and the shortest possible
             step on each kind of GPU in `PEAKS`; otherwise, only the lines that matter without GPUs are printed.
         data: whether to open the shards and the tokenizer.
         more: additional lines to print at the end, each as a title and a text.
+        teacher: the teacher of the run, if it has one and is opened.
 
     Raises:
         UserError: a run could not start, because the batch cannot be split over the ranks, or because shards or the
@@ -63,6 +67,9 @@ def report(
     """
     needs = _Needs(config, world)
     lines = [*_flops_lines(needs), _batch_line(needs, gpus)]
+    if teacher:
+        memory = f"{teacher.bytes / 1e9:.3g} GB of memory per rank in addition to the estimate below"
+        lines.append(("teacher", f"{teacher.describe(config)}; {memory}"))
     if gpus:
         lines += [("step", _step(needs)), ("network", _network(needs))]
     if data:
@@ -159,12 +166,13 @@ def _print_memory(console: Console, needs: _Needs) -> None:
         )
 
 
-def report_time(config: Config, session: Session) -> None:
+def report_time(config: Config, session: Session, teacher: Teacher | None = None) -> None:
     """Print the duration of the run on the present ranks, estimated from measured steps, and whether the data loader
     is the bottleneck. Also print the number of cores that it needs at this pace. Every rank must call this function.
-    Raises the same errors as `measure`."""
+    `config`, `teacher`: as in `report`. Raises the same errors as `measure`."""
     ranks = session.ranks
-    if lacking := ranks.from_main(missing_memory(memory_needed(config, ranks.world, FIRST_BATCH), ranks.device)):
+    needed = memory_needed(config, ranks.world, FIRST_BATCH) + (teacher.bytes if teacher else 0)
+    if lacking := ranks.from_main(missing_memory(needed, ranks.device)):
         if ranks.is_main:
             print(f"{'time':21} not measured on this machine: {lacking}")
         return

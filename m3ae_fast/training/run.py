@@ -17,7 +17,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, missing_for_triton, peak_flops, pins_memory, resolve_precision
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.checkpoint.resuming import Resume, require_same
+from m3ae_fast.checkpoint.resuming import TEACHER, Resume, require_same
 from m3ae_fast.config import Config, require_libraries_of, stored_config
 from m3ae_fast.data import (
     Data,
@@ -47,6 +47,7 @@ from m3ae_fast.training.extension import is_extended, resumed_schedule
 from m3ae_fast.training.initial_weights import constants, start_from
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_lock import RunFolder
+from m3ae_fast.training.teacher import Teacher, open_teacher, with_target_width
 from m3ae_fast.training.throughput import Throughput, newton_schulz_flops
 from m3ae_fast.training.time_limit import FIRST, TimeLimit
 from m3ae_fast.training.trainer import Trainer
@@ -103,14 +104,17 @@ def set_up(
     arguments. Raises UserError if data or weights are missing or do not fit the config."""
     ranks, cfg = session.ranks, config.train
     _require_kernels(ranks.device)
+    teacher = ranks.main_first(lambda: open_teacher(config), session.heartbeats.waiting)
+    config = with_target_width(config, teacher)
     found = Resume(config.run.dir, resume, ranks, partial(is_extended, config))
-    stream = _open_stream(config, session, found)
+    stream = _open_stream(config, session, found, teacher)
     notes = stream.notes + found.notes(config, stream.fingerprint, resume)
     model, fixed, started = _build_model(config, found, ranks)
     preparation = preparation_of(config, model, stream.data)
+    about_teacher = [teacher.to(ranks.device).describe(config)] if teacher else []
     engine = build_engine(model, config, ranks)
     found.load(engine)
-    add_targets = _targets_on_device(config, stream.data, ranks.device)
+    add_targets = teacher.with_targets if teacher else _targets_on_device(config, stream.data, ranks.device)
     held_out, loader = _loaders(config, stream, preparation, found.step, session)
     probe = make_probe(config, ranks)
     task = PretrainingTask(
@@ -118,7 +122,7 @@ def set_up(
         engine=engine,
         data=stream.data,
         eval_loader=held_out,
-        notes=[*started, *notes],
+        notes=[*started, *about_teacher, *notes],
         probe=probe,
     )
     peak = ranks.world * peak_flops(ranks.device, dtype_of(cfg.precision))
@@ -133,7 +137,7 @@ def set_up(
         schedule=stream.schedule,
         engine=engine,
         train_loader=loader,
-        throughput=Throughput(config.model, config.masking, peak, update_flops=updates),
+        throughput=Throughput(config.model, config.masking, peak, updates, teacher.flops if teacher else 0.0),
         bad=BadSamples(config.data.max_bad_fraction, stream.data.train.samples),
         stream=stream.fingerprint,
         start=found.step,
@@ -162,9 +166,9 @@ class _Stream:
     notes: list[str]
 
 
-def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
+def _open_stream(config: Config, session: Session, found: Resume, teacher: Teacher | None) -> _Stream:
     """Open the data and determine the sample order. Every rank must call this function. Raises UserError if data are
-    missing, do not fit the model, or differ between ranks."""
+    missing or do not fit the model, or if the data or the teacher differ between ranks."""
     ranks, cfg, info = session.ranks, config.train, found.info
     pace = Pace(first=FIRST)
     limit = TimeLimit(3600 * cfg.hours, pace, info.spent if info else 0.0) if cfg.hours else None
@@ -173,7 +177,7 @@ def _open_stream(config: Config, session: Session, found: Resume) -> _Stream:
     data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.heartbeats.waiting)
     schedule = resumed_schedule(config, data.train.samples * config.data.repeats, info)
     layout = lay_out(config.data, data.train.sizes, cfg.global_batch)
-    mine = fingerprint(data, layout)
+    mine = fingerprint(data, layout) | ({TEACHER: teacher.identity} if teacher else {})
     require_same(ranks, mine, data.val)
     return _Stream(data, layout, share, schedule, pace, limit, mine, run_warnings(config, data, schedule))
 

@@ -120,10 +120,11 @@ class Throughput:
         masking: MaskingConfig,
         peak_flops: float,
         update_flops: float = 0.0,
+        teacher_flops: float = 0.0,
     ) -> None:
         """Start counting. `peak_flops`: FLOP/s of all ranks together; `update_flops`: FLOPs of the optimiser in a step,
-        on all ranks together."""
-        self._peak, self._update_flops = peak_flops, update_flops
+        on all ranks together; `teacher_flops`: FLOPs of the teacher for an image."""
+        self._peak, self._update_flops, self._teacher_flops = peak_flops, update_flops, teacher_flops
         all_predicted = masking.image_predicted == masking.text_predicted == 1
         # the FLOPs of the official code are meaningful only for runs that compute what it computes
         self._is_official = config.resize == "square" and config.dec_attention == "self" and all_predicted
@@ -145,18 +146,19 @@ class Throughput:
     def rates(self) -> dict[str, float]:
         """Return the rates since the last call: those of `Rates`, `tokens_per_s`, `utilisation` and, if the run
         computes what the official code computes (square images, a decoder with self-attention, all masked
-        tokens predicted), `mfu`. `utilisation` is the executed FLOP/s, including those of the optimiser, divided by the
-        peak FLOP/s; `mfu` is computed with the FLOPs of the official code instead."""
+        tokens predicted), `mfu`. `utilisation` is the executed FLOP/s, including those of the optimiser and of the
+        teacher, divided by the peak FLOP/s; `mfu` is computed with the FLOPs of the official code instead."""
         seconds, n = time.perf_counter() - self._since, self._counts
         paired = n.images + n.captions - n.samples
         reference = paired * self._paired + (n.samples - n.captions) * self._image + (n.samples - n.images) * self._text
+        executed = n.flops + n.images * self._teacher_flops + self._steps * self._update_flops
         rates = {
             "samples_per_s": n.samples / seconds,
             "tokens_per_s": n.tokens / seconds,
             # computed with the FLOPs of the official code
             **({"mfu": reference / seconds / self._peak} if self._is_official else {}),
             # computed with the executed FLOPs
-            "utilisation": (n.flops + self._steps * self._update_flops) / seconds / self._peak,
+            "utilisation": executed / seconds / self._peak,
             "data_wait": self._waited / seconds,
         }
         self._start()

@@ -11,6 +11,6 @@ MODEL_HELP = (
 )
 FEATURES_HELP = (  # what `compare` also accepts
     "an .npz file of features (keys, features and, optionally, shards, as written by embed), timm:NAME for a timm "
-    "model, or timm:NAME=FILE for its weights in a file"
+    "model, or timm:NAME=FILE for its weights in a file; NAME@SIDE is NAME for images of SIDE x SIDE pixels"
 )
 CLASSIFIER_HELP = "the OUT folder of a logistic, linear or finetune task"

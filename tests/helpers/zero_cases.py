@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases CASES FILE
 
-CASES: matrix, unclipped, configs, uneven, muon or hog.
+CASES: matrix, unclipped, configs, uneven, muon, hog or features, with a teacher in the folder "teacher" next to FILE.
 Writes one line of JSON per case to FILE: its name, and (loss, gradient norm) of every step.
 """
 
@@ -27,6 +27,7 @@ from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks
+from m3ae_fast.training.teacher import open_teacher, with_target_width
 
 STEPS, BATCH, LR = 3, 16, 1e-2
 TINY = {
@@ -48,10 +49,12 @@ def config_of(
     resize: str = "square",
     model: dict[str, Any] | None = None,
     optim: dict[str, Any] | None = None,
+    loss: dict[str, Any] | None = None,
     **section: Any,
 ) -> Config:
     data = {
         "model": TINY | {"resize": resize} | (model or {}),
+        "loss": loss or {},
         "data": {"train": [{"shards": "none.tar"}]},
         "optim": {"clip_grad": clip_grad} | (optim or {}),
         "train": {
@@ -111,6 +114,14 @@ def hog(world: int) -> Iterator[Case]:
         yield f"stage={stage}", config_of(world, stage, 2, "fp32", zero, model={"image_targets": "hog"})
 
 
+def features(world: int) -> Iterator[Case]:
+    """Yield cases whose image targets are features of a teacher."""
+    for stage in (None, 0, 1, 2, 3):
+        zero, loss = SMALL_BUCKET if stage else {}, {"teacher": "teacher"}
+        config = config_of(world, stage, 2, "fp32", zero, model={"image_targets": "features"}, loss=loss)
+        yield f"stage={stage}", with_target_width(config, open_teacher(config))
+
+
 def configs(world: int) -> Iterator[Case]:
     """Yield the shipped configs in the precision of a GPU with small sizes, each also with plain torch. Configs that
     differ only in data, learning rate and length are equal here, because the engine does not depend on these."""
@@ -156,7 +167,7 @@ def engine_of(ranks: Ranks, config: Config, seed: int = 0) -> ModelEngine:
 def take(ranks: Ranks, engine: ModelEngine, config: Config, steps: range) -> list[tuple[float, float]]:
     """Take steps, and return the loss and the gradient norm of each, over all ranks."""
     share = split_batch(config.train, ranks.world, ranks.rank)
-    geometry, found = engine.model.geometry, []
+    geometry, found, teacher = engine.model.geometry, [], open_teacher(config)
     for step in steps:
         native = config.model.resize == "native"
         everything = samples(step, config.model.vocab_size > 0, native)
@@ -165,6 +176,8 @@ def take(ranks: Ranks, engine: ModelEngine, config: Config, steps: range) -> lis
         counts = LossCounts(images / ranks.world, captions / ranks.world)
         parts = MicroBatches(range(1), share)
         batches = [pack([everything[position] for position in part], geometry) for part in parts]
+        if teacher:
+            batches = [teacher.with_targets(batch) for batch in batches]
         losses, norm = engine.step(batches, counts, LR)
         (loss,) = ranks.sum([sum(part.loss.item() for part in losses)])
         found.append((loss / ranks.world, float(norm)))
@@ -174,7 +187,8 @@ def take(ranks: Ranks, engine: ModelEngine, config: Config, steps: range) -> lis
 def main(argv: list[str] | None = None) -> int:
     which, out = argv or sys.argv[1:]
     logging.disable(logging.WARNING)
-    cases = {f.__name__: f for f in (matrix, unclipped, configs, uneven, muon, hog)}[which]
+    cases = {f.__name__: f for f in (matrix, unclipped, configs, uneven, muon, hog, features)}[which]
+    os.chdir(Path(out).parent)
     with join_ranks() as ranks, open(out if ranks.is_main else os.devnull, "w", encoding="utf-8") as file:
         torch.set_num_threads(1)
         curves: dict[str, list[tuple[float, float]]] = {}

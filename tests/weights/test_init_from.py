@@ -116,8 +116,8 @@ def test_a_decoder_with_the_other_attention_is_not_loaded(tmp_path):
     before = {name: tensor.clone() for name, tensor in crossed.state_dict().items()}
     line = start_from(crossed, str(tmp_path / "start"), alone)
     assert line.endswith(
-        "start; the decoder of the weights was trained with model.dec_attention=self, so the decoder is randomly "
-        "initialised"
+        "start; the decoder of the weights was trained with model.dec_attention=self and model.image_targets=pixels, "
+        "so the decoder is randomly initialised"
     )
     for name, tensor in crossed.state_dict().items():
         expected = whole.state_dict()[name] if name.startswith(ENCODER) else before[name]

@@ -1,0 +1,413 @@
+"""Models that predict features of a frozen teacher (`model.image_targets: features`)."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import m3ae_fast
+from m3ae_fast import checkpoint
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.batch.packing import Sample, pack
+from m3ae_fast.cli.draw import main as draw
+from m3ae_fast.config import Config, parse
+from m3ae_fast.images.normalisation import normalised
+from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.model.pretrained import check_start, missing_decoder, read_pretrained, start_for
+from m3ae_fast.pretraining import final_evaluation, size_and_length
+from m3ae_fast.pretraining.automatic_settings import (
+    Shards,
+    assumed,
+    assumed_config,
+    settings,
+    teacher_settings,
+)
+from m3ae_fast.pretraining.model_sizes import MODEL_SIZES
+from m3ae_fast.pretraining.options import PretrainOptions
+from m3ae_fast.pretraining.recipe_choice import PREFERRED, choose_recipe
+from m3ae_fast.training.teacher import open_teacher, with_target_width
+from tests.helpers.labelled import labelled_tar
+from tests.helpers.ranks import run_ranks
+from tests.helpers.trainer import CLIPART, SHORT, zero
+from tests.helpers.trainer import TINY as RUN
+from tests.test_model import TINY, make_sample
+
+PARTS = ("train", 0), ("val", 24)
+VIT, CNN, CHANNELS_LAST = "test_vit", "test_resnet", "test_mambaout"
+GREY = {"channels": 1, "image_mean": (0.5,), "image_std": (0.25,)}
+
+
+def weights(folder, name, seed=0):
+    """Write random weights of a timm model, and return its name as a teacher."""
+    torch.manual_seed(seed)
+    network = timm.create_model(name)
+    for buffer in network.buffers():  # running statistics that differ from those of a batch
+        if buffer.is_floating_point() and buffer.ndim == 1:
+            buffer.mul_(0.5 + torch.rand_like(buffer))
+    file = folder / f"{name}-{seed}.safetensors"
+    save_file(network.state_dict(), file)
+    return f"timm:{name}={file}"
+
+
+def config_of(teacher, precision="fp32", **model):
+    """Return the config of a run with this teacher, and the teacher."""
+    sections = {"model": TINY.model_dump(mode="json") | {"image_targets": "features"} | model}
+    sections |= {"loss": {"teacher": str(teacher)}, "data": RUN["data"]}
+    config = parse(Config, sections | {"train": {"steps": 1, "precision": precision}}, "config")
+    opened = open_teacher(config)
+    return with_target_width(config, opened), opened
+
+
+def images_of(config, count=3, dtype=torch.uint8):
+    shape = count, config.model.channels, config.model.image_size, config.model.image_size
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def expected(teacher, images, grid, side=None):
+    """Return the targets of uint8 images, computed step by step with timm: float32 [B, L, K]."""
+    name, _, file = teacher.removeprefix("timm:").partition("=")
+    name, _, size = name.partition("@")
+    network = timm.create_model(name, checkpoint_path=file).eval()
+    if size and hasattr(network, "set_input_size"):
+        network.set_input_size(img_size=int(size))
+    about = network.pretrained_cfg
+    side = int(size or about["input_size"][1])
+    unit = F.interpolate(images / 255, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (torch.tensor(about[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        found = network.forward_features((unit - mean) / std)
+        if found.ndim == 3:
+            tokens = found[:, network.num_prefix_tokens :]
+            found = tokens.transpose(1, 2).unflatten(2, (round(tokens.shape[1] ** 0.5),) * 2)
+        elif name == CHANNELS_LAST:
+            found = found.permute(0, 3, 1, 2)
+        found = F.interpolate(found, (grid, grid), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+    centred = found - found.mean(2, keepdim=True)
+    return centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [(VIT, 64), (CNN, 96), (CHANNELS_LAST, 64), (f"{VIT}@96", 64), (f"{CNN}@48", 96)]
+)
+@pytest.mark.parametrize("size", [16, 32])
+def test_the_targets_are_the_standardised_features_of_the_last_map(tmp_path, name, width, size):
+    """They are computed in evaluation mode and without gradients, for each image by itself."""
+    given = weights(tmp_path, name.partition("@")[0])
+    teacher = given.replace(name.partition("@")[0], name, 1)
+    config, opened = config_of(teacher, image_size=size)
+    images = images_of(config)
+    found = opened.features(images)
+    assert config.model.target_width == opened.width == width and not found.requires_grad
+    torch.testing.assert_close(found, expected(teacher, images, size // 4), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(opened.features(images[1:2]), found[1:2], rtol=1e-3, atol=1e-4)
+    assert opened.features(images[:0]).shape == (0, *found.shape[1:])
+    many = opened.features(images[:1].expand(70, -1, -1, -1))  # more than in one pass
+    torch.testing.assert_close(many[69], found[0], rtol=1e-3, atol=1e-4)
+
+
+def test_an_own_model_is_a_teacher(tmp_path):
+    """Its targets are the patch features of the export, standardised. Neither the decoder nor captions are used."""
+    torch.manual_seed(0)
+    own = M3AE(TINY.model_copy(update={"image_size": 24, "drop_path": 0.5}))
+    own.save_pretrained(tmp_path / "own")
+    config, opened = config_of(tmp_path / "own", patch_size=8)
+    images = images_of(config)
+    unit = F.interpolate(images / 255, (24, 24), mode="bicubic", antialias=True).clamp(0, 1)
+    maps = m3ae_fast.load_model(tmp_path / "own").patch_features(unit, value_range=(0, 1), precision="fp32")
+    maps = F.interpolate(maps.permute(0, 3, 1, 2), (2, 2), mode="bilinear", antialias=True)
+    standard = F.layer_norm(maps.flatten(2).mT, (24,))
+    for _ in range(2):  # the index tensors of the first pass are used again
+        torch.testing.assert_close(opened.features(images), standard, rtol=1e-3, atol=1e-4)
+    assert opened.parameters < sum(each.numel() for each in own.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_images_of_every_dtype_have_the_same_targets(tmp_path, dtype):
+    teacher = weights(tmp_path, VIT)
+    config, opened = config_of(teacher)
+    images = images_of(config) // 4 + 96  # floats are not limited to the range from black to white
+    config, other = config_of(teacher, image_dtype=dtype)
+    mean, std = config.model.image_mean, config.model.image_std
+    given = (images.int() * 257).to(torch.uint16) if dtype == "uint16" else normalised(images, mean, std)
+    torch.testing.assert_close(other.features(given), opened.features(images), rtol=1e-2, atol=2e-2)
+
+
+def test_grey_and_coloured_images_are_converted_for_the_teacher(tmp_path):
+    """Grey images are shown to a teacher of colours in three equal channels. Colours are weighted as in Pillow for a
+    teacher of grey images. Other numbers of channels are refused."""
+    teacher = weights(tmp_path, CNN)
+    config, opened = config_of(teacher, **GREY)
+    images = images_of(config)
+    torch.testing.assert_close(
+        opened.features(images), expected(teacher, images.expand(-1, 3, -1, -1), 4), rtol=1e-3, atol=1e-4
+    )
+    M3AE(TINY.model_copy(update=GREY)).save_pretrained(tmp_path / "grey")
+    config, opened = config_of(tmp_path / "grey")
+    images = images_of(config)
+    grey = (0.299 * images[:, 0] + 0.587 * images[:, 1] + 0.114 * images[:, 2])[:, None].round().to(torch.uint8)
+    _, of_grey = config_of(tmp_path / "grey", **GREY)
+    torch.testing.assert_close(opened.features(images), of_grey.features(grey), rtol=1e-2, atol=2e-2)
+    five = {"channels": 5, "image_mean": [0.5] * 5, "image_std": [0.25] * 5}
+    with pytest.raises(UserError, match=r"reads images with 3 channels, but the images of the run have 5 .* choose a "):
+        config_of(teacher, **five)
+
+
+@pytest.mark.parametrize("attention", ["self", "cross"])
+@pytest.mark.parametrize("per", ["sample", "batch"])
+def test_the_loss_is_the_squared_error_at_masked_patches(tmp_path, attention, per):
+    """It is averaged over the patches of each image and then over images, or over all patches. Padding does not count,
+    and neither do the features of visible patches."""
+    config, opened = config_of(weights(tmp_path, VIT), dec_attention=attention)
+    torch.manual_seed(0)
+    model = M3AE(config.model, config.loss.model_copy(update={"per": per})).eval()
+    samples = [make_sample(i) for i in range(2)]
+    samples += [Sample("text", tokens=samples[0].tokens, text_mask=samples[0].text_mask), make_sample(3, words=None)]
+    with_image = [sample for sample in samples if sample.image is not None]
+    features = opened.features(torch.stack([sample.image for sample in with_image]))
+    losses = []
+    for sample, own in zip(with_image, features):
+        predicted_IK, _ = model.predict(pack([sample], model.geometry))
+        losses.append((predicted_IK - own[sample.image_mask]).square().mean(1))
+    mean = torch.cat(losses).mean() if per == "batch" else torch.stack([each.mean() for each in losses]).mean()
+    for again in (False, True):
+        batch = opened.with_targets(pack(samples, model.geometry, repeat_shapes=again))
+        found = model(batch)
+        torch.testing.assert_close(found.image_loss, mean, rtol=1e-5, atol=1e-6)
+    found.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert model.image_head.weight.shape == (64, 16) and model.image_head.weight.grad.any()
+    texts = opened.with_targets(pack([samples[2]], model.geometry))
+    assert model(texts).image_loss == 0 and texts.image_targets.shape == (0, 64)
+    with pytest.raises(ValueError, match=r"image targets of shape \[0\], not \[\d+, 64\]"):
+        model(pack(samples, model.geometry))
+
+
+def test_the_teacher_is_not_a_part_of_the_model(tmp_path):
+    config, opened = config_of(weights(tmp_path, CNN))
+    model, before = M3AE(config.model, config.loss), opened.identity
+    assert not any("teacher" in name for name in model.state_dict())
+    assert len(model.state_dict()) == len(M3AE(TINY).state_dict())
+    model.train()
+    first, again = (opened.features(images_of(config)) for _ in range(2))
+    assert torch.equal(first, again) and config_of(config.loss.teacher)[1].identity == before
+
+
+def test_computations_in_bf16_have_nearly_the_same_targets(tmp_path):
+    teacher = weights(tmp_path, VIT)
+    exact, rough = (config_of(teacher, precision)[1] for precision in ("fp32", "bf16"))
+    images = images_of(config_of(teacher)[0])
+    one, other = exact.features(images), rough.features(images)
+    assert other.dtype == torch.float32 and 0 < (one - other).abs().max() < 0.3
+
+
+def test_what_a_teacher_cannot_do_is_refused_in_one_line(tmp_path):
+    vit = weights(tmp_path, VIT)
+    M3AE(TINY.model_copy(update={"resize": "native"})).save_pretrained(tmp_path / "native")
+    cases = [
+        ({"target_width": 63}, vit, "model.target_width is 63, but the teacher .* has 64 features"),
+        ({"resize": "native"}, vit, "image_targets features needs resize square"),
+        ({}, tmp_path / "native", "has model.resize native"),
+        ({}, tmp_path / "missing", "missing"),
+        ({}, "timm:test_vit@97=" + vit.partition("=")[2], "does not accept images of 97 x 97 pixels"),
+        ({}, "timm:test_vit@0=" + vit.partition("=")[2], "from 1 to 4,096"),
+        ({}, f"timm:test_resnet={vit.partition('=')[2]}", "the file lacks the weight"),
+        ({}, "", "loss.teacher"),
+        ({"image_targets": "hog"}, vit, "loss.teacher needs model.image_targets features, not hog"),
+    ]
+    for model, teacher, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            config_of(teacher, **model)
+        assert "\n" not in str(error.value)
+    data = {name: RUN[name] for name in ("model", "data", "train")}
+    data["model"] = data["model"] | {"image_targets": "features"}
+    with pytest.raises(UserError, match=r"image_targets features needs a teacher \(with pretrain: --teacher MODEL\)"):
+        parse(Config, data, "config")
+    with pytest.raises(UserError, match=r"loss\.norm_pix standardises pixels"):
+        parse(Config, data | {"loss": {"teacher": vit, "norm_pix": True}}, "config")
+    with pytest.raises(ValueError, match=r"model\.target_width is not set"):
+        M3AE(TINY.model_copy(update={"image_targets": "features"}))
+
+
+def options(teacher, *settings):
+    given = ["model.image_targets=features", f"loss.teacher={teacher}", "train.save_every=3", *settings]
+    return [word for setting in given for word in ("--set", setting)]
+
+
+@pytest.mark.slow
+def test_loss_curves_equal_those_of_plain_torch_on_any_number_of_ranks(tmp_path):
+    """At every ZeRO stage; sixteen samples are split over one, two and three ranks."""
+    torch.manual_seed(0)
+    M3AE(TINY.model_copy(update={"image_size": 24})).save_pretrained(tmp_path / "teacher")
+    curves = []
+    for ranks in (1, 2, 3):
+        path = tmp_path / f"{ranks}.jsonl"
+        code, out = run_ranks("tests.helpers.zero_cases", ["features", str(path)], ranks, tmp_path / f"{ranks}.log")
+        assert code == 0, out[-3000:]
+        curves += [np.array(curve) for _, curve in map(json.loads, path.read_text().splitlines())]
+    assert len(curves) == 15 and np.ptp(curves[0][:, 0]) > 0.1
+    for curve in curves[1:]:
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_learns_records_its_teacher_and_resumes_bitwise(trainer):
+    """It has a moving average of the weights, and several views of each sample."""
+    teacher = weights(trainer.folder, CNN)
+    settings = ["train.keep=9", "train.eval_every=3", "train.ema=0.9", "data.repeats=2"]
+    words = [*options(teacher, *settings, "train.pictures=2"), *zero(None)]
+    out = trainer("run", *words)
+    whole = trainer.losses("run")
+    assert len(whole) == 6 and "the targets are the 96 features per patch of timm:test_resnet" in out
+    relative = [line[1] for line in trainer.lines("run", "val_image_relative")]
+    assert relative[-1] < relative[0]
+    last = checkpoint.saved_steps(trainer.folder / "run")[-1]
+    info = checkpoint.read_info(last)
+    assert info.config["loss"]["teacher"] == teacher and info.config["model"]["target_width"] == 96
+    identity = info.stream["loss.teacher"]
+    assert identity.startswith("timm's test_resnet, images of 160 x 160 pixels, weights ") and identity in out.replace(
+        "\n", " "
+    )
+    for path in checkpoint.saved_steps(trainer.folder / "run"):
+        if path.name != "step-00000003":
+            shutil.rmtree(path)
+    moved = trainer.folder / "moved.safetensors"  # the same weights in another place
+    shutil.copy(teacher.partition("=")[2], moved)
+    trainer("run", *words, "--set", f"loss.teacher=timm:test_resnet={moved}", "--resume", "auto")
+    assert trainer.losses("run") == whole
+    other = weights(trainer.folder, CNN, seed=1)
+    longer = ["--set", "train.steps=7", "--resume", "auto"]
+    out = trainer("run", *words, *longer, "--set", f"loss.teacher={other}", code=2)
+    assert "was made with loss.teacher = timm's test_resnet, images of 160 x 160 pixels, weights" in out
+    out = trainer("run", *words, *longer, "--set", "model.image_targets=hog", "--set", "loss.teacher=null", code=2)
+    assert "was made with model.image_targets = features, but the config has hog" in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.slow
+def test_a_run_is_a_teacher_and_its_student_is_exported_without_it(trainer, tmp_path, capsys):
+    """The export does not need the teacher. Captions are drawn, features are not."""
+    trainer("first", *zero(None))
+    words = options(trainer.folder / "first", "train.pictures=2")
+    trainer("second", *words, *zero(None))
+    trainer("two", *words, *zero(3), ranks=2)
+    np.testing.assert_allclose(np.array(trainer.losses("two")), np.array(trainer.losses("second")), rtol=2e-5)
+    shutil.rmtree(trainer.folder / "first")
+    run, out = trainer.folder / "second", tmp_path / "export"
+    assert (run / "reconstructions.png").exists() and (run / "attention.png").exists()
+    m3ae_fast.convert(run, out)
+    model = m3ae_fast.load_model(out)
+    assert model.config.target_width == 32 and not (out / "config.json").read_text().count("first")
+    assert model.encode(torch.zeros(3, 32, 32, dtype=torch.uint8)).shape[0] == 1
+    val = ["--val", str(CLIPART / "val-0000.tar"), "--pictures", "2"]
+    for what in ("reconstructions", "attention"):
+        assert draw([what, str(out), *val, "--out", str(tmp_path / f"{what}.png")]) == 0
+
+
+@pytest.mark.slow
+def test_features_of_an_image_only_model_are_not_drawn(trainer):
+    words = options(weights(trainer.folder, VIT), "model.vocab_size=0", "data.tokenizer=null", "train.pictures=2")
+    trainer("run", *words, *zero(None))
+    run = trainer.folder / "run"
+    assert (run / "attention.png").exists() and not (run / "reconstructions.png").exists()
+    with pytest.raises(UserError, match="predicts features of a teacher, which cannot be drawn; use m3ae-fast draw"):
+        draw(["reconstructions", str(run)])
+
+
+@pytest.mark.slow
+def test_a_dry_run_states_the_teacher_and_its_cost(trainer, capfd):
+    teacher = weights(trainer.folder, VIT)
+    out = trainer("run", *options(teacher), *zero(None), "--dry-run")
+    line = next(line for line in out.splitlines() if line.startswith("teacher"))
+    assert "the targets are the 64 features per patch of timm:test_vit" in line
+    assert "GFLOP, " in line and "slower than the student" in line
+    assert "0.00122 GB of memory per rank" in line
+    elsewhere = ["--dry-run", "--no-data", "--world", "2", "--set", "model.target_width=64"]
+    out = trainer("run", *options("/another/machine"), *zero(None), *elsewhere)
+    assert "FLOPs per sample" in out and "\nteacher " not in out
+
+
+def test_a_teacher_that_is_cheaper_than_the_student_is_not_reported_as_slow(tmp_path):
+    M3AE(TINY).save_pretrained(tmp_path / "small")
+    config, opened = config_of(tmp_path / "small", emb_dim=96, depth=8)
+    assert "slower than the student" not in opened.describe(config)
+    opened.flops = 1e12
+    assert "slower than the student" in opened.describe(config)
+
+
+def test_pretrain_accepts_a_teacher_and_chooses_another_recipe(tmp_path, monkeypatch):
+    """Paths become absolute. Settings that contradict the teacher are refused in one line."""
+    monkeypatch.chdir(tmp_path)
+    weights(tmp_path, VIT)
+    teacher = f"timm:{VIT}={VIT}-0.safetensors"
+    options = PretrainOptions(source="photos", out="run", teacher=teacher)
+    overrides = teacher_settings(options.teacher)
+    assert overrides[1] == f'loss.teacher="timm:{VIT}={tmp_path / f"{VIT}-0.safetensors"}"'
+    (tmp_path / "mine").mkdir()
+    assert teacher_settings("mine")[1] == f'loss.teacher="{tmp_path / "mine"}"'
+    assert teacher_settings("owner/name")[1] == 'loss.teacher="owner/name"' and teacher_settings(None) == []
+    found = choose_recipe(None, overrides, PREFERRED[1:])
+    assert found.line.startswith("recipe: fast (") and "because" not in found.line
+    config = assumed_config([*found.overrides, *overrides, "model.target_width=64"])
+    assert (config.model.image_targets, config.loss.norm_pix) == ("features", False)
+    cases = [
+        ({"recipe": "hog"}, "recipe hog: has other targets than those of teacher; leave out one of the two"),
+        ({"recipe": "mae"}, r"recipe mae: .*loss\.norm_pix"),
+        (
+            {"overrides": ["model.image_targets=pixels"]},
+            r"loss\.teacher needs model\.image_targets features, not pixels",
+        ),
+        ({"overrides": ["model.resize=native"]}, "image_targets features needs resize square"),
+    ]
+    for given, message in cases:
+        with pytest.raises(UserError, match=message):
+            PretrainOptions(source="photos", out="run", teacher=teacher, **given)
+    with pytest.raises(UserError, match=r"override loss\.teacher: use --teacher instead"):
+        PretrainOptions(source="photos", out="run", overrides=[f"loss.teacher={teacher}"])
+
+
+def test_the_teacher_is_evaluated_and_this_is_planned(tmp_path):
+    teacher = f"timm:{VIT}"
+    statistics, shards = assumed([]), Shards(["a.tar"], ["b.tar"], [])
+    config = settings(statistics, shards, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", teacher_settings(teacher))
+    assert final_evaluation._models(config)[final_evaluation.TEACHER] == teacher
+    assert size_and_length.evaluated_models(teacher_settings(teacher)) == size_and_length.evaluated_models([]) + 1
+
+
+def test_an_encoder_continues_with_a_teacher(tmp_path):
+    """The decoder of other targets is not loaded. That of a model with the same targets is."""
+    config, _ = config_of(weights(tmp_path, VIT))
+    pixels, features = M3AE(TINY), M3AE(config.model, config.loss)
+    for model in (pixels, features):
+        model.save_pretrained(tmp_path / model.config.image_targets)
+        found = read_pretrained(tmp_path / model.config.image_targets)
+        start = start_for(config.model, found, norm_pix=False)
+        assert start.has_decoder == (model is features)
+        check_start(config.model, start, "here")
+    found = read_pretrained(tmp_path / "pixels")
+    missing = missing_decoder(found, start_for(config.model, found, norm_pix=False))
+    assert missing.endswith("with model.dec_attention=self and model.image_targets=pixels")
+
+
+@pytest.mark.slow
+def test_pretrain_trains_with_a_teacher_and_compares_the_run_with_it(tmp_path, capsys):
+    shards = [str(labelled_tar(tmp_path / f"{name}.tar", range(first, first + 24))) for name, first in PARTS]
+    teacher = weights(tmp_path, f"{CNN}").replace(CNN, f"{CNN}@64", 1)
+    few = [*SHORT, "data.workers=0", "train.pictures=0", "train.precision=fp32"]
+    outcome = m3ae_fast.pretrain(
+        shards[0], tmp_path / "run", val=[shards[1]], teacher=teacher, overrides=few, device="cpu"
+    )
+    out = capsys.readouterr().out
+    assert outcome.finished and "teacher: the targets are the 96 features per patch of timm:test_resnet@64" in out
+    assert "recipe: fast (" in out and re.search(r"^its teacher  +\d", out, re.M)
+    assert re.search(r"verdict: by .*its teacher", out)
+    assert outcome.results.keys() == {"knn", "logistic"} and "its teacher" in outcome.results["knn"]
+    with pytest.raises(UserError, match=r"was made with loss\.teacher = .*, but the config has"):
+        m3ae_fast.pretrain(
+            shards[0], tmp_path / "run", val=[shards[1]], teacher=weights(tmp_path, VIT), overrides=few, device="cpu"
+        )
