@@ -34,11 +34,12 @@ from m3ae_fast.config import DataConfig, LossConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import ShardStore, Share, open_corpus
 from m3ae_fast.heads.encoding import encoding_loader
-from m3ae_fast.heads.feature_bank import FeatureBank
-from m3ae_fast.heads.fit_heads import BankSteps, HeadBatch, Stack, fit_heads, logits
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
+from m3ae_fast.heads.fit_heads import HeadBatch, Stack, fit_heads, logits, stored_steps
 from m3ae_fast.heads.logistic_regression import fit_chosen
 from m3ae_fast.heads.nearest_neighbours import Neighbours, nearest
-from m3ae_fast.heads.probes import Setting, attentive_recipe, new_stack
+from m3ae_fast.heads.probes import new_stack
+from m3ae_fast.heads.recipe import Recipe
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.shards.tar_member import add_member
@@ -183,11 +184,11 @@ def test_memory_of_an_online_attentive_probe(tmp_path):
     assert more < MOST_GROWTH * less
 
 
-def _stacks(ranks: Ranks, width: int, layers: tuple[int, ...], rates: int) -> dict[int, Stack]:
+def _stacks(ranks: Ranks, width: int, layers: tuple[int, ...], rates: int) -> dict[FeatureType, Stack]:
     config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}})
-    setting = Setting(config, CLASSES, 1, 0, ranks, HEARTBEATS)
-    recipe = attentive_recipe(20 * BATCH, setting)
-    return {layer: new_stack((width,), recipe, torch.logspace(-4, -2, rates).tolist(), setting) for layer in layers}
+    recipe = Recipe.of("attentive", config, classes=CLASSES, samples=20 * BATCH, encoder_heads=1, seed=0)
+    each = torch.logspace(-4, -2, rates).tolist()
+    return {FeatureType(layer, "mean"): new_stack((width,), recipe, each, ranks) for layer in layers}
 
 
 def test_grid_of_heads(tmp_path):
@@ -206,10 +207,11 @@ def test_grid_of_heads(tmp_path):
         for _ in range(STEPS):
             with torch.no_grad():
                 pooled_SKD = model.pooled_of_layers(batch, layers)
-            yield HeadBatch({layer: pooled_SKD[:, at] for at, layer in enumerate(layers)}, labels_S, BATCH)
+            inputs = {FeatureType(layer, "mean"): pooled_SKD[:, at] for at, layer in enumerate(layers)}
+            yield HeadBatch(inputs, labels_S, BATCH)
 
-    def stored(layers: tuple[int, ...]) -> BankSteps:
-        return BankSteps(dict.fromkeys(layers, cached), range(STEPS), BATCH, 0)
+    def stored(layers: tuple[int, ...]) -> Iterator[HeadBatch]:
+        return stored_steps({FeatureType(layer, "mean"): cached for layer in layers}, range(STEPS), BATCH, 0)
 
     def products() -> None:
         """Compute the matrix products that a grid requires: logits, and gradients of the weights."""

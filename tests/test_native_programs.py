@@ -15,7 +15,7 @@ from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.config.evaluation import ImageConfig
 from m3ae_fast.drawing.figures import box_in, shown
-from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation import compare
 from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.heads.modules import AttentiveHeads
 from m3ae_fast.images.decoding import decode_image
@@ -126,10 +126,10 @@ def test_features_equal_those_of_encode_for_any_other_images_in_the_batch(run, s
 
 
 def test_models_are_compared_on_images_of_the_requested_shape(run, shards, tmp_path, monkeypatch):
-    def encode(job, *_, **__):
-        raise UserError(f"images are {job.model.config.resize}")  # everything else would take a long time
+    def encode(models, *_, **__):
+        raise UserError(f"images are {models[0].config.resize}")  # everything else would take a long time
 
-    monkeypatch.setattr(Job, "encode", encode)
+    monkeypatch.setattr(compare, "encode_types", encode)
     arguments = ["--train", shards[0], "--val", shards[1], "--out", str(tmp_path / "out"), "--set", "data.workers=0"]
     with pytest.raises(UserError, match="images are square"):
         transfer(["compare", str(run), *arguments, "--probes", "knn", "--set", "model.resize=square"])

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3ae_fast.evaluation.significance import Difference, difference
+from m3ae_fast.evaluation.significance import Difference, difference, interval, mean_accuracy
 from m3ae_fast.heads.predictions import Predictions
+from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
 
 MODEL = "the model"  # name of the evaluated model in comparisons with its baselines
@@ -57,23 +58,41 @@ def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
     }
 
 
-def accuracy_entries(
-    found: Mapping[str, Predictions], chosen: Mapping[str, Mapping[str, Any]], probe: str = ""
-) -> dict[str, Any]:
+def accuracy_entries(found: Mapping[str, Sequence[Predictions]], probe: str = "") -> dict[str, Any]:
     """Return the accuracies of a model and of its baselines as entries of result.json.
 
     Args:
-        found: predictions for the same samples; the keys are MODEL and the names of the baselines.
-        chosen: hyper-parameters of their classifiers that were selected, with the same keys; none if a key is missing.
+        found: predictions for the same samples, for one or several draws of training samples; the keys are MODEL and
+            the names of the baselines.
         probe: description of the classifier of the baselines; "": the same classifier as for the model.
     """
     model = found[MODEL]
     baselines = {
-        name: Baseline(each.accuracies(), accuracy_difference([model], [each]), probe, chosen.get(name, {}))
-        for name, each in found.items()
+        name: Baseline(_accuracies(own), accuracy_difference(model, own), probe, chosen_entries(own))
+        for name, own in found.items()
         if name != MODEL
     }
-    return model.accuracies() | {**chosen.get(MODEL, {})} | baseline_entries(baselines)
+    return _accuracies(model) | chosen_entries(model) | baseline_entries(baselines)
+
+
+def _accuracies(found: Sequence[Predictions]) -> dict[str, float]:
+    return {name: value for name, value in measured(found).items() if name.startswith("top")}
+
+
+def measured(found: Sequence[Predictions]) -> dict[str, Any]:
+    """Return the accuracies with their standard errors. For several draws, return the mean top-1 accuracy with its
+    standard error and 95 % confidence interval."""
+    if len(found) == 1:
+        return found[0].accuracies()
+    correct_DN = np.stack([predictions.correct_N.numpy() for predictions in found])
+    top1, error = mean_accuracy(correct_DN, found[0].clusters_N)
+    low, high = interval([predictions.accuracies()["top1"] for predictions in found])
+    return {"top1": top1, f"top1{ERROR}": error, "draws": len(found), "low": max(low, 0.0), "high": min(high, 1.0)}
+
+
+def chosen_entries(found: Sequence[Predictions]) -> dict[str, Any]:
+    """Return the hyper-parameters that were selected; empty for several draws, because each has its own."""
+    return {**found[0].chosen} if len(found) == 1 else {}
 
 
 def accuracy_difference(first: Sequence[Predictions], second: Sequence[Predictions]) -> Difference | None:

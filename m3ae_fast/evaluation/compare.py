@@ -29,7 +29,7 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
 from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
-from m3ae_fast.evaluation.image_features import ImageFeatures, available, input_config, open_image_features
+from m3ae_fast.evaluation.image_features import FixedFeatures, available, input_config, open_image_features
 from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.evaluation.probe_grid import trains_online
@@ -38,9 +38,11 @@ from m3ae_fast.evaluation.stored_features import SUFFIX, StoredFeatures, open_fe
 from m3ae_fast.evaluation.tasks import Compare
 from m3ae_fast.evaluation.timm_features import TimmFeatures, open_timm
 from m3ae_fast.heads.attentive_online import passes, predict_online
-from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.encoding import PassMonitor, encode_types
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.predictions import Predictions, largest_share, stacked
-from m3ae_fast.heads.probes import PROBES, Features, Setting, attentive_recipe
+from m3ae_fast.heads.probes import predict
+from m3ae_fast.heads.recipe import ATTENTIVE, Recipe
 from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pretrained import weights_digest
@@ -192,13 +194,13 @@ def run(job: Job[Compare]) -> dict[str, Any]:
     small."""
     options, seeds = job.options, range(job.config.run.seed, job.config.run.seed + job.options.seeds)
     own, missing = job.ranks.broadcast(available)
-    if all(PROBES[probe].is_attentive for probe in options.probes):
+    if {*options.probes} == {ATTENTIVE}:
         own, missing = [], ""
     names = model_names(options.model, own)
     # report mistakes before any work
     shapes, digests, channels = dict[str, Shape](), dict[str, str](), dict[str, int]()
     others = {name: model for name, model in names.items() if is_features(model)}
-    if others and all(PROBES[probe].is_attentive for probe in options.probes):
+    if others and {*options.probes} == {ATTENTIVE}:
         raise UserError(
             f"{next(iter(others.values()))}: has no patch tokens, which attentive probes need; add knn or logistic to "
             "--probes"
@@ -215,7 +217,7 @@ def run(job: Job[Compare]) -> dict[str, Any]:
     for name, number in channels.items():
         if name not in _BASELINES:
             job.warn_of_colours(train, number, name)
-    features: dict[str, ImageFeatures] = {**open_image_features(own, job.config.data, job.ranks)}
+    features: dict[str, FixedFeatures] = {**open_image_features(own, job.config.data, job.ranks)}
     for name, each in _opened(job, others, (train, val)).items():
         features[names[name]], digests[name] = each, each.digest
     decoding = _DECODING * max([shape.cost for shape in shapes.values()], default=1.0)
@@ -257,12 +259,12 @@ class Shape(NamedTuple):
 
 
 def _shape(job: Job[Compare], encoder: MultimodalEncoder, decoding: float = 0.0) -> Shape:
-    """Return the properties of a model. `decoding`: cost of reading an image, which is that of `ImageFeatures`."""
+    """Return the properties of a model. `decoding`: cost of reading an image, which is that of `FixedFeatures`."""
     c, probes = encoder.config, tuple(job.options.probes)
-    if isinstance(encoder, ImageFeatures):
+    if isinstance(encoder, FixedFeatures):
         if isinstance(encoder, TimmFeatures):  # 12 D^2 weights of a block, applied to about as many tokens as a ViT has
             decoding += encoder.parameters_of_network / 12 * _TOKENS
-        pooled = tuple(probe for probe in probes if not PROBES[probe].is_attentive)
+        pooled = tuple(probe for probe in probes if probe != ATTENTIVE)
         return Shape(decoding, pooled)
     return Shape(float(c.depth * c.emb_dim**2 * c.most_patches), probes)
 
@@ -282,7 +284,7 @@ def _work(job: Job, shape: Shape, model: str, identity: str, seeds: Sequence[int
     seeded, trials = model.startswith(RANDOM), dict[tuple[int, str], Path]()
     for number, seed in enumerate(seeds):
         for probe in shape.probes:
-            if number == 0 or seeded or PROBES[probe].is_attentive:
+            if number == 0 or seeded or probe == ATTENTIVE:
                 digest = hashlib.sha256(f"{identity} {seeded} {probe} {seed}".encode()).hexdigest()
                 trials[seed, probe] = job.out / _TRIALS / f"{digest[:32]}.parquet"
     missing = job.ranks.broadcast(lambda: [trial for trial, path in trials.items() if not path.exists()])
@@ -344,7 +346,7 @@ def _measure(
     found: ComparedPredictions,
     planned: tuple[ComputeCost, Pace],
     name: str,
-    model: str | ImageFeatures,
+    model: str | FixedFeatures,
     corpora: tuple[Corpus, Corpus],
 ) -> None:
     """Encode the samples with a model, and add the predictions of each probe and seed to `found`. If the weights depend
@@ -354,7 +356,7 @@ def _measure(
     well as the initial weights. With the same order for all seeds, the standard error over seeds would be too small.
     """
     work, whole = planned
-    parts = dict[str, tuple[FeatureBank, FeatureBank] | None]()
+    banks: dict[FeatureType, tuple[FeatureBank, FeatureBank]] = {}
     encoded: int | None = None  # seed of the weights with which the samples were last encoded
     for (seed, probe), path in work.trials.items():
         if (seed, probe) not in work.missing:
@@ -363,45 +365,50 @@ def _measure(
             continue
         if encoded is None or (work.seeded_weights and seed != encoded):
             opened = open_model(model, text=False, seed=seed) if isinstance(model, str) else model
-            parts = _encoded(job, opened, name, corpora, planned)
+            banks = _encoded(job, opened, name, corpora, planned)
             encoded = seed
-        about, heads = f"{name}, {probe}, seed {seed}", opened.config.num_heads
-
-        def warn(_: int, text: str, about: str = about) -> None:
-            job.print(f"note: {about}: {text}")
-
-        setting = Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn)
-        if (pair := parts[probe]) is None:
-            recipe = attentive_recipe(corpora[0].samples, setting)
-            left, depth = Pace(passes(recipe, *corpora)), opened.config.depth
-            kinds, node = [Features(depth, None)], job.ranks.node()
-            predictions = predict_online(opened, corpora, kinds, recipe, setting, node, left)[0]
+        about = f"{name}, {probe}, seed {seed}"
+        kind = _type_of(job, opened, probe)
+        samples = len(banks[kind][0].keys) if kind in banks else corpora[0].samples
+        more: dict[str, Any] = {"classes": len(found.classes), "encoder_heads": opened.config.num_heads, "seed": seed}
+        recipe = Recipe.of(probe, job.config, samples=samples, **more)
+        if kind in banks:
+            bank, held_out = banks[kind]
+            predictions = predict({kind: bank}, {kind: held_out}, recipe, job.ranks, job.heartbeats)[kind]
         else:
-            predictions = PROBES[probe].predict({0: pair[0]}, {0: pair[1]}, setting)[0]
+            left = Pace(passes(recipe, *corpora))
+            where = job.config, job.ranks, job.heartbeats
+            predictions = predict_online(opened, corpora, [kind], recipe, *where, left)[kind]
+        for text in predictions.warnings:
+            job.print(f"note: {about}: {text}")
         found.add(name, probe, seed, predictions)
         job.ranks.on_main(partial(write_parquet, path, predictions.columns(found.classes)))
         job.print(f"{about}: {summary(predictions.accuracies())}{whole.describe_left()}")
 
 
+def _type_of(job: Job, model: MultimodalEncoder, probe: str) -> FeatureType:
+    """Return the type of features that a probe of the model reads."""
+    pool = None if probe == ATTENTIVE else replace(job, model=model).encode_config.fixed_pool
+    return FeatureType(model.config.depth, pool)
+
+
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, Pace]
-) -> dict[str, tuple[FeatureBank, FeatureBank] | None]:
-    """Move a model to the ranks' device, and encode the samples with it in one pass. Return the features
-    of the training and held-out samples by probe; None for a probe that will be trained online."""
+) -> dict[FeatureType, tuple[FeatureBank, FeatureBank]]:
+    """Move a model to the ranks' device, and encode the samples with it in one pass. Return the features of the
+    training and held-out samples by type; patch tokens are left out if their probe will be trained online."""
     work, left = planned
-    if not isinstance(model, ImageFeatures):
+    if not isinstance(model, FixedFeatures):
         set_images(model, job.config.model)
     own = replace(job, model=model.to(job.ranks.device).eval())
-    probes = {probe for _, probe in work.missing}
-    tokens = any(PROBES[probe].is_attentive for probe in probes)
-    tokens = tokens and not trains_online(own, [model.config.depth], corpora, f"{name}: ")
-    whole = []
-    for corpus, title in zip(corpora, ("train", "val")):
-        part = work.cost * corpus.samples
-        whole.append(own.encode(corpus, f"{name}: {title}", left, part, patches=tokens))
+    types = [*dict.fromkeys(_type_of(job, model, probe) for _, probe in work.missing)]
+    if any(kind.is_tokens for kind in types) and trains_online(own, [model.config.depth], corpora, f"{name}: "):
+        types = [kind for kind in types if not kind.is_tokens]
+    parts = []
+    for corpus, title in zip(corpora, ("train", "val")) if types else ():
+        monitor = PassMonitor(f"{name}: {title}", job.heartbeats, whole=left, part=work.cost * corpus.samples)
+        data, ranks = job.config.data, job.ranks
+        parts += encode_types([model], [types], corpus, data, own.encode_config, ranks, monitor, folder=job.out)
     if isinstance(model, StoredFeatures):
         model.check_complete(job.ranks)
-    bank, held_out = whole
-    pooled = bank.pooled(), held_out.pooled()
-    with_tokens = (bank.tokens(), held_out.tokens()) if tokens else None
-    return {probe: with_tokens if PROBES[probe].is_attentive else pooled for probe in probes}
+    return {kind: (parts[0].of(kind), parts[1].of(kind)) for kind in types}

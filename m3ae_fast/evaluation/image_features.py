@@ -36,9 +36,9 @@ _LEVELS, _BINS = 4, 16  # levels per channel of the joint histogram of three cha
 _HOG = {"orientations": 9, "pixels_per_cell": (8, 8), "cells_per_block": (2, 2), "block_norm": "L2-Hys"}
 
 
-class ImageFeatures(MultimodalEncoder):
-    """An encoder without weights, whose features are the same for each layer and pooling. `config`: the input; see
-    `input_config`."""
+class FixedFeatures(MultimodalEncoder):
+    """An encoder with one feature vector per sample, which is the same for each layer and pooling. `config`: the input;
+    see `input_config`."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)  # skips the creation of an encoder's weights
@@ -50,6 +50,14 @@ class ImageFeatures(MultimodalEncoder):
     @abstractmethod
     def width(self) -> int:
         """Return D, the number of features of an image."""
+
+    @abstractmethod
+    def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)) -> Tensor:
+        """Return the features as float32 [S, K, D]."""
+
+
+class ImageFeatures(FixedFeatures):
+    """Features that are computed from the pixels of an image."""
 
     @abstractmethod
     def features(self, images_SCHW: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,27 +24,20 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import Pool, SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
-from m3ae_fast.config.poolings import candidates
 from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.label_lists import are_lists
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
-from m3ae_fast.evaluation.baselines import MODEL
-from m3ae_fast.evaluation.image_features import ImageFeatures
 from m3ae_fast.evaluation.tasks import Modality, Task, WithLabels
 from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
-from m3ae_fast.heads.encoding import PassMonitor, UnusableSamples, encode_by_each, encode_corpus
-from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.logistic_regression import Tried
 from m3ae_fast.heads.modules import LinearProbeHead
-from m3ae_fast.heads.pool_choice import ChosenPool, best_pool, part_of_pool
 from m3ae_fast.heads.predictions import FILE as PREDICTIONS_FILE
 from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import Session
-from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
-from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.shards.overview import part_of
 from m3ae_fast.training.run_lock import RunFolder
 
@@ -57,13 +50,21 @@ Columns = Mapping[str, Sequence[Any]]
 T_co = TypeVar("T_co", bound=Task, covariant=True)
 
 
+class Encoded(NamedTuple):
+    """Features of the training and the held-out samples by a network, or without one, by type."""
+
+    train: Mapping[FeatureType, FeatureBank]
+    val: Mapping[FeatureType, FeatureBank]
+    is_network: bool = True
+    tried: Tried | None = None  # regressions of the only type, if the choice of the pooling has computed them
+
+
 @dataclass
 class SharedFeatures:
     """Features that several tasks on the same model and samples share, so that the samples are encoded only once. The
-    first of these tasks fills it in `Job.encode_for_classes`."""
+    first of these tasks fills it; see `probe_grid.run_probes`."""
 
-    encoded: dict[str, tuple[FeatureBank, FeatureBank]] = field(default_factory=dict)
-    pools: dict[str, ChosenPool] = field(default_factory=dict)
+    encoded: dict[str, Encoded] = field(default_factory=dict)  # keys: MODEL and the names of the baselines
     warnings: list[str] = field(default_factory=list)  # warnings of the encoding
 
 
@@ -81,10 +82,9 @@ class Job(Generic[T_co]):
     open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
     classes: Classes = ()  # labels by class id; see `open_labelled`
     names: list[str] = field(default_factory=list)  # names of the classes in figures
-    pools: dict[str, ChosenPool] = field(default_factory=dict)  # see `encode_for_classes`
     pictures: list[Callable[[], None]] = field(default_factory=list)  # functions that plot figures after the task
     warnings: list[str] = field(default_factory=list)  # warnings for the result, which have been printed
-    shared: SharedFeatures = field(default_factory=SharedFeatures)  # see `encode_for_classes`
+    shared: SharedFeatures = field(default_factory=SharedFeatures)
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats = self.session
@@ -154,186 +154,6 @@ class Job(Generic[T_co]):
                 f"{name} reads grey images, so the colours of the images are ignored ({colours:,} of {len(kinds):,} "
                 "inspected images have colours)"
             )
-
-    def encode(
-        self,
-        corpus: Corpus,
-        title: str,
-        whole: Pace | None = None,
-        part: float = 0.0,
-        *,
-        layers: Sequence[int] | None = None,
-        pools: Sequence[Pool] | None = None,
-        patches: bool = False,
-    ) -> FeatureBank:
-        """Return pooled features of all samples. `title`: title of the progress display; `whole`, `part`: see
-        `PassMonitor`; other arguments: see `encode_corpus`."""
-        monitor, config = PassMonitor(title, self.heartbeats, whole=whole, part=part), self.config
-        return encode_corpus(
-            self.model,
-            corpus,
-            config.data,
-            self.encode_config,
-            self.ranks,
-            monitor,
-            layers=layers,
-            pools=pools,
-            patches=patches,
-            folder=self.out,
-        )
-
-    def encode_with_baselines(
-        self, train: Corpus, val: Corpus, *, patches: bool = False
-    ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Encode the samples with the model and with each baseline. Return the features of the training and held-out
-        samples; the keys are MODEL and the names of the baselines. Baselines for which too many samples cannot be read,
-        or that cannot read a sample of the model, are left out with a warning. `patches`: see `encode_corpus`."""
-        return self._encode_by_each({MODEL: self.model, **self.open_baselines()}, train, val, patches=patches)
-
-    def encode_for_classes(self, train: Corpus, val: Corpus) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Encode the labelled samples as `encode_with_baselines` does, unless `shared` contains their features. If
-        `encode.pool` is null, choose the pooling of each network by `best_pool`. Sets `pools`, the pooling of each
-        network by its key in the result."""
-        shared, before = self.shared, len(self.warnings)
-        if not shared.encoded:
-            shared.encoded, shared.pools = self._encoded_for_classes(train, val)
-            shared.warnings = self.warnings[before:]
-        else:
-            self.warnings += shared.warnings
-        self.pools = shared.pools
-        return dict(shared.encoded)
-
-    def _encoded_for_classes(
-        self, train: Corpus, val: Corpus
-    ) -> tuple[dict[str, tuple[FeatureBank, FeatureBank]], dict[str, ChosenPool]]:
-        """Return the features for `encode_for_classes`, and the pooling of each network."""
-        models = {MODEL: self.model, **self.open_baselines()}
-        networks = {name: model for name, model in models.items() if not isinstance(model, ImageFeatures)}
-        if not networks or self.config.encode.pool is not None:
-            given = ChosenPool(self.encode_config.fixed_pool, None)
-            return self._encode_by_each(models, train, val), dict.fromkeys(networks, given)
-        chosen: dict[str, ChosenPool] = {}
-        pools = candidates(networks[MODEL].config.emb_dim, self.modality == "image")
-        found = self._encode_by_each(models, train, val, pools=pools)
-        for name, (bank, held_out) in found.items():
-            if name in networks:
-                chosen[name] = best_pool(bank, pools, len(self.classes), self.heartbeats)
-                own = pools, chosen[name].pool
-                found[name] = part_of_pool(bank, *own), part_of_pool(held_out, *own)
-            else:
-                found[name] = bank.part(0), held_out.part(0)
-        shown = ", ".join(f"{name}: {each.pool}" for name, each in chosen.items())
-        self.print(f"pooling, chosen on held-out training samples: {shown}")
-        return found, chosen
-
-    def chosen_pool(self, name: str) -> dict[str, Pool]:
-        """Return the pooling of a network, as an entry of result.json; empty for features without a network. `name`:
-        MODEL or the name of a baseline."""
-        return {"pool": self.pools[name].pool} if name in self.pools else {}
-
-    def tried(self, name: str) -> Tried | None:
-        """Return the regressions of a network's features that the choice of its pooling has computed; None if it has
-        not. `name`: as in `chosen_pool`."""
-        return self.pools[name].tried if name in self.pools else None
-
-    def encode_baselines(
-        self,
-        train: Corpus,
-        val: Corpus,
-        stop: StopRequest | None = None,
-        *,
-        layer: int | None = None,
-        pool: Pool | None = None,
-    ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Encode the samples with each baseline. Return the features of the training and held-out samples by name of
-        the baseline; empty if the task evaluates no baselines. Baselines for which too many samples cannot be read are
-        left out with a warning. If a rank is asked to stop, all of them are, so that the result of the training is not
-        lost.
-
-        Args:
-            train, val: the training and the held-out samples.
-            stop: stop requests to check before each batch; None if a stop request ends the program by itself.
-            layer: number of the block, from 1; None: the last block.
-            pool: the pooling; None: the one in the settings.
-        """
-        models = self.open_baselines()
-        if not models:
-            return {}
-        try:
-            return self._encode_by_each(models, train, val, "baselines: ", stop=stop, layer=layer, pool=pool)
-        except Stopped:
-            self.warn(f"the result is written without baselines: stopped ({self.stop.reason or BY_ANOTHER})")
-            return {}
-
-    def _encode_by_each(
-        self,
-        models: Mapping[str, MultimodalEncoder],
-        train: Corpus,
-        val: Corpus,
-        prefix: str = "",
-        *,
-        patches: bool = False,
-        stop: StopRequest | None = None,
-        layer: int | None = None,
-        pool: Pool | None = None,
-        pools: Sequence[Pool] | None = None,
-    ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-        """Return the features of the training and held-out samples by model, in one pass for all models that have the
-        same input. `prefix`: prefix of the titles in the progress display. `layer`, `pools`: see `encode_by_each`."""
-        shorter = "fewer --train shards" + (" or --no-baselines" if {*models} != {MODEL} else "")
-        inputs = list(dict.fromkeys(model.geometry for model in models.values()))
-        whole = self.pace(len(inputs) * (train.samples + val.samples), shorter=lambda _: shorter)
-        config = self.config
-        encode = self.encode_config
-        encode = encode.model_copy(update={"pool": pool or encode.pool})
-        found: dict[str, tuple[FeatureBank, FeatureBank]] = {}
-        for geometry in inputs:
-            same = {name: model for name, model in models.items() if model.geometry == geometry}
-            parts = []
-            try:
-                for corpus, title in ((train, f"{prefix}encoding train"), (val, f"{prefix}encoding val")):
-                    monitor = PassMonitor(title, self.heartbeats, stop, whole, corpus.samples)
-                    parts.append(
-                        encode_by_each(
-                            [*same.values()],
-                            corpus,
-                            config.data,
-                            encode,
-                            self.ranks,
-                            monitor,
-                            layer=layer,
-                            pools=pools,
-                            patches=patches,
-                            folder=self.out,
-                        )
-                    )
-            except UnusableSamples as error:
-                if MODEL in same:
-                    raise
-                self.warn(f"the result is written without {' and '.join(same)}: {error}")
-            else:
-                found |= dict(zip(same, zip(*parts)))
-        found = _of_common_samples(found)
-        for name, banks in list(found.items()):
-            first = next(iter(found.values()))
-            if lacking := sum(len(each.keys) - len(own.keys) for each, own in zip(first, banks)):
-                self.warn(f"the result is written without {name}, which cannot read {lacking:,} of the samples")
-                del found[name]
-        return found
-
-    def encoder(self, passes: float) -> Callable[..., FeatureBank]:
-        """Return a function that calls `encode` for one of several datasets, and reports the progress and the remaining
-        time over all datasets. `passes`: sum over the datasets of the number of samples times the cost per sample."""
-        whole = Pace(passes)
-
-        def encode(corpus: Corpus, title: str, cost: float = 1.0) -> FeatureBank:
-            part = cost * corpus.samples
-            found = self.encode(corpus, title, whole, part)
-            left = whole.describe_left()
-            self.print(f"{title}: {len(found.keys):,} samples done ({whole.done / passes:.0%} of the encoding{left})")
-            return found
-
-        return encode
 
     @property
     def preparation(self) -> Preparation:
@@ -405,10 +225,9 @@ class Job(Generic[T_co]):
         """Write the predictions of each sample to predictions.parquet."""
         self.ranks.on_main(lambda: write_parquet(self.out / PREDICTIONS_FILE, columns))
 
-    def save_probe(self, task: Literal["linear", "logistic"], head: LinearProbeHead) -> None:
-        """Write a classifier that consists of the model and a head that `task` has trained on its pooled features, as
-        `Classifier.save_pretrained` does. Every rank must call it."""
-        pool = self.pools[MODEL].pool if MODEL in self.pools else self.encode_config.fixed_pool
+    def save_probe(self, task: Literal["linear", "logistic"], head: LinearProbeHead, pool: Pool) -> None:
+        """Write a classifier that consists of the model and a head that `task` has trained on its features with the
+        pooling `pool`, as `Classifier.save_pretrained` does. Every rank must call it."""
 
         def save() -> None:
             classifier = Classifier(
@@ -431,24 +250,6 @@ class Job(Generic[T_co]):
         options = self.options
         model, config = options.model_dump(include={"model"}), options.uses.values(self.config)
         return {"task": options.name()} | result | model | {"modality": self.modality, "config": config}
-
-
-def _of_common_samples(
-    found: Mapping[str, tuple[FeatureBank, FeatureBank]],
-) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-    """Return the features without the samples that the first model could not read, because models whose inputs differ
-    may read different files."""
-    first = next(iter(found.values()), None)
-    if first is None:
-        return {}
-
-    def common(bank: FeatureBank, reference: FeatureBank) -> FeatureBank:
-        if bank.keys == reference.keys:
-            return bank
-        known = {*reference.keys}
-        return bank.rows([row for row, key in enumerate(bank.keys) if key in known])
-
-    return {name: (common(train, first[0]), common(val, first[1])) for name, (train, val) in found.items()}
 
 
 def refuse_existing(out: Path) -> None:

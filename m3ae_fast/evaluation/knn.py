@@ -11,43 +11,30 @@ from typing import Any
 
 from torch import Tensor
 
-from m3ae_fast.data import Corpus
 from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
 from m3ae_fast.evaluation import multilabel
-from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.probe_grid import run_probes
 from m3ae_fast.evaluation.tasks import Knn
 from m3ae_fast.heads.feature_bank import FeatureBank
-from m3ae_fast.heads.knn import knn_predictions
 from m3ae_fast.heads.nearest_neighbours import nearest
 
 _SHOWN, _NEIGHBOURS = 8, 7  # number of queries in the figure, and of neighbours per query
 
 
 def run(job: Job[Knn]) -> dict[str, Any]:
-    """Run the task and return its result. Raises UserError as `Job.open_labelled` and `encode_corpus` do."""
+    """Run the task and return its result. Raises UserError as `run_probes` does."""
     config = job.config.knn
     if job.has_lists:
         return multilabel.run(
             job, partial(multilabel.neighbour_scores, k=config.fixed_k, temperature=config.temperature)
         )
-    train, val, classes = job.open_labelled()
-    encoded = job.encode_for_classes(train, val)
-    found, chosen = {}, {}
-    for name, banks in encoded.items():
-        found[name], search = knn_predictions(*banks, len(classes), config)
-        chosen[name] = {**search.entries(), **job.chosen_pool(name)}
-    job.keep(found[MODEL].columns(classes))
-    predicted_M, (bank, queries) = found[MODEL].best_NK[:, 0], encoded[MODEL]
-    shown = _shown(bank, queries)
-
-    job.pictures.append(lambda: _draw_neighbours(job, (train, val), (bank, queries), shown, predicted_M))
-    return accuracy_entries(found, chosen) | {
-        "classes": len(classes),
-        "train_samples": len(bank.keys),
-        "val_samples": len(queries.keys),
-        "skipped": len(bank.skipped) + len(queries.skipped),
-    }
+    entries, found, encoded = run_probes(job)
+    if encoded and not job.options.is_grid:
+        (bank,), (queries,) = encoded.train.values(), encoded.val.values()
+        shown, predicted_M = _shown(bank, queries), found.best_NK[:, 0]
+        job.pictures.append(lambda: _draw_neighbours(job, (bank, queries), shown, predicted_M))
+    return entries
 
 
 def _shown(bank: FeatureBank, queries: FeatureBank) -> dict[int, list[int]]:
@@ -61,7 +48,6 @@ def _shown(bank: FeatureBank, queries: FeatureBank) -> dict[int, list[int]]:
 
 def _draw_neighbours(
     job: Job,
-    corpora: tuple[Corpus, Corpus],
     features: tuple[FeatureBank, FeatureBank],
     shown: Mapping[int, Sequence[int]],
     predicted_M: Tensor,
@@ -70,7 +56,7 @@ def _draw_neighbours(
     if it has the query's class. `shown`: numbers of the training samples, keyed by the query's number."""
     bank, queries = features
     keys = [bank.keys[row] for rows in shown.values() for row in rows], [queries.keys[row] for row in shown]
-    neighbours, shown_queries = (job.samples(corpus, names) for corpus, names in zip(corpora, keys))
+    neighbours, shown_queries = (job.samples(corpus, names) for corpus, names in zip(job.corpora, keys))
     sheet = []
     for row, nearest_K in shown.items():
         label, predicted = int(queries.labels[row]), int(predicted_M[row])

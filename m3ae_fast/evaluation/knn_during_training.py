@@ -77,6 +77,6 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
     except Stopped:
         trainer.cut_short()
         return
-    predictions, search = knn_predictions(bank, queries, len(classes), probe)
-    top1 = predictions.accuracies()["top1"]
-    trainer.log.log(trainer.step, {ACCURACY: top1, _K: search.k, _LARGEST: largest_share(queries.labels.tolist())})
+    found = knn_predictions(bank, queries, len(classes), probe)
+    largest = largest_share(queries.labels.tolist())
+    trainer.log.log(trainer.step, {ACCURACY: found.accuracies()["top1"], _K: found.chosen["k"], _LARGEST: largest})

@@ -24,6 +24,7 @@ from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, WARNINGS, accuracy_entries
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Job
+from m3ae_fast.evaluation.task_features import encode_baselines
 from m3ae_fast.evaluation.tasks import WithResume
 from m3ae_fast.heads import logistic_regression
 from m3ae_fast.heads.length_and_rate import OFFICIAL, chosen, with_defaults
@@ -124,13 +125,12 @@ class LabelledTask(ABC):
         job.keep(self.predictions.columns(self.classes))
         job.pictures.append(lambda: self.draw(trainer))
         found = job.ranks.broadcast(lambda: self.warnings(trainer))
-        predictions, strengths = {MODEL: self.predictions}, {}
-        for name, banks in job.encode_baselines(*self.corpora, job.stop).items():
-            predictions[name], strength = logistic_regression.predict(*banks, len(self.classes), job.heartbeats)
-            strengths[name] = {"inverse_strength": strength}
+        predictions = {MODEL: [self.predictions]}
+        for name, banks in encode_baselines(job, *self.corpora, job.stop).items():
+            predictions[name] = [logistic_regression.predict(*banks, len(self.classes), job.heartbeats)]
         return (
             result
-            | accuracy_entries(predictions, strengths, LOGISTIC)
+            | accuracy_entries(predictions, LOGISTIC)
             | {
                 "classes": len(self.classes),
                 "steps": trainer.step,

@@ -12,6 +12,7 @@ from m3ae_fast.data import lay_out
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
+from m3ae_fast.evaluation.task_features import encode
 from m3ae_fast.evaluation.tasks import Linear
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import logits
@@ -53,21 +54,21 @@ class ProbingTask(LabelledTask):
         return self.evaluated(trainer, self.val.predictions(logits(self.heads.eval(), self.val)))
 
     def save_classifier(self, trainer: Trainer) -> None:
-        self.job.save_probe("linear", self.heads.head(0))
+        self.job.save_probe("linear", self.heads.head(0), self.job.encode_config.fixed_pool)
 
 
 def set_up(job: Job[Linear]) -> tuple[ProbingTask, Trainer]:
     """Open the data and the checkpoint, encode the held-out samples, and return the task and its trainer. Raises
     UserError if the data or the checkpoint cannot be used."""
-    ranks, run, encode = job.ranks, job.config.run, job.encode_config
+    ranks, run, features = job.ranks, job.config.run, job.encode_config
     start = open_training(job)
-    held_out = job.encode(start.val, "encoding val")
-    width = POOLINGS[encode.fixed_pool].vectors * job.model.config.emb_dim
+    held_out = encode(job, start.val, "encoding val")
+    width = POOLINGS[features.fixed_pool].vectors * job.model.config.emb_dim
     heads = LinearHeads(width, len(start.classes), [run.seed], ranks).to(ranks.device)
-    engine = ProbeEngine(heads, job.config.model_copy(update={"encode": encode}), ranks, job.model)
+    engine = ProbeEngine(heads, job.config.model_copy(update={"encode": features}), ranks, job.model)
     weights = weights_digest(job.model.state_dict())
     sections = {
-        "encode": encode.model_dump(mode="json"),
+        "encode": features.model_dump(mode="json"),
         "task": {"model": job.options.model, "weights": weights, "classes": list(start.classes)},
     }
     layout = lay_out(job.config.data, start.train.sizes, start.share.global_batch)

@@ -21,7 +21,8 @@ from m3ae_fast.data.labels import Classes
 from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
-from m3ae_fast.evaluation.tasks import WithLabels
+from m3ae_fast.evaluation.task_features import encode_with_baselines
+from m3ae_fast.evaluation.tasks import WithGrid, WithLabels
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.predictions import IMAGE_HASH
@@ -34,12 +35,17 @@ _RESAMPLES = 200  # number of bootstrap samples
 _CHANCE = "chance"  # name of uninformative scores
 
 
-def run(job: Job[WithLabels], score: Score) -> dict[str, Any]:
-    """Run a task and return its result. `score`: the classifier of the task. Raises UserError if a sample has no list
-    of labels, and the errors of `Job.open`."""
+def run(job: Job[WithGrid], score: Score) -> dict[str, Any]:
+    """Run a task and return its result. `score`: the classifier of the task. Raises UserError if there are options of a
+    grid, a sample has no list of labels, and the errors of `Job.open`."""
+    if job.options.is_grid:
+        raise UserError(
+            f"labels {job.options.labels}: are lists, for which layers, pools and shots are not supported; leave these "
+            "out"
+        )
     train = _labelled(job, job.corpora[0], None)
     val = _labelled(job, job.corpora[1], train.classes)
-    encoded = job.encode_with_baselines(train.corpus, val.corpus)
+    encoded = encode_with_baselines(job, train.corpus, val.corpus)
     bank, queries = encoded[MODEL]
     truth_NC, truth_MC = (part.classes_LC[each.labels] for part, each in ((train, bank), (val, queries)))
     scores = {

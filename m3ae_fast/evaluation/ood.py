@@ -28,14 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.progress import track
 from m3ae_fast.config import SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig
+from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_detection
 from m3ae_fast.evaluation.baselines import WARNINGS
 from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.significance import area_under_roc, middle
+from m3ae_fast.evaluation.task_features import encode
 from m3ae_fast.evaluation.tasks import Ood
 from m3ae_fast.heads.classifier import Classifier
 from m3ae_fast.heads.feature_bank import FeatureBank
@@ -202,8 +205,10 @@ def run(job: Job[Ood]) -> dict[str, Any]:
         f"ood: {labelled.samples:,} training, {held_out.samples:,} held-out and {others:,} out-of-distribution samples "
         "are encoded; then four scores are compared by how well they separate the last two groups"
     )
-    encode = job.encoder(labelled.samples + held_out.samples + others)
-    train, val = encode(labelled, "encoding train"), encode(held_out, "encoding val")
+    whole = Pace(labelled.samples + held_out.samples + others)
+    train, val = (
+        _encoded(job, corpus, f"encoding {name}", whole) for corpus, name in ((labelled, TRAIN), (held_out, VAL))
+    )
     seed = job.config.run.seed
     job.print(f"fitting the scores to {len(train.keys):,} training samples")
     scores = Scores(train, job.config.knn.fixed_k, head)
@@ -217,7 +222,7 @@ def run(job: Job[Ood]) -> dict[str, Any]:
     samples = {"train_samples": len(train.keys), "val_samples": len(val.keys)}
     for name, corpus in outside.items():
         prefix = f"{name}_" if name else ""
-        found = encode(corpus, f"encoding {name or 'ood'}")
+        found = _encoded(job, corpus, f"encoding {name or 'ood'}", whole)
         other = scores(found)
         measured = _compare(known, other, seed, [image_clusters(bank.image_hashes) for bank in (val, found)])
         metrics = {f"{prefix}{key}": value for key, value in measured.items()}
@@ -238,6 +243,15 @@ def run(job: Job[Ood]) -> dict[str, Any]:
         job.pictures.append(partial(draw_detection, path, known, other))
     job.keep(columns)
     return result | {"classes": len(classes), WARNINGS: warnings} | samples
+
+
+def _encoded(job: Job, corpus: Corpus, title: str, whole: Pace) -> FeatureBank:
+    """Return the features of one of several datasets, and print the progress over all of them."""
+    found = encode(job, corpus, title, whole)
+    assert whole.total is not None
+    part = f"{whole.done / whole.total:.0%} of the encoding{whole.describe_left()}"
+    job.print(f"{title}: {len(found.keys):,} samples done ({part})")
+    return found
 
 
 def unknown_intervals(found: dict[str, float]) -> str:

@@ -1,37 +1,32 @@
-"""Grids of probes: several encoder layers and poolings, or few training samples per class. The images are encoded only
-once, unless heads are trained online.
+"""Probes of the tasks knn, logistic and attentive: a grid of layers, poolings, numbers of training samples per class,
+and random draws of these samples. Without options of the grid, a task has one probe. The images are encoded only once,
+unless heads are trained online.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.pace import Pace
 from m3ae_fast.config import FOR_TEXTS, POOLINGS, Pool
+from m3ae_fast.config.poolings import candidates
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
-from m3ae_fast.evaluation.baselines import LOGISTIC, WARNINGS, Baseline, accuracy_difference, baseline_entries
-from m3ae_fast.evaluation.job import Job, summary
-from m3ae_fast.evaluation.significance import interval, mean_accuracy
+from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, WARNINGS, accuracy_entries, chosen_entries, measured
+from m3ae_fast.evaluation.image_features import FixedFeatures
+from m3ae_fast.evaluation.job import Encoded, Job, summary
+from m3ae_fast.evaluation.task_features import encode_by_each
 from m3ae_fast.evaluation.tasks import DRAWS, WithGrid
 from m3ae_fast.heads.attentive_online import passes, predict_online
 from m3ae_fast.heads.encoding import key_digest
-from m3ae_fast.heads.feature_bank import FeatureBank, missing_in_host_memory
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType, layers_of, missing_in_host_memory
+from m3ae_fast.heads.pool_choice import best_type
 from m3ae_fast.heads.predictions import Predictions, stacked
-from m3ae_fast.heads.probes import (
-    PROBES,
-    Features,
-    FeatureTypes,
-    Setting,
-    attentive_recipe,
-)
+from m3ae_fast.heads.probes import predict
+from m3ae_fast.heads.recipe import ATTENTIVE, Recipe
 from m3ae_fast.heads.standard_error import ERROR
 
 ATTENTION = "attention"  # display name of the pooling of patch tokens by an attentive probe
@@ -59,176 +54,227 @@ def main_case(cases: Sequence[Case]) -> Case:
     return [case for case in cases if case.pool == cases[0].pool][-1]
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Features of the training and held-out samples. Keys are indices of feature types."""
-
-    bank: dict[int, FeatureBank]
-    held_out: dict[int, FeatureBank]
-    classes: Classes
-
-    @property
-    def samples(self) -> tuple[int, int]:
-        """Return the numbers of training samples and held-out samples."""
-        return len(next(iter(self.bank.values())).keys), len(next(iter(self.held_out.values())).keys)
+Made = list[tuple[Case, int, Predictions]]  # predictions of probes, with the numbers of their draws, in order
 
 
-class GridPredictions:
-    """The predictions of the probes of a grid."""
+class Probed(NamedTuple):
+    """The result of the probes of a task."""
 
-    def __init__(
-        self,
-        kinds: Sequence[Features],
-        shots: Sequence[int | None],
-        draws: int,
-        classes: Classes,
-        samples: tuple[int, int],
-    ) -> None:
-        self.kinds, self.draws, self.classes, self.samples = kinds, draws, classes, samples
-        self.cases = [Case(*kind, number) for number in shots for kind in kinds]
-        self.pools = len({kind.pool for kind in kinds}) > 1  # whether there are several poolings
-        self.made: list[tuple[Case, int, Predictions]] = []  # case, draw number, and predictions
-        self.warnings: list[str] = []
-        self.chosen: dict[Case, dict[str, float]] = {}  # hyper-parameters that were selected; empty for several draws
-
-    def rows(self, made: Sequence[tuple[Case, int, Predictions]]) -> list[dict[str, Any]]:
-        """Return one row per case, with its accuracies."""
-        cases = dict.fromkeys(case for case, _, _ in made)
-        return [
-            case._asdict() | _measured([each for other, _, each in made if other == case]) | self.chosen.get(case, {})
-            for case in cases
-        ]
-
-    def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the entries of result.json for these rows."""
-        train_samples, val_samples = self.samples
-        main = rows[self.cases.index(main_case(self.cases))]
-        result = {name: value for name, value in main.items() if name.startswith("top")}
-        result |= {"classes": len(self.classes), "train_samples": train_samples, "draws": self.draws}
-        return result | {WARNINGS: [*self.warnings], "val_samples": val_samples, "results": rows}
-
-    def main_predictions(self) -> tuple[Case, list[Predictions]]:
-        """Return the case to which the main accuracies of the result belong, and its predictions for each draw."""
-        case = main_case(self.cases)
-        return case, [predictions for other, _, predictions in self.made if other == case]
-
-    def columns(self, made: Sequence[tuple[Case, int, Predictions]]) -> dict[str, list[Any]]:
-        """Return these predictions as the columns of a table."""
-        parts = ((predictions, case._asdict() | {"draw": draw}) for case, draw, predictions in made)
-        return stacked(parts, self.classes)
+    entries: dict[str, Any]  # entries of result.json
+    predictions: Predictions  # of the main case, for the first draw
+    encoded: Encoded | None  # the features of the model; None if they were streamed
 
 
-def run(job: Job[WithGrid]) -> dict[str, Any]:
-    """Run the task and return its result. Raises UserError if a layer does not exist, a class has too few samples, or
-    the memory is too small."""
+def run_probes(job: Job[WithGrid]) -> Probed:
+    """Train and evaluate all probes of the task and of its baselines, and write the predictions. Every rank must call
+    it.
+
+    Without options of the grid, there is one probe of the last layer. If `encode.pool` is null, its pooling, and that
+    of each baseline, is then chosen by `best_type`. The baselines of a grid have the layer, the pooling and the
+    training samples of the main case. Baselines use k-NN if the task does, and otherwise logistic regression.
+
+    Raises:
+        UserError: a layer does not exist, a class has too few samples, or the memory is too small, and the errors of
+            `Job.open_labelled` and `encode_types`.
+    """
     options, task = job.options, job.options.name()
+    types = _types(job)
+    train, val, classes = job.open_labelled()
+    streams = task == ATTENTIVE and not options.shots and trains_online(job, layers_of(types), [train, val])
+    if not streams:
+        _print_plan(job, types, train)
+    encoded = _encoded(job, types, (train, val), streams)
+    own = encoded.pop(MODEL, None)
+    if own is None:
+        made = _streamed(job, types, (train, val), classes)
+        samples = {"train_samples": train.samples, "val_samples": len(made[0][2].keys)}  # only readable ones in `made`
+    else:
+        banks = [next(iter(part.values())) for part in (own.train, own.val)]
+        if options.shots:
+            few_shot(banks[0], max(options.shots), 0, classes)  # reports too many shots before any training
+        made, numbers = [], list[int | None](options.shots) or [None]
+        for shots in numbers:
+            part = _predictions(job, task, own, shots, classes)
+            made += part
+            if options.is_grid:
+                _print_accuracies(job, part)
+        samples = {"train_samples": len(banks[0].keys), "val_samples": len(banks[1].keys)}
+        samples["skipped"] = sum(len(bank.skipped) for bank in banks)
+    main = main_case([*dict.fromkeys(case for case, _, _ in made)])
+    probe = "knn" if task == "knn" else "logistic"
+    found = {MODEL: [each for case, _, each in made if case == main]}
+    for name, other in encoded.items():
+        found[name] = [each for _, _, each in _predictions(job, probe, other, main.shots, classes)]
+    entries = accuracy_entries(found, "" if probe == task else LOGISTIC) | {"classes": len(classes)} | samples
+    entries[WARNINGS] = _warnings(made)
+    if options.is_grid:
+        rows = _rows(made)
+        entries |= {"draws": len(found[MODEL]), "results": rows}
+        job.keep(stacked(((each, case._asdict() | {"draw": draw}) for case, draw, each in made), classes))
+        job.pictures.append(lambda: _draw(job, rows))
+    else:
+        job.keep(found[MODEL][0].columns(classes))
+    return Probed(entries, found[MODEL][0], own)
+
+
+def _chooses(job: Job[WithGrid]) -> bool:
+    """Return whether the poolings of networks are chosen."""
+    is_network = not isinstance(job.model, FixedFeatures)
+    return is_network and not job.options.is_grid and job.config.encode.pool is None
+
+
+def _types(job: Job[WithGrid]) -> list[FeatureType]:
+    """Return the types of features of the probes or, if the pooling is chosen, the candidates. Raises UserError if an
+    option cannot be used with another option or with the model."""
+    options, config = job.options, job.model.config
     if options.pools and "pool" in job.config.encode.model_fields_set:
         raise UserError("pools replaces encode.pool; leave out one of the two")
     of_images = [pool for pool in options.pools if POOLINGS[pool].needs_images]
     if job.modality == "text" and of_images:
         raise UserError(f"pools {of_images[0]}: needs images, but captions are encoded; use {FOR_TEXTS}")
-    layers = chosen_layers(options.layers, job.model.config.depth)
     pools: list[Pool | None] = [*options.pools] or [job.encode_config.fixed_pool]
-    pools = [None, *options.pools] if PROBES[task].is_attentive else pools
-    kinds = [Features(layer, pool) for layer in layers for pool in pools]
-    draws = DRAWS if options.shots else 1
-    numbers: list[int | None] = [*options.shots] or [None]
-    train, val, classes = job.open_labelled()
-    if task == "attentive" and not options.shots and trains_online(job, layers, [train, val]):
-        return _run_online(job, kinds, (train, val, classes))
-    encoding = job.pace(train.samples + val.samples, shorter=lambda _: _shorter(job, layers))
-    probes = len(kinds) * len(numbers) * draws
+    if options.name() == ATTENTIVE:
+        pools = [None, *options.pools]
+    elif _chooses(job):
+        pools = [*candidates(config.emb_dim, job.modality == "image")]
+    return [FeatureType(layer, pool) for layer in chosen_layers(options.layers, config.depth) for pool in pools]
+
+
+def _print_plan(job: Job[WithGrid], types: Sequence[FeatureType], train: Corpus) -> None:
+    options, layers = job.options, layers_of(types)
+    probes = (1 if _chooses(job) else len(types)) * (len(options.shots) * DRAWS or 1)
     job.print(
-        f"{task} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
+        f"{options.name()} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + _pooled(options)
         + (f"{', '.join(map(str, options.shots))} training samples per class, out of " if options.shots else "all ")
         + f"{train.samples:,} training samples: {probes} probe{'s' * (probes != 1)}"
     )
-    encoded = encode_kinds(job, kinds, (train, val, classes), encoding)
-    if options.shots:
-        few_shot(encoded.bank[0], max(options.shots), 0, classes)  # reports too many shots before any training
-    found = GridPredictions(kinds, numbers, draws, classes, encoded.samples)
-    for shots in numbers:
-        for draw in range(draws):
-            made = _predictions(job, found, encoded, shots, draw)
-            found.made += [(Case(*kinds[number], shots), draw, own) for number, own in made.items()]
-        for row in found.rows([each for each in found.made if each[0].shots == shots]):
-            case = Case(*(row.pop(name) for name in Case._fields))
-            job.print(f"{case.name(found.pools)}: {summary(row)}")
-    return _concluded(job, found, (train, val))
-
-
-def _run_online(
-    job: Job[WithGrid], kinds: Sequence[Features], opened: tuple[Corpus, Corpus, Classes]
-) -> dict[str, Any]:
-    """Train heads on all types of features without storing patch tokens, and return the result."""
-    train, val, classes = opened
-    found = GridPredictions(kinds, [None], 1, classes, (train.samples, val.samples))
-    setting = _setting(job, found, None, 0)
-    recipe = attentive_recipe(train.samples, setting)
-
-    def shorter(fraction: float) -> str:
-        return f"--set attentive.steps={max(int(recipe.steps * fraction), 1)}"
-
-    whole = job.pace(passes(recipe, train, val), shorter=shorter)
-    job.print(
-        f"attentive probe at {len(FeatureTypes(kinds).layers)} of {job.model.config.depth} layers, online, "
-        f"{_pooled(job.options)}{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, "
-        f"learning rates: {', '.join(map(str, recipe.rates))}"
-    )
-    made = predict_online(job.model, (train, val), kinds, recipe, setting, job.ranks.node(), whole)
-    found.samples = train.samples, len(made[0].keys)  # unreadable samples are not classified
-    found.made = [(Case(*kinds[number], None), 0, own) for number, own in made.items()]
-    return _concluded(job, found, (train, val))
 
 
 def _pooled(options: WithGrid) -> str:
     """Return a description of the pooled features that --pools selects; "" without --pools."""
-    linear = "linear probes of " if PROBES[options.name()].is_attentive else ""
+    linear = "linear probes of " if options.name() == ATTENTIVE else ""
     return f"{linear}{' and '.join(options.pools)} features, " if options.pools else ""
 
 
-def _concluded(job: Job[WithGrid], found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Any]:
-    """Write the predictions, evaluate the baselines, and return the result. `corpora`: the training and the held-out
-    samples."""
-    rows, columns = found.rows(found.made), found.columns(found.made)
-    result = found.result(rows)
-    job.keep(columns)
-    job.pictures.append(lambda: _draw(job, rows))
-    return result | baseline_entries(_baselines(job, found, corpora))
+def _encoded(
+    job: Job[WithGrid], types: Sequence[FeatureType], corpora: tuple[Corpus, Corpus], streams: bool
+) -> dict[str, Encoded]:
+    """Return the features of the model and of its baselines, by MODEL and the names of the baselines.
+
+    Args:
+        job: the job. `job.shared` may already contain the features of a task without options of the grid.
+        types: result of `_types`.
+        corpora: the training and the held-out samples.
+        streams: whether the features of the model are streamed; they are then not encoded.
+    """
+    if (shared := job.shared).encoded and not job.options.is_grid:
+        job.warnings += shared.warnings
+        return dict(shared.encoded)
+    warned, chooses = len(job.warnings), _chooses(job)
+    baselines = job.open_baselines()
+    models = {**({} if streams else {MODEL: job.model}), **baselines}
+    if not models:
+        return {}
+    main = FeatureType(types[-1].layer, types[0].pool or job.encode_config.fixed_pool)
+    wanted = dict.fromkeys(models, types if chooses else [main])
+    wanted |= {name: [FeatureType(1, main.pool)] for name, each in models.items() if isinstance(each, FixedFeatures)}
+    if not streams:
+        wanted[MODEL] = types
+    titles = [f"{'baselines: ' * streams}encoding {part}" for part in ("train", "val")]
+    shorter = _shorter(job, layers_of(types))
+    found = dict[str, Encoded]()
+    for name, banks in encode_by_each(job, models, wanted, dict(zip(titles, corpora)), shorter=shorter).items():
+        kinds, tried = banks[0].types, None
+        is_network = not isinstance(models[name], FixedFeatures)
+        if chooses and is_network:
+            kind, tried = best_type(banks[0], len(job.classes), job.heartbeats)
+            kinds = [kind]
+        train, val = ({kind: bank.of(kind) for kind in kinds} for bank in banks)
+        found[name] = Encoded(train, val, is_network, tried)
+    if chooses:
+        pools = [f"{name}: {kind.pool}" for name, each in found.items() if each.is_network for kind in each.train]
+        job.print(f"pooling, chosen on held-out training samples: {', '.join(pools)}")
+    if not job.options.is_grid:
+        shared.encoded, shared.warnings = dict(found), job.warnings[warned:]
+    return found
 
 
-def _baselines(job: Job[WithGrid], found: GridPredictions, corpora: tuple[Corpus, Corpus]) -> dict[str, Baseline]:
-    """Return the results of the baselines by name; empty if the task evaluates no baselines. The baselines have the
-    same layer, pooling and training samples as the probe of the main accuracies. They use k-NN if the task does, and
-    otherwise logistic regression."""
-    case, own = found.main_predictions()
-    probe = "knn" if job.options.name() == "knn" else "logistic"
-    other = "" if probe == job.options.name() else LOGISTIC
-    setting = Setting(
-        job.config, len(found.classes), job.model.config.num_heads, job.config.run.seed, job.ranks, job.heartbeats
+def _predictions(job: Job[WithGrid], probe: str, encoded: Encoded, shots: int | None, classes: Classes) -> Made:
+    """Return the predictions of probes for the held-out samples, for all types of features and all draws. `shots`:
+    number of training samples per class; None: all samples are used, once."""
+    made: Made = []
+    for draw in range(1 if shots is None else DRAWS):
+        banks = {
+            kind: bank if shots is None else few_shot(bank, shots, draw, classes)
+            for kind, bank in encoded.train.items()
+        }
+        samples, heads = len(next(iter(banks.values())).keys), job.model.config.num_heads
+        recipe = Recipe.of(probe, job.config, classes=len(classes), samples=samples, encoder_heads=heads)
+        found = predict(banks, encoded.val, recipe, job.ranks, job.heartbeats, encoded.tried)
+        for kind, own in found.items():
+            if encoded.is_network and kind.pool:
+                own = replace(own, chosen={**own.chosen, "pool": kind.pool})
+            if job.options.is_grid:
+                own = replace(own, classifier=None)  # many classifiers may need much memory
+            made.append((Case(*kind, shots), draw, own))
+    return made
+
+
+def _streamed(
+    job: Job[WithGrid], types: Sequence[FeatureType], corpora: tuple[Corpus, Corpus], classes: Classes
+) -> Made:
+    """Return the predictions of heads that are trained without storing patch tokens, as `_predictions` does."""
+    (train, val), model = corpora, job.model.config
+    recipe = Recipe.of(
+        ATTENTIVE, job.config, classes=len(classes), samples=train.samples, encoder_heads=model.num_heads
     )
-    baselines = {}
-    for name, (bank, held_out) in job.encode_baselines(*corpora, layer=case.layer, pool=case.pool).items():
-        trials, chosen = [], list[dict[str, float]]()
-        own_setting = setting._replace(chose=partial(_append, chosen))
-        for draw in range(found.draws):
-            samples = bank if case.shots is None else few_shot(bank, case.shots, draw, found.classes)
-            trials.append(PROBES[probe].predict({0: samples}, {0: held_out}, own_setting)[0])
-        metrics = {metric: value for metric, value in _measured(trials).items() if metric.startswith("top")}
-        only = chosen[0] if len(chosen) == 1 else {}
-        baselines[name] = Baseline(metrics, accuracy_difference(own, trials), other, only)
-    return baselines
+    whole = job.pace(
+        passes(recipe, train, val),
+        shorter=lambda fraction: f"--set attentive.steps={max(int(recipe.steps * fraction), 1)}",
+    )
+    job.print(
+        f"attentive probe at {len(layers_of(types))} of {model.depth} layers, online, "
+        f"{_pooled(job.options)}{train.samples:,} training samples, batch {recipe.batch}, {recipe.steps:,} steps, "
+        f"learning rates: {', '.join(map(str, recipe.rates))}"
+    )
+    found = predict_online(job.model, corpora, types, recipe, job.config, job.ranks, job.heartbeats, whole)
+    return [(Case(*kind, None), 0, own) for kind, own in found.items()]
 
 
-def _append(chosen: list[dict[str, float]], _: int, values: dict[str, float]) -> None:
-    chosen.append(values)
+def _has_pools(made: Made) -> bool:
+    """Return whether there are several poolings."""
+    return len({case.pool for case, _, _ in made}) > 1
 
 
-def _shorter(job: Job[WithGrid], layers: Sequence[int]) -> str:
-    """Return a suggestion of options that shorten the task."""
+def _rows(made: Made) -> list[dict[str, Any]]:
+    """Return one row per case, with its accuracies and the hyper-parameters that were selected."""
+    trials: dict[Case, list[Predictions]] = {}
+    for case, _, predictions in made:
+        trials.setdefault(case, []).append(predictions)
+    return [case._asdict() | measured(own) | chosen_entries(own) for case, own in trials.items()]
+
+
+def _print_accuracies(job: Job, made: Made) -> None:
+    for row in _rows(made):
+        case = Case(*(row.pop(name) for name in Case._fields))
+        job.print(f"{case.name(_has_pools(made))}: {summary(row)}")
+
+
+def _warnings(made: Made) -> list[str]:
+    """Return the warnings about all predictions, each with its case."""
+    pools = _has_pools(made)
+    return [
+        f"{case.name(pools)}{'' if case.shots is None else f', draw {draw + 1}'}: {text}"
+        for case, draw, predictions in made
+        for text in predictions.warnings
+    ]
+
+
+def _shorter(job: Job[WithGrid], layers: Sequence[int]) -> list[str]:
+    """Return options that shorten the task."""
     ways = ["fewer --train shards"]
-    if job.options.name() == "attentive" and job.config.attentive.peak_lr is None:
+    if job.options.name() == ATTENTIVE and job.config.attentive.peak_lr is None:
         ways = ["--set attentive.peak_lr=1e-3, so that only one learning rate is tried"]
     if job.options.shots:
         ways.append("fewer --shots")
@@ -236,7 +282,7 @@ def _shorter(job: Job[WithGrid], layers: Sequence[int]) -> str:
         ways.append("fewer --layers")
     if len(job.options.pools) > 1:
         ways.append("fewer --pools")
-    return " or ".join(ways)
+    return ways
 
 
 def chosen_layers(wanted: Literal["all"] | Sequence[int] | None, depth: int) -> list[int]:
@@ -249,26 +295,6 @@ def chosen_layers(wanted: Literal["all"] | Sequence[int] | None, depth: int) -> 
     if beyond := [layer for layer in wanted if layer > depth]:
         raise UserError(f"layers {beyond[0]}: must be all, or numbers from 1 to {depth}, such as 1,{depth}")
     return [*wanted]
-
-
-def encode_kinds(job: Job, kinds: Sequence[Features], opened: tuple[Corpus, Corpus, Classes], whole: Pace) -> Encoded:
-    """Return the features of all types from one pass over the images.
-
-    Args:
-        job: the job.
-        kinds: the feature types.
-        opened: result of `Job.open_labelled`.
-        whole: pace of the task.
-    """
-    train, val, classes = opened
-    types, parts = FeatureTypes(kinds), []
-    for corpus, title in ((train, "encoding train"), (val, "encoding val")):
-        more: dict[str, Any] = {"layers": types.layers, "pools": types.pools or None, "patches": types.has_tokens}
-        found = job.encode(corpus, title, whole, corpus.samples, **more)
-        tokens, pooled = (found.tokens() if types.has_tokens else found), found.pooled()
-        banks = (tokens if kind.is_tokens else pooled for kind in kinds)
-        parts.append({n: bank.part(*types.place(kind)) for n, (kind, bank) in enumerate(zip(kinds, banks))})
-    return Encoded(parts[0], parts[1], classes)
 
 
 def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], name: str = "") -> bool:
@@ -305,41 +331,6 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
         if len(rows) < shots:
             raise UserError(f"shots {shots}: the class {classes[number]} has only {len(rows)} training samples")
     return bank.rows(sorted(row for rows in taken.values() for row in rows))
-
-
-def _predictions(
-    job: Job, found: GridPredictions, encoded: Encoded, shots: int | None, draw: int
-) -> dict[int, Predictions]:
-    """Return the predictions of the probes for the held-out samples, by index of the feature type."""
-    bank = encoded.bank
-    if shots is not None:
-        bank = {number: few_shot(each, shots, draw, encoded.classes) for number, each in bank.items()}
-    return PROBES[job.options.name()].predict(bank, encoded.held_out, _setting(job, found, shots, draw))
-
-
-def _setting(job: Job, found: GridPredictions, shots: int | None, draw: int) -> Setting:
-    heads, seed = job.model.config.num_heads, job.config.run.seed
-
-    def warn(number: int, text: str) -> None:
-        name = Case(*found.kinds[number], shots).name(found.pools) + (f", draw {draw + 1}" if shots else "")
-        found.warnings.append(f"{name}: {text}")
-
-    def chose(number: int, chosen: dict[str, float]) -> None:
-        if found.draws == 1:
-            found.chosen[Case(*found.kinds[number], shots)] = chosen
-
-    return Setting(job.config, len(found.classes), heads, seed, job.ranks, job.heartbeats, warn, chose)
-
-
-def _measured(found: Sequence[Predictions]) -> dict[str, Any]:
-    """Return the accuracies with their standard errors. For several draws, return the mean top-1 accuracy with its
-    standard error and 95 % confidence interval."""
-    if len(found) == 1:
-        return found[0].accuracies()
-    correct_DN = np.stack([predictions.correct_N.numpy() for predictions in found])
-    top1, error = mean_accuracy(correct_DN, found[0].clusters_N)
-    low, high = interval([predictions.accuracies()["top1"] for predictions in found])
-    return {"top1": top1, f"top1{ERROR}": error, "draws": len(found), "low": max(low, 0.0), "high": min(high, 1.0)}
 
 
 def _draw(job: Job, rows: Sequence[dict[str, Any]]) -> None:

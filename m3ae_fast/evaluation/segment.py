@@ -33,8 +33,9 @@ from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.evaluation.baselines import LARGEST, MODEL
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
-from m3ae_fast.heads.feature_bank import FeatureBank
-from m3ae_fast.heads.fit_heads import BankSteps, HeadBatch, Stack, fit_heads
+from m3ae_fast.evaluation.task_features import encode_with_baselines
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
+from m3ae_fast.heads.fit_heads import HeadBatch, Stack, fit_heads, stored_steps
 from m3ae_fast.heads.modules import LinearHeads, LinearProbeHead
 from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.predictions import IMAGE_HASH
@@ -48,6 +49,7 @@ _SHOWN = 8  # number of held-out images in the figure
 _RESAMPLES = 1000  # number of bootstrap samples
 _PREDICTED = 16  # number of images that are predicted at a time
 _WARM_UP = 0.1  # fraction of the steps that belong to the warm-up
+_PATCHES = FeatureType(0, None)  # the only features on which a head is trained
 
 
 class Images(NamedTuple):
@@ -156,15 +158,12 @@ def _open(job: Job, sources: Sequence[SourceConfig], name: str) -> tuple[Corpus,
 def _images(job: Job, opened: Mapping[str, tuple[Corpus, Masks]]) -> dict[str, tuple[Images, Images]]:
     """Return the training and the held-out images, encoded by the model and by each baseline, with the same masks."""
     (train, train_masks), (val, val_masks) = opened["train"], opened["val"]
-    encoded, size = job.encode_with_baselines(train, val, patches=True), job.model.config.image_size
+    encoded, size = encode_with_baselines(job, train, val, patches=True), job.model.config.image_size
     views = []
     for bank, masks in zip(encoded[MODEL], (train_masks, val_masks)):
         numbers = bank.labels[bank.own].tolist()  # the label of an image is the number of its mask
         views.append(job.ranks.together(partial(masks.views, numbers, size, progress=job.ranks.is_main)))
-    return {
-        name: (Images(own.tokens(), views[0]), Images(held_out.tokens(), views[1]))
-        for name, (own, held_out) in encoded.items()
-    }
+    return {name: (Images(own, views[0]), Images(held_out, views[1])) for name, (own, held_out) in encoded.items()}
 
 
 def _ids(images: Images, ignored: int | None, ranks: Ranks) -> set[int]:
@@ -204,7 +203,7 @@ def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
     stack = Stack(heads, optimizer, torch.full((1,), config.peak_lr, device=ranks.device), ranks)
     fit_heads(
         _steps(train, classes, config, job),
-        {0: stack},
+        {_PATCHES: stack},
         lambda step: warmup_cosine(step + 1, warm_up, config.steps + 1),
         config.steps,
         "training the head",
@@ -221,12 +220,12 @@ def _steps(train: Images, classes: int, config: SegmentConfig, job: Job) -> Iter
     rows_N = torch.full((images,), -1)
     rows_N[bank.own] = torch.arange(len(bank.own))
     numbered = replace(bank, labels_N=rows_N)  # labels are rows of the masks
-    steps = BankSteps({0: numbered}, range(config.steps), min(config.batch, images), job.config.run.seed)
+    steps = stored_steps({_PATCHES: numbered}, range(config.steps), min(config.batch, images), job.config.run.seed)
     for inputs, rows_B, _ in steps:
         masks_BSS = train.masks_RSS[rows_B].to(ranks.device)
         target_BLC = patch_labels(masks_BSS, train.side, classes, config.ignore_label)
         pixels = int(all_reduce(target_BLC.sum(dtype=torch.float64), ranks))
-        yield HeadBatch({0: inputs[0].flatten(0, 1)}, target_BLC.flatten(0, 1), max(pixels, 1))
+        yield HeadBatch({_PATCHES: inputs[_PATCHES].flatten(0, 1)}, target_BLC.flatten(0, 1), max(pixels, 1))
 
 
 class Neighbours:

@@ -22,7 +22,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig, Pool
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.index import printable
-from m3ae_fast.evaluation.image_features import ImageFeatures
+from m3ae_fast.evaluation.image_features import FixedFeatures
 from m3ae_fast.process.ranks import Ranks
 
 SUFFIX = ".npz"
@@ -32,7 +32,7 @@ _FORMAT = (
 )
 
 
-class StoredFeatures(ImageFeatures):
+class StoredFeatures(FixedFeatures):
     """An encoder that looks up the features of each sample by its key. It reads the images too, so that samples that
     cannot be read are left out, as for all other models."""
 
@@ -59,9 +59,6 @@ class StoredFeatures(ImageFeatures):
         found = hashlib.sha256(self._table_ND.numpy().tobytes())
         found.update("\n".join(f"{key} {row}" for key, row in self._rows.items()).encode("utf-8", "surrogateescape"))
         return found.hexdigest()
-
-    def features(self, images_SCHW: Tensor) -> Tensor:
-        raise NotImplementedError("features are looked up by key, not computed from images; see pooled_of_layers")
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)) -> Tensor:
         """Return the features as float32 [S, K, D]; they are 0 for a sample without features, which `check_complete`

@@ -194,7 +194,7 @@ def _perform(options: Task, session: Session, shared: SharedFeatures, *, is_last
         job = Job(options, modality, config, session, folder, model, shared=shared)
         if isinstance(options, WithBaselines) and options.evaluates_baselines(modality):
             job.open_baselines = partial(_open_baselines, job)
-        result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{options.module}").run(job)
+        result: dict[str, Any] | None = import_module(f"m3ae_fast.evaluation.{task}").run(job)
         if result is None:
             return None
         result = job.described(result | {"seconds": round(time.perf_counter() - started, 1)})

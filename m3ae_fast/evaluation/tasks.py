@@ -3,11 +3,10 @@
 The fields of a task's class are its options on the command line and its arguments in Python, with the string below a
 field as the help. The first paragraph of a docstring is the description in the help, and all of it is a section of
 docs/evaluation-tasks.md, which `python docs/write_settings.py` generates. A new option is a field, which the task reads
-from `job.options`. An option that changes the samples is read in `Job.open_labelled`, because a grid (`--layers`,
-`--pools`, `--shots`) runs `probe_grid.py` in place of the task's module. A new task needs a class, its entry in
-`TASKS`, a module in this package with a function `run(job)`, and a section of EvaluationConfig if it has settings. A
-new frozen probe also needs an entry in `PROBES` of `heads/probes.py`, and its name in `Probe` if `compare` is to offer
-it.
+from `job.options`. An option that changes the samples is read in `Job.open_labelled`. A new task needs a class, its
+entry in `TASKS`, a module of its name in this package with a function `run(job)`, and a section of EvaluationConfig if
+it has settings. A new frozen probe also needs an entry in `PROBES` of `heads/probes.py`, and its name in `Probe` if
+`compare` is to offer it.
 """
 
 from __future__ import annotations
@@ -135,11 +134,6 @@ class Task(WithSettings):
     def uses_now(self) -> Uses:
         """Return the settings that the task uses with these options."""
         return self.uses
-
-    @property
-    def module(self) -> str:
-        """Return the name of the module that runs the task."""
-        return self.name()
 
     @property
     def shards(self) -> list[str]:
@@ -282,8 +276,9 @@ class WithGrid(OneModel, WithLabels):
         return self
 
     @property
-    def module(self) -> str:
-        return "probe_grid" if self.layers or self.pools or self.shots else super().module
+    def is_grid(self) -> bool:
+        """Return whether the result has a row for each layer, pooling and number of training samples."""
+        return bool(self.layers or self.pools or self.shots)
 
     def require(self) -> None:
         super().require()
@@ -394,8 +389,8 @@ class Attentive(WithGrid, WithBaselines, WithTraining):
     attentive probes and with the same hyper-parameters; OUT contains no classifier (default: only attentive probes)"""
 
     @property
-    def module(self) -> str:
-        return "probe_grid"
+    def is_grid(self) -> bool:
+        return True
 
 
 class Finetune(WithResume, WithBaselines, WithModality, WithTraining):

@@ -8,7 +8,6 @@ features, H heads of a type, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -19,25 +18,20 @@ from m3ae_fast.base.hardware import pins_memory
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config.evaluation import EncodeConfig
+from m3ae_fast.config import POOLINGS
+from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
 from m3ae_fast.data import Corpus, Preparation, Share, lay_out, train_loader
-from m3ae_fast.heads.encoding import PassMonitor, Reduce, encode_corpus, key_digest
-from m3ae_fast.heads.feature_bank import FeatureBank
-from m3ae_fast.heads.fit_heads import HeadBatch, Heads, Input, fit_heads, losses, verdicts
+from m3ae_fast.heads.encoding import PassMonitor, Reduce, encode_types, key_digest
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType, layers_of, pools_of, select
+from m3ae_fast.heads.fit_heads import HeadBatch, Heads, fit_heads, losses, verdicts
 from m3ae_fast.heads.hyperparameter_choice import Trial, best
 from m3ae_fast.heads.predictions import Predictions
-from m3ae_fast.heads.probes import (
-    Features,
-    FeatureTypes,
-    Recipe,
-    Setting,
-    Trained,
-    head_warnings,
-    new_stack,
-)
+from m3ae_fast.heads.probes import Trained, new_stack, with_training
+from m3ae_fast.heads.recipe import Recipe
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
-from m3ae_fast.process.ranks import Node, Ranks
+from m3ae_fast.process.heartbeats import Heartbeats
+from m3ae_fast.process.ranks import Ranks
 
 _HELD_OUT = 0.1  # fraction of the training samples that is held out to choose the learning rate
 _DIGEST = 1 << 64
@@ -49,121 +43,134 @@ def is_held_out(key: str) -> bool:
     return int.from_bytes(key_digest(key)[:8], "big") < _HELD_OUT * _DIGEST
 
 
-@dataclass(frozen=True)
-class EncodedSteps:
-    """The steps of training on patch tokens. Each batch is encoded when it is needed, and its tokens are then
-    discarded."""
+def streamed_steps(
+    loader: Iterable[PackedBatch],
+    accumulation: int,
+    model: MultimodalEncoder,
+    config: EncodeConfig,
+    types: Sequence[FeatureType],
+    ranks: Ranks,
+    trying: bool,
+) -> Iterator[HeadBatch]:
+    """Yield this rank's part of each training step. Each batch is encoded when it is needed, and its features are then
+    discarded.
 
-    loader: Iterable[PackedBatch]
-    accumulation: int  # number of batches per step
-    model: MultimodalEncoder
-    config: EncodeConfig
-    types: FeatureTypes
-    ranks: Ranks
-    trying: bool  # whether several learning rates are tried; samples for which `is_held_out` is true are then left out
+    Args:
+        loader: this rank's batches.
+        accumulation: number of batches per step.
+        model, config, ranks: as in `encode_types`.
+        types: the types of features.
+        trying: whether several learning rates are tried; samples for which `is_held_out` is true are then left out.
+    """
+    batches = iter(loader)
+    while step := [*islice(batches, accumulation)]:
+        parts = [_encoded(batch.to(ranks.device, non_blocking=True), model, config, types, trying) for batch in step]
+        pooled_SKD, tokens_SKLD, labels_S = (torch.cat(each) for each in zip(*parts))
+        samples = int(ranks.sum([len(labels_S)])[0])
+        yield HeadBatch(_inputs(types, pooled_SKD, tokens_SKLD), labels_S, samples)
 
-    def __iter__(self) -> Iterator[HeadBatch]:
-        loader = iter(self.loader)
-        while batches := [*islice(loader, self.accumulation)]:
-            parts = [self._encoded(batch.to(self.ranks.device, non_blocking=True)) for batch in batches]
-            pooled_SKD, tokens_SKLD, labels_S = (torch.cat(each) for each in zip(*parts))
-            samples = int(self.ranks.sum([len(labels_S)])[0])
-            yield HeadBatch(self.types.inputs(pooled_SKD, tokens_SKLD), labels_S, samples)
 
-    def _encoded(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the pooled features, the patch tokens and the labels of a batch."""
-        assert batch.labels is not None
-        layers, pools = self.types.layers, self.types.pools or [self.config.fixed_pool]
-        with encoding(self.model, self.config.precision, self.ranks.device):
-            pooled_SKD, tokens_SKLD = self.model.pooled_and_patches(batch, layers, pools)
-        tokens_SKLD = tokens_SKLD.half()  # the precision in which a bank stores tokens
-        if not self.trying:
-            return pooled_SKD, tokens_SKLD, batch.labels
-        kept = [row for row, key in enumerate(batch.keys) if not is_held_out(key)]
-        return pooled_SKD[kept], tokens_SKLD[kept], batch.labels[kept]
+def _encoded(
+    batch: PackedBatch, model: MultimodalEncoder, config: EncodeConfig, types: Sequence[FeatureType], trying: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pooled features, the patch tokens and the labels of a batch."""
+    assert batch.labels is not None
+    with encoding(model, config.precision, batch.labels.device):
+        pooled_SKD, tokens_SKLD = model.pooled_and_patches(
+            batch, layers_of(types), pools_of(types) or [config.fixed_pool]
+        )
+    tokens_SKLD = tokens_SKLD.half()  # the precision in which a bank stores tokens
+    if not trying:
+        return pooled_SKD, tokens_SKLD, batch.labels
+    kept = [row for row, key in enumerate(batch.keys) if not is_held_out(key)]
+    return pooled_SKD[kept], tokens_SKLD[kept], batch.labels[kept]
+
+
+def _inputs(types: Sequence[FeatureType], pooled_SKD: Tensor, tokens_SKLD: Tensor) -> dict[FeatureType, Tensor]:
+    return {kind: select(kind, types, pooled_SKD, tokens_SKLD) for kind in types}
 
 
 def predict_online(
     model: MultimodalEncoder,
     corpora: tuple[Corpus, Corpus],
-    kinds: Sequence[Features],
+    types: Sequence[FeatureType],
     recipe: Recipe,
-    setting: Setting,
-    node: Node,
+    config: EvaluationConfig,
+    ranks: Ranks,
+    heartbeats: Heartbeats,
     whole: Pace,
-) -> dict[Input, Predictions]:
-    """Train one probe per feature type, and return the predictions for the held-out samples on every rank, by index of
-    the feature type. The probes of patch tokens are attentive, and the probes of pooled features are linear. All probes
-    are trained in one pass. If several learning rates are tried, a tenth of the training samples is held out, and the
-    predictions of a probe are those of the head with the best results on this tenth.
+) -> dict[FeatureType, Predictions]:
+    """Train one probe per type of features, and return the predictions for the held-out samples on every rank, as
+    `probes.predict` does. The probes of patch tokens are attentive, and the probes of pooled features are linear. All
+    probes are trained in one pass. If several learning rates are tried, a tenth of the training samples is held out,
+    and the predictions of a probe are those of the head with the best results on this tenth. Every rank must call it.
 
     Args:
         model: the encoder, on the device of the ranks.
         corpora: the training and the held-out samples.
-        kinds: types of features on which heads are trained.
+        types: types of features on which heads are trained.
         recipe: hyper-parameters of the training.
-        setting: context of the probes.
-        node: the ranks of this node.
+        config: settings of the encoding and of the data.
+        ranks, heartbeats: the ranks, and the heartbeats of this rank.
         whole: pace of the task, whose total is the number returned by `passes`.
 
     Raises:
-        UserError: as `encode_corpus` does, or a score is not finite.
+        UserError: as `encode_types` does, or a score is not finite.
     """
     train, held_out = corpora
-    config, ranks, trying = setting.config, setting.ranks, len(recipe.rates) > 1
-    types, places = FeatureTypes(kinds), range(len(kinds))
-    stacks = {
-        at: new_stack(shape, recipe, recipe.rates, setting) for at, shape in enumerate(types.shapes(model.config))
-    }
+    trying = len(recipe.rates) > 1
+    stacks = {kind: new_stack(_shape(kind, model), recipe, recipe.rates, ranks) for kind in types}
     accumulation = max(-(-recipe.batch // (config.encode.batch * ranks.world)), 1)
-    share = Share(recipe.batch, accumulation, ranks.rank, ranks.world)
     loader = train_loader(
         config.data,
         train,
-        Preparation(model.geometry, UNMASKED, model.tokenizer, setting.seed),
-        share,
+        Preparation(model.geometry, UNMASKED, model.tokenizer, recipe.seed),
+        Share(recipe.batch, accumulation, ranks.rank, ranks.world),
         range(recipe.steps),
         layout=lay_out(config.data, train.sizes, recipe.batch),
-        node=node,
+        node=ranks.node(),
         pin_memory=pins_memory(ranks.device),
     )
-    steps = EncodedSteps(loader, accumulation, model, config.encode, types, ranks, trying)
+    steps = streamed_steps(loader, accumulation, model, config.encode, types, ranks, trying)
     title = "attentive probe, online" + (f", {len(recipe.rates)} rates" if trying else "")
     part = float(recipe.steps * recipe.batch)
-    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, setting.heartbeats, whole, part)
-    heads = {at: stack.heads for at, stack in stacks.items()}
+    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, heartbeats, whole, part)
+    heads = {kind: stack.heads for kind, stack in stacks.items()}
 
     def reduced(corpus: Corpus, title: str, reduce: Reduce) -> FeatureBank:
         """Return the results of `reduce` for each sample and type of features."""
-        monitor = PassMonitor(title, setting.heartbeats, whole=whole, part=corpus.samples)
-        return encode_corpus(
-            model,
+        monitor = PassMonitor(title, heartbeats, whole=whole, part=corpus.samples)
+        (found,) = encode_types(
+            [model],
+            [types],
             corpus,
             config.data,
             config.encode,
             ranks,
             monitor,
-            layers=types.layers,
-            pools=types.pools or None,
             reduce=reduce,
             folder=config.run.dir,
         )
+        return found
 
-    tried: dict[Input, list[Trial]] = {at: [] for at in places}
+    tried: dict[FeatureType, list[Trial]] = {kind: [] for kind in types}
     if trying:
         found = reduced(train, "evaluating learning rates", partial(_judged, types, heads))
         found = found.rows([row for row, key in enumerate(found.keys) if is_held_out(key)])
-        tried = {at: _tried(found.part(at), recipe) for at in places}
+        tried = {kind: _tried(found.part(at), recipe) for at, kind in enumerate(types)}
     trained = {}
-    for at in places:
-        number = tried[at].index(best(tried[at])) if trying else 0
-        rate = recipe.rates[number]
-        trained[at] = Trained(heads[at], right[at][:, number].tolist(), rate, tried[at], number)
-        for text in head_warnings(trained[at], recipe):
-            setting.warn(at, text)
-        setting.chose(at, {"peak_lr": rate})
+    for kind in types:
+        number = tried[kind].index(best(tried[kind])) if trying else 0
+        trained[kind] = Trained(heads[kind], right[kind][:, number].tolist(), recipe.rates[number], tried[kind], number)
     logits = reduced(held_out, "encoding val", partial(_logits, types, trained))
-    return {at: logits.predictions(logits.part(at).features_RD) for at in places}
+    predictions = {kind: logits.predictions(logits.part(at).features_RD) for at, kind in enumerate(types)}
+    return {kind: with_training(own, trained[kind], recipe) for kind, own in predictions.items()}
+
+
+def _shape(kind: FeatureType, model: MultimodalEncoder) -> tuple[int, ...]:
+    """Return the shape of a sample's features of a type: (D,) or (L, D)."""
+    width = model.config.emb_dim
+    return (model.config.most_patches, width) if kind.pool is None else (POOLINGS[kind.pool].vectors * width,)
 
 
 def passes(recipe: Recipe, train: Corpus, held_out: Corpus) -> float:
@@ -172,12 +179,16 @@ def passes(recipe: Recipe, train: Corpus, held_out: Corpus) -> float:
 
 
 def _judged(
-    types: FeatureTypes, heads: Mapping[Input, Heads], labels_S: Tensor, pooled_SKD: Tensor, tokens_SKLD: Tensor
+    types: Sequence[FeatureType],
+    heads: Mapping[FeatureType, Heads],
+    labels_S: Tensor,
+    pooled_SKD: Tensor,
+    tokens_SKLD: Tensor,
 ) -> Tensor:
     """Return the results of `losses` for each sample and feature type, to be summed over samples and passed to
     `verdicts`: float32 [S, F, 3, H]."""
-    inputs = types.inputs(pooled_SKD, tokens_SKLD)
-    parts = [losses(each(inputs[at].float()), labels_S) for at, each in heads.items()]
+    inputs = _inputs(types, pooled_SKD, tokens_SKLD)
+    parts = [losses(heads[kind](inputs[kind].float()), labels_S) for kind in types]
     return torch.stack([torch.stack(part, 1) for part in parts], 1)
 
 
@@ -188,8 +199,12 @@ def _tried(found: FeatureBank, recipe: Recipe) -> list[Trial]:
 
 
 def _logits(
-    types: FeatureTypes, trained: Mapping[Input, Trained], labels_S: Tensor, pooled_SKD: Tensor, tokens_SKLD: Tensor
+    types: Sequence[FeatureType],
+    trained: Mapping[FeatureType, Trained],
+    labels_S: Tensor,
+    pooled_SKD: Tensor,
+    tokens_SKLD: Tensor,
 ) -> Tensor:
     """Return the logits of the head of each feature type for each sample: float32 [S, F, C]."""
-    inputs = types.inputs(pooled_SKD, tokens_SKLD)
-    return torch.stack([one.heads(inputs[at].float())[:, one.number] for at, one in trained.items()], 1)
+    inputs = _inputs(types, pooled_SKD, tokens_SKLD)
+    return torch.stack([trained[kind].heads(inputs[kind].float())[:, trained[kind].number] for kind in types], 1)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,10 +26,10 @@ from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.progress import track
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config import POOLINGS, DataConfig, Pool
+from m3ae_fast.config import POOLINGS, DataConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
-from m3ae_fast.heads.feature_bank import FeatureBank, Rows
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType, Rows, has_tokens, layers_of, pools_of
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
@@ -83,26 +83,40 @@ def encode_corpus(
     ranks: Ranks,
     monitor: PassMonitor = NO_MONITOR,
     *,
-    layers: Sequence[int] | None = None,
-    pools: Sequence[Pool] | None = None,
     patches: bool = False,
-    reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> FeatureBank:
-    """Return pooled features of all samples, float32. The samples are not masked, and images are cropped to the central
-    square unless they are native. Each rank stores the features that it has computed.
+    """Return the features of the last block with the pooling of `config`, float32 [R, D]. `patches`: whether to also
+    store the features of all patches, as float16. See `encode_types` for the other arguments and the errors."""
+    batches, types = _batches(model, corpus, data, config, ranks), [_usual_types(model, config, patches)]
+    (bank,) = _encode([model], types, batches, config, ranks, monitor, folder=folder)
+    return bank.part(0, POOLINGS[config.fixed_pool].vectors)
+
+
+def encode_types(
+    models: Sequence[MultimodalEncoder],
+    types: Sequence[Sequence[FeatureType]],
+    corpus: Corpus,
+    data: DataConfig,
+    config: EncodeConfig,
+    ranks: Ranks,
+    monitor: PassMonitor = NO_MONITOR,
+    *,
+    reduce: Reduce | None = None,
+    folder: Path | None = None,
+) -> list[FeatureBank]:
+    """Return features of all samples by each model; see `FeatureBank.of`. The samples are not masked, and images are
+    cropped to the central square unless they are native. Each batch is decoded only once for all models. Each rank
+    stores the features that it has computed: float32, or float16 for patch tokens.
 
     Args:
-        model: the encoder, on the device of `ranks`.
+        models: encoders with the same input, on the device of `ranks`.
+        types: the types of features of each model.
         corpus: the dataset; the modalities of its sources determine whether images, texts or pairs are encoded.
         data: settings of the data loader.
         config: settings of the encoding.
         ranks: the ranks across which the samples are split.
         monitor: progress display and stop requests.
-        layers: numbers of the blocks after which features are taken, from 1; features are then [R, K, D], in the order
-            of `MultimodalEncoder.pooled_of_layers`. None: only the last block, with features [R, D].
-        pools: the poolings; None: the pooling of `config`.
-        patches: whether to also store the features of all patches, as float16.
         reduce: function of a batch's labels, pooled features and patch tokens; its results are stored in place of the
             features.
         folder: folder for a file with features that do not fit into memory; None: the folder for temporary files.
@@ -112,42 +126,13 @@ def encode_corpus(
         UserError: too many samples cannot be read, a feature is not finite, features fit neither into memory nor on the
             disk, or there are captions and the model has no tokenizer.
     """
-    (bank,) = _encode(
-        [model],
-        _batches(model, corpus, data, config, ranks),
-        config,
-        ranks,
-        monitor,
-        layers=layers,
-        pools=pools,
-        patches=patches,
-        reduce=reduce,
-        folder=folder,
-    )
-    return bank if layers else bank.part(0, POOLINGS[config.fixed_pool].vectors)
+    batches = _batches(models[0], corpus, data, config, ranks)
+    return _encode(models, types, batches, config, ranks, monitor, reduce=reduce, folder=folder)
 
 
-def encode_by_each(
-    models: Sequence[MultimodalEncoder],
-    corpus: Corpus,
-    data: DataConfig,
-    config: EncodeConfig,
-    ranks: Ranks,
-    monitor: PassMonitor = NO_MONITOR,
-    *,
-    layer: int | None = None,
-    pools: Sequence[Pool] | None = None,
-    patches: bool = False,
-    folder: Path | None = None,
-) -> list[FeatureBank]:
-    """Return the features of one block for each of several models, which must have the same input. Each batch is
-    decoded only once for all models. `layer`: number of the block, from 1; None: the last block. `pools`: poolings,
-    whose vectors are stored as [R, K, D]; None: only the pooling of `config`, with features [R, D]. See `encode_corpus`
-    for the other arguments and the errors."""
-    batches, layers = _batches(models[0], corpus, data, config, ranks), [layer] if layer else None
-    more: dict[str, Any] = {"layers": layers, "pools": pools, "patches": patches, "folder": folder}
-    banks = _encode(models, batches, config, ranks, monitor, **more)
-    return banks if pools else [bank.part(0, POOLINGS[config.fixed_pool].vectors) for bank in banks]
+def _usual_types(model: MultimodalEncoder, config: EncodeConfig, patches: bool) -> list[FeatureType]:
+    depth = model.config.depth
+    return [FeatureType(depth, config.fixed_pool), *([FeatureType(depth, None)] if patches else [])]
 
 
 class Batches(NamedTuple):
@@ -170,37 +155,31 @@ def _batches(model: MultimodalEncoder, corpus: Corpus, data: DataConfig, config:
 def encode_batches(
     model: MultimodalEncoder, batches: Batches, config: EncodeConfig, ranks: Ranks, *, patches: bool = False
 ) -> FeatureBank:
-    """Return the features of the last block for the batches of all ranks. See `encode_corpus` for the other arguments
-    and the errors."""
-    (bank,) = _encode([model], batches, config, ranks, NO_MONITOR, patches=patches)
+    """Return the features that `encode_corpus` returns, for the batches of all ranks."""
+    (bank,) = _encode([model], [_usual_types(model, config, patches)], batches, config, ranks, NO_MONITOR)
     return bank.part(0, POOLINGS[config.fixed_pool].vectors)
 
 
 def _encode(
     models: Sequence[MultimodalEncoder],
+    types: Sequence[Sequence[FeatureType]],
     batches: Batches,
     config: EncodeConfig,
     ranks: Ranks,
     monitor: PassMonitor,
     *,
-    layers: Sequence[int] | None = None,
-    pools: Sequence[Pool] | None = None,
-    patches: bool = False,
     reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> list[FeatureBank]:
-    """Return the features of each model, with a dimension for the layers and poolings."""
     most = len(batches.loader) * batches.share.micro_batch
     # for each model: pooled features and patch tokens
     rows = [[Rows(most, ranks, folder, count) for _ in range(2)] for count in range(len(models), 0, -1)]
     known: list[_Known] = []
     with ExitStack() as inside:
         encoders = []
-        for model in models:
+        for model, own_types in zip(models, types):
             inside.enter_context(encoding(model, config.precision, ranks.device))
-            encoders.append(
-                partial(_pool, model, layers or [model.config.depth], pools or [config.fixed_pool], patches, reduce)
-            )
+            encoders.append(partial(_pool, model, own_types, config, reduce))
         shown = monitor.over(batches.loader, ranks)
         for batch, found in _one_behind(lambda batch: [encode(batch) for encode in encoders], shown, ranks.device):
             for (pooled, tokens), (pooled_SKD, patches_SKLD) in zip(rows, found):
@@ -219,14 +198,15 @@ def _encode(
             keys=[key for one in each for key in one.keys],
             stored_SD=pooled.tensor(),
             labels_N=None if any(one.labels is None for one in each) else torch.cat([one.labels for one in each]),
-            patches_SLD=tokens.tensor() if patches else None,
+            patches_SLD=tokens.tensor() if has_tokens(own_types) and reduce is None else None,
             skipped=[bad for one in each for bad in one.skipped],
             grids=[grid for one in each for grid in one.grids],
             image_hashes=[image for one in each for image in one.image_hashes],
             own_R=torch.cat(own) if ranks.world > 1 else None,
             ranks=ranks,
+            types=own_types,
         )
-        for pooled, tokens in rows
+        for (pooled, tokens), own_types in zip(rows, types)
     ]
     if reduce is None:
         for bank in banks:
@@ -272,13 +252,13 @@ def _one_behind(
 
 def _pool(
     model: MultimodalEncoder,
-    layers: Sequence[int],
-    pools: Sequence[Pool],
-    patches: bool,
+    types: Sequence[FeatureType],
+    config: EncodeConfig,
     reduce: Reduce | None,
     batch: PackedBatch,
 ) -> tuple[Tensor, Tensor | None]:
-    if not patches and reduce is None:
+    layers, pools = layers_of(types), pools_of(types) or [config.fixed_pool]
+    if not has_tokens(types) and reduce is None:
         return model.pooled_of_layers(batch, layers, pools), None
     pooled_SKD, patches_SKLD = model.pooled_and_patches(batch, layers, pools)
     if reduce is None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import missing_memory
+from m3ae_fast.config import POOLINGS, Pool
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.images.patch_grid import Grid
 from m3ae_fast.model.inference import refuse_not_finite, rows_not_finite
@@ -29,6 +30,54 @@ from m3ae_fast.process.ranks import Ranks
 _MEASURED = 8192  # number of samples whose features are summed at a time
 _CONSTANT = 1e-9  # a feature with a smaller variance, relative to its mean square, counts as constant
 _DEVICE_SHARE = 0.5  # fraction of a GPU's free memory that features may take; heads and searches need memory too
+
+
+class FeatureType(NamedTuple):
+    """A type of features: a layer and a pooling."""
+
+    layer: int  # number of the block, from 1
+    pool: Pool | None  # None: the patch tokens, which are pooled by an attentive probe
+
+    @property
+    def is_tokens(self) -> bool:
+        """Return whether the features are patch tokens."""
+        return self.pool is None
+
+
+def layers_of(types: Sequence[FeatureType]) -> list[int]:
+    """Return the numbers of the blocks, without duplicates."""
+    return [*dict.fromkeys(kind.layer for kind in types)]
+
+
+def pools_of(types: Sequence[FeatureType]) -> list[Pool]:
+    """Return the poolings, without duplicates; empty if all features are patch tokens."""
+    return [*dict.fromkeys(kind.pool for kind in types if kind.pool is not None)]
+
+
+def has_tokens(types: Sequence[FeatureType]) -> bool:
+    """Return whether some of the features are patch tokens."""
+    return any(kind.is_tokens for kind in types)
+
+
+def select(kind: FeatureType, types: Sequence[FeatureType], pooled_SKD: Tensor, tokens_SKLD: Tensor | None) -> Tensor:
+    """Return the features of one of several types: pooled features [S, D] or patch tokens [S, L, D].
+
+    Args:
+        kind: one of `types`.
+        types: the types for which the encoder has computed features.
+        pooled_SKD: features of all pairs of a layer and a pooling of `types`, in the order of
+            `MultimodalEncoder.pooled_of_layers`. A pooling may have several vectors.
+        tokens_SKLD: the patch tokens of all layers of `types`; None if no type needs them.
+    """
+    layer = layers_of(types).index(kind.layer)
+    if kind.pool is None:
+        assert tokens_SKLD is not None
+        return tokens_SKLD[:, layer]
+    pools = pools_of(types)
+    counts = [POOLINGS[pool].vectors for pool in pools]
+    place = pools.index(kind.pool)
+    first = layer * sum(counts) + sum(counts[:place])
+    return pooled_SKD[:, first : first + counts[place]].flatten(1, 2)
 
 
 class Standard(NamedTuple):
@@ -54,6 +103,7 @@ class FeatureBank:
     ranks: Ranks | None = None
     image_hashes: list[str] = field(default_factory=list)  # see `Sample.image_hash`; empty: they are unknown
     standard: Standard | None = None  # how features are scaled when they are read; None: not at all
+    types: Sequence[FeatureType] = ()  # the types that are stored, as [S, K, D]; empty: there is only one, as [S, D]
 
     @property
     def labels(self) -> Tensor:
@@ -121,16 +171,17 @@ class FeatureBank:
         there are patch tokens, they are those of the layer with this index."""
         patches_SLD = None if self.patches_SLD is None else self.patches_SLD[:, number]
         stored_SD = self.stored_SD[:, number : number + count].flatten(1, 2)
-        return replace(self, stored_SD=stored_SD, patches_SLD=patches_SLD)
+        return replace(self, stored_SD=stored_SD, patches_SLD=patches_SLD, types=())
+
+    def of(self, kind: FeatureType) -> FeatureBank:
+        """Return a bank of one of `types`, whose features are [R, D], or [R, L, D] for patch tokens."""
+        found_S = select(kind, self.types, self.stored_SD, self.patches_SLD)
+        return replace(self, stored_SD=found_S, patches_SLD=None, types=())
 
     def tokens(self) -> FeatureBank:
         """Return a bank whose features are the patch tokens, [R, L, D]."""
         assert self.patches_SLD is not None
         return replace(self, stored_SD=self.patches_SLD, patches_SLD=None)
-
-    def pooled(self) -> FeatureBank:
-        """Return a bank without the patch tokens."""
-        return replace(self, patches_SLD=None)
 
     def gathered(self) -> FeatureBank:
         """Return a bank that stores all samples on the CPU of every rank. Every rank must call it."""

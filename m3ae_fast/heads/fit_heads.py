@@ -10,7 +10,7 @@ width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from torch import Tensor
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.progress import track
 from m3ae_fast.data.order import permutation
-from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
 from m3ae_fast.heads.stacked_optimizers import StackedOptimizer
 from m3ae_fast.process.collectives import all_reduce
@@ -31,42 +31,34 @@ from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks
 
 Heads = LinearHeads | AttentiveHeads
-Input = int  # number that identifies the features that heads read, such as those of one layer and pooling
 _AT_A_TIME = 256  # number of samples that are classified at a time
 
 
 class HeadBatch(NamedTuple):
     """This rank's part of a step."""
 
-    inputs: Mapping[Input, Tensor]  # features [S, D], or patch tokens [S, L, D]
+    inputs: Mapping[FeatureType, Tensor]  # features [S, D], or patch tokens [S, L, D]
     targets: Tensor  # class ids [S], or the count of each class [S, K]
     samples: int  # number of samples of the step, over all ranks
 
 
-@dataclass(frozen=True)
-class BankSteps:
-    """Training steps over banks of the same samples, in shuffled order. An epoch is a permutation of all samples, and a
-    step may span two epochs. Each rank processes those samples of a step that it stores."""
-
-    banks: Mapping[Input, FeatureBank]
-    steps: range
-    batch: int  # number of samples of a step
-    seed: int
-
-    def __iter__(self) -> Iterator[HeadBatch]:
-        bank = next(iter(self.banks.values()))
-        samples = len(bank.keys)
-        row_N = torch.full((samples,), -1)  # row of each sample in this rank's features; -1: another rank has it
-        row_N[bank.own] = torch.arange(len(bank.own))
-        order = lru_cache(maxsize=2)(partial(permutation, samples, self.seed))  # permutation by epoch
-        for step in self.steps:
-            epochs, places = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), samples)
-            numbers = torch.from_numpy(
-                np.concatenate([order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
-            )
-            own = numbers[row_N[numbers] >= 0]
-            inputs = {name: each.take(row_N[own]) for name, each in self.banks.items()}
-            yield HeadBatch(inputs, bank.labels[own], self.batch)
+def stored_steps(banks: Mapping[FeatureType, FeatureBank], steps: range, batch: int, seed: int) -> Iterator[HeadBatch]:
+    """Yield this rank's part of each training step over banks of the same samples, in shuffled order. An epoch is a
+    permutation of all samples, and a step may span two epochs. Each rank processes those samples of a step that it
+    stores. `batch`: number of samples of a step."""
+    bank = next(iter(banks.values()))
+    samples = len(bank.keys)
+    row_N = torch.full((samples,), -1)  # row of each sample in this rank's features; -1: another rank has it
+    row_N[bank.own] = torch.arange(len(bank.own))
+    order = lru_cache(maxsize=2)(partial(permutation, samples, seed))  # permutation by epoch
+    for step in steps:
+        epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), samples)
+        numbers = torch.from_numpy(
+            np.concatenate([order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        )
+        own = numbers[row_N[numbers] >= 0]
+        inputs = {kind: each.take(row_N[own]) for kind, each in banks.items()}
+        yield HeadBatch(inputs, bank.labels[own], batch)
 
 
 @dataclass
@@ -105,7 +97,7 @@ class Stack:
 
 def fit_heads(
     batches: Iterable[HeadBatch],
-    stacks: Mapping[Input, Stack],
+    stacks: Mapping[FeatureType, Stack],
     lr: Callable[[int], float],
     steps: int,
     title: str,
@@ -113,7 +105,7 @@ def fit_heads(
     heartbeats: Heartbeats,
     whole: Pace | None = None,
     part: float = 0.0,
-) -> dict[Input, Tensor]:
+) -> dict[FeatureType, Tensor]:
     """Train all heads on the same batches. Every rank must call it.
 
     Args:
@@ -127,18 +119,19 @@ def fit_heads(
         whole, part: pace of the whole task, and the units of it that this training is; see `progress`.
 
     Returns:
-        The training accuracy of each head at each step, before the update: float32 [steps, H] by input, on the CPU.
+        The training accuracy of each head at each step, before the update: float32 [steps, H] by type of features, on
+        the CPU.
     """
-    right: dict[Input, list[Tensor]] = {name: [] for name in stacks}
+    right: dict[FeatureType, list[Tensor]] = {kind: [] for kind in stacks}
     for step, batch in enumerate(track(batches, title, steps, whole=whole, part=part)):
         heartbeats.mark(title)
         targets = batch.targets.to(ranks.device)
-        for name, stack in stacks.items() if batch.samples else ():
-            x = batch.inputs[name].to(ranks.device).float()
-            right[name].append(stack.step(x, targets, batch.samples, lr(step))[1])
+        for kind, stack in stacks.items() if batch.samples else ():
+            x = batch.inputs[kind].to(ranks.device).float()
+            right[kind].append(stack.step(x, targets, batch.samples, lr(step))[1])
     for stack in stacks.values():
         stack.heads.eval()
-    return {name: torch.stack(own).cpu() if own else torch.zeros(0, 1) for name, own in right.items()}
+    return {kind: torch.stack(own).cpu() if own else torch.zeros(0, 1) for kind, own in right.items()}
 
 
 @torch.no_grad()
@@ -194,8 +187,3 @@ def losses(logits_SHK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]
     best_SH, bad_SH = logits_SHK.argmax(2), ~logits_SHK.isfinite().all(2)
     right_SH = targets == best_SH if targets.ndim == 2 else targets.gather(2, best_SH[..., None])[..., 0]
     return loss_SH, right_SH.float(), bad_SH.float()
-
-
-def subset(banks: Mapping[Input, FeatureBank], rows: Sequence[int]) -> dict[Input, FeatureBank]:
-    """Return banks with only the samples whose numbers are in `rows`, which must be ascending."""
-    return {name: bank.rows(rows) for name, bank in banks.items()}

@@ -21,24 +21,18 @@ class Trial(NamedTuple):
     loss: float | None  # None if the training diverged
 
 
-class Split(NamedTuple):
-    """A split of the training samples, as ascending sample indices."""
-
-    train: list[int]
-    held_out: list[int]
-
-
-def split(bank: FeatureBank, most: int | None = None) -> Split:
+def split(bank: FeatureBank, most: int | None = None) -> tuple[list[int], list[int]]:
     """Split the samples into nine tenths for training and one tenth, or `most` samples if that is less, that is held
-    out, by a hash of their images if it is known, otherwise of their keys. Copies of an image are on one side, so that
-    slightly fewer samples may be held out. If there are fewer than ten samples, none is held out."""
+    out, by a hash of their images if it is known, otherwise of their keys. Return the numbers of both, ascending.
+    Copies of an image are on one side, so that slightly fewer samples may be held out. If there are fewer than ten
+    samples, none is held out."""
     names = [image or key for image, key in zip(bank.image_hashes or [""] * len(bank.keys), bank.keys)]
     digests = [key_digest(name) for name in names]
     order = sorted(range(len(names)), key=digests.__getitem__)
     few = len(order) // 10 if most is None else min(len(order) // 10, most)
     while few and digests[order[few - 1]] == digests[order[few]]:
         few -= 1
-    return Split(sorted(order[few:]), sorted(order[:few]))
+    return sorted(order[few:]), sorted(order[:few])
 
 
 def best(tried: Sequence[Trial]) -> Trial:

@@ -9,7 +9,6 @@ Shapes: N training samples, R samples to classify on this rank, K neighbours, C 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -33,44 +32,34 @@ def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, te
     return votes_RC.float()
 
 
-class Search(NamedTuple):
-    """How the neighbours are found."""
-
-    k: int = USUAL_K  # number of neighbours of a query
-    standardised: bool = False  # whether features are compared after standardisation
-
-    def entries(self) -> dict[str, float]:
-        """Return the entries of this choice in result.json."""
-        return self._asdict()
-
-
-def knn_predictions(
-    bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig
-) -> tuple[Predictions, Search]:
-    """Return the k-NN predictions of all queries, with neighbours from `bank`, and how the neighbours were found. If
-    `config.k` is null, this is the choice of a number from NUMBERS, and of standardised features or not, that has the
-    highest accuracy on a tenth of the samples of `bank`, with neighbours from the others. In a tie, and if there are
-    fewer than ten samples, features are not standardised, and the number is USUAL_K. Every rank must call it."""
-    search = Search(config.k) if config.k else _chosen(bank, classes, config.temperature)
-    scores_RC = _scores(bank, queries, classes, search, config.temperature)
-    return queries.predictions(scores_RC, votes=True), search._replace(k=min(search.k, len(bank.keys)))
+def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig) -> Predictions:
+    """Return the k-NN predictions of all queries, with neighbours from `bank`. Their `chosen` contains the number of
+    neighbours, "k", and whether features were standardised, "standardised". If `config.k` is null, these are the number
+    from NUMBERS and the features that have the highest accuracy on a tenth of the samples of `bank`, with neighbours
+    from the others. In a tie, and if there are fewer than ten samples, features are not standardised, and the number is
+    USUAL_K. Every rank must call it."""
+    k, standardised = (config.k, False) if config.k else _chosen(bank, classes, config.temperature)
+    found = _predictions(bank, queries, classes, k, standardised, config.temperature)
+    return replace(found, chosen={"k": min(k, len(bank.keys)), "standardised": standardised})
 
 
-def _scores(bank: FeatureBank, queries: FeatureBank, classes: int, search: Search, temperature: float) -> Tensor:
-    """Return the votes as `knn_scores` does. The standardisation is that of the features of `bank`."""
-    if search.standardised:
+def _predictions(
+    bank: FeatureBank, queries: FeatureBank, classes: int, k: int, standardised: bool, temperature: float
+) -> Predictions:
+    """Return the predictions by the votes of `knn_scores`. The standardisation is that of the features of `bank`."""
+    if standardised:
         standard = bank.measured()
         bank, queries = replace(bank, standard=standard), replace(queries, standard=standard)
-    return knn_scores(bank, queries, classes, search.k, temperature)
+    return queries.predictions(knn_scores(bank, queries, classes, k, temperature), votes=True)
 
 
-def _chosen(bank: FeatureBank, classes: int, temperature: float) -> Search:
-    parts = split(bank, _MOST_HELD_OUT)
-    if not parts.held_out:
-        return Search()
-    train, held_out = bank.rows(parts.train), bank.rows(parts.held_out)
+def _chosen(bank: FeatureBank, classes: int, temperature: float) -> tuple[int, bool]:
+    """Return the number of neighbours, and whether features are standardised."""
+    train, held_out = (bank.rows(numbers) for numbers in split(bank, _MOST_HELD_OUT))
+    if not held_out.keys:
+        return USUAL_K, False
     top1 = {}
-    for search in (Search(k, standardised) for standardised in (False, True) for k in NUMBERS):
-        scores_RC = _scores(train, held_out, classes, search, temperature)
-        top1[search] = held_out.predictions(scores_RC, votes=True).accuracies()["top1"]
-    return max(top1, key=lambda search: (top1[search], not search.standardised, search.k == USUAL_K))
+    for k, standardised in ((k, standardised) for standardised in (False, True) for k in NUMBERS):
+        found = _predictions(train, held_out, classes, k, standardised, temperature)
+        top1[k, standardised] = found.accuracies()["top1"]
+    return max(top1, key=lambda each: (top1[each], not each[1], each[0] == USUAL_K))

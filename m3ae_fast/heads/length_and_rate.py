@@ -35,8 +35,9 @@ S = TypeVar("S", OptimConfig, TrainConfig)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Hyper-parameters for a number of training samples; the fields have the names of the settings."""
+class LengthAndRate:
+    """Training length and learning rate for a number of training samples; the fields have the names of the
+    settings."""
 
     global_batch: int
     epochs: int
@@ -48,14 +49,14 @@ class Recipe:
 class Official:
     """The published recipe for ImageNet, and limits on its changes for smaller datasets."""
 
-    recipe: Recipe
+    recipe: LengthAndRate
     smallest_batch: int
     fewest_steps: int
     # maximum of the learning rate summed over all steps, per training sample; None: the published learning rate is used
     rate_per_sample: float | None
     rate_is_scaled: bool  # whether `peak_lr` is for a batch of 256, and multiplied by the batch size / 256
 
-    def scaled(self, samples: int) -> Recipe:
+    def scaled(self, samples: int) -> LengthAndRate:
         """Return the recipe for this number of training samples."""
         whole = self.recipe
         batch = _power_of_two(samples / (IMAGENET // whole.global_batch))
@@ -63,7 +64,7 @@ class Official:
         steps_per_epoch = max(samples // batch, 1)
         epochs = max(whole.epochs, math.ceil(self.fewest_steps / steps_per_epoch))
         warmup = round(whole.warmup_epochs * epochs / whole.epochs, 1)
-        return Recipe(batch, epochs, warmup, self._rate(samples, batch, epochs * steps_per_epoch))
+        return LengthAndRate(batch, epochs, warmup, self._rate(samples, batch, epochs * steps_per_epoch))
 
     def _rate(self, samples: int, batch: int, steps: int) -> float:
         """Return the peak learning rate for these numbers of training samples, samples per batch, and steps."""
@@ -78,10 +79,18 @@ class Official:
 
 OFFICIAL = {
     "linear": Official(
-        Recipe(2048, 90, 10, 0.1), smallest_batch=256, fewest_steps=1000, rate_per_sample=5.0, rate_is_scaled=True
+        LengthAndRate(2048, 90, 10, 0.1),
+        smallest_batch=256,
+        fewest_steps=1000,
+        rate_per_sample=5.0,
+        rate_is_scaled=True,
     ),
     "finetune": Official(
-        Recipe(1024, 100, 5, 1e-3), smallest_batch=64, fewest_steps=4000, rate_per_sample=None, rate_is_scaled=False
+        LengthAndRate(1024, 100, 5, 1e-3),
+        smallest_batch=64,
+        fewest_steps=4000,
+        rate_per_sample=None,
+        rate_is_scaled=False,
     ),
 }
 

@@ -11,7 +11,7 @@ is its bias, K classes, H strengths, A of which are still being optimised, M pai
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -95,13 +95,12 @@ def fit_chosen(
 def try_strengths(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> Tried:
     """Fit a classifier with each of INVERSE_STRENGTHS to nine tenths of the samples, and evaluate it on the others.
     Every rank must call it."""
-    parts = split(bank)
-    if not parts.held_out:
+    train, held_out = (bank.rows(numbers) for numbers in split(bank))
+    if not held_out.keys:
         return Tried([], 0, None)
-    train = bank.rows(parts.train)
     weight_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, heartbeats)
-    judged = zip(INVERSE_STRENGTHS, judge(heads, bank.rows(parts.held_out)))
-    return Tried([Trial(each, *found) for each, found in judged], len(parts.held_out), weight_HKP)
+    judged = zip(INVERSE_STRENGTHS, judge(heads, held_out))
+    return Tried([Trial(each, *found) for each, found in judged], len(held_out.keys), weight_HKP)
 
 
 def predict(
@@ -110,11 +109,12 @@ def predict(
     classes: int,
     heartbeats: Heartbeats | None = None,
     tried: Tried | None = None,
-) -> tuple[Predictions, float]:
-    """Fit a classifier as `fit_chosen` does, and return its predictions for the held-out samples and its inverse
-    strength. Every rank must call it."""
+) -> Predictions:
+    """Fit a classifier as `fit_chosen` does, and return its predictions for the held-out samples. They contain the
+    classifier and, in `chosen`, its inverse strength, "inverse_strength". Every rank must call it."""
     heads, strength = fit_chosen(bank, classes, heartbeats, tried)
-    return held_out.predictions(logits(heads, held_out)), strength
+    found = held_out.predictions(logits(heads, held_out))
+    return replace(found, chosen={"inverse_strength": strength}, classifier=heads)
 
 
 def fit(bank: FeatureBank, targets: Tensor, classes: int, heartbeats: Heartbeats | None = None) -> LinearHeads:

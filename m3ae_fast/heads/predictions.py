@@ -17,6 +17,7 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.labels import Classes
+from m3ae_fast.heads.modules import LinearHeads
 from m3ae_fast.heads.standard_error import ERROR, error_of_accuracy, image_clusters
 
 FILE = "predictions.parquet"
@@ -50,13 +51,16 @@ def largest_share(labels: Iterable[Any], classes: int = 1) -> float:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of N samples, on the CPU."""
+    """Predictions of N samples, on the CPU, and how the classifier was found."""
 
     keys: list[str]
     labels_N: Tensor  # int64 class ids
     best_NK: Tensor  # see `best_classes`
     scores_N: Tensor  # float32: scores of the best classes, from 0 to 1
     image_hashes: list[str] = field(default_factory=list)  # see `Sample.image_hash`; empty: they are unknown
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # hyper-parameters that were selected
+    warnings: tuple[str, ...] = ()  # about the reliability of the accuracy
+    classifier: LinearHeads | None = None  # a stack of one head; None: the classifier cannot be saved
 
     @classmethod
     def of(

@@ -13,17 +13,11 @@ from torch import nn
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.heads import probes
 from m3ae_fast.heads.feature_bank import FeatureBank
-from m3ae_fast.heads.fit_heads import BankSteps
+from m3ae_fast.heads.fit_heads import stored_steps
 from m3ae_fast.heads.hyperparameter_choice import best, split
 from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
-from m3ae_fast.heads.probes import (
-    PROBES,
-    Setting,
-    Trained,
-    attentive_recipe,
-    head_warnings,
-    train_heads,
-)
+from m3ae_fast.heads.probes import Trained, head_warnings, predict, train_heads
+from m3ae_fast.heads.recipe import ATTENTIVE_RATES, Recipe
 from m3ae_fast.process.ranks import join_ranks
 from tests.heads.test_hyperparameter_choice import _Heartbeats
 
@@ -90,37 +84,34 @@ def _means(bank):
     return replace(bank, stored_SD=bank.features_RD.mean(1))
 
 
-def _setting(ranks, **attentive):
+def _recipe(samples, seed=3, **attentive):
     config = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "attentive": attentive})
-    return Setting(config, 5, 4, 3, ranks, _Heartbeats())
+    return Recipe.of("attentive", config, classes=5, samples=samples, encoder_heads=4, seed=seed)
 
 
 def _trained(bank, ranks, **attentive):
     """Return the trained head and its log."""
-    setting = _setting(ranks, **attentive)
-    return train_heads({0: bank}, attentive_recipe(len(bank.keys), setting), setting)[0]
+    return train_heads({0: bank}, _recipe(len(bank.keys), **attentive), ranks, _Heartbeats())[0]
 
 
 @pytest.mark.slow
 def test_the_attentive_probe_finds_an_informative_token_that_the_mean_hides():
-    given = {"data": {"train": [{"shards": "x"}]}, "attentive": {"batch": 64, "steps": 150}}
-    config = EvaluationConfig.model_validate(given)
     bank, held_out = _marked(400, 0), _marked(200, 1)
+    recipe = _recipe(400, seed=0, batch=64, steps=150)
     with join_ranks() as ranks:
-        setting = Setting(config, 5, 4, 0, ranks, _Heartbeats())
-        attends = PROBES["attentive"].predict({0: bank}, {0: held_out}, setting)[0].accuracies()["top1"]
-        again = PROBES["attentive"].predict({0: bank}, {0: held_out}, setting)[0].accuracies()["top1"]
-        means = {0: _means(bank)}, {0: _means(held_out)}
-        linear = PROBES["attentive"].predict(*means, setting)[0].accuracies()["top1"]
+        attends, again, linear = (
+            predict({0: one}, {0: other}, recipe, ranks, _Heartbeats())[0].accuracies()["top1"]
+            for one, other in ((bank, held_out), (bank, held_out), (_means(bank), _means(held_out)))
+        )
     assert attends == again > 0.9 > linear + 0.2
 
 
 def test_attentive_heads_trained_together_equal_those_trained_separately():
     bank, other = _marked(60, 0), _marked(60, 5)
     with join_ranks() as ranks:
-        setting = _setting(ranks, batch=16, steps=12, heads=2)
-        recipe = attentive_recipe(60, setting)
-        both, right = probes._fit({0: bank, 1: other}, recipe, {0: [1e-3, 1e-2], 1: [1e-2]}, "", setting)
+        recipe = _recipe(60, batch=16, steps=12, heads=2)
+        rates = {0: [1e-3, 1e-2], 1: [1e-2]}
+        both, right = probes._fit({0: bank, 1: other}, recipe, rates, "", ranks, _Heartbeats())
         alone = _trained(bank, ranks, batch=16, steps=12, heads=2, peak_lr=1e-2)
     for name, tensor in alone.heads.state_dict().items():
         torch.testing.assert_close(both[0].heads.state_dict()[name][1:], tensor, rtol=1e-4, atol=1e-5)
@@ -132,12 +123,11 @@ def test_linear_and_attentive_heads_trained_in_one_pass_equal_those_trained_sepa
     tokens = _marked(60, 0)
     banks = {0: tokens, 1: _means(tokens)}
     with join_ranks("cpu") as ranks:
-        setting = _setting(ranks, steps=20, batch=16)
-        recipe = attentive_recipe(60, setting)
-        both = train_heads(banks, recipe, setting)
+        recipe = _recipe(60, steps=20, batch=16)
+        both = train_heads(banks, recipe, ranks, _Heartbeats())
         assert [type(each.heads) for each in both.values()] == [AttentiveHeads, LinearHeads]
         for number, bank in banks.items():
-            alone = train_heads({number: bank}, recipe, setting)[number]
+            alone = train_heads({number: bank}, recipe, ranks, _Heartbeats())[number]
             assert alone.peak_lr == both[number].peak_lr and len(alone.tried) == 5
             for name, tensor in alone.heads.state_dict().items():
                 assert torch.equal(tensor, both[number].heads.state_dict()[name])
@@ -170,13 +160,12 @@ def test_heads_are_trained_by_adamw_on_the_cross_entropy_with_warm_up_and_cosine
 
 def test_learning_rates_are_tried_on_nine_tenths_of_the_samples_and_compared_on_the_rest(monkeypatch):
     """The head is then trained with the best learning rate on all samples."""
-    monkeypatch.setattr(probes, "ATTENTIVE_RATES", (1e-2, 3e-3, 1e-4))
+    monkeypatch.setattr("m3ae_fast.heads.recipe.ATTENTIVE_RATES", (1e-2, 3e-3, 1e-4))
     bank, given = _marked(60, 0), {"batch": 16, "steps": 12, "heads": 2}
     train, held_out = (bank.rows(rows) for rows in split(bank))
     with join_ranks() as ranks:
-        setting = _setting(ranks, **given)
-        tried = probes.try_rates({0: bank}, attentive_recipe(60, setting), setting)[0]
-        assert [each.value for each in tried] == [*probes.ATTENTIVE_RATES] and best(tried) != tried[-1]
+        tried = probes.try_rates({0: bank}, _recipe(60, **given), ranks, _Heartbeats())[0]
+        assert [each.value for each in tried] == [1e-2, 3e-3, 1e-4] and best(tried) != tried[-1]
         for each in tried:
             trained = _trained(train, ranks, **given, peak_lr=each.value)
             found = F.cross_entropy(probes.logits(trained.heads, held_out), held_out.labels_N)
@@ -190,17 +179,15 @@ def test_learning_rates_are_tried_on_nine_tenths_of_the_samples_and_compared_on_
 
 
 def test_unset_hyper_parameters_follow_from_the_number_of_samples():
-    with join_ranks() as ranks:
-        found = attentive_recipe(1000, _setting(ranks))
-        assert (found.batch, found.attention_heads) == (256, 4)
-        assert found.steps == math.ceil(334 * 1000 / 256)
-        given = attentive_recipe(100, _setting(ranks, batch=512, steps=7, heads=2))
-        assert (given.batch, given.steps, given.attention_heads) == (100, 7, 2)
+    found = _recipe(1000)
+    assert (found.batch, found.attention_heads, found.rates) == (256, 4, ATTENTIVE_RATES)
+    assert found.steps == math.ceil(334 * 1000 / 256)
+    given = _recipe(100, batch=512, steps=7, heads=2, peak_lr=0.1)
+    assert (given.batch, given.steps, given.attention_heads, given.rates) == (100, 7, 2, (0.1,))
 
 
 def test_short_and_unfinished_trainings_are_reported():
-    with join_ranks() as ranks:
-        short, long = (attentive_recipe(1000, _setting(ranks, batch=100, steps=steps)) for steps in (40, 1000))
+    short, long = (_recipe(1000, batch=100, steps=steps) for steps in (40, 1000))
     few, still = head_warnings(Trained(None, [0.02 * step for step in range(40)], 1e-3, []), short)
     assert re.search("40 steps: .*attentive.steps, .*1,000", few)
     assert re.search(r"rising \(by 20\.0%\); raise attentive.steps", still)
@@ -209,16 +196,16 @@ def test_short_and_unfinished_trainings_are_reported():
 
 def test_each_epoch_of_cached_features_is_another_permutation():
     features = FeatureBank([str(i) for i in range(10)], torch.arange(10.0)[:, None], torch.arange(10) + 100)
-    batches = list(BankSteps({1: features}, range(7), 5, seed=3))
+    batches = list(stored_steps({1: features}, range(7), 5, seed=3))
     rows = torch.cat([batch.inputs[1][:, 0] for batch in batches]).long()
     epochs = rows[:30].view(3, 10)
     assert all(epoch.sort().values.tolist() == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
     for batch in batches:
         assert batch.targets.tolist() == [100 + row for row in batch.inputs[1][:, 0].long().tolist()]
-    later = list(BankSteps({1: features}, range(4, 7), 5, seed=3))
+    later = list(stored_steps({1: features}, range(4, 7), 5, seed=3))
     assert all(torch.equal(one.inputs[1], other.inputs[1]) for one, other in zip(batches[4:], later))
-    odd = torch.cat([batch.inputs[1][:, 0] for batch in BankSteps({1: features}, range(10), 3, seed=3)]).long()
+    odd = torch.cat([batch.inputs[1][:, 0] for batch in stored_steps({1: features}, range(10), 3, seed=3)]).long()
     assert torch.equal(odd, rows[:30]), "a step may span two epochs"
-    other = next(iter(BankSteps({1: features}, range(1), 10, seed=4)))
+    other = next(iter(stored_steps({1: features}, range(1), 10, seed=4)))
     assert not torch.equal(other.inputs[1][:, 0].long(), epochs[0])

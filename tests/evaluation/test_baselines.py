@@ -18,11 +18,10 @@ from m3ae_fast.base.parquet import read_parquet, write_parquet
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import DataConfig, ModelConfig
-from m3ae_fast.evaluation import image_features
+from m3ae_fast.evaluation import image_features, labelled_task
 from m3ae_fast.evaluation.baselines import LARGEST, MODEL, UNTRAINED, accuracy_entries, baseline_models
 from m3ae_fast.evaluation.difference import against_largest_class
 from m3ae_fast.evaluation.image_features import SIDE, Histogram, OrientedGradients, Pixels, available, input_config
-from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference, difference
 from m3ae_fast.evaluation.tasks import Ood
@@ -358,13 +357,13 @@ def test_baselines_of_trained_heads_and_of_grids_use_logistic_regression(
 
 @pytest.mark.slow
 def test_a_stop_during_the_baselines_keeps_the_result(transfer, run, monkeypatch, capsys):
-    encode = Job.encode_baselines
+    encode = labelled_task.encode_baselines
 
     def stopped(job, *given):
         job.stop.request("SIGTERM")
         return encode(job, *given)
 
-    monkeypatch.setattr(Job, "encode_baselines", stopped)
+    monkeypatch.setattr(labelled_task, "encode_baselines", stopped)
     result = transfer("linear", *SHORT, baselines=True)
     assert result["steps"] == 4 and "top1" in result and "baselines" not in result
     warning = "the result is written without baselines: stopped (SIGTERM)"
@@ -554,7 +553,7 @@ def test_the_difference_from_a_baseline_is_undefined_for_a_single_sample(samples
     """The bootstrap samples of one sample are all equal."""
     keys, labels_N = [f"{number}" for number in range(samples)], torch.zeros(samples, dtype=torch.int64)
     right, wrong = (Predictions.of(keys, labels_N, torch.tensor([row] * samples)) for row in ([2.0, 1.0], [1.0, 2.0]))
-    entries = accuracy_entries({MODEL: wrong, UNTRAINED: right}, {})["baselines"][UNTRAINED]
+    entries = accuracy_entries({MODEL: [wrong], UNTRAINED: [right]})["baselines"][UNTRAINED]
     assert entries["top1"] == 1 and ("difference" in entries) == (samples > 1)
     other = replace(right, keys=[*keys[1:], "another"])  # such as after a read error that only one of the two had
-    assert "difference" not in accuracy_entries({MODEL: wrong, UNTRAINED: other}, {})["baselines"][UNTRAINED]
+    assert "difference" not in accuracy_entries({MODEL: [wrong], UNTRAINED: [other]})["baselines"][UNTRAINED]

@@ -21,7 +21,6 @@ from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED
 from m3ae_fast.evaluation.compare import ComparedPredictions, model_names
 from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.image_features import available
-from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.ood import SCORES
 from m3ae_fast.evaluation.significance import difference
 from m3ae_fast.heads import attentive_online
@@ -105,12 +104,8 @@ def test_an_interrupted_comparison_continues_with_the_probe_that_was_interrupted
     compared, run, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(compare, "available", lambda: ([], ""))
-    options, add, encode, encoded = (
-        ("--probes", "knn,attentive", "--seeds", "2"),
-        ComparedPredictions.add,
-        Job.encode,
-        [],
-    )
+    options, encoded = ("--probes", "knn,attentive", "--seeds", "2"), []
+    add, encode = ComparedPredictions.add, compare.encode_types
 
     def perform(*more):
         encoded.clear()
@@ -129,7 +124,7 @@ def test_an_interrupted_comparison_continues_with_the_probe_that_was_interrupted
             patch.setattr(ComparedPredictions, "add", stop_at_the_sixth)
             perform(*more)
 
-    monkeypatch.setattr(Job, "encode", lambda job, *given, **more: encoded.append(1) or encode(job, *given, **more))
+    monkeypatch.setattr(compare, "encode_types", lambda *given, **more: encoded.append(1) or encode(*given, **more))
     expected = perform()
     assert len(encoded) == 6 and not (tmp_path / "out/trials").exists()
     shutil.rmtree(tmp_path / "out")

@@ -166,11 +166,12 @@ def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
         assert not any(part[-2:].any() for part in parts)
 
 
-def shown_by(names=()):
+def shown_by(names=(), corpora=()):
     """Return a job whose samples are represented by their keys. Its cells record the displayed arguments."""
     return argparse.Namespace(
         out=Path("out"),
         names=names,
+        corpora=corpora,
         samples=lambda corpus, keys: {key: f"{corpus}{key}" for key in keys},
         cell=lambda sample, text=None, colour=None: (sample, text, colour),
     )
@@ -191,7 +192,8 @@ def test_neighbour_figures_show_the_most_similar_samples_with_those_of_the_same_
     labels = [torch.from_numpy(random.randint(3, size=count)) for count in (30, 20)]
     bank, asked = (FeatureBank([*range(len(a))], on_a_circle(a), own, None, []) for a, own in zip(angles, labels))
     predicted = torch.from_numpy(random.randint(3, size=20))
-    knn._draw_neighbours(shown_by(names=classes), ("train", "val"), (bank, asked), knn._shown(bank, asked), predicted)
+    job = shown_by(names=classes, corpora=("train", "val"))
+    knn._draw_neighbours(job, (bank, asked), knn._shown(bank, asked), predicted)
     (rows,) = sheets
     assert [row[0][0] for row in rows] == [f"val{20 * number // 8}" for number in range(8)]
     for number, ((_, text, colour), *found) in enumerate(rows):

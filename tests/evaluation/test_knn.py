@@ -66,11 +66,11 @@ def test_the_number_of_neighbours_is_chosen_on_training_samples(twins):
         features = 3 * torch.eye(32)[groups] + 0.5 * torch.randn(600, 32, generator=generator)
     bank = FeatureBank([f"a.tar/{number}" for number in range(600)], features, labels)
     queries = replace(bank.rows(range(50)), labels_N=torch.randint(0, 4, (50,)))
-    predictions, search = knn_predictions(bank, queries, 4, KnnConfig())
-    assert search == (1 if twins else 20, False)
-    given = knn_predictions(bank, queries, 4, KnnConfig(k=search.k))
-    assert given[1] == search and torch.equal(given[0].best_NK, predictions.best_NK)
-    assert knn_predictions(bank, queries, 4, KnnConfig(k=7))[1] == (7, False)
+    found = knn_predictions(bank, queries, 4, KnnConfig())
+    assert found.chosen == {"k": 1 if twins else 20, "standardised": False}
+    given = knn_predictions(bank, queries, 4, KnnConfig(k=found.chosen["k"]))
+    assert given.chosen == found.chosen and torch.equal(given.best_NK, found.best_NK)
+    assert knn_predictions(bank, queries, 4, KnnConfig(k=7)).chosen == {"k": 7, "standardised": False}
 
 
 def test_features_are_standardised_if_held_out_training_samples_are_then_classified_more_accurately():
@@ -82,15 +82,16 @@ def test_features_are_standardised_if_held_out_training_samples_are_then_classif
     features = torch.cat((F.one_hot(labels, 4) + 0.3 * noise[:, :4], 50 * noise[:, 4:5], torch.full((450, 1), 7.0)), 1)
     bank = FeatureBank([f"a.tar/{number}" for number in range(400)], features[:400], labels[:400])
     queries = _bank(features[400:], labels[400:])
-    predictions, search = knn_predictions(bank, queries, 4, KnnConfig())
-    assert search.standardised and search.entries() == {"k": search.k, "standardised": True}
+    found = knn_predictions(bank, queries, 4, KnnConfig())
+    k = found.chosen["k"]
+    assert found.chosen == {"k": k, "standardised": True}
     mean, std = features[:400].mean(0), features[:400].std(0, correction=0)
     std[-1] = 1
     plain = [_bank((each - mean) / std, bank.labels_N) for each in (features[:400], features[400:])]
-    expected = knn_scores(*plain, 4, search.k, 0.07)
-    assert torch.equal(predictions.best_NK[:, 0], expected.argmax(1))
-    raw = knn_predictions(bank, queries, 4, KnnConfig(k=search.k))[0]
-    assert predictions.accuracies()["top1"] > raw.accuracies()["top1"] + 0.2
+    expected = knn_scores(*plain, 4, k, 0.07)
+    assert torch.equal(found.best_NK[:, 0], expected.argmax(1))
+    raw = knn_predictions(bank, queries, 4, KnnConfig(k=k))
+    assert found.accuracies()["top1"] > raw.accuracies()["top1"] + 0.2
 
 
 def test_the_scale_of_features_is_that_of_all_samples_whose_features_are_read():
@@ -107,7 +108,8 @@ def test_the_usual_number_of_neighbours_is_kept_if_held_out_samples_show_no_diff
     """Each class has one sample, or there are too few samples to hold out any."""
     for count in (30, 9):
         bank = FeatureBank([f"a.tar/{number}" for number in range(count)], torch.eye(count), torch.arange(count))
-        assert knn_predictions(bank, bank, count, KnnConfig())[1] == (min(20, count), False)
+        found = knn_predictions(bank, bank, count, KnnConfig())
+        assert found.chosen == {"k": min(20, count), "standardised": False}
 
 
 def test_top_k_accuracy_is_the_fraction_of_labels_among_the_highest_scores():

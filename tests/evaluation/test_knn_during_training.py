@@ -10,7 +10,6 @@ import torch
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.evaluation import knn_during_training
 from m3ae_fast.heads import encoding, knn
-from m3ae_fast.heads.knn import Search
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stoppable_loop import Stopped
@@ -122,7 +121,7 @@ def test_the_largest_class_is_that_of_the_held_out_samples(monkeypatch):
 
     def predictions(bank, queries, classes, config):
         assert (len(bank.labels), len(queries.labels), classes) == (4, 3, 2)
-        return SimpleNamespace(accuracies=lambda: {"top1": 0.5}), Search(20)
+        return SimpleNamespace(accuracies=lambda: {"top1": 0.5}, chosen={"k": 20})
 
     monkeypatch.setattr(knn_during_training, "encode_corpus", encode)
     monkeypatch.setattr(knn_during_training, "knn_predictions", predictions)

@@ -10,19 +10,20 @@ from pyarrow import parquet
 from m3ae_fast.config import GRIDS
 from m3ae_fast.config import POOLS as ALL
 from m3ae_fast.config.poolings import candidates
-from m3ae_fast.evaluation import job
+from m3ae_fast.evaluation import task_features
+from m3ae_fast.evaluation.job import SharedFeatures
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.heads import pool_choice
 from m3ae_fast.heads.classifier import Classifier
-from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.hyperparameter_choice import Trial
 from m3ae_fast.heads.logistic_regression import Tried, fit_chosen
-from m3ae_fast.heads.pool_choice import ChosenPool, best_pool, part_of_pool
+from m3ae_fast.heads.pool_choice import best_type
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.session import joined_program
 from tests.evaluation.conftest import settings
 
-POOLS = ["mean", "cls", "grid2"]
+TYPES = [FeatureType(2, pool) for pool in ("mean", "cls", "grid2")]
 
 
 class _Heartbeats:
@@ -36,23 +37,28 @@ def _bank(samples, informative, seed=0):
     labels = torch.arange(samples) % 3
     features = torch.randn(samples, 6, 8, generator=generator)
     features[:, informative] += 4 * torch.eye(8)[labels][:, None]
-    return FeatureBank([f"a.tar/{number}" for number in range(samples)], features, labels)
+    return FeatureBank([f"a.tar/{number}" for number in range(samples)], features, labels, types=TYPES)
+
+
+def _best_pool(bank):
+    """Return the pooling with the highest accuracy."""
+    return best_type(bank, 3, _Heartbeats())[0].pool
 
 
 @pytest.mark.parametrize(("informative", "pool"), [([1], "cls"), ([4], "grid2"), ([0, 1, 2, 3, 4, 5], "mean")])
 def test_the_most_accurate_pooling_is_chosen_and_the_mean_in_a_tie(informative, pool):
     bank = _bank(300, informative)
-    assert best_pool(bank, POOLS, 3, _Heartbeats()).pool == pool
-    part = part_of_pool(bank, POOLS, pool).stored_SD
+    assert _best_pool(bank) == pool
+    part = bank.of(FeatureType(2, pool)).stored_SD
     first, count = {"mean": (0, 1), "cls": (1, 1), "grid2": (2, 4)}[pool]
     assert torch.equal(part, bank.stored_SD[:, first : first + count].flatten(1))
 
 
 def test_the_mean_is_used_if_no_sample_can_be_held_out():
-    assert best_pool(_bank(9, [1]), POOLS, 3, _Heartbeats()).pool == "mean"
-    assert best_pool(_bank(30, [1]), POOLS, 3, _Heartbeats()).pool == "cls"
+    assert _best_pool(_bank(9, [1])) == "mean"
+    assert _best_pool(_bank(30, [1])) == "cls"
     copies = replace(_bank(30, [1]), image_hashes=["a", "b", "c"] * 10)  # a copy of each image would be on both sides
-    assert best_pool(copies, POOLS, 3, _Heartbeats()).pool == "mean"
+    assert _best_pool(copies) == "mean"
 
 
 def test_some_of_many_samples_are_compared(monkeypatch):
@@ -60,7 +66,7 @@ def test_some_of_many_samples_are_compared(monkeypatch):
     monkeypatch.setattr(pool_choice, "MOST_SAMPLES", 40)
     tried = Tried([Trial(1.0, 0.5, None)], 4, None)
     monkeypatch.setattr(pool_choice, "try_strengths", lambda bank, *_: seen.append(bank.keys) or tried)
-    assert best_pool(_bank(300, [1]), POOLS, 3, _Heartbeats()) == ("mean", None)
+    assert best_type(_bank(300, [1]), 3, _Heartbeats()) == (TYPES[0], None)
     assert [len(keys) for keys in seen] == [40] * 3 and seen[0] == seen[1] == sorted(
         seen[0], key=lambda key: int(key.removeprefix("a.tar/"))
     )
@@ -68,9 +74,9 @@ def test_some_of_many_samples_are_compared(monkeypatch):
 
 def test_the_regressions_of_the_chosen_pooling_are_not_repeated(monkeypatch):
     bank = _bank(300, [1])
-    own = part_of_pool(bank, POOLS, "cls")
+    own = bank.of(FeatureType(2, "cls"))
     head, strength = fit_chosen(own, 3)
-    tried = best_pool(bank, POOLS, 3, _Heartbeats()).tried
+    tried = best_type(bank, 3, _Heartbeats())[1]
     monkeypatch.setattr("m3ae_fast.heads.logistic_regression.try_strengths", None)
     again, same = fit_chosen(own, 3, tried=tried)
     assert same == strength and all(
@@ -88,8 +94,8 @@ def test_grids_are_candidates_for_images_and_up_to_4096_features():
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
 def test_the_result_is_that_of_the_chosen_pooling(transfer, tmp_path, task, monkeypatch, capsys):
-    chosen = iter(["grid2", "cls"])  # of the model, and of its random weights
-    monkeypatch.setattr("m3ae_fast.evaluation.job.best_pool", lambda *_: ChosenPool(next(chosen), None))
+    chosen = iter([FeatureType(2, "grid2"), FeatureType(2, "cls")])  # of the model, and of its random weights
+    monkeypatch.setattr("m3ae_fast.evaluation.probe_grid.best_type", lambda *_: (next(chosen), None))
     result = transfer(task, baselines=True)
     assert result["pool"] == "grid2" and result["baselines"]["random weights"]["pool"] == "cls"
     assert "pool" not in result["baselines"]["downscaled pixels"]
@@ -122,8 +128,13 @@ def test_samples_are_encoded_once_for_all_candidates(transfer, monkeypatch):
 
 @pytest.mark.slow
 def test_two_tasks_that_share_features_encode_once_and_have_the_same_results(run, shards, tmp_path, monkeypatch):
-    passes, encode = [], job.encode_by_each
-    monkeypatch.setattr(job, "encode_by_each", lambda *args, **more: passes.append(args[1]) or encode(*args, **more))
+    passes, encode = [], task_features.encode_types
+
+    def counted(*args, **more):
+        passes.append(args[2])
+        return encode(*args, **more)
+
+    monkeypatch.setattr(task_features, "encode_types", counted)
 
     def perform(task, how, **more):
         given = {"train": shards[0], "val": shards[1], "overrides": "data.workers=0", **more}
@@ -132,7 +143,7 @@ def test_two_tasks_that_share_features_encode_once_and_have_the_same_results(run
 
     with joined_program("cpu") as session:
         alone = {task: perform(task, "alone") for task in ("knn", "logistic")}
-        once, shared = len(passes) // 2, job.SharedFeatures()
+        once, shared = len(passes) // 2, SharedFeatures()
         together = {task: perform(task, "together", shared=shared) for task in alone}
     assert together == alone and len(passes) == 3 * once
     for task in alone:

@@ -18,10 +18,10 @@ from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.evaluation.tasks import Knn
-from m3ae_fast.heads import attentive_online, encoding, feature_bank
-from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads import attentive_online, encoding, feature_bank, probes
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.hyperparameter_choice import best
-from m3ae_fast.heads.probes import ATTENTIVE_RATES
+from m3ae_fast.heads.recipe import ATTENTIVE_RATES
 from m3ae_fast.images.crops import centre_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -246,7 +246,7 @@ def peak(monkeypatch):
     most, alive = {"tokens": 0, "stored": 0}, weakref.WeakSet()
     encode, encoded, append = (
         MultimodalEncoder.pooled_and_patches,
-        attentive_online.EncodedSteps._encoded,
+        attentive_online._encoded,
         feature_bank.Rows.append,
     )
 
@@ -259,8 +259,8 @@ def peak(monkeypatch):
         count(tokens)
         return pooled, tokens
 
-    def of_a_step(self, batch):
-        pooled, tokens, labels = encoded(self, batch)
+    def of_a_step(batch, *given):
+        pooled, tokens, labels = encoded(batch, *given)
         assert len(labels) == sum(not attentive_online.is_held_out(key) for key in batch.keys)
         count(tokens)
         return pooled, tokens, labels
@@ -270,7 +270,7 @@ def peak(monkeypatch):
         most["stored"] = max(most["stored"], rows[:1].nbytes)
 
     monkeypatch.setattr(MultimodalEncoder, "pooled_and_patches", pooled_and_patches)
-    monkeypatch.setattr(attentive_online.EncodedSteps, "_encoded", of_a_step)
+    monkeypatch.setattr(attentive_online, "_encoded", of_a_step)
     monkeypatch.setattr(feature_bank.Rows, "append", stored)
     return most
 
@@ -296,7 +296,8 @@ def test_an_online_probe_has_the_rate_with_the_best_results_on_the_held_out_tent
     sample cannot be read."""
     trained, right, fit = [], [], attentive_online.fit_heads
     monkeypatch.setattr(attentive_online, "fit_heads", lambda *given: right.append(fit(*given)) or right[-1])
-    monkeypatch.setattr(attentive_online, "head_warnings", lambda one, recipe: trained.append(one) or [])
+    warned = probes.head_warnings
+    monkeypatch.setattr(probes, "head_warnings", lambda one, recipe: trained.append(one) or warned(one, recipe))
     online = ("attentive.online=true", "attentive.steps=8", "attentive.batch=16", "encode.precision=fp32")
     val = write_tar(tmp_path / "val.tar", [*labelled_members(range(100, 118)), ("a.png", b""), ("a.cls", b"0")])
     result = transfer("attentive", "--pools", "mean", *settings(*online), val=val)
@@ -304,8 +305,9 @@ def test_an_online_probe_has_the_rate_with_the_best_results_on_the_held_out_tent
     model = open_model(str(run), text=False)
     held_out = [number for number in range(48) if attentive_online.is_held_out(f"{shards[0]}/{number:05d}")]
     assert 0 < len(held_out) < 12
+    kinds = [FeatureType(2, None), FeatureType(2, "mean")]
     for place, one in enumerate(trained):
-        assert one.accuracies == right[0][place][:, one.number].tolist() and not one.heads.training
+        assert one.accuracies == right[0][kinds[place]][:, one.number].tolist() and not one.heads.training
         with torch.no_grad():
             tenth, val = (one.heads(_features(model, numbers, place == 0)) for numbers in (held_out, range(100, 118)))
         labels = torch.tensor(held_out) % 3

@@ -14,7 +14,8 @@ from m3ae_fast.heads.fit_heads import judge, logits, losses
 from m3ae_fast.heads.hyperparameter_choice import Trial, best, edge, split, within_error
 from m3ae_fast.heads.logistic_regression import INVERSE_STRENGTHS, fit_chosen
 from m3ae_fast.heads.modules import LinearHeads
-from m3ae_fast.heads.probes import ATTENTIVE_RATES, Setting, attentive_recipe, train_heads, try_rates
+from m3ae_fast.heads.probes import train_heads, try_rates
+from m3ae_fast.heads.recipe import ATTENTIVE_RATES, Recipe
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import join_ranks
 
@@ -45,19 +46,19 @@ def test_a_tenth_of_the_samples_is_held_out_by_key_in_any_order():
     assert held_out == sorted(held_out) != list(range(held_out[0], held_out[0] + 20))
     keys = [bank.keys[row] for row in held_out]
     reversed_bank = replace(bank, keys=bank.keys[::-1])
-    assert {reversed_bank.keys[row] for row in split(reversed_bank).held_out} == {*keys}
+    assert {reversed_bank.keys[row] for row in split(reversed_bank)[1]} == {*keys}
     moved = replace(bank, keys=[f"/data/elsewhere/{key}" for key in bank.keys])  # the same data in another folder
-    assert split(moved).held_out == held_out
+    assert split(moved)[1] == held_out
 
 
-def _setting(ranks, seed=0, heartbeats=None, **attentive):
+def _recipe(samples, seed=0, **attentive):
     given = EvaluationConfig.model_validate({"data": {"train": [{"shards": "x"}]}, "attentive": attentive})
-    return Setting(given, 3, 1, seed, ranks, heartbeats or _Heartbeats())
+    return Recipe.of("attentive", given, classes=3, samples=samples, encoder_heads=1, seed=seed)
 
 
-def _tried(bank, setting, **more):
-    """Return the results of the learning rates. `more`: changes of the recipe."""
-    return try_rates({0: bank}, replace(attentive_recipe(len(bank.keys), setting), **more), setting)[0]
+def _tried(bank, recipe, ranks, heartbeats=None):
+    """Return the results of the learning rates."""
+    return try_rates({0: bank}, recipe, ranks, heartbeats or _Heartbeats())[0]
 
 
 def test_each_learning_rate_is_tried_in_an_independent_training():
@@ -66,10 +67,10 @@ def test_each_learning_rate_is_tried_in_an_independent_training():
     given = {"batch": 16, "steps": 300}
     with join_ranks() as ranks:
         state, heartbeats = torch.get_rng_state(), _Heartbeats()
-        tried = _tried(_bank(200), _setting(ranks, heartbeats=heartbeats, **given))
-        again = _tried(_bank(200), _setting(ranks, **given))
+        tried = _tried(_bank(200), _recipe(200, **given), ranks, heartbeats)
+        again = _tried(_bank(200), _recipe(200, **given), ranks)
         assert torch.equal(torch.get_rng_state(), state)
-        assert _tried(_bank(9), _setting(ranks, **given)) == []
+        assert _tried(_bank(9), _recipe(9, **given), ranks) == []
     assert tried == again and heartbeats.marks == 300
     assert [each.value for each in tried] == [*ATTENTIVE_RATES]
     assert best(tried).top1 >= 0.8 and len({each.loss for each in tried}) == len(ATTENTIVE_RATES)
@@ -81,9 +82,9 @@ def test_a_trial_has_the_result_of_training_with_its_learning_rate():
     train, held_out = (bank.rows(rows) for rows in split(bank))
     given = {"batch": 16, "steps": 20, "weight_decay": 0.3}
     with join_ranks() as ranks:
-        for each in _tried(bank, _setting(ranks, 7, **given))[1::2]:
-            setting = _setting(ranks, 7, **given, peak_lr=each.value)
-            trained = train_heads({0: train}, attentive_recipe(180, setting), setting)[0]
+        for each in _tried(bank, _recipe(200, 7, **given), ranks)[1::2]:
+            recipe = _recipe(180, 7, **given, peak_lr=each.value)
+            trained = train_heads({0: train}, recipe, ranks, _Heartbeats())[0]
             found_MK = logits(trained.heads, held_out)
             found = torch.nn.functional.cross_entropy(found_MK, held_out.labels_N).item()
             assert each.loss == pytest.approx(found, rel=1e-5), each
@@ -118,12 +119,11 @@ def test_an_accuracy_has_the_standard_error_of_the_held_out_tenth(monkeypatch, s
 
 def test_a_learning_rate_that_diverges_is_never_the_best():
     with join_ranks() as ranks:
-        setting = _setting(ranks, batch=16, steps=20)
-        tried = _tried(_bank(100), setting, rates=(1e-3, 1e38))
+        tried = _tried(_bank(100), replace(_recipe(100, batch=16, steps=20), rates=(1e-3, 1e38)), ranks)
         assert tried[1][1:] == (0.0, None) and best(tried) == tried[0]
-        diverging = _setting(ranks, batch=16, steps=20, peak_lr=1e38)
+        diverging = _recipe(100, batch=16, steps=20, peak_lr=1e38)
         with pytest.raises(UserError, match=r"not finite; set a lower attentive\.peak_lr"):
-            train_heads({0: _bank(100)}, attentive_recipe(100, diverging), diverging)
+            train_heads({0: _bank(100)}, diverging, ranks, _Heartbeats())
     assert best([Trial(1, 0.0, None), Trial(2, 0.0, 3.0)]).value == 2
 
 
@@ -132,7 +132,7 @@ def test_copies_of_an_image_are_on_one_side_of_the_split():
     bank = FeatureBank([f"a.tar/{number}" for number in range(700)], torch.zeros(700, 1), None, image_hashes=images)
     train, held_out = ({images[row] for row in rows} for rows in split(bank))
     assert train.isdisjoint(held_out) and len(held_out) == 10
-    assert not split(replace(bank, image_hashes=["same"] * 700)).held_out
+    assert not split(replace(bank, image_hashes=["same"] * 700))[1]
 
 
 def test_one_non_finite_logit_shows_that_a_head_has_diverged():

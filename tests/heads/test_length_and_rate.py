@@ -6,7 +6,7 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import FINETUNE, LINEAR, evaluation_config
-from m3ae_fast.heads.length_and_rate import IMAGENET, OFFICIAL, Recipe, chosen, with_defaults
+from m3ae_fast.heads.length_and_rate import IMAGENET, OFFICIAL, LengthAndRate, chosen, with_defaults
 from m3ae_fast.heads.training_warnings import rising
 
 USES = {"linear": LINEAR, "finetune": FINETUNE}
@@ -26,8 +26,8 @@ def _completed(task, samples, saved=None, **given):
 
 @pytest.mark.parametrize("samples", [IMAGENET, 1_280_000, 14_000_000])
 def test_default_hyper_parameters_for_imagenet_are_the_official_ones(samples):
-    assert OFFICIAL["linear"].scaled(samples) == Recipe(2048, 90, 10.0, 0.1)
-    assert OFFICIAL["finetune"].scaled(samples) == Recipe(1024, 100, 5.0, 1e-3)
+    assert OFFICIAL["linear"].scaled(samples) == LengthAndRate(2048, 90, 10.0, 0.1)
+    assert OFFICIAL["finetune"].scaled(samples) == LengthAndRate(1024, 100, 5.0, 1e-3)
     probe, tuning = _completed("linear", samples), _completed("finetune", samples)
     expected = {"global_batch": 2048, "epochs": 90.0, "steps": None, "warmup_epochs": 10.0, "peak_lr": 0.1}
     assert probe == expected

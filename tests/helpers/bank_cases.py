@@ -18,7 +18,8 @@ from m3ae_fast.heads.fit_heads import logits
 from m3ae_fast.heads.knn import knn_scores
 from m3ae_fast.heads.logistic_regression import fit_chosen
 from m3ae_fast.heads.nearest_neighbours import nearest
-from m3ae_fast.heads.probes import Setting, attentive_recipe, train_heads
+from m3ae_fast.heads.probes import train_heads
+from m3ae_fast.heads.recipe import Recipe
 from m3ae_fast.process.ranks import Ranks, join_ranks
 
 SAMPLES, QUERIES, WIDTH, CLASSES = 211, 61, 6, 3
@@ -101,12 +102,12 @@ def heads(ranks: Ranks) -> dict[str, object]:
     labels_N = features(SAMPLES, 0)[1]
     reached: dict[str, object] = {}
     whole = config(attentive={"steps": 30, "weight_decay": 0.01, "batch": 64})
-    setting = Setting(whole, CLASSES, 2, 5, ranks, _Heartbeats())
+    recipe = Recipe.of("attentive", whole, classes=CLASSES, samples=SAMPLES, encoder_heads=2, seed=5)
     banks = {
         number: split(features_ND, labels_N, ranks).part(number // 2)
         for number, features_ND in enumerate((layers, tokens, layers, tokens))
     }
-    for name, trained in train_heads(banks, attentive_recipe(SAMPLES, setting), setting).items():
+    for name, trained in train_heads(banks, recipe, ranks, _Heartbeats()).items():
         reached[f"{type(trained.heads).__name__}, layer {name // 2}"] = {
             "weights": trained.heads.state_dict(),
             "accuracies": trained.accuracies,

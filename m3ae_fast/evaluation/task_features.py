@@ -1,0 +1,140 @@
+"""Features of the samples of a task, computed by its model and by its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from m3ae_fast.base.pace import Pace
+from m3ae_fast.data import Corpus
+from m3ae_fast.evaluation.baselines import MODEL
+from m3ae_fast.evaluation.job import Job
+from m3ae_fast.heads.encoding import PassMonitor, UnusableSamples, encode_corpus, encode_types
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
+from m3ae_fast.process.stoppable_loop import Stopped
+
+_FEWER = "fewer --train shards"
+
+
+def encode(job: Job, corpus: Corpus, title: str, whole: Pace | None = None) -> FeatureBank:
+    """Return the features of all samples by the last block of the model, [R, D], with the pooling in the settings.
+    `title`: title of the progress display; `whole`: pace of the task, in samples."""
+    monitor = PassMonitor(title, job.heartbeats, whole=whole, part=corpus.samples)
+    return encode_corpus(job.model, corpus, job.config.data, job.encode_config, job.ranks, monitor, folder=job.out)
+
+
+def encode_by_each(
+    job: Job,
+    models: Mapping[str, MultimodalEncoder],
+    types: Mapping[str, Sequence[FeatureType]],
+    corpora: Mapping[str, Corpus],
+    *,
+    stop: StopRequest | None = None,
+    shorter: Sequence[str] = (_FEWER,),
+) -> dict[str, tuple[FeatureBank, ...]]:
+    """Return the features of each dataset by model, in one pass for all models that have the same input. Baselines for
+    which too many samples cannot be read, or that cannot read a sample of the first model, are left out with a warning.
+
+    Args:
+        job: the job.
+        models: the models by name: MODEL and the names of baselines.
+        types: the types of features of each model.
+        corpora: the datasets, by their titles in the progress display.
+        stop: stop requests to check before each batch; None if a stop request ends the program by itself.
+        shorter: options that shorten the task.
+
+    Raises:
+        Stopped: a rank is asked to stop, and there is `stop`.
+        UserError: as `encode_types` does.
+    """
+    inputs = list(dict.fromkeys(model.geometry for model in models.values()))
+    ways = " or ".join([*shorter, *(["--no-baselines"] if {*models} != {MODEL} else [])])
+    samples = sum(corpus.samples for corpus in corpora.values())
+    whole = job.pace(len(inputs) * samples, shorter=lambda _: ways)
+    found: dict[str, tuple[FeatureBank, ...]] = {}
+    for geometry in inputs:
+        same = {name: model for name, model in models.items() if model.geometry == geometry}
+        parts = []
+        try:
+            for title, corpus in corpora.items():
+                monitor = PassMonitor(title, job.heartbeats, stop, whole, corpus.samples)
+                parts.append(
+                    encode_types(
+                        [*same.values()],
+                        [types[name] for name in same],
+                        corpus,
+                        job.config.data,
+                        job.encode_config,
+                        job.ranks,
+                        monitor,
+                        folder=job.out,
+                    )
+                )
+        except UnusableSamples as error:
+            if MODEL in same:
+                raise
+            job.warn(f"the result is written without {' and '.join(same)}: {error}")
+        else:
+            found |= dict(zip(same, zip(*parts)))
+    found = _of_common_samples(found)
+    for name, banks in list(found.items()):
+        first = next(iter(found.values()))
+        if lacking := sum(len(each.keys) - len(own.keys) for each, own in zip(first, banks)):
+            job.warn(f"the result is written without {name}, which cannot read {lacking:,} of the samples")
+            del found[name]
+    return found
+
+
+def _of_common_samples(found: Mapping[str, tuple[FeatureBank, ...]]) -> dict[str, tuple[FeatureBank, ...]]:
+    """Return the features without the samples that the first model could not read, because models whose inputs differ
+    may read different files."""
+    first = next(iter(found.values()), ())
+
+    def common(bank: FeatureBank, reference: FeatureBank) -> FeatureBank:
+        if bank.keys == reference.keys:
+            return bank
+        known = {*reference.keys}
+        return bank.rows([row for row, key in enumerate(bank.keys) if key in known])
+
+    return {name: tuple(common(*each) for each in zip(banks, first)) for name, banks in found.items()}
+
+
+def encode_with_baselines(
+    job: Job, train: Corpus, val: Corpus, *, patches: bool = False
+) -> dict[str, tuple[FeatureBank, FeatureBank]]:
+    """Return the features of the training and the held-out samples by the last block of the model and of each baseline,
+    with the pooling in the settings, or their patch tokens; the keys are MODEL and the names of the baselines."""
+    return _of_last_block(job, {MODEL: job.model, **job.open_baselines()}, "", train, val, patches=patches)
+
+
+def encode_baselines(
+    job: Job, train: Corpus, val: Corpus, stop: StopRequest
+) -> dict[str, tuple[FeatureBank, FeatureBank]]:
+    """Return the features of `encode_with_baselines` by each baseline alone; empty if the task evaluates no baselines.
+    If a rank is asked to stop, the result is empty on all of them, so that the result of a training is not lost."""
+    if not (models := job.open_baselines()):
+        return {}
+    try:
+        return _of_last_block(job, models, "baselines: ", train, val, stop=stop)
+    except Stopped:
+        job.warn(f"the result is written without baselines: stopped ({stop.reason or BY_ANOTHER})")
+        return {}
+
+
+def _of_last_block(
+    job: Job,
+    models: Mapping[str, MultimodalEncoder],
+    prefix: str,
+    train: Corpus,
+    val: Corpus,
+    *,
+    patches: bool = False,
+    stop: StopRequest | None = None,
+) -> dict[str, tuple[FeatureBank, FeatureBank]]:
+    """Return the features of one type. `prefix`: prefix of the titles in the progress display."""
+    pool = None if patches else job.encode_config.fixed_pool
+    last = {name: FeatureType(model.config.depth, pool) for name, model in models.items()}
+    corpora = {f"{prefix}encoding train": train, f"{prefix}encoding val": val}
+    found = encode_by_each(job, models, {name: [kind] for name, kind in last.items()}, corpora, stop=stop)
+    return {name: (banks[0].of(last[name]), banks[1].of(last[name])) for name, banks in found.items()}
