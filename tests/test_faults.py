@@ -10,6 +10,7 @@ import pytest
 
 from m3ae_fast import checkpoint
 from m3ae_fast.training.run_state import RECORD_FILE
+from tests.helpers.faulty import PROGRAMS
 from tests.helpers.labelled import labelled_tar, tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
 from tests.helpers.trainer import Trainer, zero
@@ -27,15 +28,21 @@ def main(argv):
 
 @pytest.fixture
 def faulty(tmp_path):
-    """Return a function that runs the trainer, or `embed`, on 2 ranks with a fault and returns the codes and output."""
+    """Return a function that runs the trainer, `embed` or `evaluate` on 2 ranks with a fault and returns the codes and
+    the output. A rank that hangs receives SIGTERM."""
     trainer = Trainer(tmp_path)
 
     def run(place, rank, error, *options):
-        if place != "encode":
+        if place not in PROGRAMS:
             options = trainer.arguments("run", "--set", "train.save_every=2", "--set", "data.val=[]", *options)
         log = tmp_path / "log"
         processes = fork_ranks("tests.helpers.faulty", [place, str(rank), error, *options], 2, log)
         until = time.monotonic() + SOON_S
+        if error == "hang":
+            while not (log.exists() and "hanging" in log.read_text()):
+                assert time.monotonic() < until, log.read_text()
+                time.sleep(0.05)
+            os.kill(processes[rank].pid, signal.SIGTERM)
         for process in processes:
             process.join(max(0.0, until - time.monotonic()))
         codes = [process.exitcode for process in processes]
@@ -111,9 +118,7 @@ def test_an_error_in_a_loader_worker_of_one_rank_is_the_reported_error(faulty, r
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("error", ["KeyError", "UserError"])
 def test_an_error_on_one_rank_ends_embed_on_all_ranks(faulty, tmp_path, rank, error):
-    shard = labelled_tar(tmp_path / "a.tar", range(6))
-    options = [str(tiny_run(tmp_path / "model")), str(shard), "--out", str(tmp_path / "out.npz"), "--device", "cpu"]
-    codes, out = faulty("encode", rank, error, *options, "--set", "data.workers=0")
+    codes, out = faulty("embed", rank, error, *_options(tmp_path, "embed"))
     if error == "KeyError":
         assert codes[rank] == 1 and codes[1 - rank] == 75, out
         assert "in injected_fault" in out and out.count("Traceback") == 1
@@ -121,6 +126,35 @@ def test_an_error_on_one_rank_ends_embed_on_all_ranks(faulty, tmp_path, rank, er
         assert codes == [2, 2] and out.count("error: ") == 1 and "error: a.tar: a mistake\n" in out, out
         assert "Traceback" not in out
     assert not (tmp_path / "out.npz").exists()
+
+
+def _options(folder, program):
+    """Return the arguments of `embed` or of `evaluate`."""
+    shard, model = str(labelled_tar(folder / "a.tar", range(12))), str(tiny_run(folder / "model"))
+    common = ["--out", str(folder / "out.npz"), "--device", "cpu", "--set", "data.workers=0"]
+    if program == "embed":
+        return [model, shard, *common]
+    return ["knn", model, "--train", shard, "--val", shard, "--no-baselines", *common]
+
+
+AGAIN = "running the same command again starts over"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("program", ["embed", "evaluate"])
+def test_programs_without_checkpoints_end_with_code_0_if_one_rank_is_stopped(faulty, tmp_path, program, rank):
+    codes, out = faulty(program, rank, "hang", *_options(tmp_path, program))
+    assert codes == [0, 0] and out.count("stopped") == 1 and f"stopped (SIGTERM); {AGAIN}\n" in out, out
+    assert not (tmp_path / "out.npz").is_file() and not (tmp_path / "out.npz/result.json").exists()
+
+
+@pytest.mark.parametrize("program", ["embed", "evaluate"])
+def test_the_loss_of_a_rank_of_a_program_without_checkpoints_is_reported_without_advice_to_resume(
+    faulty, tmp_path, program
+):
+    codes, out = faulty(program, 1, "SIGKILL", *_options(tmp_path, program))
+    assert codes == [75, -signal.SIGKILL], out
+    assert out.count("error: ") == 1 and f"unless it was killed or its node was lost. {AGAIN}\n" in out, out
 
 
 @pytest.mark.parametrize("place", ["copy", "write", "rename"])

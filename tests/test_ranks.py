@@ -200,7 +200,8 @@ def test_a_stall_writes_the_stack_traces_of_all_ranks(tmp_path):
     processes[3].kill()
     assert 75 in [process.exitcode for process in processes[:3]]
     line = (
-        "error: rank 2, starting: for 3 s, no heartbeat from rank 3 (last activity: starting); --resume auto continues"
+        "error: rank 2, starting: for 3 s, no heartbeat from rank 3 (last activity: starting); --resume auto continues "
+        "from the last checkpoint"
     )
     assert f"{line}; {folder} contains the stack traces of all ranks that respond\n" in log.read_text()
     stacks = {path.name: path.read_text() for path in folder.iterdir()}

@@ -10,7 +10,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.report import main
 from m3ae_fast.pretraining.final_evaluation import stage
 from m3ae_fast.process.failure_messages import explain, rank_lost
-from m3ae_fast.process.how_to_resume import how_to_resume, resumed_by
+from m3ae_fast.process.how_to_resume import AGAIN, how_to_resume, resumed_by
 from m3ae_fast.training import run_state
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.run_state import Recorder, status
@@ -121,6 +121,9 @@ def test_messages_name_what_continues_a_run_of_this_program():
 
     with resumed_by("the same command"):
         assert all("the same command continues from the last checkpoint" in each for each in messages())
+    with resumed_by(AGAIN, "starts over"):
+        assert all("running the same command again starts over" in each for each in messages())
+        assert not any("checkpoint" in each for each in messages())
     assert all("--resume auto continues from the last checkpoint" in each for each in messages())
 
 

@@ -311,7 +311,8 @@ def test_a_rank_without_a_heartbeat_ends_the_run_and_is_named():
     """
     assert run_heartbeats(2, code) == (
         75,
-        "error: rank 0, step 7: for 1 s, no heartbeat from rank 1 (last activity: step 6); --resume auto continues\n",
+        "error: rank 0, step 7: for 1 s, no heartbeat from rank 1 (last activity: step 6); --resume auto continues "
+        "from the last checkpoint\n",
     )
 
 

@@ -41,6 +41,7 @@ from m3ae_fast.heads.encoding import Batches, encode_batches, encode_corpus
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.images.suffixes import is_image, listed_suffixes
 from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.process.how_to_resume import AGAIN, effect_of_resuming, resumed_by
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
@@ -77,8 +78,8 @@ def embed(model: str | os.PathLike[str] | MultimodalEncoder, source: Source, **o
     given = EmbedOptions(model=model, source=source, **options)
     if not isinstance(given.model, str | MultimodalEncoder):
         raise UserError(f"model: must be a name, a path or a model, not {type(model).__name__}")
-    with joined_program(given.device) as session:
-        session.stop.advice = "running the same command again starts over"
+    with resumed_by(AGAIN, "starts over"), joined_program(given.device) as session:
+        session.stop.advice = effect_of_resuming()
         ranks = session.ranks
         ranks.require_same({name: value for name, value in given if not isinstance(value, MultimodalEncoder)})
         images = ranks.broadcast(lambda: _image_files(given.source))

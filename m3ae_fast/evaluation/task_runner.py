@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -37,12 +37,14 @@ from m3ae_fast.evaluation.tasks import (
     Task,
     WithBaselines,
     WithModality,
+    WithResume,
     WithTraining,
     named_task,
 )
 from m3ae_fast.evaluation.timm_features import open_timm
 from m3ae_fast.heads.classifier import CONFIG_FILE, Classifier, read_config
 from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.process.how_to_resume import AGAIN, effect_of_resuming, resumed_by
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.run_lock import RunFolder
@@ -100,9 +102,16 @@ def evaluate(
     chosen = task if isinstance(task, Task) else named_task(task, **given)
     if session is not None:
         return _perform(chosen, session, shared or SharedFeatures(), is_last=False)
-    with joined_program(chosen.device) as own:
+    with _resumed(chosen), joined_program(chosen.device) as own:
         return _perform(chosen, own, SharedFeatures(), is_last=True)
     return None  # stopped
+
+
+def _resumed(task: Task) -> AbstractContextManager[None]:
+    """Return a context in which messages state what happens if the task is started again after it has ended early."""
+    if isinstance(task, WithResume):
+        return nullcontext()
+    return resumed_by(AGAIN, "continues" if isinstance(task, Compare) else "starts over")
 
 
 def _is_classifier(options: Task) -> TypeGuard[OneModel]:
@@ -175,8 +184,7 @@ def _perform(options: Task, session: Session, shared: SharedFeatures, *, is_last
     result."""
     ranks, task = session.ranks, options.name()
     if is_last:
-        continues = "continues" if isinstance(options, Compare) else "starts over"
-        session.stop.advice = f"running the same command again {continues}"
+        session.stop.advice = f"{AGAIN} starts over" if isinstance(options, WithResume) else effect_of_resuming()
     ranks.require_same(dict(options))
     ranks.on_main(options.require)
     one_model = options if isinstance(options, OneModel) else None

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from m3ae_fast.base.errors import RankLost, UserError, one_line
 from m3ae_fast.base.memory import limit_note, out_of_memory
-from m3ae_fast.process.how_to_resume import how_to_resume
+from m3ae_fast.process.how_to_resume import effect_of_resuming
 from m3ae_fast.process.workers import IN_WORKER, SHM
 
 # messages of gloo and the store when the process at the other end is gone
 _LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "failed to recv", "failed to send")
 
 
-def _continue() -> str:
-    return f"{how_to_resume()} continues from the last checkpoint"
-
-
 def rank_lost(who: str) -> RankLost:
     """Return the error for a rank that has detected that `who` has ended."""
     reason = "see its output for the reason, unless it was killed or its node was lost"
-    return RankLost(f"{who} exited; {reason}. {_continue()}")
+    return RankLost(f"{who} exited; {reason}. {effect_of_resuming()}")
 
 
 def explain(error: BaseException) -> UserError | None:
@@ -42,7 +38,7 @@ def _explain_worker(error: BaseException) -> UserError | None:
     """Return the UserError for an error that a loader worker raised, or for a worker that ended; None if it is a
     bug."""
     text = f"{error} {error.__cause__}"  # the error that names the signal may only be the cause of `error`
-    lower = f"lower data.workers; {_continue()}"
+    lower = f"lower data.workers; {effect_of_resuming()}"
     # Shared memory may run out when a worker allocates it (torch names the file) or when it writes to it.
     if ("No space left" in text and "</torch_" in text) or "Bus error" in text:
         return UserError(
@@ -56,5 +52,5 @@ def _explain_worker(error: BaseException) -> UserError | None:
     if "killed by signal" in text:
         return UserError(f"a loader worker was killed, perhaps for lack of memory: {lower}")
     if "exited unexpectedly" in text:
-        return UserError(f"a loader worker ended unexpectedly; its output may show the reason. {_continue()}")
+        return UserError(f"a loader worker ended unexpectedly; its output may show the reason. {effect_of_resuming()}")
     return None

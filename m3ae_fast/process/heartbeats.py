@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from m3ae_fast.base.errors import TRY_AGAIN
 from m3ae_fast.config import RunConfig
-from m3ae_fast.process.how_to_resume import how_to_resume
+from m3ae_fast.process.how_to_resume import effect_of_resuming
 from m3ae_fast.process.node_groups import ERROR_KEY, HeartbeatGroup
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest, kill_children
 
@@ -197,7 +197,7 @@ class Heartbeats:
             self._end_process(f"no heartbeat from rank {names} (last activity: {last})")
 
     def _end_process(self, what: str) -> None:
-        text = f"error: rank {self._rank}, {self._doing}: for {self.timeout:g} s, {what}; {how_to_resume()} continues"
+        text = f"error: rank {self._rank}, {self._doing}: for {self.timeout:g} s, {what}; {effect_of_resuming()}"
         text += f"; {self.folder} contains the stack traces of all ranks that respond\n" if self.folder else "\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())

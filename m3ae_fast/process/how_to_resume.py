@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_WAYS = ["--resume auto"]  # the last element is in use
+_FROM_CHECKPOINT = "continues from the last checkpoint"
+AGAIN = "running the same command again"
+_WAYS = [("--resume auto", _FROM_CHECKPOINT)]  # the last element is in use
 
 
 def how_to_resume() -> str:
     """Return what continues a run that has ended early, as the subject of a sentence."""
-    return _WAYS[-1]
+    return _WAYS[-1][0]
+
+
+def effect_of_resuming() -> str:
+    """Return a clause that states how to resume a run that has ended early, and what then happens."""
+    return " ".join(_WAYS[-1])
 
 
 @contextmanager
-def resumed_by(way: str) -> Iterator[None]:
-    """Enter a context in which `how_to_resume` returns `way`, in all threads."""
-    _WAYS.append(way)
+def resumed_by(way: str, effect: str = _FROM_CHECKPOINT) -> Iterator[None]:
+    """Enter a context in which `how_to_resume` returns `way`, in all threads. `effect`: what it does, as the predicate
+    of a sentence."""
+    _WAYS.append((way, effect))
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""The trainer, or `embed`, with a fault on one rank: run by test_faults.py.
+"""The trainer, `embed` or `evaluate`, with a fault on one rank: run by test_faults.py.
 
 With main(["copy", "1", "MemoryError", ...]), rank 1 raises MemoryError in the first copy for a checkpoint. Further
-arguments are those of m3ae_fast.train or, for the place "encode", of m3ae_fast.cli.embed.
+arguments are those of m3ae_fast.train or, for the places "embed" and "evaluate", of these commands.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +17,20 @@ from m3ae_fast import train
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.checkpoint import state_files, writing
 from m3ae_fast.checkpoint.host_copy import Staging
-from m3ae_fast.cli import embed
+from m3ae_fast.cli import embed, evaluate
 from m3ae_fast.data.dataset import Samples
-from m3ae_fast.evaluation import embedding
+from m3ae_fast.evaluation import embedding, task_features
 from m3ae_fast.training import metrics_log, pretraining_task
 
 
 def kill() -> BaseException:
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def hang() -> BaseException:
+    print("hanging", flush=True)
+    time.sleep(600)
     raise AssertionError
 
 
@@ -36,8 +43,10 @@ PLACES: dict[str, tuple[Any, str]] = {
     "pictures": (pretraining_task, "draw_training"),
     "log": (metrics_log, "_forget_after"),
     "loader": (Samples, "__getitems__"),
-    "encode": (embedding, "encode_corpus"),
+    "embed": (embedding, "encode_corpus"),
+    "evaluate": (task_features, "encode_types"),
 }
+PROGRAMS = {"embed": embed, "evaluate": evaluate}  # by place of the fault; the trainer for other places
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "MemoryError": lambda: MemoryError("no room for the copy"),
     "full": lambda: OSError(errno.ENOSPC, "No space left on device"),
@@ -45,6 +54,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     "EBADF": lambda: OSError(errno.EBADF, "Bad file descriptor"),
     "UserError": lambda: UserError("a.tar: a mistake"),
     "SIGKILL": kill,
+    "hang": hang,
 }
 
 
@@ -57,4 +67,4 @@ def main(argv: list[str]) -> int:
 
         assert hasattr(*PLACES[place])
         setattr(*PLACES[place], injected_fault)
-    return (embed if place == "encode" else train).main(arguments)
+    return PROGRAMS.get(place, train).main(arguments)
