@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 from pydantic import BaseModel
 
@@ -36,6 +38,7 @@ settings are passed with `--set section.key=value`. A command or task accepts on
 
 Each of them also uses the sections `run` and `data`, which are described on the page [Settings](config.md). Some of the
 settings in these two sections have their own options, such as `--out` and `--train`.
+{data}
 
 `linear` and `finetune` use settings of [training](config.md). The defaults that differ from those of training are in
 parentheses. Derived defaults follow this [rule](evaluation-tasks.md#default-hyper-parameters-by-dataset-size), and a
@@ -55,7 +58,7 @@ def train_page() -> str:
 
 def evaluation_page() -> str:
     """Return docs/evaluation-config.md: the sections that only the tasks of `evaluate` have."""
-    head = EVALUATION_HEAD.format(readers=_readers(), shared=_shared())
+    head = EVALUATION_HEAD.format(readers=_readers(), shared=_shared(), data=_data())
     return _page(head, EvaluationConfig, _links(_sections(Config), "config.md"))
 
 
@@ -73,6 +76,27 @@ def _readers() -> str:
     for name, uses in [*((name, task.uses) for name, task in TASKS.items()), ("m3ae-fast embed", Uses())]:
         lines.append(f"| {name} | {', '.join(link(uses, section) for section in uses.sections)} |")
     return "\n".join(lines)
+
+
+def _data() -> str:
+    """Return sentences that name the settings of the section `data` that are used."""
+    uses = {name: task.uses.keys("data") for name, task in TASKS.items()}
+    common = Uses().keys("data")
+    readers: dict[tuple[str, ...], list[str]] = {}
+    for task, keys in uses.items():
+        if more := tuple(key for key in keys if key not in common):
+            readers.setdefault(more, []).append(f"`{task}`")
+    lines = [f"Of `data`, they use {_listed(common)}."]
+    lines += [
+        f"{_listed(tasks, '')} also {'use' if len(tasks) > 1 else 'uses'} {_listed(keys)}."
+        for keys, tasks in readers.items()
+    ]
+    return "\n".join(wrap(" ".join(lines), 120))
+
+
+def _listed(names: Sequence[str], quote: str = "`") -> str:
+    *first, last = (f"{quote}{name}{quote}" for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _shared() -> str:

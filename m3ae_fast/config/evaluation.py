@@ -18,7 +18,13 @@ from m3ae_fast.config.section import Batch, Count, Rate, Section, Size
 from m3ae_fast.config.settings import DataConfig, DeepSpeedConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from m3ae_fast.config.value_range import Range, check_range
 
-_COMMON = ("run", "data", "model")  # sections that every task reads
+_COMMON = ("run", "data", "model")  # sections of which every task reads at least some settings
+_ALWAYS = (  # what every task reads of them
+    *("run", "model", "data.train", "data.val", "data.tokenizer", "data.workers", "data.cache_dir", "data.cache_gb"),
+    "data.max_bad_fraction",
+)
+CROPS = ("data.crop_scale", "data.flip", "data.repeats", "data.shuffle_shards", "data.lanes")  # of random crops
+SHOWN = "data.show_channels"  # of figures with images of samples
 
 
 class ImageConfig(Section):
@@ -179,7 +185,7 @@ class EvaluationConfig(Section):
 
 @dataclass(frozen=True)
 class Uses:
-    """The settings that a task or program uses in addition to the sections `run`, `data` and `model`."""
+    """The settings that a task or program uses in addition to those that all of them use."""
 
     names: tuple[str, ...] = ("encode",)  # sections, and single settings of other sections, such as "train.epochs"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # by setting, in place of the defaults of pre-training
@@ -188,18 +194,17 @@ class Uses:
 
     @property
     def sections(self) -> list[str]:
-        """Return the sections of which at least one setting is used."""
-        return list(dict.fromkeys(name.partition(".")[0] for name in self.names))
+        """Return the sections of which at least one setting is used, without those of which every task uses some."""
+        found = dict.fromkeys(name.partition(".")[0] for name in self.names)
+        return [name for name in found if name not in _COMMON]
 
     def __contains__(self, name: object) -> bool:
         """Return whether a section or a setting, such as "train.epochs", is used."""
-        return any(name == each or str(name).startswith(f"{each}.") for each in (*self.names, *_COMMON))
+        return any(name == each or str(name).startswith(f"{each}.") for each in (*self.names, *_ALWAYS))
 
     def keys(self, section: str) -> list[str]:
         """Return the keys of a section that are used."""
-        if section in self:
-            return list(section_class(section).model_fields)
-        return [key for name in self.names for parent, _, key in [name.partition(".")] if parent == section]
+        return [key for key in section_class(section).model_fields if f"{section}.{key}" in self]
 
     def default(self, name: str) -> str:
         """Return the default of a setting as Markdown; "" if the setting is the same as in pre-training."""
@@ -228,7 +233,7 @@ _LOOP = (
 _DERIVED = "derived from the number of training samples"
 
 LINEAR = Uses(
-    ("encode", *_SCHEDULE, *_LOOP),
+    ("encode", *_SCHEDULE, *_LOOP, *CROPS),
     {"optim.weight_decay": 0.0, "train.micro_batch": 64},
     {
         "optim.peak_lr": _DERIVED,
@@ -243,6 +248,7 @@ FINETUNE = Uses(
     (
         *("finetune", *_SCHEDULE, "optim.betas", "optim.clip_grad", "optim.layer_decay"),
         *(*_LOOP, "train.precision", "train.ema", "train.activation_checkpointing", "train.compile", "deepspeed"),
+        *CROPS,
     ),
     {"optim.peak_lr": 1e-3, "optim.weight_decay": 0.05, "optim.betas": [0.9, 0.999], "optim.layer_decay": 0.6},
     {

@@ -246,10 +246,10 @@ class Job(Generic[T_co]):
         self.ranks.on_main(save)
 
     def described(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Return the result with the task, the model, the modality and the config added."""
+        """Return the result with the task, the model, the modality, the options and the config added."""
         options = self.options
-        model, config = options.model_dump(include={"model"}), options.uses.values(self.config)
-        return {"task": options.name()} | result | model | {"modality": self.modality, "config": config}
+        about = {"modality": self.modality, "options": options.entries(), "config": options.uses.values(self.config)}
+        return {"task": options.name()} | result | options.model_dump(include={"model"}) | about
 
 
 def refuse_existing(out: Path) -> None:

@@ -32,7 +32,7 @@ from m3ae_fast.config.arguments import (
     names,
     output,
 )
-from m3ae_fast.config.evaluation import FINETUNE, LINEAR, Uses
+from m3ae_fast.config.evaluation import CROPS, FINETUNE, LINEAR, SHOWN, Uses
 from m3ae_fast.config.poolings import POOLS, Pool
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP, FEATURES_HELP, IMAGE_FEATURES, MODEL_HELP, RANDOM, TIMM
 
@@ -41,6 +41,7 @@ DRAWS = 5  # number of draws for each number of shots
 Probe = Literal["knn", "logistic", "attentive"]  # probes that `compare` can use
 PROBE_NAMES: tuple[Probe, ...] = get_args(Probe)
 Modality = Literal["image", "text", "paired"]
+_IN_RESULT = ("model", "modality", "train", "val", "out")  # options in other fields of the result, or in its config
 _NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # NAME=SHARDS, the first value of an option --ood
 
 
@@ -134,6 +135,11 @@ class Task(WithSettings):
     def uses_now(self) -> Uses:
         """Return the settings that the task uses with these options."""
         return self.uses
+
+    def entries(self) -> dict[str, Any]:
+        """Return the options for result.json, as plain JSON data: those that neither the settings nor other fields of
+        the result contain."""
+        return self.model_dump(mode="json", exclude={*WithSettings.model_fields, *_IN_RESULT})
 
     @property
     def shards(self) -> list[str]:
@@ -330,7 +336,7 @@ class Knn(PooledProbe):
     nearest training samples.
     """
 
-    uses = Uses(("encode", "knn"))
+    uses = Uses(("encode", "knn", SHOWN))
 
 
 class Logistic(PooledProbe):
@@ -382,7 +388,7 @@ class Attentive(WithGrid, WithBaselines, WithTraining):
     dataset. `attentive.online` selects one of the two. With `--shots`, the features are always stored.
     """
 
-    uses = Uses(("encode", "attentive"))
+    uses = Uses(("encode", "attentive", *CROPS))
 
     pools: Pools = ()
     """also train linear classifiers on the features of each of these poolings, in the same training steps as the
@@ -432,7 +438,7 @@ class Segment(WithBaselines, WithTraining):
     the baselines.
     """
 
-    uses = Uses(("encode", "segment", "knn"))
+    uses = Uses(("encode", "segment", "knn", SHOWN))
 
 
 class Robustness(OneModel, WithLabels):
@@ -495,7 +501,7 @@ class Ood(OneModel, WithModality, WithLabels, WithTraining):
 class Compare(WithLabels, WithTraining):
     """Compare models and baselines with several probes, and test which of them differ significantly."""
 
-    uses = Uses(("encode", "knn", "attentive"))
+    uses = Uses(("encode", "knn", "attentive", *CROPS))
 
     model: Models = Field(
         description=f"{MODEL_HELP}; {FEATURES_HELP}. Without --train, --val and --out: the OUT folders of two or more "
@@ -508,7 +514,7 @@ class Compare(WithLabels, WithTraining):
 
     @property
     def uses_now(self) -> Uses:
-        return Uses(("encode", *self.probes))
+        return Uses(("encode", *self.probes, *(CROPS if "attentive" in self.probes else ())))
 
 
 TASKS: dict[str, type[Task]] = {

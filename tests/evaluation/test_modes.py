@@ -1,5 +1,7 @@
 """The modes in which each program runs the encoder: training or evaluation, autocast, gradients."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli import embed as features
 from m3ae_fast.cli.evaluate import main
+from m3ae_fast.config.evaluation import evaluation_config
 from m3ae_fast.evaluation.tasks import TASKS
 from m3ae_fast.heads.classifier import Classifier
 from m3ae_fast.heads.modules import BatchNorm
@@ -136,3 +139,35 @@ def test_help_lists_every_setting_of_a_task(task, capsys):
         assert "finetune.hours" not in text and "optim.name" not in text
     if task == "robustness":
         assert "of 1/255. Default: [0.5, 1, 2, 4]; allowed: list: number > 0, ≤ 255." in text
+
+
+def _config(task, override):
+    given = {"data": {"train": [{"shards": "a.tar"}]}}
+    return evaluation_config(given, [override], task, TASKS[task].uses)
+
+
+@pytest.mark.parametrize(
+    ("task", "override"),
+    [
+        ("knn", "data.flip=false"),
+        ("logistic", "data.show_channels=[0,1,2]"),
+        ("segment", "data.crop_scale=[0.5,1]"),
+        ("ood", "data.repeats=2"),
+        ("robustness", "data.lanes=8"),
+        ("linear", "data.image_tokens=workers"),
+    ],
+)
+def test_settings_of_the_data_that_a_task_ignores_are_refused(task, override):
+    name = override.partition("=")[0]
+    start = f"override {name}: {task} does not use this setting; of data, it uses only train, val, tokenizer, "
+    with pytest.raises(UserError, match=re.escape(start)):
+        _config(task, override)
+
+
+def test_settings_of_the_data_that_a_task_uses_are_accepted():
+    assert not _config("attentive", "data.flip=false").data.flip
+    assert _config("linear", "data.repeats=2").data.repeats == 2
+    assert _config("knn", "data.show_channels=[2,1,0]").data.show_channels == (2, 1, 0)
+    assert _config("robustness", "data.workers=3").data.workers == 3
+    with pytest.raises(UserError, match=r"data\.flips"):
+        _config("knn", "data.flips=false")

@@ -21,6 +21,7 @@ from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import logits
 from m3ae_fast.heads.logistic_regression import fit
 from tests.evaluation.conftest import same_as_baseline, settings
+from tests.helpers import task_cases
 from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.shards import write_tar
 
@@ -65,6 +66,13 @@ def test_labels_determined_by_the_colour_are_predicted(transfer, tmp_path, task,
 
 
 @pytest.mark.slow
+def test_grids_of_probes_of_lists_of_labels_are_refused(transfer, tmp_path):
+    task_cases.write_data(tmp_path)
+    given = {"train": str(tmp_path / "train.tar"), "val": str(tmp_path / "val.tar")}
+    with pytest.raises(UserError, match=r"labels json\.tags: are lists, for which layers, pools and shots are not"):
+        transfer("knn", "--labels", "json.tags", "--layers", "1", **given)
+
+
 def test_two_results_on_lists_of_labels_are_compared_as_a_model_and_its_baseline(transfer, tmp_path):
     data = {"train": tagged_tar(tmp_path / "train.tar", tags_of(range(45)))}
     wrong = {number: ["green"] for number in range(108, 114)}

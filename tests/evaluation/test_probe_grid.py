@@ -151,6 +151,8 @@ def test_few_shot_accuracies_equal_those_of_k_nn_computed_by_hand(transfer, run,
     result = transfer("knn", "--shots", "1,5", *settings("knn.k=5", "encode.precision=fp32"))
     rows = result["results"]
     assert [(row["shots"], row["draws"], row["layer"]) for row in rows] == [(1, 5, 2), (5, 5, 2)]
+    options = {"labels": "cls", "layers": None, "pools": [], "shots": [1, 5], "baselines": False}
+    assert result["options"] == options and result["skipped"] == 0
     assert figure_names(tmp_path / "out") == ["shots"]
     table = parquet.read_table(tmp_path / "out/predictions.parquet").to_pandas()
     model = open_model(str(run), text=False)

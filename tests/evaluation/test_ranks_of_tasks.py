@@ -105,10 +105,12 @@ def _fields(value):
     for name, inner in value.items():
         name = re.sub(r"^(other_)?(max_softmax|energy|knn|mahalanobis)_(?!samples)", "SET_SCORE_", name)
         yield re.sub(r"^other_samples$", "SET_samples", name).removesuffix("_se")
-        if name == "baselines":
+        if name == "baselines" and isinstance(inner, dict):
             for baseline in inner.values():
                 yield from _fields(baseline)
-        if name in ("recipe", "difference") or (isinstance(inner, list) and inner and isinstance(inner[0], dict)):
+        if name in ("recipe", "difference", "options") or (
+            isinstance(inner, list) and inner and isinstance(inner[0], dict)
+        ):
             for row in inner if isinstance(inner, list) else [inner]:
                 yield from _fields(row)
 
