@@ -161,6 +161,15 @@ def test_the_fetcher_exits_with_the_run(start, tmp_path):
     assert not list((tmp_path / "node0/locks").glob("steps-*"))
 
 
+def test_the_fetcher_ends_with_the_iterator(start, tmp_path):
+    loader = start(0, 1)
+    batches = iter(loader)
+    next(batches)
+    assert loader.companion.process.is_alive()
+    del batches
+    assert not loader.companion.process.is_alive() and not list((tmp_path / "node0/locks").glob("steps-*"))
+
+
 def test_ranks_of_a_node_share_one_fetcher(start):
     """The fetcher waits for the slower rank."""
     loaders = [start(rank, 2, folder="same", node=Node("run", [0, 1])) for rank in (0, 1)]

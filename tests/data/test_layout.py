@@ -166,6 +166,15 @@ def test_a_table_may_contain_only_labels(tmp_path, capsys):
     assert identities[0] != identities[1]
 
 
+def test_a_second_text_file_of_an_image_is_reported_as_ignored(tmp_path):
+    root = tree(tmp_path / "data", "0.png")
+    for suffix in ("txt", "TXT"):
+        (root / f"0.{suffix}").write_text(f"read from {suffix}")
+    folder = Folder(root, SourceOptions())
+    assert folder.read("train", 0).caption == "read from txt"
+    assert folder.ignored.lines()[1:] == ["    0.TXT"]
+
+
 def test_images_outside_the_splits_are_skipped_and_named(tmp_path, capsys):
     root = tree(tmp_path / "data", "logo.png", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     assert make(root, tmp_path / "out") == 0
