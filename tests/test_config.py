@@ -35,6 +35,7 @@ from m3ae_fast.training.dry_run import (
     network_bytes,
     report,
     report_time,
+    shortest_steps,
 )
 from m3ae_fast.training.throughput_estimate import ThroughputEstimate
 from tests.helpers.labelled import labelled_tar
@@ -356,7 +357,7 @@ def _plan(capsys, *options):
     step = re.search(
         r"^step +(\S+) TFLOP per GPU(?:, for 512 samples|: \S+ for 512 samples, and (\S+) for Muon's.*)$", out, re.M
     )
-    rows = re.findall(r"^│ (\S.*?) +│ ([\d,]+) +│ (\S+) +│$", out, re.M)
+    rows = re.findall(r"^│ ([^│]*?) +│ ([\d,]+) +│ (\S+) +│ [\d,]+ +│ [\d,]+ +│$", out, re.M)
     return out, *(1e12 * float(flops or 0) for flops in step.groups()), rows
 
 
@@ -539,6 +540,15 @@ def test_a_dry_run_prints_network_traffic(run):
     assert one == 0 and many == pytest.approx(8000, rel=2e-3)  # an all-reduce sends everything twice
     assert network_bytes(1000, 2, 2, 4, True, True) == 4 * 2 * 2000 + 1000
     assert network_bytes(1000, 3, 2, 4, True, False) == 4 * (1000 + 2 * 1000)
+
+
+def test_the_loader_of_the_shortest_step_needs_cores_for_one_gpu_and_for_all():
+    """On an H100, a step of 0.989 TFLOP takes at least 1 ms. In this time, 600 cores decode 360 images."""
+    for world, cores in ((1, {"cores for 1 GPU": "200"}), (8, {"cores for 1 GPU": "200", "cores for 8 GPUs": "1,599"})):
+        table = shortest_steps(0.989e12, 119.9, world)
+        columns = [list(column.cells) for column in table.columns]
+        row = next(row for row in zip(*columns) if row[0] == "H100")
+        assert dict(zip([column.header for column in table.columns[3:]], row[3:])) == cores and row[2] == "1"
 
 
 def test_a_dry_run_counts_the_exchange_and_the_memory_of_updates_by_muon(capsys):

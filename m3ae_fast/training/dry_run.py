@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -86,9 +87,11 @@ def report(
     for name, text in [*lines, *more]:
         console.print(f"{name:21} {text}")
     if gpus:
-        console.print(shortest_steps(needs.step_flops))
+        console.print(shortest_steps(needs.step_flops, needs.samples, needs.world))
         sheet = "shortest step: FLOPs divided by the peak in the GPU's data sheet for dense matmuls in bf16"
         console.print(f"{sheet}; this is a lower limit, not a prediction")
+        speed = f"{DECODED_PER_CORE} images per second and core, measured at 256 px"
+        console.print(f"cores: the most that the loader can need, for steps of this length and {speed}")
         _print_memory(console, needs)
 
 
@@ -260,11 +263,17 @@ def fetching_lines(config: Config, corpus: Corpus, world: int) -> list[tuple[str
     ]
 
 
-def shortest_steps(flops: float) -> Table:
-    """Return a table of the shortest possible step on each kind of GPU. `flops`: FLOPs per step and GPU."""
-    table = Table("GPU", "peak TFLOP/s", "shortest step in ms")
+def shortest_steps(flops: float, samples: float, world: int) -> Table:
+    """Return a table of the shortest possible step on each kind of GPU, and of the number of cores with which the
+    loader keeps up with it, for one GPU and for all of them. `flops`, `samples`: FLOPs and samples per step and GPU;
+    `world`: number of GPUs."""
+    gpus = [1] if world == 1 else [1, world]
+    columns = [f"cores for {count} GPU{'s' * (count > 1)}" for count in gpus]
+    table = Table("GPU", "peak TFLOP/s", "shortest step in ms", *columns)
     for name, peaks in PEAKS.items():
-        table.add_row(name, f"{peaks.flops / 1e12:,.0f}", _rounded(1e3 * flops / peaks.flops))
+        seconds = flops / peaks.flops
+        cores = (f"{math.ceil(count * samples / seconds / DECODED_PER_CORE):,}" for count in gpus)
+        table.add_row(name, f"{peaks.flops / 1e12:,.0f}", _rounded(1e3 * seconds), *cores)
     return table
 
 
