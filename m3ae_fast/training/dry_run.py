@@ -69,8 +69,8 @@ def report(
     needs = _Needs(config, world)
     lines = [*_flops_lines(needs), _batch_line(needs, gpus)]
     if teacher:
-        memory = f"{teacher.bytes / 1e9:.3g} GB of memory per rank in addition to the estimate below"
-        lines.append(("teacher", f"{teacher.describe(config)}; {memory}"))
+        own = f"{teacher.bytes / 1e9:.3g} GB of memory per rank in addition to the estimate below"
+        lines.append(("teacher", f"{teacher.describe(config)}; {own}"))
     if gpus:
         lines += [("step", _step(needs)), ("network", _network(needs))]
     if data:

@@ -163,8 +163,9 @@ def test_every_setting_of_a_model_affects_its_weights_or_is_compared():
         "value_range": [0, 4095],
     }  # fmt: skip
     free = {"size", "drop_path", "init_from", "pool"}
-    # sin-cos positions fit any size; the codebook size shows in the weights if it is used; the bit depth may be higher
-    adapted = {"image_size", "text_length", "codebook_size", "image_dtype"}
+    # sin-cos positions fit any size; the codebook size and the width of a teacher show in the weights if they are used;
+    # the bit depth may be higher
+    adapted = {"image_size", "text_length", "codebook_size", "target_width", "image_dtype"}
     adapted |= {"resize", "max_patches", "min_patches", "native_positions"}
     assert ModelConfig.model_fields.keys() == others.keys() | compared.keys() | free | adapted
 
