@@ -60,11 +60,11 @@ def attention_kernel(
     acc is the sum of the weighted values.
 
     Cost: 4HD sum(n^2) FLOPs, 8THD bytes in bfloat16, H sum(n^2) exponentials. Estimates for M3AE-Large at 512 samples
-    on an H100 (3.35 TB/s; 16 exponentials per cycle on each of 132 multiprocessors at 1.7 GHz):
-    - Encoder (n 73, H 16, D 64): 11 GFLOP. The memory traffic of 306 MB takes 91 us. Issuing the instructions (counted
-      in the compiled code) takes 87 us.
-    - Decoder (n 290, H 16, D 32): 88 GFLOP. The memory traffic of 608 MB takes 181 us, and the 0.7e9 exponentials take
-      190 us. Issuing the instructions takes 337 us.
+    of 256 px on an H100 (3.35 TB/s; 16 exponentials per cycle on each of 132 multiprocessors at 1.7 GHz):
+    - Encoder (n 70, H 16, D 64): 10 GFLOP. The memory traffic of 294 MB takes 88 us. Issuing the instructions (counted
+      in the compiled code) takes 91 us.
+    - Decoder (n 277, H 16, D 32): 80 GFLOP. The memory traffic of 581 MB takes 173 us, and the 0.6e9 exponentials take
+      175 us. Issuing the instructions takes 347 us.
     """
     pid = tl.program_id(0)
     head = (pid % H).to(tl.int64)
@@ -200,9 +200,9 @@ def attention_backward_kernel(
 
     Cost: 10HD sum(n^2) FLOPs, 16THD bytes in bfloat16, H sum(n^2) exponentials. Estimates for the sizes and the GPU of
     `attention_kernel`:
-    - Encoder: 28 GFLOP. The memory traffic of 612 MB takes 183 us. Issuing the instructions takes only 85 us, with one
+    - Encoder: 26 GFLOP. The memory traffic of 587 MB takes 175 us. Issuing the instructions takes only 85 us, with one
       tile of 128 keys.
-    - Decoder: 220 GFLOP. The memory traffic of 1.2 GB takes 363 us. Issuing the instructions takes 517 us, with two
+    - Decoder: 201 GFLOP. The memory traffic of 1.2 GB takes 347 us. Issuing the instructions takes 468 us, with two
       tiles of 128 keys and one of 64.
     """
     HALF: tl.constexpr = BLOCK_N // 2
