@@ -85,6 +85,7 @@ def test_help_is_printed_for_every_program(module, capsys):
         program.main(["--help"])
     out = capsys.readouterr().out
     assert "usage:" in out and len(out) > 300
+    assert module != "shards" or "tokenizer" in out.partition("commands")[2]  # the commands are listed
 
 
 @pytest.mark.parametrize("mistake", ["train.stepps=1", "data.train.0.shards=/nowhere/x.tar"])

@@ -40,20 +40,21 @@ class _Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action=_Help, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def short_help(self) -> str:
-        """Return the help without the options that are in a group and without the epilog."""
-        first = (self._positionals, self._optionals)
+        """Return the help without the epilog and without groups of options. A group of commands is included."""
+        groups = self._action_groups[2:]  # after those of positional arguments and of options
+        more = [group for group in groups if all(action.option_strings for action in group._group_actions)]
+        first = [group for group in self._action_groups if group not in more]
         actions = [action for group in first for action in group._group_actions if action.help != argparse.SUPPRESS]
         formatter = self._get_formatter()
         needed = [action for action in actions if action.required and action.option_strings]
         words = [f"{action.option_strings[0]} {action.metavar}" for action in needed]
-        places = [formatter._format_args(action, "").strip() for action in self._positionals._group_actions]
+        places = [formatter._format_args(action, "").strip() for action in actions if not action.option_strings]
         formatter.add_usage(" ".join([self.prog, *places, *words, "[OPTIONS]"]), [], [])
         formatter.add_text(self.description)
         for group in first:
             formatter.start_section(group.title)
             formatter.add_arguments(group._group_actions)
             formatter.end_section()
-        more = [group for group in self._action_groups if group not in first]
         names = [action.option_strings[-1] for group in more for action in group._group_actions]
         if names or self.epilog:
             names += ["settings"] if self.epilog else []
