@@ -29,6 +29,7 @@ from m3ae_fast.data.tar import scan_tar
 from m3ae_fast.evaluation.run_report import read_results
 from m3ae_fast.heads.classifier import read_config
 from m3ae_fast.model.pretrained import read_pretrained
+from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.output_claim import claimed
 from m3ae_fast.shards.sources.hdf5 import Hdf5
 from m3ae_fast.training.metrics_log import RunLog
@@ -441,7 +442,7 @@ READERS = {
     "conversion.json": lambda path: claimed(path.parent, {"source": {"kind": "folder"}}, None).__enter__(),
     "model.pkl": lambda path: read_source(str(path), ViTOptions()),
     "golden.npz": Golden.load,
-    "data.hdf5": Hdf5,
+    "data.hdf5": lambda path: Hdf5(path, SourceOptions()),
 }
 
 

@@ -91,14 +91,15 @@ from m3ae_fast.cli.pretrain import main
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.shards import writer
-from m3ae_fast.evaluation import knn, logistic
+from m3ae_fast.evaluation import knn
+from m3ae_fast.heads import logistic_regression
 
 STAGES = {
     "shards": (writer, "_write"), "tokenizer": (dataset_statistics, "train_tokenizer"),
     "statistics": (dataset_statistics, "collect"),
     "measuring": (size_and_length, "measure"),
     "training": (Trainer, "log_step"), "end of training": (PretrainingTask, "conclude"),
-    "k-NN": (knn, "run"), "logistic regression": (logistic, "fit_chosen"),
+    "k-NN": (knn, "run"), "logistic regression": (logistic_regression, "fit_chosen"),
     "report": (stages, "write_report"), "export": (stages, "convert"),
 }
 HEEDED = ("training", "end of training")  # by what is going on
@@ -1335,7 +1336,7 @@ def test_the_pretrain_command_passes_on_its_arguments(monkeypatch, capsys, end, 
     given = {"hours": 3.0, "captions": Path("a.csv"), "val": ["b.tar", "c.tar"], "labels": "json.kind"}
     given |= {"start_from": "base", "overrides": ["train.global_batch=8"], "dry_run": dry_run}
     given |= {"device": None, "recipe": None, "image_column": "file", "caption_column": None, "group": "folder"}
-    given |= {"source": "photos", "out": Path("run"), "seed": None}
+    given |= {"source": "photos", "out": Path("run"), "seed": None, "teacher": None}
     assert calls == [((), given)]
     out, err = capsys.readouterr()
     assert (out.strip(), err.strip()) == (

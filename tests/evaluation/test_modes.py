@@ -125,7 +125,7 @@ def test_the_prediction_for_a_sample_does_not_depend_on_the_other_samples(transf
 @pytest.mark.parametrize("task", TASKS)
 def test_help_lists_every_setting_of_a_task(task, capsys):
     with pytest.raises(SystemExit):
-        main([task, "--help"])
+        main([task, "--help", "all"])
     shown = capsys.readouterr().out
     for section in TASKS[task].uses.sections:
         for key in TASKS[task].uses.keys(section):
