@@ -222,11 +222,15 @@ def test_the_masking_of_captions_may_change_if_the_model_is_image_only(tmp_path)
 REFUSED, STREAM, NOTED, FREE = "was made with", "which changes the stream of samples", "from here on", ""
 SETTINGS = {
     "run": {"seed": REFUSED, "dir": FREE, "loggers": FREE, "stall_timeout": FREE},
-    "model": {name: FREE if name in ("init_from", "pool") else REFUSED for name in ModelConfig.model_fields},
+    # the width of the targets is that of the teacher
+    "model": {
+        name: FREE if name in ("init_from", "pool", "target_width") else REFUSED for name in ModelConfig.model_fields
+    },
     "masking": dict.fromkeys(("image_ratio", "text_ratio", "image_predicted", "text_predicted", "per"), STREAM),
     "loss": dict.fromkeys(
         ("image_weight", "text_weight", "image_all_tokens", "text_all_tokens", "norm_pix", "per"), NOTED
-    ),
+    )
+    | {"teacher": FREE},  # compared by the hash of its weights in the fingerprint
     "data": dict.fromkeys(("crop_scale", "flip", "repeats", "image_tokens"), STREAM)
     # compared by the fingerprint, regardless of the location of the files
     | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)
@@ -265,7 +269,7 @@ def test_changing_a_setting_has_the_consequence_of_its_class(tmp_path, section, 
     saved[section] |= {name: "another"}
     if section == "model":  # this section is parsed
         grey = {"image_mean": [0.5], "image_std": [0.5]} if name == "channels" else {}
-        possible = {"value_range": [0, 4095], "channels": 1, "max_patches": 9}
+        possible = {"value_range": [0, 4095], "channels": 1, "max_patches": 9, "target_width": 8}
         other = possible[name] if name in possible else _another(getattr(config.model, name))
         saved[section] |= grey | {name: other}
     info = checkpoint.Info(1, 0, config.run.seed, saved, {}, {})
