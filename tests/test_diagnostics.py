@@ -15,7 +15,7 @@ from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import Config, LossConfig, OptimConfig, TrainConfig, parse
 from m3ae_fast.data import dataset
 from m3ae_fast.engine.fragments import cut
-from m3ae_fast.engine.validation_losses import Baselines, entropy, position_share, rankme
+from m3ae_fast.engine.validation_metrics import Baselines, entropy, position_share, rankme
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.images.decoding import decode_image

@@ -31,7 +31,7 @@ from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.muon import orthogonalisation_flops
 from m3ae_fast.engine.optimizer import clip_by_global_norm
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.engine.validation_losses import evaluate
+from m3ae_fast.engine.validation_metrics import evaluate
 from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.model.flops import executed_flops, reference_flops
 from m3ae_fast.model.m3ae import M3AE

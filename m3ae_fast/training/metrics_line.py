@@ -1,6 +1,6 @@
 """The content of a line of metrics.jsonl about training steps; docs/guide/metrics.md explains the keys.
 
-The same file has lines about evaluations (from `engine/validation_losses.py`, `evaluation/knn_during_training.py` and
+The same file has lines about evaluations (from `engine/validation_metrics.py`, `evaluation/knn_during_training.py` and
 `evaluation/labelled_task.py`) and about changes of the number of steps (from `trainer.py`). `metrics_log.py` writes all
 of them.
 """

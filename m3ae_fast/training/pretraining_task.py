@@ -19,7 +19,7 @@ from m3ae_fast.data import Data
 from m3ae_fast.drawing.during_training import draw_training
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.parameter_groups import lr_scale
-from m3ae_fast.engine.validation_losses import Baselines, evaluate
+from m3ae_fast.engine.validation_metrics import Baselines, evaluate
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.attention_kernels import RunAttention

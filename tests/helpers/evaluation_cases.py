@@ -20,7 +20,7 @@ from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.data.rank_share import MicroBatches, Share
 from m3ae_fast.engine import deepspeed_engine
 from m3ae_fast.engine.interface import ModelEngine
-from m3ae_fast.engine.validation_losses import Baselines, evaluate
+from m3ae_fast.engine.validation_metrics import Baselines, evaluate
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import LR, config_of, engine_of, samples
 

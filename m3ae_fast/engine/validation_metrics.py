@@ -1,4 +1,4 @@
-"""Losses on held-out samples, baseline losses of constant predictions, the effective rank of the features, and the
+"""Metrics on held-out samples: losses, losses of constant predictions, the effective rank of the features, and the
 fraction of their variance that positions explain.
 
 Shapes: I masked patches, K values of a patch, N samples, D encoder width, P visible patches, L positions.
