@@ -235,8 +235,8 @@ class WithBaselines(OneModel):
     the pixels of each patch.
 
     A printed line shows the metrics of each baseline, and the paired difference between MODEL and the baseline;
-    `baselines` in `result.json` contains both. A warning names the baselines than which MODEL is not significantly
-    better. `knn`, `logistic` and `segment` use the same classifier for the baselines as for MODEL, with
+    `baselines` in `result.json` contains both. A warning names the baselines that MODEL does not significantly
+    exceed. `knn`, `logistic` and `segment` use the same classifier for the baselines as for MODEL, with
     hyper-parameters chosen separately by the same rule. The other tasks use logistic regression, so that no second
     training is necessary. With `--layers`, `--pools` or `--shots`, the baselines are compared with the accuracy `top1`
     of the result.

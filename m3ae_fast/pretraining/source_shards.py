@@ -62,7 +62,7 @@ def find_shards(
         value_range: values of black and white in images with more than 8 bits per channel; None: detected.
         kept: the training shards of an existing run in `out`; empty: there is none.
         columns: names of the columns of images and of captions, as in `open_source`; None: detected.
-        group: field whose equal values keep samples in the same split; see `Records.values`.
+        group: field; samples with equal values of it are in the same split; see `Records.values`.
         start_range: value range of the weights from which the run starts, which is used if `value_range` is None; None:
             the weights have none, or there are no such weights.
 
