@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Iterable, Sequence
 
 from m3ae_fast.config.arguments import Arguments, add_arguments
 from m3ae_fast.evaluation import tasks
@@ -28,7 +29,7 @@ m3ae-fast evaluate ood runs/finetune --train 't.tar' --val 'v.tar' --ood svhn='s
 
 `python docs/write_settings.py` generates this page from m3ae_fast/evaluation/tasks.py.
 """
-SHARED = {  # sections that describe what several tasks have in common
+SHARED: dict[str, type[Arguments]] = {  # sections that describe what several tasks have in common
     "Baselines": tasks.WithBaselines,
     "Layers, poolings and few samples": tasks.WithGrid,
     "Lists of labels": tasks.PooledProbe,
@@ -117,8 +118,8 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _table(head: tuple[str, ...], rows: object) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]  # type: ignore[attr-defined]
+def _table(head: tuple[str, ...], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]) if lines else ""
 
 

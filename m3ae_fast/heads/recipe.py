@@ -1,4 +1,4 @@
-"""How probes are trained on features: the kind of probe and its hyper-parameters."""
+"""Derives the hyper-parameters of a probe on features from the settings and the number of training samples."""
 
 from __future__ import annotations
 
