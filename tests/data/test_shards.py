@@ -5,8 +5,8 @@ import http.server
 import multiprocessing
 import os
 import shutil
+import socket
 import threading
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -190,16 +190,21 @@ def test_a_download_attempt_has_a_maximum_duration(tmp_path, store, no_waiting, 
         samples("pipe:echo x; sleep 60", store)
 
 
-def test_a_blocked_download_does_not_delay_other_shards(server, tmp_path, store):
+def test_a_blocked_download_does_not_delay_other_shards(server, tmp_path, store, monkeypatch):
     """One run proceeds although the server of another run never responds."""
+    monkeypatch.setattr(shard_store, "ATTEMPTS", 1)
     write_tar(server[1] / "a.tar", members(range(3)))
-    index = threading.Thread(target=lambda: index_shards([server[0] + "/a.tar?silent"], store, lost=[]), daemon=True)
-    index.start()
-    while not server[2]:
-        time.sleep(0.01)
-    assert samples(server[0] + "/a.tar", store) == 3
-    assert samples(write_tar(tmp_path / "local.tar", members(range(4))), store) == 4
-    assert index.is_alive()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        shard, lost = f"http://127.0.0.1:{silent.getsockname()[1]}/a.tar", []
+        index = threading.Thread(target=lambda: index_shards([shard], store, lost=lost), daemon=True)
+        index.start()
+        connection, _ = silent.accept()
+        assert samples(server[0] + "/a.tar", store) == 3
+        assert samples(write_tar(tmp_path / "local.tar", members(range(4))), store) == 4
+        assert index.is_alive()
+        connection.close()
+        index.join()  # otherwise, it would use what later tests patch
+    assert len(lost) == 1
 
 
 def test_a_damaged_cached_shard_is_downloaded_once_more(server, store):
