@@ -153,19 +153,26 @@ def test_the_draw_command_passes_its_options(tmp_path, monkeypatch):
     )  # fmt: skip
     out = tmp_path / "a.png"
     base = ["attention", str(run), "--pictures", "2", "--out", str(out)]
-    assert main([*base, "--patch", "1,3", "--layer", "1"]) == 0
+    assert main([*base, "--patch", "1,3", "--layers", "1"]) == 0
     assert main([*base, "--patch", "0,0"]) == 0
     assert choices == [((1, 3), 0)] * 2 + [((0, 0), 1)] * 2
-    pictures = set()
-    for options in ([], ["--layer", "1"], ["--word", "blue"]):
+    height = Image.open(out).height
+    assert main([*base, "--patch", "0,0", "--layers", "all"]) == 0
+    assert choices[4:] == [((0, 0), 0), ((0, 0), 1)] * 2 and Image.open(out).height > 1.9 * height
+    pictures, heights = set(), []
+    for options in ([], ["--layers", "1"], ["--word", "blue"], ["--layers", "1,2"]):
         assert main([*base, *options]) == 0
         pictures.add(out.read_bytes())
-    assert len(pictures) == 3
+        heights.append(Image.open(out).height)
+    assert len(pictures) == 4 and heights[0] == heights[1] < heights[3]
     out.unlink()
     for options, message in (
-        (["--patch", "4,0"], "--patch 4,0: must be ROW,COLUMN, from 0,0 to 3,3"),
+        (["--patch", "4,0"], "patch 4,0: must be from 0,0 to 3,3"),
+        (["--layers", "3"], "layers 3: must be all, or numbers from 1 to 2"),
         (["--patch", "1"], "--patch 1: must be ROW,COLUMN"),
-        (["--layer", "3"], "--layer 3: must be from 1 to 2"),
+        (["--layers", "0"], "--layers 0: must be all, or numbers of blocks from 1"),
+        (["--pictures", "0"], "--pictures 0: must be greater than or equal to 1"),
+        (["--word", "blue", "--patch", "0,0"], "--patch: with word"),
     ):
         with pytest.raises(UserError, match=message):
             main([*base, *options])

@@ -15,7 +15,7 @@ COMMANDS = {
     "evaluate finetune", "evaluate segment", "evaluate robustness", "evaluate ood", "evaluate compare",
     "draw reconstructions", "draw attention",
 }  # fmt: skip
-MOST_OPTIONS = 61  # different names of long options, without --help
+MOST_OPTIONS = 60  # different names of long options, without --help
 
 
 @pytest.fixture

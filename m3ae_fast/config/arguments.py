@@ -203,7 +203,29 @@ def output(*endings: str) -> Callable[[str | os.PathLike[str]], Path]:
     return parse
 
 
+def _layers(value: Any) -> Any:
+    if value is None or value == "all":
+        return value
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
+    if not items or not all(str(item).isdecimal() and int(item) for item in items):
+        raise ValueError("must be all, or numbers of blocks from 1, such as 1,2")
+    return sorted({int(item) for item in items})
+
+
+def chosen_layers(wanted: Literal["all"] | Sequence[int] | None, depth: int) -> list[int]:
+    """Return the numbers of the selected encoder blocks, in ascending order. `wanted`: "all", or numbers from 1; None:
+    only the last block. Raises UserError if a block does not exist."""
+    if wanted is None:
+        return [depth]
+    if wanted == "all":
+        return list(range(1, depth + 1))
+    if beyond := [layer for layer in wanted if layer > depth]:
+        raise UserError(f"layers {beyond[0]}: must be all, or numbers from 1 to {depth}, such as 1,{depth}")
+    return [*wanted]
+
+
 CommaList = BeforeValidator(_items)
+Layers = Annotated[Literal["all"] | Sequence[int] | None, BeforeValidator(_layers)]
 Name = Annotated[str, BeforeValidator(lambda value: names([value])[0])]  # a name, or a path as text
 SHARDS = "tar files (paths, brace patterns, globs, URLs or pipe: commands)"
 Shards = Annotated[Sequence[str], BeforeValidator(names), Field(min_length=1), Option(nargs="+", metavar="SHARDS")]

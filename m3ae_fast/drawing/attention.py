@@ -79,16 +79,17 @@ def draw_attention(
     path: Path,
     count: int,
     word: str | None = None,
-    block: int = LAST,
+    blocks: Sequence[int] = (LAST,),
     channels: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG with a row for each of the first `count` samples with an image. Each row shows the attention of cls
+    """Write a PNG with a row for each of the first `count` samples with an image and each of `blocks`, which are the
+    numbers of encoder blocks from 0. Each row shows the attention of cls
     and of the first words (or only of cls and `word`) as an overlay from blue (none) to red (the highest). The
     attention of a word with several tokens is the mean over these tokens. `channels`: displayed channels, as in
     `figures.levels`. Raises UserError if no sample has an image, or if no caption contains the word."""
     rows: list[list[Cell]] = []
     for sample in samples:
-        if sample.image is None or len(rows) == count:
+        if sample.image is None or len(rows) == count * len(blocks):
             continue
         words: list[Word] = []
         if sample.tokens is not None and model.tokenizer is not None:
@@ -97,13 +98,14 @@ def draw_attention(
             continue
         before = 1 + patches_of(sample)
         queries = [[0], *([before + token for token in word.tokens] for word in words)]
-        weights_RL = attention_to_patches(model, sample, list(chain.from_iterable(queries)), block)
-        parts = [part.mean(0) for part in weights_RL.split([*map(len, queries)])]
         image = levels(sample.image, model.config, channels)
-        cells = [Cell(image)]
-        for weights_L, text in zip(parts, ["cls", *(word.text for word in words)]):
-            cells.append(Cell(shade_patches(image, weights_L, model.config.patch_size), text, RED))
-        rows.append(cells)
+        for block in blocks:
+            weights_RL = attention_to_patches(model, sample, list(chain.from_iterable(queries)), block)
+            parts = [part.mean(0) for part in weights_RL.split([*map(len, queries)])]
+            cells = [Cell(image, f"block {block + 1}")] if len(blocks) > 1 else [Cell(image)]
+            for weights_L, text in zip(parts, ["cls", *(word.text for word in words)]):
+                cells.append(Cell(shade_patches(image, weights_L, model.config.patch_size), text, RED))
+            rows.append(cells)
     if not rows:
         raise UserError("none of the samples has an image" + (f" and {word!r} in its caption" if word else ""))
     key = Cell(_key(rows[0][0].image), "blue: zero attention; red: maximum in image")
@@ -167,10 +169,11 @@ def draw_patch_attention(
     path: Path,
     count: int,
     patch: tuple[int, int],
-    block: int = LAST,
+    blocks: Sequence[int] = (LAST,),
     channels: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG with a row for each of the first `count` samples with an image and a caption. The patch is outlined,
+    """Write a PNG with a row for each of the first `count` samples with an image and a caption, and each of `blocks`,
+    which are the numbers of encoder blocks from 0. The patch is outlined,
     and each word is shaded by the patch's attention to it, from white (none) to SHADE (the highest in the caption).
     `channels`: displayed channels, as in `figures.levels`. Raises UserError if no sample has a caption and an image
     with this patch."""
@@ -178,15 +181,17 @@ def draw_patch_attention(
     pairs = [sample for sample in samples if _has(sample, model, patch) and sample.tokens is not None][:count]
     if not pairs:
         raise UserError(f"none of the samples has both a caption and an image with the patch {patch[0]},{patch[1]}")
-    sheet = Image.new("RGB", (_SIDE + _WIDE + 3 * _GAP, _GAP + len(pairs) * (_SIDE + _GAP)), "white")
-    for number, sample in enumerate(pairs):
+    rows = [(sample, block) for sample in pairs for block in blocks]
+    sheet = Image.new("RGB", (_SIDE + _WIDE + 3 * _GAP, _GAP + len(rows) * (_SIDE + _GAP)), "white")
+    for number, (sample, block) in enumerate(rows):
         assert sample.image is not None and sample.tokens is not None
         top = _GAP + number * (_SIDE + _GAP)
         image = levels(sample.image, model.config, channels)
         sheet.paste(_outlined(image, patch, model.config.patch_size), (_GAP, top))
         words = model.tokenizer.pieces(sample.tokens.tolist())
         parts = attention_to_words(model, sample, patch, block).tolist()
-        _write_shaded(ImageDraw.Draw(sheet), words, parts, (_SIDE + 2 * _GAP, top))
+        where = f"block {block + 1}: " if len(blocks) > 1 else ""
+        _write_shaded(ImageDraw.Draw(sheet), words, parts, (_SIDE + 2 * _GAP, top), where)
     with atomic_write(path) as partial:
         sheet.save(partial, format="PNG")
 
@@ -216,10 +221,10 @@ def shade(part: float, highest: float) -> Colour:
 
 
 def _write_shaded(
-    draw: ImageDraw.ImageDraw, words: Sequence[str], parts: Sequence[float], corner: tuple[int, int]
+    draw: ImageDraw.ImageDraw, words: Sequence[str], parts: Sequence[float], corner: tuple[int, int], where: str
 ) -> None:
-    """Draw the pieces of a caption at `corner`, each on a background of its shade, with an explanation of the shades
-    below."""
+    """Draw the pieces of a caption at `corner`, each on a background of its shade. The line below explains the shades;
+    it begins with `where`."""
     font, (left, y) = ImageFont.load_default(13), corner
     x, highest = float(left), max(parts, default=0.0)
     for word, part in zip(words, parts):
@@ -232,5 +237,5 @@ def _write_shaded(
         draw.text((x + 1, y), text, fill=BLACK, font=font)
         x += width
     total, most = 100 * sum(parts), 100 * highest
-    shares = f"{total:.3g} % of the patch's attention goes to text tokens; {most:.3g} % to the reddest token"
+    shares = f"{where}{total:.3g} % of the patch's attention goes to text tokens; {most:.3g} % to the reddest token"
     draw.text((left, y + _LINE + 4), shares, fill=(110, 110, 110), font=ImageFont.load_default(11))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import FOR_TEXTS, POOLINGS, Pool
+from m3ae_fast.config.arguments import chosen_layers
 from m3ae_fast.config.poolings import candidates
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
@@ -283,18 +284,6 @@ def _shorter(job: Job[WithGrid], layers: Sequence[int]) -> list[str]:
     if len(job.options.pools) > 1:
         ways.append("fewer --pools")
     return ways
-
-
-def chosen_layers(wanted: Literal["all"] | Sequence[int] | None, depth: int) -> list[int]:
-    """Return the numbers of the selected encoder blocks, in ascending order. `wanted`: "all", or numbers from 1; None:
-    only the last block. Raises UserError if a block does not exist."""
-    if wanted is None:
-        return [depth]
-    if wanted == "all":
-        return list(range(1, depth + 1))
-    if beyond := [layer for layer in wanted if layer > depth]:
-        raise UserError(f"layers {beyond[0]}: must be all, or numbers from 1 to {depth}, such as 1,{depth}")
-    return [*wanted]
 
 
 def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], name: str = "") -> bool:

@@ -25,6 +25,7 @@ from m3ae_fast.config.arguments import (
     SHARDS,
     CommaList,
     Labels,
+    Layers,
     Option,
     Resume,
     Shards,
@@ -53,15 +54,6 @@ def _model_names(value: Any) -> list[str]:
         raise UserError(f"model: {error}; {how}") from None
 
 
-def _layers(value: Any) -> Any:
-    if value is None or value == "all":
-        return value
-    items = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
-    if not items or not all(str(item).isdecimal() and int(item) for item in items):
-        raise ValueError("must be all, or numbers of blocks from 1, such as 1,2")
-    return sorted({int(item) for item in items})
-
-
 def _pools(value: Any) -> Any:
     return POOLS if value == "all" else value
 
@@ -88,9 +80,6 @@ Models = Annotated[
     Sequence[str], BeforeValidator(_model_names), Field(min_length=1), Option("model", metavar="MODEL", nargs="+")
 ]
 _GRID = "layers, poolings and few samples"
-Layers = Annotated[
-    Literal["all"] | Sequence[int] | None, BeforeValidator(_layers), Option(metavar="all|N,N", group=_GRID)
-]
 Pools = Annotated[Sequence[Pool], CommaList, BeforeValidator(_pools), Option(metavar="all|NAME,NAME", group=_GRID)]
 Shots = Annotated[
     Sequence[Annotated[int, Field(gt=0)]], CommaList, AfterValidator(sorted), Option(metavar="N,N", group=_GRID)
@@ -265,7 +254,7 @@ class WithGrid(OneModel, WithLabels):
     the samples are drawn five times, and the mean accuracy is reported with its 95 % confidence interval.
     """
 
-    layers: Layers = None
+    layers: Annotated[Layers, Option(metavar="all|N,N", group=_GRID)] = None
     """evaluate the features after each of these blocks, numbered from 1, in one pass over the images; OUT contains
     accuracies by depth, but no classifier (default: the last block)"""
     pools: Pools = ()

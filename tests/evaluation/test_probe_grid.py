@@ -13,8 +13,9 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import cross_entropy
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.config.arguments import chosen_layers
 from m3ae_fast.evaluation import probe_grid
-from m3ae_fast.evaluation.probe_grid import chosen_layers, few_shot
+from m3ae_fast.evaluation.probe_grid import few_shot
 from m3ae_fast.evaluation.significance import interval, mean_accuracy
 from m3ae_fast.evaluation.task_runner import evaluate
 from m3ae_fast.evaluation.tasks import Knn
