@@ -93,11 +93,11 @@ def test_the_recipe_for_the_paper_runs_with_two_ranks_and_a_folder_with_classes(
         probe = ["--set", "train.steps=2", "--set", "train.global_batch=4", "--set", "data.workers=0"]
         return [*words, *(probe if "linear" in words else [])]
 
-    table, make, plan, m3ae, mae, probe, compare = lines(RECIPES / "cc12m.md")
+    table, make, plan, hours, m3ae, mae, probe, compare = lines(RECIPES / "cc12m.md")
     output = run(tmp_path, table, make, plan)
     assert "GB per GPU" in output and (tmp_path / "data/imagenet/train-00000.tar").is_file()
     second = [word.replace("/m3ae", "/mae") for word in probe]
-    for words in (m3ae, mae, probe, second):
+    for words in (hours, m3ae, mae, probe, second):
         at = words.index("m3ae_fast")
         ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
         assert words[:at] == ["torchrun", "--nproc-per-node", "8", "-m"] and words[at + 1] in MODULES
@@ -105,6 +105,7 @@ def test_the_recipe_for_the_paper_runs_with_two_ranks_and_a_folder_with_classes(
             [*ranks, *smaller(words[at:])], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        assert words != hours or "on this machine: 2 steps" in done.stdout
     for name in ("m3ae", "mae"):
         assert json.loads((tmp_path / "results" / name / "result.json").read_text())["val_samples"] == 16
     assert "results/m3ae" in run(tmp_path, compare)

@@ -1,6 +1,7 @@
 """Every setting of a training run with its default: typed, strict sections whose fields have documented meanings.
 
-The defaults are the official M3AE hyper-parameters (arXiv 2205.14204 and its public code). The string below a field is
+The defaults are the hyper-parameters of the official M3AE (arXiv 2205.14204 and its public code), except `masking.per`:
+the official code has one mask per device, and here, each sample has its own. The string below a field is
 its description; `python docs/write_settings.py` generates docs/config.md from these strings.
 """
 

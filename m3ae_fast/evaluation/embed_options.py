@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.arguments import CommaList, Labels, Option, WithSettings, names, output
 from m3ae_fast.evaluation.tasks import Modality
-from m3ae_fast.weights.model_name import MODEL_HELP
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, MODEL_HELP
 
 Column = Literal["path", "class", "caption"]
 
@@ -26,7 +26,9 @@ class EmbedOptions(WithSettings):
     """The options of `m3ae-fast embed`."""
 
     # in Python, also a MultimodalEncoder
-    model: Annotated[Any, BeforeValidator(_model), Option("model", metavar="MODEL")] = Field(description=MODEL_HELP)
+    model: Annotated[Any, BeforeValidator(_model), Option("model", metavar="MODEL")] = Field(
+        description=f"{MODEL_HELP}; or, for shards, {', '.join(IMAGE_FEATURES)}: features without a network"
+    )
     source: Annotated[
         Sequence[str], BeforeValidator(names), Field(min_length=1), Option("source", nargs="+", metavar="SOURCE")
     ]
@@ -48,4 +50,12 @@ class EmbedOptions(WithSettings):
     def _has_patches(self) -> EmbedOptions:
         if self.patches and self.modality == "text":
             raise UserError("patches: texts have no patches; choose another modality")
+        if self.is_image_features and (self.patches or self.modality != "image"):
+            wrong = "patches" if self.patches else f"modality {self.modality}"
+            raise UserError(f"{wrong}: {self.model} has one vector of features for each image; leave it out")
         return self
+
+    @property
+    def is_image_features(self) -> bool:
+        """Return whether the features are computed from the images without a network."""
+        return isinstance(self.model, str) and self.model in IMAGE_FEATURES

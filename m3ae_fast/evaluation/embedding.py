@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from m3ae_fast.base import s3_and_gs
@@ -36,6 +35,7 @@ from m3ae_fast.data.loader import collate
 from m3ae_fast.data.rank_share import MicroBatches
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
+from m3ae_fast.evaluation.image_features import open_image_features
 from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.heads.encoding import Batches, encode_batches, encode_corpus
 from m3ae_fast.heads.feature_bank import FeatureBank
@@ -45,6 +45,7 @@ from m3ae_fast.process.how_to_resume import AGAIN, effect_of_resuming, resumed_b
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
+from m3ae_fast.weights.model_name import IMAGE_FEATURES
 from m3ae_fast.weights.open_model import open_model
 
 PARQUET, NPZ = ".parquet", ".npz"
@@ -56,7 +57,7 @@ def embed(model: str | os.PathLike[str] | MultimodalEncoder, source: Source, **o
     """Return the features of all samples of a source, on every rank. The frozen encoder computes them without masking.
 
     Args:
-        model: a model, or the name of a model (see `model_name.MODEL_HELP`). A model that is passed as an object keeps
+        model: a model, or the name of a model (see `EmbedOptions.model`). A model that is passed as an object keeps
             its own settings of images and its own tokenizer, and is moved back to its device at the end.
         source: shards (paths, brace patterns, globs, URLs), a folder of images or of shards, or a list of image files.
         options: the options of the command, such as `modality="text"`: the fields of `embed_options.EmbedOptions`.
@@ -85,7 +86,7 @@ def embed(model: str | os.PathLike[str] | MultimodalEncoder, source: Source, **o
         images = ranks.broadcast(lambda: _image_files(given.source))
         config = ranks.broadcast(lambda: _settings(given, images))
         ranks.on_main(lambda: _check_out(given.out))
-        with _on_device(given.model, config, ranks.device, given.modality) as opened:
+        with _on_device(given.model, config, ranks, given.modality) as opened:
             arrays = _arrays(opened, config, ranks, images, given)
         if (out := given.out) is not None:
             ranks.on_main(lambda: _write(out, arrays))
@@ -125,6 +126,8 @@ def _settings(options: EmbedOptions, images: tuple[str, list[str]] | None) -> Ev
     if images and (modality != "image" or options.columns):
         argument = "columns" if options.columns else f"modality {modality}"
         raise UserError(f"{argument}: images that are not in shards have neither captions nor columns; leave it out")
+    if images and options.is_image_features:
+        raise UserError(f"{options.model}: needs shards; m3ae-fast shards make writes shards of a folder of images")
     shards = _tars(names[0]) if len(names) == 1 and os.path.isdir(names[0]) else names
     s3_and_gs.require(*shards)
     given: dict = {"data": {"train": [{"shards": shards, "modality": modality}]}}
@@ -138,19 +141,22 @@ def _check_out(out: Path | None) -> None:
 
 @contextmanager
 def _on_device(
-    model: str | MultimodalEncoder, config: EvaluationConfig, device: torch.device, modality: str
+    model: str | MultimodalEncoder, config: EvaluationConfig, ranks: Ranks, modality: str
 ) -> Iterator[MultimodalEncoder]:
     """Yield the model on the device, as a context manager. A model that was passed as an object is moved back at the
     end."""
     if isinstance(model, MultimodalEncoder):
         before = model.encoder_input.cls_token.device
         try:
-            yield model.to(device)
+            yield model.to(ranks.device)
         finally:
             model.to(before)
         return
+    if model in IMAGE_FEATURES:
+        yield open_image_features([model], config.data, ranks)[model]
+        return
     text, tokenizer = modality != "image", config.data.tokenizer
-    opened = open_model(model, text=text, tokenizer=tokenizer, seed=config.run.seed).to(device).eval()
+    opened = open_model(model, text=text, tokenizer=tokenizer, seed=config.run.seed).to(ranks.device).eval()
     set_images(opened, config.model)
     yield opened
 

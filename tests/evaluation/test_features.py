@@ -157,3 +157,18 @@ def test_user_errors_are_reported_in_one_line_and_nothing_is_written(features, s
             features(shards[1], name, *options)
     assert kept.read_bytes() == before
     assert not list(tmp_path.glob("*new*"))
+
+
+def test_features_without_a_network_are_written_for_shards(tmp_path):
+    shard = labelled_tar(tmp_path / "a.tar", range(4))
+    found = {name: embed(name, shard, overrides=["data.workers=0"]) for name in ("pixels", "hog")}
+    assert [found[name]["features"].shape for name in ("pixels", "hog")] == [(4, 768), (4, 900)]
+    assert found["hog"]["keys"].tolist() == [f"{i:05d}" for i in range(4)]
+    assert len(np.unique(found["hog"]["features"], axis=0)) == 4
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(picture(0))
+    with pytest.raises(UserError, match="hog: needs shards"):
+        embed("hog", tmp_path / "photos")
+    for options in ({"patches": True}, {"modality": "text"}):
+        with pytest.raises(UserError, match="hog has one vector of features for each image"):
+            embed("hog", shard, **options)
