@@ -1,4 +1,4 @@
-"""The program `m3ae-fast` (or `python -m m3ae_fast`), which lists the commands and runs one of them."""
+"""The program `m3ae-fast` (or `python -m m3ae_fast`), which runs one of its commands, or lists them."""
 
 from __future__ import annotations
 

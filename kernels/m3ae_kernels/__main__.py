@@ -1,5 +1,5 @@
-"""m3ae-kernels tune [KERNEL ...]: find the fastest block sizes for this machine's GPU, and write them to the package's
-table for this kind of GPU."""
+"""m3ae-kernels tune [KERNEL ...]: find the fastest block sizes for this machine's GPU, and write them to the file of
+this kind of GPU in the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tuning.devices import CudaDevice
 from .tuning.workloads import LARGE
 
 LIMIT_S = 300.0  # a process that makes no progress for this number of seconds is killed
-BROKEN = 4  # exit code of a process that can no longer use the GPU
+BROKEN = 4  # exit code of a process in which a kernel has failed, so that it can no longer use the GPU
 KERNELS = sorted({case.table or case.kernel for case in CASES})
 DTYPES = (torch.bfloat16, torch.float32)  # float16 uses the settings of bfloat16
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         "M3AE-Large, and write them to the package's table for this kind of GPU.",
     )
     tune.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"default: all of {', '.join(KERNELS)}")
-    # internal: set for the process that tunes and that a setting may end
+    # internal: with this option, the process measures settings itself; a setting that crashes ends only this process
     tune.add_argument("--trials", type=Path, help=argparse.SUPPRESS)
     return found
 

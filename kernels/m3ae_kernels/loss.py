@@ -29,8 +29,17 @@ def check_head(
     outputs: int,
     images: Tensor,
 ) -> None:
-    """Raise TypeError or ValueError unless the arguments of a loss of image patches are floating-point, on the device
-    of the images, and fit `rows`, the shape of the rows, and the number of outputs of the head."""
+    """Check the arguments of a loss of image patches.
+
+    Args:
+        hidden, weight, bias, row_weight: the arguments of the loss.
+        rows: the shape that the ids of the patches have, which is that of hidden without its last dimension.
+        outputs: number of outputs of the head.
+        images: the images, on whose device all arguments must be.
+
+    Raises:
+        TypeError, ValueError: an argument is not floating-point, is on another device, or has another shape.
+    """
     check_float("hidden", hidden, (*rows, None), images)
     check_float("weight", weight, (outputs, hidden.shape[-1]), hidden)
     if bias is not None:
@@ -42,8 +51,9 @@ def check_head(
 def row_weights(
     row_weight: Tensor | None, counted: Tensor | None, hidden: Tensor, acc: torch.dtype, reduction: str
 ) -> Tensor:
-    """Return the weight of each row in the summed loss, [M] of dtype `acc`: `row_weight` (ones if None). For a mean,
-    the weights are divided by their sum over the rows that are `counted` (None: all). A mean over no rows is 0."""
+    """Return the weight of each row in the summed loss, [M] of dtype `acc`. This is `row_weight`, or 1 if it is None.
+    For a mean, the weights are divided by their sum over the rows for which `counted` is True (None: all rows). If this
+    sum is 0, they are not changed."""
     weight_M = hidden.new_ones(hidden.shape[0], dtype=acc) if row_weight is None else row_weight.to(acc)
     if reduction != "mean":
         return weight_M
@@ -89,8 +99,9 @@ def squared_loss(
     """Return the loss, the row losses, the unit (see `unit_weights`), and the gradients of hidden, weight and bias
     divided by the unit.
 
-    `compute(hidden, weight, bias, unit_weight, needs, row_loss, *gradients)` fills its last arguments. Its first three
-    arguments are those of this function in `dtype`, with zeros for no bias. It is not called without rows.
+    `compute(hidden, weight, bias, unit_weight, needs, row_loss, *gradients)` fills `row_loss` and the gradients. Its
+    `hidden`, `weight` and `bias` are converted to `dtype`, and a missing bias is replaced with zeros. If there are no
+    rows, `compute` is not called.
     """
     unit_weight_M, unit = unit_weights(row_weight)
     row_loss_M = torch.empty_like(unit_weight_M)
@@ -116,8 +127,8 @@ def squared_errors(
     row_loss: Tensor,
     grad_hidden: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Fill the mean squared error of each row, row_loss [M], and grad_hidden, and return the gradients of weight and
-    bias in the dtype of unit_weight. The gradients that `needs` does not select are not computed.
+    """Write the mean squared error of each row to row_loss [M] and the gradient of hidden to grad_hidden. Return the
+    gradients of weight and bias in the dtype of unit_weight. Gradients that `needs` does not select are not computed.
 
     Predictions are computed for `chunk` rows at a time. `targets` returns the targets of a slice of the rows, a new
     tensor [rows, V] in the dtype of unit_weight. hidden, weight and bias must have the same dtype.

@@ -9,7 +9,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.recipes import METHODS, Recipe, as_overrides, check_name
 from m3ae_fast.pretraining.automatic_settings import assumed_config
 
-# the default is the first of these that the settings of the user allow
+# without --recipe, the first of these recipes is used that can be combined with the user's settings
 PREFERRED: tuple[Recipe, ...] = ("hog", "fast", "official")
 _LINES: dict[Recipe, str] = {
     "fast": "recipe: fast (cross-attention decoder, a third of the masked tokens predicted, Muon)",
@@ -28,8 +28,14 @@ class ChosenRecipe(NamedTuple):
 
 
 def check_recipe(recipe: str | None, overrides: Sequence[str], start_from: str | None) -> None:
-    """Raise UserError if the recipe that the user asks for does not exist, or cannot be used with these overrides or
-    with given weights. None stands for no choice of the user."""
+    """Raise UserError if the user's recipe does not exist, or cannot be combined with the overrides or with the weights
+    from which the run starts.
+
+    Args:
+        recipe: name of the recipe; None: the user has chosen none, and there is nothing to check.
+        overrides: the user's overrides "section.key=value".
+        start_from: name of the weights from which the run starts; None: it starts from random weights.
+    """
     if recipe is None:
         return
     name = check_name(recipe)
@@ -48,8 +54,8 @@ def choose_recipe(
     """Return the recipe for a run that starts from random weights.
 
     Args:
-        recipe: the name of the recipe; None: the first of `preferred` of which the user sets no setting, and that can
-            be combined with the overrides.
+        recipe: name of the recipe; None: the first recipe of `preferred` that can be combined with the overrides, and
+            none of whose settings is overridden.
         overrides: the user's overrides "section.key=value", which take precedence over the recipe.
         preferred: the recipes to choose from.
     """
@@ -65,7 +71,7 @@ def choose_recipe(
 
 
 def _obstacle(recipe: Recipe, overrides: Sequence[str]) -> str:
-    """Return the reason why the recipe cannot be used with these overrides, which are valid by themselves; "" if it
+    """Return the reason why the recipe cannot be combined with the overrides, which are valid without it; "" if it
     can."""
     try:
         assumed_config([*as_overrides(METHODS[recipe]), *overrides])
@@ -75,8 +81,8 @@ def _obstacle(recipe: Recipe, overrides: Sequence[str]) -> str:
 
 
 def _own_setting(recipe: Recipe, overrides: Sequence[str]) -> str:
-    """Return a description of the first override that sets a setting of the recipe, or replaces its section; "" if
-    there is none."""
+    """Return a description of the first override that sets a setting of the recipe or replaces the section of such a
+    setting; "" if there is none."""
     fixed = METHODS[recipe]
     for override in overrides:
         name = override.partition("=")[0]

@@ -56,19 +56,20 @@ def find_shards(
         source: a folder of images or of shards, the names of shards as in a config, an HDF5 file in the layout of the
             official code, or a Hugging Face dataset: a name, or a folder with its files.
         out: the run folder.
-        captions: for a folder of images, the file of the caption table; None: a table in the folder, or .txt files.
-        val: if the source consists of shards, the held-out shards; empty: shards with names of a held-out split, or the
-            last shards.
+        captions: for a folder of images, the file of the caption table; None: a table in the folder is used or, if
+            there is none, the .txt files next to the images.
+        val: if the source consists of shards, the held-out shards; empty: the shards whose names contain the name of a
+            held-out split or, if there are none, the last shards.
         value_range: values of black and white in images with more than 8 bits per channel; None: detected.
-        kept: the training shards of an existing run in `out`; empty: there is none.
-        columns: names of the columns of images and of captions, as in `open_source`; None: detected.
-        group: field; samples with equal values of it are in the same split; see `Records.values`.
-        start_range: value range of the weights from which the run starts, which is used if `value_range` is None; None:
-            the weights have none, or there are no such weights.
+        kept: the training shards of an existing run in `out`; empty: there is no such run.
+        columns: names of the column of images and of the column of captions; None: detected.
+        group: name of a field; samples with equal values of this field are in the same split; see `Records.values`.
+        start_range: value range of the weights from which the run starts; it is used if `value_range` is None. None:
+            the run starts from random weights, or its weights have no value range.
 
     Raises:
-        UserError: the source does not exist, cannot be used, is not the source of the existing run, or its values do
-            not suit `start_range`.
+        UserError: the source does not exist, cannot be used, or is not the source of the existing run; or the pixel
+            values of its images do not suit `start_range`.
     """
     folder = Path(source)
     tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
@@ -102,8 +103,7 @@ def find_shards(
 
 
 def _require_source(source: str, out: Path, others: Sequence[Path]) -> None:
-    """Raise UserError if the run in `out` has training shards that do not belong to the source. `others`: these
-    shards."""
+    """Raise UserError if there are `others`: training shards of the run in `out` that do not belong to the source."""
     if others:
         raise UserError(
             f"{source}: the run in {out} has another SOURCE, with shards such as {others[0]}; choose another --out"

@@ -50,8 +50,8 @@ class TensorBoard:
 
 
 class WandB:
-    """Logger that writes to Weights & Biases. The id of the log is stored in the run folder, so that a resumed run
-    continues the same log.
+    """Logger that writes to Weights & Biases. The run folder contains the id of the run at Weights & Biases, so that a
+    resumed run is added to the same log.
 
     The environment variables WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE set the project, the entity and the mode
     ("offline" requires no account). The constructor raises UserError if wandb is not installed or cannot start.
@@ -76,7 +76,8 @@ class WandB:
             raise UserError(f'run.loggers: wandb: {reason}; run "wandb login", or set WANDB_MODE=offline') from None
         id_file.write_text(self._run.id + "\n", encoding="utf-8")
         self._image: Callable[..., Any] = wandb.Image
-        self._run.define_metric("*", step_metric="step")  # steps repeated after resuming are logged again
+        # the x-axis is the step of training, because a resumed run logs some steps for a second time
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self._run.log({"step": step, **values})

@@ -1,8 +1,9 @@
-"""Safe reading of pickles, without executing any code that they refer to.
+"""Safe reading of pickles: no code to which a pickle refers is executed.
 
-The official checkpoints contain a pickled optimiser. Its pickle refers to many globals (classes and functions), which
-differ between library versions. Therefore there is no list of allowed globals: NumPy arrays, dtypes, scalars and plain
-containers are built here, and every other global becomes a class that only stores its arguments.
+The official checkpoints contain a pickled optimiser, which refers to many globals (classes and functions). These differ
+between versions of the libraries, so a list of allowed globals would always be incomplete. Instead, only NumPy arrays,
+dtypes, scalars and plain containers are built, and every other global is replaced with a class that only stores its
+arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from m3ae_fast.base.errors import UserError
 
 
 class Inert:
-    """A placeholder for an instance of the global `path`, which was not loaded, or for the result of calling it."""
+    """A placeholder for an instance of a class, or for the result of calling a function, that was not loaded. `path`:
+    the name of the class or function."""
 
     path = ""
     args: tuple = ()

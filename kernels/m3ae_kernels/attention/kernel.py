@@ -60,13 +60,14 @@ class Kernel:
     """An implementation of softmax(q k^T / sqrt(D)) v for each sample, and of its gradients.
 
     Inputs are q [Q, H, D] and k, v [K, H, D], which are contiguous in their last two dimensions and may be slices of
-    one tensor. `out` is [Q, H, D]; `lse`, float32 (float64 for float64) [H, Q], contains the log-sum-exps of the scores
-    for `backward`, in any unit.
+    one tensor. `out` is [Q, H, D]. `lse` [H, Q] contains the log-sum-exps of the scores, which only `backward` of the
+    same kernel reads, so kernels may use natural logarithms or those to base 2. Its dtype is float32, or float64 for
+    float64 inputs.
     """
 
     name: str  # for logs
     forward: Callable[[Tensor, Tensor, Tensor, Segments, Segments], tuple[Tensor, Tensor]]
     """(q, k, v, queries, keys) -> (out, lse)."""
     backward: Callable[..., None]
-    """(grad, q, k, v, out, lse, dq, dk, dv, queries, keys): writes every row of dq, dk and dv, which may be slices
-    too."""
+    """(grad, q, k, v, out, lse, dq, dk, dv, queries, keys): writes every row of dq, dk and dv, which may also be slices
+    of one tensor."""

@@ -32,14 +32,14 @@ def launcher(launch: Callable) -> Callable:
 
 
 def acc_type(dtype: torch.dtype) -> tl.dtype:
-    """Return Triton's dtype of sums over values of `dtype`: float32, or float64 for float64."""
+    """Return Triton's dtype in which values of `dtype` are summed: float64 for float64, otherwise float32."""
     return ACC[accumulator(dtype)]
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return the precision of `tl.dot` in float32, as set for torch's own matmuls. On NVIDIA GPUs, both "tf32" and
-    "tf32x3" use the tensor cores; the three TF32 products of "tf32x3" are about as precise as float32. AMD's matrix
-    cores support float32."""
+    """Return the value of `input_precision` for `tl.dot`. For float32 on NVIDIA GPUs, this is "tf32" if torch's own
+    matmuls may use TF32, and otherwise "tf32x3", which computes three TF32 products on the tensor cores and is about as
+    precise as float32. In all other cases, it is "ieee"; AMD's matrix cores support float32."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul
@@ -55,8 +55,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def padded(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix in `dtype`, contiguous, and zero-padded below and to the right to [rows, columns]. Without
-    padding, rows of odd width would be loaded one element at a time."""
+    """Return the matrix in `dtype`, contiguous, with rows and columns of zeros added up to [rows, columns]. A kernel
+    would load rows of odd width one element at a time."""
     if matrix.shape == (rows, columns):
         return matrix.to(dtype).contiguous()
     return F.pad(matrix.to(dtype), (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
@@ -108,9 +108,11 @@ def load_pixels(
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, NORMALISE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Return elements k of the patches that start at `starts` [rows, 1] or [1, rows], with which k broadcasts. They
-    have the dtype ACC and, with NORMALISE, are multiplied by their channel's scale and shifted. Elements outside `mask`
-    are not read, and have arbitrary finite values."""
+    """Return elements of patches in the dtype ACC.
+
+    `starts`, [rows, 1] or [1, rows], contains the offset of each patch, and k the numbers of its elements; the two are
+    broadcast. With NORMALISE, each element is multiplied by the scale of its channel, and the shift of the channel is
+    added. Elements outside `mask` are not read; their values in the result are arbitrary, but finite."""
     if PLANAR:
         channel = k // (P * P)
         offset = channel * (H * W) + k % (P * P) // P * W + k % P

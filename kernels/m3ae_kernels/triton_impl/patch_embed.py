@@ -23,8 +23,8 @@ from .common import (
     up,
 )
 
-# Number of program instances that the row splits of the weight gradient should provide, enough to fill the largest
-# chips twice. It does not depend on the device, so the order of summation depends only on the sizes.
+# For the gradient of the weight, the rows are split so that there are at least this number of program instances, which
+# fill the largest GPUs twice. The number is the same on every GPU, so the order of summation depends only on the sizes.
 TARGET_PROGRAMS = 264
 
 

@@ -1,9 +1,9 @@
-"""Block sizes by kernel, element size and architecture, as JSON files in this folder.
+"""Launch settings of the Triton kernels, such as block sizes, in one JSON file for each kind of GPU.
 
-Files such as `sm_90.json` contain the launch settings of every kernel for 16-bit inputs ("16") and wider inputs ("32").
-The kernels of attention may have further entries for a head dimension and a class of sample lengths, such as
-"16, D=64, up to 128 keys". `m3ae-kernels tune` rewrites the file of this machine's GPU. Nothing is tuned at run time,
-so every rank runs the same code.
+A file such as `sm_90.json` contains two entries for every kernel: "16" for 16-bit inputs, and "32" for wider inputs.
+The attention kernels may have further entries for a head dimension and a range of sample lengths, such as
+"16, D=64, up to 128 keys". `m3ae-kernels tune` rewrites the file of this machine's GPU. Nothing is tuned while a model
+runs, so every rank runs the same code.
 """
 
 import json
@@ -14,16 +14,16 @@ import torch
 
 FOLDER = Path(__file__).parent
 INTERPRETER = "interpreter"
-OLDEST = (8, 0)  # oldest supported compute capability; older devices run on torch
-# Names of tables by compute capability. Other NVIDIA devices, all of which have less shared memory, use FALLBACK.
+OLDEST = (8, 0)  # lowest supported compute capability; on older GPUs, torch is used instead of Triton
+# Names of the files by compute capability. All other NVIDIA GPUs have less shared memory, and use FALLBACK.
 NVIDIA = {
     (8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120",
 }  # fmt: skip
 FALLBACK = "sm_89"
-# Fused multiply-adds: the default in Triton up to 3.9, and an option in newer versions.
+# Enable fused multiply-adds, which are on by default up to Triton 3.9, but not in newer versions.
 FUSE = {"enable_fp_fusion": True}
 AMD = "gfx942"
-SHORT = 128  # maximum number of keys of a short sample, such as the visible patches and words of an encoder's sample
+SHORT = 128  # maximum number of keys of a short sample, such as the visible tokens of a sample in the encoder
 
 Table = dict[str, dict[str, dict[str, int]]]  # kernel -> entry -> setting -> value
 
@@ -56,23 +56,25 @@ def arch_of(device: torch.device) -> str:
 
 
 def samples_class(head_dim: int, longest: int) -> str:
-    """Return the class of samples of at most `longest` keys for which attention has settings of its own."""
+    """Return the second part of an entry's name: the head dimension, and whether the longest sample, with `longest`
+    keys, is short."""
     return f"D={head_dim}, {f'up to {SHORT}' if longest <= SHORT else f'more than {SHORT}'} keys"
 
 
 def entry(width: str, samples: str = "") -> str:
-    """Return the name of an entry: "16" or "32", and the class of samples, if there is one."""
+    """Return the name of an entry: "16" or "32", followed by the result of `samples_class` if there is one."""
     return ", ".join(filter(None, (width, samples)))
 
 
 def settings(arch: str, kernel: str, width: str, samples: str = "") -> dict[str, int]:
-    """Return the settings of a kernel as a new dict. Those of its width apply if there is no entry for `samples`."""
+    """Return the settings of a kernel as a new dict. If there is no entry for `samples`, they are those of the entry
+    for all samples of this width."""
     entries = table(arch)[kernel]
     return dict(entries.get(entry(width, samples), entries[width]))
 
 
 def config(kernel: str, device: torch.device, dtype: torch.dtype, samples: str = "") -> dict[str, int]:
-    """Return the launch settings of a kernel as a new dict. `samples`: class of samples, for attention."""
+    """Return the launch settings of a kernel as a new dict. `samples`: for attention, the result of `samples_class`."""
     arch = arch_of(device)
     found = settings(arch, kernel, "16" if dtype.itemsize == 2 else "32", samples)
     return found if arch == INTERPRETER else found | FUSE

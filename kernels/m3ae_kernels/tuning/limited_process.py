@@ -1,4 +1,4 @@
-"""A process with a time limit, which holds even if the process is stuck in C code, where Python handles no signals."""
+"""A process with a time limit. The process is killed even if it is stuck in C code, where Python handles no signals."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ POLL = 0.1
 
 
 def run(command: Sequence[str], seconds: float, progress: Path | None = None, **options: Any) -> int | None:
-    """Run a command, and return its exit code, which is minus the number of the signal that ended it; None if it was
-    killed, together with all processes of its group, because `seconds` had passed.
+    """Run a command and return its exit code. If a signal ended the command, the result is minus the number of the
+    signal. If the time limit was exceeded, the command and all processes of its group are killed, and the result is
+    None.
 
     Args:
         command: the program and its arguments.
