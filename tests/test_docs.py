@@ -18,7 +18,10 @@ from tests.conftest import LONGEST
 from tests.helpers.trainer import ROOT
 
 GUIDE = [page for folder in ("recipes", "guide") for page in sorted((ROOT / "docs" / folder).glob("*.md"))]
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "docs/evaluation-tasks.md")), *GUIDE]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "docs/evaluation-tasks.md")),
+    *GUIDE,
+]
 FOLDERS = ("docs", "kernels", "lab", "benchmarks", "examples")
 LINKED = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
 TEXT = {page.name: page.read_text(encoding="utf-8") for page in PAGES}

@@ -32,8 +32,8 @@ class _Help(argparse.Action):
 
 class _Parser(argparse.ArgumentParser):
     """A parser that raises UserError for a mistake, whereas argparse would print the usage and exit. Mistakes in the
-    arguments of a command are reported by the command's own parser. Its help is short: it names the options that are in
-    a group and the settings in the epilog, and `--help all` explains them."""
+    arguments of a command are reported by the command's own parser. Its help is short: options that are in a group, and
+    the settings in the epilog, are only named, and `--help all` explains them."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__(**how, add_help=False)
@@ -128,7 +128,8 @@ def add_local_rank(parser: argparse.ArgumentParser) -> None:
 
 
 def checked(kind: type[A], given: Mapping[str, Any]) -> A:
-    """Return the arguments of a command, which a parser has found. Reports a mistake as `refuse` does."""
+    """Return the checked arguments of a command. `given`: the arguments by name, as a parser has found them. A mistake
+    is reported as in `refuse`."""
     try:
         return kind.of_command({name: value for name, value in given.items() if name != "local_rank"})
     except UserError as error:

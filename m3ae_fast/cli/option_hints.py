@@ -9,7 +9,7 @@ from m3ae_fast.config import Config
 from m3ae_fast.config.messages import settings_called
 from m3ae_fast.pretraining import SEVERAL_RANKS
 
-# Settings, by other names for them.
+# Settings by the names that they have in other programs.
 _SETTINGS = {
     "arch": "model.size",
     "batch": "train.global_batch",
@@ -27,7 +27,7 @@ _SETTINGS = {
     "num_workers": "data.workers",
 }
 _GPUS = ("devices", "gpus", "nproc_per_node", "num_gpus")
-# What replaces other options, by program.
+# Advice for the other options of other programs, by the program to which they were given.
 _OTHERWISE = {
     "pretrain": {
         **dict.fromkeys(
@@ -51,8 +51,9 @@ _OTHERWISE = {
 
 
 def hint(program: str, unknown: Sequence[str]) -> str:
-    """Return what to use in place of the first of `unknown`, the arguments that a program does not know, such as
-    ["--epochs", "10"]; "" if there is no advice. `program`: the program as it was called."""
+    """Return advice on what to use in place of the first argument that a program does not know; "" if there is none.
+    `program`: the program as it was called; `unknown`: the arguments that it does not know, such as ["--epochs",
+    "10"]."""
     first, *rest = unknown
     program = Path(program.split()[-1]).stem
     if program not in _OTHERWISE or not first.startswith("--"):

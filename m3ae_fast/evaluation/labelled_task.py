@@ -156,8 +156,8 @@ class LabelledTask(ABC):
 
     def expectation(self, trainer: Trainer, pace: float, left: int) -> list[str]:
         """Return a line with the expected duration of the `left` remaining steps at `pace` seconds per step. On a CPU,
-        a line that suggests options for a shorter run is added if the duration is long and the length of the run was
-        derived from the number of samples."""
+        a line that suggests options for a shorter run is added if the run is long and its length was derived from the
+        number of samples."""
         lines = [f"expected duration: {duration(pace * left)} for {left:,} more steps, plus evaluations"]
         if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open:
             lines.append(f"note: this is a long time for a CPU; to reduce it: {self.shorter(trainer, SHORT_S / pace)}")

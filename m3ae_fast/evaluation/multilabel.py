@@ -28,8 +28,8 @@ from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.predictions import IMAGE_HASH
 from m3ae_fast.heads.standard_error import image_clusters
 
-# Returns the scores of this rank's queries, [R, C], given the features of the training samples, those of the queries,
-# and whether each training sample belongs to each class, bool [N, C]. Every rank calls it.
+# A classifier: (features of the training samples, features of this rank's queries, bool [N, C]: whether each training
+# sample belongs to each class) -> scores of the queries, [R, C]. Every rank calls it.
 Score = Callable[[FeatureBank, FeatureBank, Tensor], Tensor]
 _RESAMPLES = 200  # number of bootstrap samples
 _CHANCE = "chance"  # name of uninformative scores
@@ -37,7 +37,7 @@ _CHANCE = "chance"  # name of uninformative scores
 
 def run(job: Job[WithGrid], score: Score) -> dict[str, Any]:
     """Run a task and return its result. `score`: the classifier of the task. Raises UserError if there are options of a
-    grid, a sample has no list of labels, and the errors of `Job.open`."""
+    grid or a sample has no list of labels, and the errors of `Job.open`."""
     if job.options.is_grid:
         raise UserError(
             f"labels {job.options.labels}: are lists, for which layers, pools and shots are not supported; leave these "
@@ -128,8 +128,8 @@ def measured(
 def resampled(
     truth_MC: np.ndarray, scores: Mapping[str, np.ndarray], seed: int, hashes: Sequence[str] = ()
 ) -> dict[str, Resampled]:
-    """Return the mAP of each set of scores of the same samples, with the same bootstrap samples of the images. It is
-    the mean over the classes that occur.
+    """Return the mAP of each set of scores of the same samples, with the same bootstrap samples of the images. The mAP
+    is the mean over the classes that occur.
 
     Args:
         truth_MC: whether a sample belongs to a class, bool; at least one sample belongs to one.
@@ -165,8 +165,8 @@ def average_precisions(truth_M: np.ndarray, scores_M: np.ndarray, weights_BM: np
 
 
 def _columns(queries: FeatureBank, truth_MC: np.ndarray, scores_MC: np.ndarray, classes: Classes) -> dict[str, Any]:
-    """Return the columns of the predictions: keys, the labels of each sample, whether it belongs to each class, and its
-    scores, both in the order of `classes`, and the hashes of the images."""
+    """Return the columns of the table of predictions: the keys, the labels of each sample, the hashes of the images
+    and, in the order of `classes`, the scores of each sample and whether it belongs to the class."""
     labels = [[str(classes[number]) for number in row_C.nonzero()[0]] for row_C in truth_MC]
     images = {IMAGE_HASH: queries.image_hashes} if queries.image_hashes else {}
     return {"key": queries.keys, "labels": labels, "truth": truth_MC, "scores": scores_MC, **images}

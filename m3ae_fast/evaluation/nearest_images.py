@@ -36,8 +36,8 @@ class Neighbour(NamedTuple):
 def neighbours(
     model: str | os.PathLike[str], image: str | os.PathLike[str], folder: str | os.PathLike[str], **options: Any
 ) -> list[Neighbour]:
-    """Return the images of a folder that are most similar to an image, the most similar first. The features are
-    centred, that is, the mean over the folder is subtracted, because it is common to all images.
+    """Return the images of a folder that are most similar to an image, the most similar first. The mean of the features
+    over the folder is subtracted first, because what is common to all images does not distinguish them.
 
     Args:
         model: the name of a model (see `model_name.MODEL_HELP`).

@@ -83,9 +83,9 @@ def bootstrap_areas(
     inside: np.ndarray, outside: np.ndarray, seed: int, clusters: Sequence[np.ndarray] = ()
 ) -> np.ndarray:
     """Return the areas under the ROC curves of BOOTSTRAPS bootstrap samples of the scores `inside` and `outside` (see
-    `auroc_and_fpr`), float64 [BOOTSTRAPS]. The selection of samples depends only on the seed, on the numbers of samples
-    and on their clusters, which are drawn as a whole. `clusters`: those of both sets, int64 (see `image_clusters`);
-    empty: every sample is its own cluster."""
+    `auroc_and_fpr`), float64 [BOOTSTRAPS]. All samples of a cluster are drawn together, and the draws depend only on
+    the seed, the numbers of samples and the clusters. `clusters`: the clusters of the samples of both sets, int64 (see
+    `image_clusters`); empty: every sample is a cluster of its own."""
     drawn = [(ids, ids.max() + 1) for ids in clusters or map(np.arange, map(len, (inside, outside)))]
     random = np.random.default_rng(seed)
     values_V, place = np.unique(np.concatenate((inside, outside)), return_inverse=True)
@@ -146,9 +146,9 @@ def _read(head: Callable[[Tensor], Tensor]) -> Callable[[FeatureBank], Tensor]:
 
 
 def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Return the means of the classes, [K, D], and a whitening matrix, [D, D]: Mahalanobis distances are Euclidean
-    distances between features that are multiplied by it. Both are float64 on the device of the ranks. The covariance is
-    shrunk as proposed by Ledoit and Wolf (2004).
+    """Return the means of the classes, [K, D], and a whitening matrix, [D, D]. The Mahalanobis distance of two features
+    is their Euclidean distance after both have been multiplied by this matrix. Both are float64 on the device of the
+    ranks. The covariance is shrunk as proposed by Ledoit and Wolf (2004).
 
     Args:
         bank: the training features.
@@ -262,8 +262,8 @@ def unknown_intervals(found: dict[str, float]) -> str:
 
 
 def inverted(found: dict[str, float]) -> str:
-    """Return a warning about inverted scores, for which the whole confidence interval of the AUROC is below 0.5; "" if
-    there are none. `found`: metrics of a set."""
+    """Return a warning if there are inverted scores, that is, scores whose AUROC has a confidence interval below 0.5;
+    otherwise "". `found`: metrics of a set."""
     low = [
         f"{name} (AUROC {found[f'{name}_auroc']:.2f})" for name in SCORES if found.get(f"{name}_auroc_high", 1) < 0.5
     ]

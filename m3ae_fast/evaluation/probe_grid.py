@@ -70,9 +70,9 @@ def run_probes(job: Job[WithGrid]) -> Probed:
     """Train and evaluate all probes of the task and of its baselines, and write the predictions. Every rank must call
     it.
 
-    Without options of the grid, there is one probe of the last layer. If `encode.pool` is null, its pooling, and that
-    of each baseline, is then chosen by `best_type`. The baselines of a grid have the layer, the pooling and the
-    training samples of the main case. Baselines use k-NN if the task does, and otherwise logistic regression.
+    Without options of the grid, there is one probe of the last layer. If `encode.pool` is null, `best_type` chooses the
+    pooling for this probe and for each baseline. The baselines of a grid have the layer, the pooling and the training
+    samples of the main case. Baselines use k-NN if the task does, and otherwise logistic regression.
 
     Raises:
         UserError: a layer does not exist, a class has too few samples, or the memory is too small, and the errors of
@@ -88,7 +88,8 @@ def run_probes(job: Job[WithGrid]) -> Probed:
     own = encoded.pop(MODEL, None)
     if own is None:
         made = _streamed(job, types, (train, val), classes)
-        samples = {"train_samples": train.samples, "val_samples": len(made[0][2].keys)}  # only readable ones in `made`
+        # `made` contains only readable samples
+        samples = {"train_samples": train.samples, "val_samples": len(made[0][2].keys)}
     else:
         banks = [next(iter(part.values())) for part in (own.train, own.val)]
         if options.shots:

@@ -1,7 +1,8 @@
 """Metrics of a whole dataset, such as mAP or mIoU, with errors and tests that are computed by the bootstrap over
 samples.
 
-Shapes: B weightings of the held-out samples. All weights of the first one are 1; the others are bootstrap samples.
+Shapes: B weightings of the held-out samples. In the first weighting, all weights are 1; each of the others is a
+bootstrap sample.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Resampled:
 
     @property
     def varies(self) -> bool:
-        """Return whether the metric differs between bootstrap samples. With only one sample, it does not differ, and
-        its standard error cannot be estimated."""
+        """Return whether the metric differs between bootstrap samples. If it does not, for example because there is
+        only one sample, its standard error cannot be estimated."""
         return len(self.values_B) > 2 and bool(np.ptp(self.values_B[1:]) > _SAME)
 
     def entries(self, name: str) -> dict[str, float]:

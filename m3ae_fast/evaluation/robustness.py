@@ -50,7 +50,7 @@ def run(job: Job[Robustness]) -> dict[str, Any]:
         raise UserError(f"{job.options.model}: classifies texts; robustness needs an image classifier")
     if config.epsilons and model.config.model.image_dtype == "float32":
         raise UserError(
-            "robustness.epsilons: attacks require pixels in a limited range; set it to [] for image_dtype float32"
+            "robustness.epsilons: attacks require pixels in a limited range; with image_dtype float32, set it to []"
         )
     classes = model.config.classes
     val, _ = label_corpus(job.open(job.config.data.val), job.options.labels, classes, progress=job.ranks.is_main)

@@ -119,7 +119,7 @@ def summary(run: Path, metrics: Metrics) -> tuple[str, list[Diagnostic]]:
     damaged."""
     try:
         state = status(run)[1]
-    except UserError:  # the run has only logged the losses before its first step, or the folder is a copy of its log
+    except UserError:  # there is no checkpoint yet, or the folder contains only a copy of the run's log
         state = f"step {metrics[-1]['step']:,}"
     saved = checkpoint.saved_steps(run)
     unusual = diagnose(metrics, checkpoint.read_info(saved[-1]).config if saved else None)

@@ -230,10 +230,10 @@ def _steps(train: Images, classes: int, config: SegmentConfig, job: Job) -> Iter
 
 class Neighbours:
     """A head that uses the votes of the nearest training patches: patches [B, L, D] -> scores [B, L, C], whose sum over
-    classes is 1. Each training patch votes with the fractions of its pixels that belong to each class. All training
-    images contribute about the same number of voting patches. Within an image, these are evenly spaced among the
-    patches that contain at least one pixel that is not ignored. Every rank has the voting patches of all images, in the
-    order of the images, so that the result does not depend on the number of ranks."""
+    classes is 1. The vote of a training patch for a class is the fraction of its pixels that belong to the class. Each
+    training image contributes about the same number of voting patches, evenly spaced among its patches with at least
+    one pixel that is not ignored. Every rank has the voting patches of all images, in the order of the images, so that
+    the result does not depend on the number of ranks."""
 
     def __init__(self, train: Images, classes: int, job: Job) -> None:
         bank, N, ranks = train.bank, len(train.bank.keys), job.ranks

@@ -128,11 +128,11 @@ def difference(
 
 
 def mcnemar(first_N: np.ndarray, second_N: np.ndarray, clusters_N: np.ndarray | None = None) -> float:
-    """Return the p-value of McNemar's exact two-sided test: if two classifiers are equally good, each sample that only
-    one of them classifies correctly is equivalent to the toss of a fair coin.
+    """Return the p-value of McNemar's exact two-sided test. It counts the samples that only one of two classifiers
+    classifies correctly: if both are equally good, which of the two it is corresponds to the toss of a fair coin.
 
-    With clusters, it is the toss of one coin for each cluster, which decides the sign of the difference between the
-    numbers of correct samples of the two classifiers: Fisher's randomisation test (Fisher 1935, "The Design of
+    With clusters, one coin is tossed for each cluster. It decides the sign of the difference between the numbers of
+    correct samples of the two classifiers: this is Fisher's randomisation test (Fisher 1935, "The Design of
     Experiments", section 21) of the cluster totals. The normal approximation of this test is that of Yang, Sun and
     Hardin (2010, "A note on the tests for clustered matched-pair binary data").
 
@@ -169,7 +169,7 @@ def _bootstrap_means(values_N: np.ndarray, clusters_N: np.ndarray, seed: int) ->
     """Return the means of N values in bootstrap samples of their clusters, [B]."""
     clusters_C = np.stack((np.bincount(clusters_N, values_N), np.bincount(clusters_N)), 1)  # sum and size
     count, generator = len(clusters_C), np.random.default_rng(seed)
-    # there are few distinct clusters, so only counts are drawn
+    # many clusters have equal sums and sizes, so it is sufficient to draw how often each kind of cluster occurs
     found, counts = np.unique(clusters_C, axis=0, return_counts=True)
     drawn = generator.multinomial(count, counts / count, size=_RESAMPLES)
     return (drawn @ found[:, 0]) / (drawn @ found[:, 1])

@@ -33,8 +33,8 @@ def encode_by_each(
     stop: StopRequest | None = None,
     shorter: Sequence[str] = (_FEWER,),
 ) -> dict[str, tuple[FeatureBank, ...]]:
-    """Return the features of each dataset by model, in one pass for all models that have the same input. Baselines for
-    which too many samples cannot be read, or that cannot read a sample of the first model, are left out with a warning.
+    """Return the features of each dataset by model, in one pass for all models that have the same input. A baseline
+    that cannot read a sample of the first model, or cannot read too many samples, is left out with a warning.
 
     Args:
         job: the job.
@@ -112,7 +112,8 @@ def encode_baselines(
     job: Job, train: Corpus, val: Corpus, stop: StopRequest
 ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
     """Return the features of `encode_with_baselines` by each baseline alone; empty if the task evaluates no baselines.
-    If a rank is asked to stop, the result is empty on all of them, so that the result of a training is not lost."""
+    If a rank is asked to stop, the features are empty on all ranks, so that the task can still write the result of its
+    training."""
     if not (models := job.open_baselines()):
         return {}
     try:

@@ -108,7 +108,7 @@ def evaluate(
 
 
 def _resumed(task: Task) -> AbstractContextManager[None]:
-    """Return a context in which messages state what happens if the task is started again after it has ended early."""
+    """Return a context in which messages state what happens if a task that has ended early is started again."""
     if isinstance(task, WithResume):
         return nullcontext()
     return resumed_by(AGAIN, "continues" if isinstance(task, Compare) else "starts over")
@@ -163,11 +163,11 @@ def _open(
 
 def _open_baselines(job: Job) -> dict[str, MultimodalEncoder]:
     """Return the baselines of the job's model by display name, in evaluation mode, on the ranks' device. The random
-    weights are those of `random:MODEL` with the same `run.seed`. Every rank must call it. A baseline whose library is
-    missing is left out with a warning."""
+    weights are those of `random:MODEL` with the same `run.seed`. A baseline whose library is missing is left out with a
+    warning. Every rank must call this function."""
     model, config, ranks = job.model, job.config, job.ranks
     random = untrained(model.config, model.loss_config, config.run.seed).to(ranks.device).eval()
-    if isinstance(job.options, Segment):  # the features of patches are needed, and only pixels have some
+    if isinstance(job.options, Segment):  # of the features without a network, only pixels have features of patches
         grid = model.config.image_size, model.config.patch_size
         found = open_image_features([PIXELS], config.data, ranks, *grid)
     else:

@@ -11,7 +11,7 @@ from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.weights.timm_model import open_timm_model, output_of
 
-_LARGEST_PATCH = 32  # maximum side of the patches of the input, which only determine how images are packed
+_LARGEST_PATCH = 32  # maximum patch size of the input; it affects only how images are packed
 
 
 class TimmFeatures(ImageFeatures):

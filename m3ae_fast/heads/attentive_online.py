@@ -38,8 +38,8 @@ _DIGEST = 1 << 64
 
 
 def is_held_out(key: str) -> bool:
-    """Return whether a training sample belongs to the tenth that is held out to choose the learning rate. A hash of its
-    key decides this."""
+    """Return whether a training sample belongs to the tenth that is held out to choose the learning rate, which a hash
+    of its key decides."""
     return int.from_bytes(key_digest(key)[:8], "big") < _HELD_OUT * _DIGEST
 
 
@@ -79,7 +79,7 @@ def _encoded(
         pooled_SKD, tokens_SKLD = model.pooled_and_patches(
             batch, layers_of(types), pools_of(types) or [config.fixed_pool]
         )
-    tokens_SKLD = tokens_SKLD.half()  # the precision in which a bank stores tokens
+    tokens_SKLD = tokens_SKLD.half()  # rounded to the precision with which a bank stores tokens
     if not trying:
         return pooled_SKD, tokens_SKLD, batch.labels
     kept = [row for row, key in enumerate(batch.keys) if not is_held_out(key)]

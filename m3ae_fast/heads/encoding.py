@@ -39,7 +39,7 @@ from m3ae_fast.process.stop_request import StopRequest
 from m3ae_fast.process.stoppable_loop import until_stopped
 
 T = TypeVar("T")
-# labels [S], pooled features [S, K, D] and patch tokens [S, K, L, D] -> [S, F, ...], with one row for each of F results
+# a function that maps labels [S], pooled features [S, K, D] and patch tokens [S, K, L, D] to F results, [S, F, ...]
 Reduce = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 

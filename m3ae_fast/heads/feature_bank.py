@@ -81,7 +81,7 @@ def select(kind: FeatureType, types: Sequence[FeatureType], pooled_SKD: Tensor, 
 
 
 class Standard(NamedTuple):
-    """The scale of features: they are shown with a mean of 0 and a standard deviation of 1."""
+    """The mean and the standard deviation with which features are standardised when they are read."""
 
     mean_D: Tensor  # float32
     std_D: Tensor  # float32; 1 for a constant feature
@@ -185,7 +185,7 @@ class FeatureBank:
 
     def gathered(self) -> FeatureBank:
         """Return a bank that stores all samples on the CPU of every rank. Every rank must call it."""
-        alone = replace(self, own_R=None, at_R=None, ranks=None, standard=None)  # what `features_RD` returns is scaled
+        alone = replace(self, own_R=None, at_R=None, ranks=None, standard=None)  # `features_RD` returns scaled features
         patches_NLD = None if self.patches_SLD is None else self.tokens().complete(self.tokens().features_RD)
         return replace(alone, stored_SD=self.complete(self.features_RD), patches_SLD=patches_NLD)
 
@@ -269,7 +269,7 @@ class Rows:
 
     def _allocated(self, like: Tensor) -> Tensor:
         shape, ranks = (self._most, *like.shape[1:]), self._ranks
-        # host memory counts as free until rows are written to it, so the tensors that follow are included in advance
+        # memory counts as free until rows are written to it, so room for the tensors to come is required now
         needed = math.prod(shape) * like.element_size() * self._to_come
         place = storage(needed, ranks.device, len(ranks.of_node), self._folder)
         if place != "file":
@@ -281,8 +281,8 @@ class Rows:
 
 
 def missing_in_host_memory(needed: float, on_node: int) -> str:
-    """Return a message that states the required and the free memory if host memory has no room for `needed` bytes for
-    each of the `on_node` ranks on this node; otherwise ""."""
+    """Return a message with the required and the free memory if the host memory of this node is too small for `needed`
+    bytes per rank; otherwise "". `on_node`: number of ranks on this node."""
     return missing_memory(needed * on_node, torch.device("cpu"))
 
 

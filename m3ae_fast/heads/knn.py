@@ -19,7 +19,7 @@ from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.predictions import Predictions
 
 NUMBERS = (1, USUAL_K)  # numbers of neighbours that are tried if `knn.k` is null
-_MOST_HELD_OUT = 10_000  # maximum number of samples on which they are tried
+_MOST_HELD_OUT = 10_000  # maximum number of held-out samples on which NUMBERS are tried
 
 
 def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, temperature: float) -> Tensor:
@@ -34,10 +34,10 @@ def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, te
 
 def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig) -> Predictions:
     """Return the k-NN predictions of all queries, with neighbours from `bank`. Their `chosen` contains the number of
-    neighbours, "k", and whether features were standardised, "standardised". If `config.k` is null, these are the number
-    from NUMBERS and the features that have the highest accuracy on a tenth of the samples of `bank`, with neighbours
-    from the others. In a tie, and if there are fewer than ten samples, features are not standardised, and the number is
-    USUAL_K. Every rank must call it."""
+    neighbours, "k", and whether features were standardised, "standardised". If `config.k` is null, both are chosen by
+    the accuracy on a tenth of the samples of `bank`, with neighbours from the others; the number is one of NUMBERS. In
+    a tie, and if there are fewer than ten samples, features are not standardised, and the number is USUAL_K. Every rank
+    must call it."""
     k, standardised = (config.k, False) if config.k else _chosen(bank, classes, config.temperature)
     found = _predictions(bank, queries, classes, k, standardised, config.temperature)
     return replace(found, chosen={"k": min(k, len(bank.keys)), "standardised": standardised})

@@ -35,15 +35,15 @@ INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, USUAL)  # inverse strengths that `f
 # accuracy with 50 training samples, 3 to 5 points with 100, and 1.2 +- 0.4 points with 800 (scikit-learn's digits as
 # pixels and as HOG, wine and breast cancer; 20 random splits each).
 _ENOUGH = 100
-_CONVERGED = 1e-7  # a strength has converged if its next step is expected to decrease the mean loss by less than this
+_CONVERGED = 1e-7  # a fit has converged if its next step is expected to decrease the mean loss by less than this
 _MOST_ITERATIONS = 1000
 _MEMORY = 10  # number of stored pairs; a pair is a step and the resulting change of the gradient
 _SUFFICIENT = 1e-4  # minimum decrease of the loss as a fraction of the decrease that the gradient predicts (Armijo)
 _ROUNDING = 1e-7  # relative rounding error of a loss
 _SHORTEST = 1e-6  # minimum step length
 _AT_A_TIME = 1 << 22  # maximum number of logits that are computed at a time
-# Wider features have a covariance of which only the largest eigenvalues are computed, because the time for all of them
-# grows with the cube of the width: 34 CPU seconds for a width of 3,072, where the largest 256 take 0.6 s.
+# For wider features, only the largest eigenvalues of the covariance are computed. The time for all of them grows with
+# the cube of the width: for a width of 3,072, all take 34 CPU seconds, and the largest 256 take 0.6.
 _WIDE, _EIGENVALUES, _POWERS = 512, 256, 2
 # A feature is constant if its standard deviation is below this fraction of its mean (a few roundings of float32), or
 # below the second value, whose inverse float32 can still represent.
@@ -53,7 +53,7 @@ _CONSTANT, _TINY = 1e-6, 1e-30
 class Tried(NamedTuple):
     """Classifiers with each of INVERSE_STRENGTHS, fitted to the samples of a bank that are not held out."""
 
-    trials: list[Trial]  # results on the held-out samples; empty if there are too few different samples to hold one out
+    trials: list[Trial]  # results on the held-out samples; empty if no samples are held out, because there are too few
     held_out: int  # number of held-out samples
     weight_HKP: Tensor | None  # None if there are no trials
 
@@ -141,8 +141,8 @@ def _fit(
 ) -> tuple[Tensor, LinearHeads]:
     """Return the weights, float64, and a head for each strength. As in scikit-learn, the penalty that is added to the
     mean loss is half the sum of the squared weights, divided by the inverse strength and by N. Biases are not
-    penalised. For two classes, scikit-learn has one vector of weights, the difference of the two vectors here, whose
-    squared norm is twice the sum of theirs; so the penalty is doubled."""
+    penalised. For two classes, scikit-learn has a single vector of weights, which is the difference of the two vectors
+    here. Its squared norm is twice the sum of their squared norms, so the penalty is doubled."""
     features = Standardised(bank)
     device, samples = features.device, len(bank.keys)
     counts_K = (targets.sum(0) if targets.ndim == 2 else targets.bincount(minlength=classes)).double().to(device)

@@ -105,9 +105,9 @@ def possible(sizes: Sequence[ModelSize], config_of: Callable[[ModelSize], Config
 
 
 def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
-    """Return an image size of at most `pixels` for which at least half of the images need not be enlarged, and the
-    largest patch size of 16 and 8 pixels with at least eight patches per side; 4 if there is none. `short_side`: median
-    length of the images' shorter sides, in pixels; below 16, the image size is 16."""
+    """Return the image size and the patch size. The image size is at most `pixels`, and at least half of the images
+    need not be enlarged to it. The patch size is 16 or, if this gives fewer than eight patches per side, 8 or 4 pixels.
+    `short_side`: median length of the images' shorter sides, in pixels; below 16, the image size is 16."""
     size = max(min(short_side, pixels), 16)
     patch = next((p for p in (16, 8) if size // p >= 8), 4)
     return size // patch * patch, patch
@@ -143,8 +143,9 @@ def set_to(overrides: Sequence[str], name: str, default: Any) -> Any:
 
 
 def by_setting(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides, with those that set the section `optim` divided into one override per setting. The config
-    of an existing run is changed by these overrides, so it keeps its learning rate unless the user sets another one."""
+    """Return the overrides, with one override per setting in place of an override of the whole section `optim`. If they
+    are applied to the config of an existing run, the run therefore keeps its learning rate unless the user sets another
+    one."""
     found = []
     for override in overrides:
         section = set_to([override], "optim", None)

@@ -240,7 +240,7 @@ def _chosen_config(call: _Call, value_range: Range | None) -> Config | None:
         group=call.group,
         start_range=weights.config.value_range if weights.config else None,
     )
-    preferred = PREFERRED if call.teacher is None else PREFERRED[1:]  # the first one has targets of its own
+    preferred = PREFERRED if call.teacher is None else PREFERRED[1:]  # HOG targets cannot be combined with a teacher's
     method = choose_recipe(call.recipe, overrides, preferred) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None
     with stage(call.device) as session:
