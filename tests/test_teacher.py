@@ -356,7 +356,7 @@ def test_pretrain_accepts_a_teacher_and_chooses_another_recipe(tmp_path, monkeyp
     config = assumed_config([*found.overrides, *overrides, "model.target_width=64"])
     assert (config.model.image_targets, config.loss.norm_pix) == ("features", False)
     cases = [
-        ({"recipe": "hog"}, "recipe hog: has other targets than those of teacher; leave out one of the two"),
+        ({"recipe": "hog"}, "recipe hog: its targets are not the features of a teacher; leave out recipe or teacher"),
         ({"recipe": "mae"}, r"recipe mae: .*loss\.norm_pix"),
         (
             {"overrides": ["model.image_targets=pixels"]},

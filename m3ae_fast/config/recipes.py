@@ -33,7 +33,8 @@ METHODS: dict[Recipe, dict[str, Any]] = {
     "hog": _FAST | {"model.image_targets": "hog", "loss.norm_pix": False},
     "mae": _OFFICIAL | {"model.vocab_size": 0, "loss.norm_pix": True},
 }
-# Further settings for `train`; `pretrain` has its own rules for them. Those of MAE are from its training on ImageNet.
+# Further settings for `train`, for which `pretrain` has its own rules. The settings of MAE are those of its training on
+# ImageNet.
 _FURTHER: dict[Recipe, dict[str, Any]] = {
     "official": {},
     "fast": {"optim.clip_grad": 1.0},

@@ -22,7 +22,7 @@ from m3ae_fast.images.suffixes import listed_suffixes
 
 @dataclass(frozen=True)
 class Source:
-    """A data source: its shards, and for each shard, the modality of its samples that is used."""
+    """A data source: its shards, and for each shard, which modality of its samples is used."""
 
     shards: Sequence[IndexedShard]
     modalities: list[Modality]
@@ -99,9 +99,9 @@ class Corpus:
 
     @property
     def separated(self) -> tuple[int, str]:
-        """Return the number of images whose captions are separate samples because the files are not adjacent in the
-        tar, and the first shard with such an image; 0 and an empty string if there are none. Shards of manifests are
-        not examined."""
+        """Return the number of images that are separated from their captions, because the two files are not adjacent in
+        the tar, and the first shard with such an image. If there are none, the result is 0 and an empty string. Shards
+        of manifests are not examined."""
         found = [(shard.separated(), shard.shard) for source in self.sources for shard in source.indexed]
         return sum(count for count, _ in found), next((shard for count, shard in found if count), "")
 

@@ -33,7 +33,7 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.images.normalisation import model_input
 from m3ae_fast.vqgan.model import VQGAN
 
-# maps an image, uint8 [C, H, W], and a seed to an image of the same shape; all randomness comes from the seed
+# a function that maps an image, uint8 [C, H, W], and a seed to an image of the same shape; it uses no other randomness
 Transform = Callable[[Tensor, int], Tensor]
 
 
@@ -82,7 +82,7 @@ class Samples(Dataset[Sample | Skipped]):
     order: Order | FileOrder
     preparation: Preparation
     augment: Augment | None  # None: no augmentation; the central square or the whole native image is used
-    positions_per_mask: int  # positions per step; they share their masks if `masking.per` is "batch"
+    positions_per_mask: int  # number of positions per step, which share a mask if `masking.per` is "batch"
     repeats: int = 1  # number of consecutive views of each sample
     transform: Transform | None = None  # applied to each cropped image
 

@@ -53,7 +53,7 @@ class FetcherOfNode:
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
         """Yield the micro-batches, starting with those of the first step, and report the number of completed steps to
-        the fetcher, which ends with the iterator."""
+        the fetcher. The fetcher ends together with the iterator."""
         try:
             for number, batch in enumerate(batches, 1):
                 self._steps[self._slot] = self.schedule.start + number // self.accumulation

@@ -74,7 +74,7 @@ def _kept(path: Path, identity: Sequence[int], samples: int) -> np.ndarray | Non
 
 def _read(shard: IndexedShard) -> np.ndarray:
     sizes = np.zeros((shard.summary.samples, 2), dtype=np.int32)
-    # the samples of unreadable shards are counted as bad samples later
+    # later, the samples of unreadable shards are counted as bad samples
     with suppress(OSError), open(shard.shard, "rb") as file:
         table = shard.table()
         for row in np.flatnonzero(table["image_offset"] != MISSING).tolist():

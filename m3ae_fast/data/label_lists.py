@@ -95,8 +95,8 @@ def _define_classes(used: set[Label], where: str, field: str) -> Classes:
 
 
 def _parse(data: bytes, field: str, where: str) -> tuple[Label, ...] | None:
-    """Return the distinct labels of a sample's list in sorted order; None if the sample has no list. Raises UserError
-    if the field is not a list of labels."""
+    """Return the labels of a sample's list, sorted and without duplicates; None if the sample has no list. Raises
+    UserError if the field is not a list of labels."""
     value = json_field(data, field, where)
     if value is None:
         return None

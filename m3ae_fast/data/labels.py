@@ -67,7 +67,8 @@ def read_labels(corpus: Corpus, field: str, *, progress: bool = False) -> list[l
 def read_members(
     corpus: Corpus, field: str, parse: Callable[[bytes, str, str], T], *, progress: bool = False
 ) -> list[list[T | None]]:
-    """Return the parsed members of the samples of each source in file order; None for a sample without the member.
+    """Return the parsed .cls or .json member of each sample of each source, in file order; None for a sample without
+    this member.
     `field`: "cls" for .cls members, "json.NAME" for .json members. `parse`: function that is called with the bytes of a
     member, `field`, and the sample's name for messages. Raises UserError if a shard cannot be read or if `parse` raises
     it."""

@@ -203,9 +203,9 @@ def prepare(
         store: the shard cache of this rank's node.
         ranks: the ranks of the run.
         waiting: context that is entered while this rank waits for other ranks.
-        key: the seed and the number of the source. The shards are split over nodes in the same way as over lanes, so
-            each node counts the shards that it will train on, and does not download them again if they fit into its
-            cache.
+        key: the seed and the number of the source. The shards are split over nodes as in training, where they are split
+            over lanes. Each node therefore counts the shards that it will train on, and need not download them again if
+            they fit into its cache.
 
     Raises:
         UserError: a rank cannot write the manifest, or no shard can be read. The error is raised on every rank.

@@ -138,9 +138,10 @@ class SourceOrder:
 class Lane:
     """A sub-stream of the sample order, which consists of a part of each source.
 
-    In each block of positions, each source has its proportion, up to rounding, and the sources are in random order. The
-    numbers of samples per source are rounded by Webster's method, so no number decreases when positions are added. The
-    method starts again in each epoch. Without weights, an epoch contains each sample exactly once.
+    In each block of positions, the number of samples of each source is in proportion to its weight, up to rounding, and
+    the sources are in random order. The numbers are rounded by Webster's method, with which no number decreases when
+    positions are added. The method starts again in each epoch. Without weights, an epoch contains each sample exactly
+    once.
     """
 
     sources: Sequence[SourceOrder]
@@ -148,8 +149,8 @@ class Lane:
     samples: int  # number of positions per epoch
     seed: int
     block: int = BLOCK  # number of positions per block
-    # index, within an epoch, of the block at which the lane begins; it differs between lanes, so that they round the
-    # proportions of the sources at different positions
+    # number of the block within an epoch with which the lane begins; it differs between lanes, so that the rounding
+    # errors of their proportions differ
     first_block: int = 0
 
     def __post_init__(self) -> None:

@@ -43,14 +43,14 @@ class PrefetchSchedule:
     lanes: Sequence[int]  # lanes of the sample order that the node's ranks read
     start: int  # first step of the run
     stop: int  # step before which the run ends
-    positions: float  # positions of the sample order per step; fractional if `data.repeats` does not divide the batch
+    positions: float  # number of positions per step; not an integer if `data.repeats` does not divide the batch
     ahead: int  # number of steps whose batches are prepared in advance
 
     @classmethod
     def of(
         cls, corpus: Corpus, order: Order, batches: MicroBatches, ranks: Sequence[int], ahead: int = 0
     ) -> PrefetchSchedule:
-        """Return the schedule of the node with these ranks. `batches`: the micro-batches of one of them."""
+        """Return the schedule of the node with these ranks. `batches`: the micro-batches of one of the ranks."""
         positions, steps = batches.share.global_batch / batches.repeats, batches.steps
         return cls(corpus, order, batches.lanes_of(ranks), steps.start, steps.stop, positions, ahead)
 

@@ -1,5 +1,4 @@
-"""Assignment of samples to ranks: the part of each step's batch that a rank reads, which determines the lanes and
-shards that it reads.
+"""Assignment of samples to ranks. A rank reads a part of each step's batch, and therefore only some lanes and shards.
 
 `order.py` assigns shards to lanes. Within a rank, the workers of the DataLoader take micro-batches in turn.
 """

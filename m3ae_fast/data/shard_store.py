@@ -32,7 +32,7 @@ from m3ae_fast.data.download import ATTEMPTS, NotFound, download, retry_after
 from m3ae_fast.data.shard_names import is_remote
 
 FREE_FRACTION = 0.1  # fraction of the cache folder's disk that is kept free; older copies are evicted to achieve this
-_KEPT_NS = 1000  # difference between the modification times that `keep` sets for consecutive shards, in ns
+_KEPT_NS = 1000  # nanoseconds between the modification times that `keep` sets for consecutive shards
 _EVICTION = "room"  # name of the lock for eviction
 _LEDGER = struct.Struct("<QQ")  # see `ShardStore._evict`
 _SCAN_S = 60.0  # seconds between scans of all copies while the cache is full
@@ -80,7 +80,7 @@ class ShardStore:
             raise UserError(
                 f"data.cache_dir {self.cache_dir}: cannot be created ({error.strerror}); choose a writable folder"
             ) from None
-        # whether to cache shards that are on a network file system
+        # whether shards on a network file system are copied to the cache
         self.staging = not network_file_system(self.cache_dir)
 
     @staticmethod
@@ -133,7 +133,7 @@ class ShardStore:
         while True:
             try:
                 with contextlib.suppress(PermissionError):  # the copy belongs to another user
-                    os.utime(copy)  # marks the copy as recently used, so that it is evicted last
+                    os.utime(copy)  # the copy has just been used, so it is evicted last
                     return copy
                 if copy.is_file():
                     return copy
@@ -248,8 +248,8 @@ class ShardStore:
         return out, size
 
     def _evict(self, ledger: int, size: int | None = None, grown: int = 0) -> int:
-        """Evict the oldest copies until a new copy fits within the limit and FREE_FRACTION of the disk is free.
-        Processes that have an evicted copy open can still read it (POSIX).
+        """Evict the oldest copies until there is room for a new copy within the limit and FREE_FRACTION of the disk is
+        free. Processes that have an evicted copy open can still read it (POSIX).
 
         Scanning all copies takes time in proportion to their number, while all other processes wait. The scan is
         skipped if the ledger shows that there is enough space, or if this process has scanned recently. In the latter

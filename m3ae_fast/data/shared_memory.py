@@ -1,4 +1,4 @@
-"""Limits the loader's prefetching to the shared memory through which workers pass batches."""
+"""Limits on the batches that loader workers prepare in advance, which must fit into shared memory."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class Member(NamedTuple):
 def scan_tar(path: Path) -> tuple[list[Member], str | None]:
     """Return the regular files of an uncompressed tar, and a description of its damage (None if it is intact).
 
-    Members before the damage are listed, including one that is truncated by the end of the file. Raises OSError if the
-    file cannot be read.
+    Members before the damage are listed, including the one that the end of the file truncates, if any. Raises OSError
+    if the file cannot be read.
     """
     with open_regular(path) as file:
         return _scan(file.fileno(), os.fstat(file.fileno()).st_size)

@@ -82,11 +82,11 @@ def draw_attention(
     blocks: Sequence[int] = (LAST,),
     channels: Sequence[int] | None = None,
 ) -> None:
-    """Write a PNG with a row for each of the first `count` samples with an image and each of `blocks`, which are the
-    numbers of encoder blocks from 0. Each row shows the attention of cls
-    and of the first words (or only of cls and `word`) as an overlay from blue (none) to red (the highest). The
-    attention of a word with several tokens is the mean over these tokens. `channels`: displayed channels, as in
-    `figures.levels`. Raises UserError if no sample has an image, or if no caption contains the word."""
+    """Write a PNG with a row for each of the first `count` samples with an image and each of `blocks`, the numbers of
+    encoder blocks from 0. Each row shows the attention of cls and of the first words (or only of cls and `word`) as an
+    overlay from blue (none) to red (the highest). The attention of a word with several tokens is the mean over these
+    tokens. `channels`: displayed channels, as in `figures.levels`. Raises UserError if no sample has an image, or if no
+    caption contains the word."""
     rows: list[list[Cell]] = []
     for sample in samples:
         if sample.image is None or len(rows) == count * len(blocks):
@@ -173,8 +173,8 @@ def draw_patch_attention(
     channels: Sequence[int] | None = None,
 ) -> None:
     """Write a PNG with a row for each of the first `count` samples with an image and a caption, and each of `blocks`,
-    which are the numbers of encoder blocks from 0. The patch is outlined,
-    and each word is shaded by the patch's attention to it, from white (none) to SHADE (the highest in the caption).
+    the numbers of encoder blocks from 0. The patch is outlined, and each word is shaded by the patch's attention to it,
+    from white (none) to SHADE (the highest in the caption).
     `channels`: displayed channels, as in `figures.levels`. Raises UserError if no sample has a caption and an image
     with this patch."""
     assert model.tokenizer is not None

@@ -17,9 +17,9 @@ from m3ae_fast.drawing.reconstructions import can_draw, draw_run, open_weights
 def draw_training(
     config: Config, weights: dict[str, Tensor], corpus: Corpus, tokenizer: CaptionTokenizer | None
 ) -> dict[str, Path]:
-    """Plot samples of `corpus`, write the figures to the run folder, and return their paths by name: "reconstructions"
-    and, if there are images, "attention"; there are no reconstructions if no sample is valid, or if the predictions
-    cannot be drawn. See `draw_run` for the arguments and errors."""
+    """Plot samples of `corpus`, write the figures to the run folder, and return their paths by name. There is
+    "reconstructions" unless no sample is valid or the predictions cannot be drawn, and "attention" if there are images.
+    See `draw_run` for the arguments and errors."""
     folder, count = config.run.dir, config.train.pictures
     drawn = {}
     if can_draw(config.model) and draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):

@@ -18,9 +18,9 @@ _SHARP = 4  # pixels drawn for each displayed pixel, in each direction
 
 
 def glyphs(targets_LK: Tensor, grid: Grid, side: int) -> Image.Image:
-    """Return a picture of the targets [L, 9] of the patches of a square image, which is `side` pixels high. A line runs
-    along the edges that it stands for, so it is perpendicular to their gradient, and is the brighter, the larger its
-    share of the gradients is."""
+    """Return a picture of the targets [L, 9] of the patches of a square image, which is `side` pixels high. Each line
+    has the direction of the edges that it shows, which is perpendicular to their gradients. The larger the fraction of
+    the gradients that a line shows, the brighter it is."""
     rows, columns = grid
     cell = side * _SHARP / rows
     shares_LK = ((targets_LK.float() * SPREAD + CENTRE) / LARGEST_SHARE).clamp(0, 1)

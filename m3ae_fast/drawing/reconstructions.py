@@ -36,7 +36,7 @@ GREY = 127
 HIDDEN = "___"
 FAINT = (130, 130, 130)
 _LINE = 16  # height of a line of text in pixels
-# what figures of models with loss.norm_pix show
+# lines below figures of models with loss.norm_pix
 GIVEN_AWAY = (
     "The model does not predict the mean and the contrast of a masked patch (loss.norm_pix), so the figure takes them "
     "from the original.",
@@ -45,7 +45,7 @@ GIVEN_AWAY = (
 
 
 class _Row(NamedTuple):
-    """A sample in a figure, and the errors of its masked pixels, which are 0 unless the model has loss.norm_pix."""
+    """A sample in a figure, and the errors of its masked pixels; without loss.norm_pix, the errors are 0."""
 
     picture: Image.Image
     error: float = 0.0  # sum of the squared errors of the reconstruction, in levels from 0 to 255
@@ -62,8 +62,8 @@ def open_weights(config: Config, weights: dict[str, Tensor]) -> M3AE:
 
 
 def can_draw(config: ModelConfig) -> bool:
-    """Return whether something that a model predicts can be drawn. Features of a teacher cannot be drawn, but captions
-    can."""
+    """Return whether any predictions of a model can be drawn: captions, and all targets of images except features of a
+    teacher."""
     return config.image_targets != "features" or config.vocab_size > 0
 
 
@@ -109,8 +109,8 @@ def draw_reconstructions(
     shown as predicted. If the image targets are ids of `vqgan`, the whole image is decoded from the true and the
     predicted ids. For HOG targets, their true and predicted values are drawn as lines (see `gradient_glyphs`), and
     visible patches have their true values. Predicted features of a teacher are not drawn. If the model has
-    loss.norm_pix, a column shows the zero prediction (see `views_of`), and the error of the reconstructions is written
-    as a fraction of its error.
+    loss.norm_pix, a column shows the zero prediction (see `views_of`), and a line below the figure states the error of
+    the reconstructions as a multiple of the error of the zero prediction.
 
     Args:
         model: model on any device, in any mode.
@@ -216,8 +216,8 @@ def views_of(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | Non
     loss.image_all_tokens.
 
     With loss.norm_pix, predictions are standardised per patch. As in MAE, this is undone with the mean and the standard
-    deviation of the true patch, which the model does not know. A fourth image therefore shows the zero prediction: a
-    reconstruction in the same way with 0 for every predicted value.
+    deviation of the true patch, which the model does not know. A fourth image therefore shows the zero prediction: the
+    reconstruction of a model that predicts 0 for every value.
     """
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
     patches_LK = _cut(levels(image, c, range(len(image))), c.patch_size).float()

@@ -1,4 +1,5 @@
-"""Attentive probes: a linear classifier and a query, which pools the frozen encoder's patch tokens, are trained."""
+"""The task attentive: a query, which pools the patch tokens of the frozen encoder, and a linear classifier are
+trained."""
 
 from __future__ import annotations
 

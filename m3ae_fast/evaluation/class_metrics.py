@@ -1,4 +1,5 @@
-"""Metrics of a classification task that are not dominated by large classes, computed from its predictions.parquet.
+"""Metrics of a classification task that small classes influence as much as large ones, computed from
+predictions.parquet.
 
 Shapes: N samples, K classes that occur among them.
 """

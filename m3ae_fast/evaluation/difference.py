@@ -52,12 +52,12 @@ class Result:
 
     @property
     def hashes(self) -> list[str]:
-        """Return the hash of each row's image; "" if it is unknown. See `image_clusters`."""
+        """Return the hash of each row's image; "" for an unknown hash. See `image_clusters`."""
         return self.table.get(IMAGE_HASH, [""] * len(self.table["key"]))
 
     @property
     def metric(self) -> str:
-        """Return the name of the metric by which it is compared."""
+        """Return the name of the metric by which the result is compared."""
         return next((name for name, metric in _METRICS.items() if {*metric.columns} <= self.table.keys()), _ACCURACY)
 
     def rows(self, numbers: Sequence[int]) -> Result:
@@ -73,8 +73,8 @@ class Result:
         return {values: self.rows(own) for values, own in numbers.items()}
 
     def matched(self, other: Result, *names: str) -> Result:
-        """Return the other result with its rows in the order of this one. Rows belong together if they are equal in the
-        columns `names`. Raises UserError if the samples are not the same."""
+        """Return the other result with its rows in the order of the rows of this result. Two rows belong together if
+        they are equal in the columns `names`. Raises UserError if the samples of the results differ."""
         own, theirs = (list(zip(*(each.table[name] for name in names))) for each in (self, other))
         _require_same((self.folder, other.folder), {*own}, {*theirs})
         place = {which: row for row, which in enumerate(theirs)}
@@ -214,9 +214,9 @@ def verdicts(folder: Path, result: Mapping[str, Any], name: str, others: Mapping
 def all_differences(
     folder: Path, result: Mapping[str, Any], name: str, others: Mapping[str, Path]
 ) -> tuple[dict[str, Difference], bool]:
-    """Return the differences between the model `name` and its baselines, other models and always predicting the largest
-    class, by name; and whether they are complete. If predictions are missing or belong to different samples, there are
-    only the differences from the baselines. See `verdicts` for the arguments."""
+    """Return two results: the differences of the model `name` from its baselines, from other models and from always
+    predicting the largest class, by name; and whether they are complete. If predictions are missing or belong to
+    different samples, only the differences from the baselines are returned. See `verdicts` for the arguments."""
     baselines = result.get(BASELINES, {})
     own = {baseline_name(other, baselines[other]): each for other, each in differences(result).items()}
     try:
@@ -303,8 +303,8 @@ class _Classified(NamedTuple):
 def _classified(result: Result, name: str = "") -> _Classified:
     """Compare the predictions of a result with the labels, and return which samples are classified correctly. If there
     are several layers, poolings or numbers of training samples, the main ones are used. `name`: name of the classifier;
-    "": the folder and, if there are several, the layer and so on. Raises UserError unless the table has exactly one
-    prediction for each sample and draw."""
+    "": it is named by the folder and, if the table has several, by layer, pooling and number of training samples.
+    Raises UserError unless the table has exactly one prediction for each sample and draw."""
     folder, case = result.folder, ""
     if result.table.keys() >= {*Case._fields}:
         parts = {Case(*values): part for values, part in result.parts(*Case._fields).items()}

@@ -58,5 +58,5 @@ class AttentionOptions(DrawOptions):
     @model_validator(mode="after")
     def _has_one_figure(self) -> AttentionOptions:
         if self.word is not None and self.patch is not None:
-            raise UserError("patch: with word, the figure would be another one; leave out one of the two")
+            raise UserError("patch: selects another figure than word; leave out one of the two")
         return self

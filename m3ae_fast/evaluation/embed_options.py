@@ -25,7 +25,7 @@ def _model(value: Any) -> Any:
 class EmbedOptions(WithSettings):
     """The options of `m3ae-fast embed`."""
 
-    # in Python, also a MultimodalEncoder
+    # in Python, the model may also be an object, a MultimodalEncoder
     model: Annotated[Any, BeforeValidator(_model), Option("model", metavar="MODEL")] = Field(
         description=f"{MODEL_HELP}; or, for shards, {', '.join(IMAGE_FEATURES)}: features without a network"
     )

@@ -40,8 +40,7 @@ from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.initial_weights import constants
 from m3ae_fast.training.trainer import Trainer
 
-# defaults for runs without train.eval_every: maximum number of evaluations, and maximum fraction of the run's time
-# that evaluations take
+# if train.eval_every is not set: maximum number of evaluations, and maximum fraction of the run's time for them
 _EVALUATIONS, _EVALUATING = 10, 0.05
 _AUGMENTATION = ("label_smoothing", "mixup", "cutmix", "switch_prob", "rand_augment")
 RULES = Rules(
@@ -99,8 +98,8 @@ class FineTuningTask(LabelledTask):
         return trainer.to_evaluate(trainer.config.train.eval_every or self._default_period(trainer), "val_top1")
 
     def _default_period(self, trainer: Trainer) -> int:
-        """Return the default number of steps between evaluations, which keeps their share of the time small. Per
-        sample, an evaluation takes a third of the time of a training step."""
+        """Return the default number of steps between evaluations, with which evaluations take a small part of the time.
+        For one sample, an evaluation takes a third of the time of a training step."""
         schedule = trainer.schedule
         cheap = math.ceil(self.val.samples / (3 * trainer.share.global_batch * _EVALUATING))
         return max(schedule.total_steps // _EVALUATIONS, schedule.steps_per_epoch, cheap)
@@ -185,7 +184,7 @@ def set_up(job: Job[Finetune]) -> tuple[FineTuningTask, Trainer]:
     if config.train.ema is not None:
         averaged = Classifier(model.config).to(ranks.device).eval()
         averaged.load_state_dict(model.state_dict())  # for the position embeddings; the weights will be overwritten
-        averaged.backbone.tokenizer = model.backbone.tokenizer  # is saved with the weights
+        averaged.backbone.tokenizer = model.backbone.tokenizer  # so that it is saved with the weights
     groups = layer_decay_groups(model, model.config.model.depth, optim.weight_decay, optim.layer_decay)
     engine = make_engine(model, groups, [model.backbone.encoder], config, ranks)
     sections = {"classifier": model.config.model_dump(mode="json"), "task": {"model": job.options.model}}

@@ -1,6 +1,7 @@
 """Features that are computed from the pixels of an image without a network: the baselines of learnt features.
 
-They read the channels and the values of the files themselves, so that they are the same for every model.
+The images are read with the channels and the value range of the files, not of a model, so the features are the same
+whatever model they are compared with.
 
 Shapes: S images, C channels, H x W pixels, D features, L patches of P x P pixels, K pairs of a layer and a pooling.
 """
@@ -30,7 +31,7 @@ from m3ae_fast.weights.model_name import HISTOGRAM, HOG, IMAGE_FEATURES, PIXELS
 
 _SIZE, _PATCH = 48, 16  # sides of the image and of its patches, in pixels
 _INSPECTED = 128  # number of training samples that determine how files are read, and the mean and standard deviation
-_OUTLIERS = 0.05  # fraction of the images whose highest values, and whose lowest values, do not determine the range
+_OUTLIERS = 0.05  # fraction of the images that may have values above the range, and that may have values below it
 SIDE = 16  # side of the downscaled image in pixels
 _LEVELS, _BINS = 4, 16  # levels per channel of the joint histogram of three channels; bins of any other channel
 _HOG = {"orientations": 9, "pixels_per_cell": (8, 8), "cells_per_block": (2, 2), "block_norm": "L2-Hys"}
@@ -97,9 +98,9 @@ class Pixels(ImageFeatures):
 
 
 class Histogram(ImageFeatures):
-    """The square roots of the fractions of the pixels that have each colour. With three channels, a colour is one of
-    4 x 4 x 4 combinations of levels. With any other number of channels, each channel has a histogram of 16 bins. The
-    square roots make the cosine similarity of two histograms their Bhattacharyya coefficient."""
+    """The square root of the fraction of the pixels with each colour. With three channels, a colour is one of 4 x 4 x 4
+    combinations of levels; with any other number of channels, there is a histogram of 16 bins for each channel. Because
+    of the square roots, the cosine similarity of two histograms is their Bhattacharyya coefficient."""
 
     @property
     def width(self) -> int:
@@ -142,7 +143,8 @@ _CLASSES = {PIXELS: Pixels, HISTOGRAM: Histogram, HOG: OrientedGradients}
 
 
 def available() -> tuple[list[str], str]:
-    """Return the names of the features whose library is installed, and a sentence about the others, or ""."""
+    """Return the names of the features whose library is installed, and a sentence about those that are left out; "" if
+    there are none."""
     try:
         require_libraries({"skimage": "the baseline HOG"})
     except UserError as error:

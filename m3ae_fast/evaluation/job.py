@@ -51,18 +51,20 @@ T_co = TypeVar("T_co", bound=Task, covariant=True)
 
 
 class Encoded(NamedTuple):
-    """Features of the training and the held-out samples by a network, or without one, by type."""
+    """Features of the training and of the held-out samples, by type of the features. They are those of a network, or
+    features without a network."""
 
     train: Mapping[FeatureType, FeatureBank]
     val: Mapping[FeatureType, FeatureBank]
     is_network: bool = True
-    tried: Tried | None = None  # regressions of the only type, if the choice of the pooling has computed them
+    # logistic regressions on the features, if there is one type and the choice of the pooling has fitted them
+    tried: Tried | None = None
 
 
 @dataclass
 class SharedFeatures:
-    """Features that several tasks on the same model and samples share, so that the samples are encoded only once. The
-    first of these tasks fills it; see `probe_grid.run_probes`."""
+    """Features that several tasks with the same model and samples share, so that the samples are encoded only once. The
+    first of these tasks stores its features here; see `probe_grid.run_probes`."""
 
     encoded: dict[str, Encoded] = field(default_factory=dict)  # keys: MODEL and the names of the baselines
     warnings: list[str] = field(default_factory=list)  # warnings of the encoding

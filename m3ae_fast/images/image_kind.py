@@ -19,7 +19,7 @@ _LIKE_GREY = 1  # maximum difference in levels between red, green and blue of a 
 class Kind(NamedTuple):
     """Channels and values of an image file."""
 
-    # Number of channels that a model needs to use everything in the image; 1 for a grey image, even if it is stored as
+    # Number of channels with which a model reads the image without loss; 1 for a grey image, even if it is stored as
     # equal red, green and blue.
     channels: int
     is_array: bool  # whether the file is an array of bands, which are not converted to other channels

@@ -38,10 +38,10 @@ class Native:
         return cls(config.patch_size, config.min_patches, config.most_patches, config.longest_side, positions)
 
     def grid(self, height: float, width: float, area: float | None = None) -> Grid:
-        """Return the patch grid of an image of height x width pixels. The candidates have sides that are rounded up or
-        down from the exact sizes. Among the candidates within the bounds, the grid nearest in aspect ratio and number
-        of patches is chosen. `area`: number of pixels of the whole image, which sets the number of patches of its
-        crops; None: height x width."""
+        """Return the patch grid of an image of height x width pixels. The candidates are the grids whose sides are the
+        exact ones, rounded up or down. Of the candidates within the bounds, the one that is nearest in aspect ratio and
+        number of patches is chosen. `area`: number of pixels of the whole image, on which the number of patches of a
+        crop depends; None: height x width."""
         patches = min(max((area or height * width) / self.patch_size**2, self.least), self.most)
         patches = min(patches, self.longest**2 * min(height / width, width / height))
         high, wide = (_around(math.sqrt(patches * ratio)) for ratio in (height / width, width / height))

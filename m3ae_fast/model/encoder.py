@@ -149,9 +149,9 @@ class MultimodalEncoder(nn.Module):
             batch: the batch, on the model's device.
             pool: one of `config.POOLINGS`, with the LayerNorm before or after the pooling according to the config's
                 `mean_pool`. "mean": the mean of all rows except cls (0 if there are none). "cls": the row of the cls
-                token. "grid" and a number n: the means of the patches in each of n x n cells with equal areas, row by
-                row, so that D is n^2 times the width of the encoder. Grids need unmasked images; captions only have
-                an effect through the attention.
+                token. "grid" and a number n: the mean of the patches in each of n x n cells with equal areas, row by
+                row, so that D is n^2 times the width of the encoder. Grids need unmasked images; the tokens of captions
+                are not part of the means, but patches attend to them.
         """
         return self.pooled_of_layers(batch, [self.config.depth], [pool]).flatten(1)
 

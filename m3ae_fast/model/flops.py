@@ -27,7 +27,7 @@ def _heads(config: ModelConfig, image_rows: float, text_rows: float) -> float:
 
 
 def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = True, text: bool = True) -> float:
-    """Return the FLOPs that the official code spends on one training sample, forward and backward.
+    """Return the FLOPs of the official code for one training sample, forward and backward.
 
     The official code (of arXiv 2205.14204) embeds all patches, pads captions to `text_length`, and runs each head on
     every position of its modality. `image`, `text`: whether the sample has an image and a caption.
@@ -49,8 +49,8 @@ def reference_flops(config: ModelConfig, masking: MaskingConfig, image: bool = T
 
 
 def executed_flops(config: ModelConfig, batch: PackedBatch) -> float:
-    """Return the FLOPs that this engine spends on the samples of a packed batch, forward and backward, without padding.
-    `batch` must be on the CPU."""
+    """Return the FLOPs of this engine for the samples of a packed batch, forward and backward, without padding. `batch`
+    must be on the CPU."""
     encoder, decoder = (s.cu_seqlens[: len(batch.keys) + 1].diff() for s in (batch.encoder, batch.decoder))
     image, text = batch.image_row_weight > 0, batch.text_row_weight > 0
     patches, image_rows, text_rows = (int(real.sum()) for real in (batch.encoder_src >= 0, image, text))

@@ -22,8 +22,8 @@ from m3ae_fast.model.encoder import pixel_options
 
 
 class MaskedFeatureLoss(nn.Module):
-    """A head with the weighted sum over patches of the mean of the K squared errors. Weight [K, E] (Xavier uniform),
-    bias [K] (zero)."""
+    """A linear head, weight [K, E] (Xavier uniform) and bias [K] (zero). Its loss is the weighted sum over patches of
+    the mean of the K squared errors."""
 
     reduction = "sum"
 

@@ -124,9 +124,9 @@ def inspect(
 
 
 def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]:
-    """Return a list that contains a note if the run starts from given weights, and either the weights or the samples
-    include text, but not both; otherwise an empty list. Raises UserError if both include text, but the tokenizer of the
-    weights is missing."""
+    """Return a list with a note if only one of the two, the weights from which the run starts or the samples, includes
+    text; otherwise an empty list. Raises UserError if both include text, but the tokenizer of the weights is
+    missing."""
     vocab_size = set_to(overrides, "model.vocab_size", None)
     if not continues(overrides) or vocab_size is None:
         return []
@@ -175,8 +175,8 @@ class _Classes(NamedTuple):
 
 
 def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, str]:
-    """Return the classes, and the reason why labels cannot be used ("" if they can be). Raises UserError if the user
-    has set `labels` and they cannot be used."""
+    """Return the classes, and the reason why the labels cannot be used ("" if they can). Raises UserError if they
+    cannot be used although the user has set `labels`."""
     if not shards.val:
         return _Classes(0), ""
     none = "k-NN accuracy and logistic regression are not computed"

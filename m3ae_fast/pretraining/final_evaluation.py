@@ -29,7 +29,7 @@ from m3ae_fast.process.session import Session, joined_program
 
 _TASKS = {"knn": "k-NN", "logistic": "logistic regression"}
 RESULTS = "results"  # a folder in the run folder
-_CLEAR = 2  # a difference of fewer standard errors is not reported as an improvement
+_CLEAR = 2  # minimum difference, in standard errors, that is reported as an improvement
 _MEASURED = "measured"  # file in the folder of the results that identifies the evaluated checkpoint
 RUN = "this run"
 STARTED, TEACHER = "its initial weights", "its teacher"
@@ -58,8 +58,8 @@ def stage(device: Device | None) -> Iterator[Session]:
 
 def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict[str, Any]] | None:
     """Evaluate the run and its baselines, and return the results by task and by model; return None if a task was
-    stopped. If the run started from given weights or has a teacher, these are evaluated too. Results of an earlier call
-    for the same weights are reused. `train.probe` must be set. Raises UserError if a task fails."""
+    stopped. The weights from which the run started and its teacher, if it has them, are evaluated too. Results of an
+    earlier call for the same weights are reused. `train.probe` must be set. Raises UserError if a task fails."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
@@ -137,10 +137,10 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return one sentence that states whether the run is better than everything that needs no training: the baselines,
-    its initial weights and its teacher, if it has them, and always predicting the largest class. It is about the task
-    in which the highest accuracy was reached, by the run or by one of these. The run counts as better only if the
-    difference is significant and above two standard errors. `found`: results by task and by model; empty without
-    classes."""
+    its initial weights and its teacher, if it has them, and always predicting the largest class. The sentence is about
+    the task in which the run, or something that needs no training, has the highest accuracy of all. The run counts as
+    better only if the difference is significant and above two standard errors. `found`: results by task and by model;
+    empty without classes."""
     if not found:
         return "verdict: none, because evaluating the features needs held-out samples with classes"
     task = max(found, key=lambda task: max(each["top1"] for each in _by_model(found[task]).values()))
@@ -149,7 +149,8 @@ def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
     apart, _ = all_differences(run / RESULTS / task, result, RUN, others)
     strongest_first = sorted(apart.items(), key=lambda item: item[1].value)
     free: dict[str, Difference | None] = dict(strongest_first)
-    free |= {name: None for name in _by_model(found[task]) if name != RUN and name not in free}  # without a difference
+    # no difference from the following models is known
+    free |= {name: None for name in _by_model(found[task]) if name != RUN and name not in free}
     better = [name for name, each in free.items() if each and each.is_better and each.value > _CLEAR * each.error]
     sure, unsure = (
         ", ".join(

@@ -110,7 +110,7 @@ def _fitting_all(model: str, found: Pretrained, overrides: Sequence[str]) -> Pre
     the weights."""
     config = assumed_config(overrides)
     m = config.model
-    if m.size and SIZES[m.size] != (m.emb_dim, m.depth, m.num_heads):  # these three are those of the weights
+    if m.size and SIZES[m.size] != (m.emb_dim, m.depth, m.num_heads):  # the weights determine these three values
         raise UserError(f"override model.size={m.size}: does not fit the weights {model}; leave it out")
     start = start_for(config.model, found, norm_pix=config.loss.norm_pix)
     check_start(config.model, start, model)

@@ -14,7 +14,7 @@ from m3ae_fast.pretraining.automatic_settings import channels_set, set_to
 _DTYPES = ("uint8", "uint16", "float32")  # each can represent the values of those before it
 _CONVERTED = (1, 3, 4)  # numbers of channels to which ordinary images are converted
 _USED = 0.1  # minimum fraction of the value range of given weights that the images must cover
-_FILLED = 0.9  # minimum fraction of a data type's range that must occur to assume that the whole range is used
+_FILLED = 0.9  # fraction of a data type's range that values must cover, so that the whole range is assumed to be used
 
 
 def range_of(kinds: Sequence[Kind]) -> Range | None:

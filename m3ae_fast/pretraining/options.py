@@ -51,6 +51,6 @@ class PretrainOptions(WithSettings, GroupOption, ColumnOptions):
     def _possible(self) -> PretrainOptions:
         check_overrides(self.overrides, self.start_from, self.teacher)
         if self.teacher is not None and self.recipe == "hog":
-            raise UserError("recipe hog: has other targets than those of teacher; leave out one of the two")
+            raise UserError("recipe hog: its targets are not the features of a teacher; leave out recipe or teacher")
         check_recipe(self.recipe, [*teacher_settings(self.teacher), *self.overrides], self.start_from)
         return self

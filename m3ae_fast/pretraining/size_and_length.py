@@ -29,11 +29,11 @@ _OVER = 1.05  # a plan is reported as too long if it takes more than the availab
 _EVALUATING = 0.05  # maximum fraction of the training time for evaluations between the first and the last step
 # seconds to start the loaders of an evaluation, to start a task, and to write the report and the export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
-# Seconds of logistic regressions with all penalties per training sample, class and feature: on two CPU cores, and on a
-# GPU. One core took 2e-7 s with 4,500 samples, 10 classes and 128 or 512 features.
+# Seconds per training sample, class and feature that logistic regressions with all penalties take: on two CPU cores,
+# and on a GPU. One core took 2e-7 s with 4,500 samples, 10 classes and 128 or 512 features.
 _REGRESSION = {"cpu": 1e-7, "cuda": 1e-9}
-# number of features in all poolings of a network among which one is chosen (2,300 to 4,600 for images), in the chosen
-# pooling, and in the features without a network together
+# number of features of a network in all poolings from which one is chosen (2,300 to 4,600 for images), number in the
+# chosen pooling, and number of all features without a network
 _POOLINGS, _CHOSEN, _WITHOUT = 4000, 2000, 1500
 # number of passes over the images (for the run, for random weights, and for features without a network); number of
 # those that are part of the evaluation of the run; number of tasks (k-NN, logistic regression)
@@ -87,8 +87,8 @@ class Budget:
         return calls + self._models * encoding + self.regressions() + _REPORT
 
     def regressions(self) -> float:
-        """Return the estimated seconds of the logistic regressions: of the models, to choose their poolings and to
-        evaluate them, and of the features without a network."""
+        """Return the estimated seconds of all logistic regressions: those that choose the pooling of each model, those
+        that evaluate the models, and those on features without a network."""
         samples, networks = self.statistics.samples, self._models - 1
         fitted = networks * (min(samples, MOST_SAMPLES) * _POOLINGS + samples * _CHOSEN) + samples * _WITHOUT
         return _REGRESSION[self._device] * self.statistics.classes * fitted

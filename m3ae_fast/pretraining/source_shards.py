@@ -121,8 +121,8 @@ def _names_shards(source: str) -> bool:
 
 def _open(source: str, captions: Path | None, columns: tuple[str | None, str | None]) -> tuple[Records, list[str]]:
     """Return the records of a source that does not consist of shards, and notes about them. If no caption table is
-    given and a folder of images contains one, the captions and fields are read from this table; without a column of
-    captions, only the fields. `columns`: as in `find_shards`."""
+    given and a folder of images contains one, the captions and fields are read from this table. If it has no column of
+    captions, only the fields are read. `columns`: as in `find_shards`."""
     kind = kind_of_source(source)
     if captions and kind != "folder":
         raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
@@ -205,8 +205,9 @@ def _split_by_names(names: list[str]) -> Shards | None:
 
 
 def _hold_out_last(names: list[str], out: Path) -> Shards:
-    """Hold out the last tenth of the shards. Held-out shards with images that also occur in a training shard are
-    replaced by copies in `out` without the samples of these images, unless this requires a download."""
+    """Hold out the last tenth of the shards. If an image of a held-out shard also occurs in a training shard, the
+    held-out shard is replaced with a copy in `out` without this image, unless the comparison would require a
+    download."""
     count = max(1, round(_FRACTION * len(names)))
     kept, held = names[:-count], names[-count:]
     note = f"held out: the last {count:,} of {len(names):,} shards"
@@ -270,8 +271,8 @@ def _made(
 ) -> Shards:
     """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
     shards were created, all shards are replaced. Raises UserError if a run has already begun with the old shards, or if
-    `pretrain` has not made them. A source is unchanged if the same shards would be created from it, even if its files
-    have other modification times."""
+    `pretrain` has not made them. A source counts as unchanged if the same shards would be created from it, whatever the
+    modification times of its files."""
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     kinds = [kind for part in parts for kind in part.kinds]

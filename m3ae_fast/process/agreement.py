@@ -24,10 +24,9 @@ class Agreement:
     store, where no thread can block the others."""
 
     def __init__(self, rank: int, world: int, store: dist.Store, leaving: threading.Event, number: int = 0) -> None:
-        """Create the agreement. `number` must differ from those of all other agreements that use or have used `store`,
-        because the last answer of each stays in the store. `leaving` is set if this rank is about to exit, perhaps
-        because another rank has exited. Ranks that do not report within a few seconds after it is set are considered
-        lost."""
+        """Create the agreement. `number` must not have been used for another agreement in `store`, because the last
+        decision of each agreement stays there. `leaving` is set if this rank is about to exit, perhaps because another
+        rank has exited. Ranks that do not report within a few seconds after it is set are considered lost."""
         self.rank, self.world, self._number = rank, world, number
         self._store, self._leaving, self._round = store, leaving, 0
 

@@ -42,8 +42,8 @@ def all_reduce(tensor: Tensor, ranks: Ranks | None) -> Tensor:
 
 
 def differentiable_sum(tensor: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return the sum of a tensor of any shape over ranks. The backward pass also sums over ranks: it sums the gradients
-    with respect to the result, because each rank differentiates only its own part of the common loss."""
+    """Return the sum of a tensor of any shape over ranks. Each rank differentiates only its own part of the common
+    loss, so the backward pass also sums the gradients of the result over ranks."""
     return tensor if ranks is None or ranks.world == 1 else _Sum.apply(tensor, ranks)
 
 

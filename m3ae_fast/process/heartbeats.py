@@ -27,7 +27,7 @@ STALL_FOLDER = "stall"
 _BUSY = 0.05  # fraction of a core that counts as computing; idle threads use less
 _WRITING = 1 << 12  # bytes per interval that count as writing; a download or a save writes more
 _STOP, _STALL = "stop", "stall"  # messages between ranks
-_INTERVALS = 3  # number of intervals until a message has reached every rank: to the node's leader, to rank 0, and back
+_INTERVALS = 3  # intervals until a message has reached every rank: via the leader of its node and rank 0
 _WRITE_S = 5.0  # maximum number of seconds for writing the stack traces
 
 

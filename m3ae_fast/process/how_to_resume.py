@@ -11,7 +11,7 @@ _WAYS = [("--resume auto", _FROM_CHECKPOINT)]  # the last element is in use
 
 
 def how_to_resume() -> str:
-    """Return what continues a run that has ended early, as the subject of a sentence."""
+    """Return how to continue a run that has ended early, as the subject of a sentence, such as "--resume auto"."""
     return _WAYS[-1][0]
 
 
@@ -22,8 +22,8 @@ def effect_of_resuming() -> str:
 
 @contextmanager
 def resumed_by(way: str, effect: str = _FROM_CHECKPOINT) -> Iterator[None]:
-    """Enter a context in which `how_to_resume` returns `way`, in all threads. `effect`: what it does, as the predicate
-    of a sentence."""
+    """Enter a context in which `how_to_resume` returns `way`, in all threads. `effect`: what this way does, as the
+    predicate of a sentence, such as "starts over"."""
     _WAYS.append((way, effect))
     try:
         yield

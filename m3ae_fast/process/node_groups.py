@@ -64,7 +64,7 @@ def _among_all(store: dist.Store, monitored: Sequence[int]) -> HeartbeatGroup:
 
 
 class Sums:
-    """Hierarchical all-reduce of numbers in host memory. It takes few sequential communication steps, whereas gloo's
+    """Hierarchical all-reduce of numbers in host memory. The number of its sequential steps is small, whereas gloo's
     all-reduce takes two steps per rank."""
 
     def __init__(self, rank: int, nodes: Sequence[str], control: dist.ProcessGroup, timeout: timedelta) -> None:

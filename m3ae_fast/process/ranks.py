@@ -204,8 +204,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
 
 @contextmanager
 def join_ranks(device: Device | None = None) -> Iterator[Ranks]:
-    """Join the process group (nccl with CUDA, otherwise gloo), yield the ranks, and leave the group at the end. A
-    ZeRO-3 run on gloo that does not leave the group ends with SIGABRT.
+    """Join the process group (nccl with CUDA, otherwise gloo), yield the ranks, and leave the group at the end. Without
+    leaving the group, a ZeRO-3 run on gloo would end with SIGABRT.
 
     Args:
         device: the kind of device; None: a GPU if there is one, otherwise the CPU.

@@ -30,8 +30,8 @@ class Session(NamedTuple):
 def _raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats) -> NoReturn:
     """Report an error once, even if it occurs on several ranks. The first rank that calls this function raises the
     UserError of `explain`; the other ranks raise ErrorElsewhere with the exit code of the first rank. An error that
-    `explain` does not recognise is raised unchanged. `heartbeats` may have received the exit code of a rank that has
-    ended with an error."""
+    `explain` does not recognise is raised unchanged. `heartbeats`: heartbeats of this rank, which know the exit code if
+    another rank has ended with an error."""
     shown = explain(error)
     if shown is None:
         raise error
@@ -69,9 +69,9 @@ def joined_program(device: Device | None = None) -> Iterator[Session]:
     """Join the other ranks, yield the session of the program, and leave the ranks when the program ends. `device`: see
     `join_ranks`.
 
-    An error that `explain` recognises is printed once, by the first rank that has it, and all ranks exit with its exit
-    code. An error caused by a rank that stopped before there was anything to save is ignored: the program then ends
-    normally, as it does if all ranks raise Stopped.
+    An error that `explain` recognises is printed only by the first rank on which it occurs, and all ranks exit with its
+    exit code. If a rank was stopped before there was anything to save, the errors that this causes on other ranks are
+    ignored, and the program ends normally, as it does if all ranks raise Stopped.
     """
     with (
         StopRequest() as stop,

@@ -34,9 +34,9 @@ class StopRequest:
 
     Before `listen` is called, there is no checkpoint to save, and a stop request ends a program of this package with
     exit code 0 at any point. If a user's own code calls functions of this package, KeyboardInterrupt is raised instead.
-    Use as a context manager. In another thread than the main one, it receives no signals, because Python allows only
-    the main thread to handle them. A separate thread reads the signals, because Python's handlers do not run while the
-    main thread is inside a library.
+    Use it as a context manager in the main thread: in any other thread, it receives no signals, because Python allows
+    only the main thread to handle them. A separate thread reads the signals, because Python's handlers do not run while
+    the main thread is inside a library.
     """
 
     def __init__(self) -> None:
@@ -89,8 +89,8 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def joined(self, notify: Callable[[str], bool]) -> None:
-        """Register `notify`, which forwards the reason to the other ranks if this rank is asked to stop before
-        `listen`. `notify` returns whether this rank is the first one that is asked."""
+        """Register a function for stop requests before `listen`. It is called with the reason, forwards it to the other
+        ranks, and returns whether this rank is the first one that is asked to stop."""
         self._notify = notify
         self._joined.set()
 
@@ -165,9 +165,9 @@ def kill_children() -> None:
 
 
 def launcher_chain() -> tuple[int, ...] | None:
-    """Return the ids of the launcher processes whose end should end this process. These are torchrun's agent, or both
-    the inner and the outer launcher of deepspeed, because the outer launcher does not forward SIGTERM when it dies.
-    Return None under plain `python`, which may outlive its shell, and _GONE if a launcher started this process and has
+    """Return the ids of the launcher processes whose end should end this process: torchrun's agent, or both the inner
+    and the outer launcher of deepspeed, because the outer one ends without forwarding SIGTERM to the inner one. Return
+    None under plain `python`, which may outlive its shell, and _GONE if a launcher started this process and has
     ended."""
     elastic, deepspeed = ("TORCHELASTIC_RUN_ID" in os.environ, "CROSS_SIZE" in os.environ)
     with contextlib.suppress(psutil.Error):

@@ -81,7 +81,7 @@ def _end_started() -> None:
 
 
 class Companion(Protocol):
-    """A process that is started together with the workers and notified of each batch."""
+    """A process that is started with the workers, and is notified of each batch."""
 
     def begin(self) -> None:
         """Start the process. Called before the workers start."""
@@ -91,7 +91,7 @@ class Companion(Protocol):
 
 
 class Loader(DataLoader[T_co]):
-    """A DataLoader whose workers, from their start on, leave all signals to the main process.
+    """A DataLoader whose workers ignore signals from their start on; only the main process handles them.
 
     `companion` may be set before the first batch.
     """

@@ -40,12 +40,13 @@ class _Place(NamedTuple):
 def split_images(images_N: np.ndarray, wanted: int, seed: int = 0) -> np.ndarray:
     """Return a mask of the samples to hold out, bool [N]; either all samples of an image are held out, or none.
 
-    Every image is drawn with the same probability, whatever its number of samples, except that an image with more than
-    `wanted` samples is never held out: alone, it would exceed the held-out set. The images are drawn by systematic
-    sampling (Cochran 1977, "Sampling Techniques", chapter 8) in the order of their numbers of samples, and in random
-    order among images with equal numbers. Therefore, the expected number of held-out samples is `wanted`, up to the
-    rounding of the number of images, and it varies by less than the samples of the largest image that can be held out.
-    At least one image is held out: the one with the fewest samples if all images have too many.
+    Every image is held out with the same probability, whatever its number of samples. An exception are images with more
+    than `wanted` samples, which are never held out, because each of them is larger than the held-out set. The images
+    are drawn by systematic sampling (Cochran 1977, "Sampling Techniques", chapter 8) in the order of their numbers of
+    samples, and in random order among images with equal numbers. Therefore, the expected number of held-out samples is
+    `wanted`, except that the number of images is rounded. The actual number differs from it by less than the number of
+    samples of the largest image that can be held out. At least one image is held out: the one with the fewest samples
+    if all images have too many.
 
     Args:
         images_N: image number of each sample, int64, N >= 1. Only their equality matters.
@@ -87,7 +88,8 @@ def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int
 def _sketches(
     entries: Iterable[IndexedShard], sizes: np.ndarray | None = None
 ) -> Iterator[tuple[_Place, tuple[int, int]]]:
-    """Yield the images (if `sizes` is given, only images of one of these sizes), each with its sketch."""
+    """Yield each image with its sketch. If `sizes` is given, only images with one of these numbers of bytes are
+    yielded."""
     for entry in entries:
         table = entry.table()
         table = table[table["image_offset"] != MISSING]

@@ -16,7 +16,7 @@ from m3ae_fast.shards.sources import SOURCE_KINDS, SourceKind
 
 
 class AppliesTo(Option):
-    """The form of an option that applies only to sources of some kinds."""
+    """Annotation of an option that applies only to some kinds of sources."""
 
     def __init__(self, *kinds: SourceKind, **how: Any) -> None:
         super().__init__(group=f"options for {' or '.join(SOURCE_KINDS[kind] for kind in kinds)}", **how)
@@ -38,7 +38,7 @@ class ColumnOptions(Arguments):
 
 
 class SourceOptions(ColumnOptions):
-    """What is read from a source."""
+    """Options for what is read from a source."""
 
     captions: Annotated[Path | None, AppliesTo("folder", metavar="TABLE")] = None
     """table of captions: .csv, .tsv, .jsonl or .parquet (default: NAME.txt next to NAME.jpg)"""
@@ -58,7 +58,7 @@ class SourceOptions(ColumnOptions):
 
 
 class GroupOption(Arguments):
-    """What is kept together if samples are held out."""
+    """The option that keeps samples together if some samples are held out."""
 
     group: Annotated[str | None, Option(metavar="FIELD", group="held-out samples")] = None
     """keep samples with equal values of FIELD in the same split: a column of the table, json.NAME (a field of
@@ -66,7 +66,7 @@ class GroupOption(Arguments):
 
 
 class ShardOptions(GroupOption):
-    """How shards are written."""
+    """Options for how shards are written."""
 
     short_side: Annotated[int, Field(ge=1, le=1 << 16), Option(metavar="N", group="shards")] = 320
     """scale the short side of images down to N pixels; smaller JPEGs are copied unchanged"""

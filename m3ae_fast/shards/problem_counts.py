@@ -1,4 +1,4 @@
-"""Counts of invalid samples and ignored files, which a command reports at its end."""
+"""Counts of invalid samples and of ignored files. A command reports them at its end."""
 
 from __future__ import annotations
 

@@ -105,8 +105,8 @@ def print_table(shards: Sequence[IndexedShard]) -> None:
 
 
 def _counted(names: Sequence[str], store: ShardStore) -> np.ndarray:
-    """Return the manifest rows of shards with known counts. The modality is read from the first shard that is not empty
-    and used for all shards."""
+    """Return the rows of a manifest for shards whose numbers of samples are known. Only the first shard that is not
+    empty is read, and all shards are assumed to have its modality."""
     with ThreadPoolExecutor(_THREADS) as pool:
         samples = list(track(pool.map(_stats, names), "reading counts", len(names)))
     some = [name for name, found in zip(names, samples) if found][:1]

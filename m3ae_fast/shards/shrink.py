@@ -31,13 +31,13 @@ def as_member(data: bytes, short_side: int, quality: int, value_range: Range | N
 
 
 def is_deep(data: bytes) -> bool:
-    """Return whether an image file that `shrink` reads has more than 8 bits per channel, which are reduced to 8."""
+    """Return whether `shrink` would reduce an image file to 8 bits per channel, because it has more."""
     return depth_of(header_of(data)).is_deep
 
 
 def shrink(data: bytes, short_side: int, quality: int, value_range: Range | None = None) -> bytes:
     """Return an image file as an RGB JPEG whose short side is at most `short_side` pixels, with the EXIF orientation
-    applied and transparent pixels in white. A grey or RGB JPEG that is small enough is returned unchanged.
+    applied and transparent pixels replaced with white. A grey or RGB JPEG that is small enough is returned unchanged.
     `quality`: JPEG quality, 1 to 100; `value_range`: values of black and white, as in `decode_image`. Raises BadSample
     as `decode_image` does, or if the image is too long for a JPEG."""
     image = decode_image(data, 3, value_range)

@@ -34,7 +34,7 @@ from m3ae_fast.images.decoding import decode_image, format_of
 from m3ae_fast.images.image_kind import kind_of
 from m3ae_fast.shards.options import StatsOptions
 
-_QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # quantiles of a distribution that are shown
+_QUANTILES = (0, 0.05, 0.5, 0.95, 1)  # quantiles that are shown of each distribution
 SMALLEST_STD = 1e-4  # minimum standard deviation of a channel
 _SAMPLES = 10_000  # maximum number of samples that `stats` inspects
 _LONGEST = 1 << 16  # maximum length of a caption in tokens

@@ -114,8 +114,9 @@ def convert(records: Records, out: Path, settings: Settings, workers: int) -> Co
 
 
 def are_reproduced(records: Records, out: Path, settings: Settings) -> bool:
-    """Return whether `convert` would write exactly the shards that are in `out`. Each shard is written to a temporary
-    folder in `out`, compared and removed. Raises UserError if it cannot be written or read."""
+    """Return whether `convert` would write exactly the shards that are in `out`. To find out, each shard is written to
+    a temporary folder in `out`, compared with the existing one, and removed. Raises UserError if it cannot be written
+    or read."""
     plan, _ = _plan(records, settings)
     if {shard.name for shard in plan} != {path.name for path in out.glob("*.tar")}:
         return False
@@ -196,8 +197,8 @@ def _groups(records: Records, split: str, field: str) -> np.ndarray:
 
 
 def _group_name(value: Any) -> str:
-    """Return the text of a group. Values that differ only in their type, such as 7, 7.0 and "7", or in surrounding
-    spaces have the same text, so that a field that is not written uniformly does not divide a group."""
+    """Return the text that identifies a group. Values that differ only in their type, such as 7, 7.0 and "7", or in
+    surrounding spaces have the same text, because a table may write one value in several ways."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value.strip() if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)

@@ -170,8 +170,9 @@ def _print_memory(console: Console, needs: _Needs) -> None:
 
 
 def report_time(config: Config, session: Session, teacher: Teacher | None = None) -> None:
-    """Print the duration of the run on the present ranks, estimated from measured steps, and whether the data loader
-    is the bottleneck. Also print the number of cores that it needs at this pace. Every rank must call this function.
+    """Print the duration of the run on the present ranks, estimated from measured steps; the number of cores that the
+    data loader needs at this pace; and, if the loader is the bottleneck, how to make it faster. Every rank must call
+    this function.
     `config`, `teacher`: as in `report`. Raises the same errors as `measure`."""
     ranks = session.ranks
     needed = memory_needed(config, ranks.world, FIRST_BATCH) + (teacher.bytes if teacher else 0)
@@ -206,9 +207,9 @@ def network_bytes(
 
     An all-reduce over n GPUs sends 2 (n - 1) / n of its data, and a reduce-scatter or an all-gather sends half of that.
     Gradients are sent once per step, or once per micro-batch in stages 2 and 3, in which each GPU keeps only its
-    partition of them. In stages 1 and 2, DeepSpeed reduces gradients by all-reduce, and weights are gathered once after
-    the step, and so are Muon's updates in float32. In stage 3, weights are gathered for every forward and backward
-    pass.
+    partition of them. In stages 1 and 2, DeepSpeed reduces gradients by all-reduce. After the step, weights are
+    gathered once, and so are Muon's updates, in float32. In stage 3, weights are gathered for every forward and
+    backward pass.
     """
     half = parameters * (world - 1) / world
     weights = (2 if bf16 and stage else 4) * half

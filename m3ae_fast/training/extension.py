@@ -19,9 +19,9 @@ def is_extended(config: Config, info: checkpoint.Info) -> bool:
 def resumed_schedule(config: Config, samples: int, info: checkpoint.Info | None) -> Schedule:
     """Return the schedule of a run when it starts or resumes.
 
-    The number of steps of a run with `train.hours` may have been changed before the checkpoint. A run that is
-    resumed keeps these changes, and therefore its learning rates. An extended run is lengthened when it resumes, before
-    it takes a step; otherwise, its decay would begin at the step for which it was planned at first.
+    If the run has `train.hours`, its number of steps may have been changed before the checkpoint. A resumed run keeps
+    these changes, and therefore its learning rates. An extended run is lengthened when it resumes, before it takes a
+    step; otherwise, its decay would begin at the step for which it was planned at first.
 
     Args:
         config: config of the run.

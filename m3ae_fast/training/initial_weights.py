@@ -39,11 +39,11 @@ def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
 
 @torch.no_grad()
 def constants(model: nn.Module, read: Read | None) -> dict[str, Tensor]:
-    """Return copies of the weights that training does not change and that are not part of the engine's state. These are
-    position embeddings that were loaded from other weights.
+    """Return copies of the weights that are neither trained nor part of the engine's state: position embeddings that
+    were loaded from other weights.
 
-    Call this function before an engine casts the model. `read`: reader of a checkpoint, whose values are first copied
-    to the model; None: the model's values are kept.
+    Call this function before an engine casts the model. `read`: reader of a checkpoint; its values are first copied to
+    the model. None: the model's own values are used.
     """
     trained = {name for name, _ in model.named_parameters()}
     fixed = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}

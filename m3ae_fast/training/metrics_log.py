@@ -84,8 +84,8 @@ class RunLog:
         self._file, self._opened = None, []
 
     def begin(self) -> None:
-        """Start the log. If the run is resumed, remove its earlier log lines for steps after that of the checkpoint.
-        Raises UserError if the folder cannot be written to or a logger cannot start."""
+        """Start the log. If the run is resumed, log lines of steps after the step of the checkpoint are removed. Raises
+        UserError if the folder cannot be written to or a logger cannot start."""
         self._open()
 
     def _open(self) -> None:
@@ -135,8 +135,8 @@ class RunLog:
         self.print("  ".join([f"step {step}", *shown]))
 
     def has(self, step: int, names: Collection[str]) -> bool:
-        """Return whether the log has a line for this step with any of these names. Lines from before the run was
-        resumed count too."""
+        """Return whether the log has a line for this step with any of these names, even if it was written before the
+        run was resumed."""
         with contextlib.suppress(OSError):
             lines = metrics_lines(self.folder / METRICS_FILE)
             return any(line["step"] == step and not line.keys().isdisjoint(names) for line in lines)

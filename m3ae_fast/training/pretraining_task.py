@@ -64,8 +64,8 @@ class PretrainingTask:
         return [*self._first_lines(trainer, described), *tried, *(f"note: {note}" for note in self.notes)]
 
     def evaluate(self, trainer: Trainer) -> None:
-        """Log the losses on held-out samples and the accuracy of the k-NN probe; each is evaluated only if it exists
-        and is due. An evaluation ends early if a rank is asked to stop."""
+        """Evaluate and log the losses on held-out samples, if there are any, and the accuracy of the k-NN probe, if
+        there is one; each only if it is due. An evaluation ends early if a rank is asked to stop."""
         train = self.config.train
         if self.eval_loader is not None:
             with trainer.evaluation("losses", train.eval_every):

@@ -39,9 +39,10 @@ class RunFolder:
 
     Two locks are used: a POSIX lock on a file, which all file systems support, and flock on the folder itself, which
     remains effective if the file is removed. Both are released when this process ends, even if it is killed: loader
-    workers do not inherit the POSIX lock, and close their handle of the folder. The filelock library is not used, as it
-    applies flock to a file. If this file is removed, two processes can hold the lock. In versions of the library
-    before 4, loader workers inherit the lock. On file systems without flock, a killed run leaves a lock file behind.
+    workers do not inherit the POSIX lock, and close their handle of the folder. The filelock library is not used,
+    because it applies flock to a file: if this file is removed, two processes can hold the lock. Moreover, loader
+    workers inherit the lock in versions of this library before 4, and a killed run leaves a lock file behind on file
+    systems without flock.
 
     On a network file system, the POSIX lock is valid on all nodes, unless the mount options restrict it to one node
     (`nolock` or `local_lock` of NFS, `localflock` of Lustre).

@@ -126,7 +126,7 @@ class Throughput:
         on all ranks together; `teacher_flops`: FLOPs of the teacher for an image."""
         self._peak, self._update_flops, self._teacher_flops = peak_flops, update_flops, teacher_flops
         all_predicted = masking.image_predicted == masking.text_predicted == 1
-        # the FLOPs of the official code are meaningful only for runs that compute what it computes
+        # the FLOPs of the official code are compared only with runs that compute the same as that code
         self._is_official = config.resize == "square" and config.dec_attention == "self" and all_predicted
         self._paired = reference_flops(config, masking)
         self._image, self._text = (reference_flops(config, masking, **{n: False}) for n in ("text", "image"))
@@ -166,8 +166,8 @@ class Throughput:
 
 
 class ForwardTime:
-    """Measurement of the duration of forward passes in training. This duration identifies slow ranks, whereas a whole
-    step takes the same time on all ranks, because backward passes wait for other ranks."""
+    """Measurement of the duration of forward passes in training, which identifies slow ranks. The duration of a whole
+    step would not: it is the same on all ranks, because backward passes wait for other ranks."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._passes: list[tuple[Any, Any]] = []

@@ -15,8 +15,8 @@ _SUFFICIENT_TIME = 0.1  # fewer steps are sufficient if they took this fraction 
 _RECENT, _RECENT_LEAST = 0.1, 0.01
 _TOLERANCE = 0.02  # no adjustment if the expected end differs from the time limit by at most this fraction of it
 _PAUSE = 0.02  # minimum time between two adjustments, as a fraction of the time limit
-# If no time is left, the learning rate is still decayed. The number of steps for this is the fraction _RUN_DOWN of the
-# steps taken, but no more than fit into the fraction _RUN_DOWN_TIME of the time limit.
+# If no time is left, the learning rate is still decayed. The number of steps of this decay is the fraction _RUN_DOWN of
+# the steps taken, but no more than fit into the fraction _RUN_DOWN_TIME of the time limit.
 _RUN_DOWN, _RUN_DOWN_TIME = 0.02, 0.03
 
 

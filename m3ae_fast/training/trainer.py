@@ -61,7 +61,7 @@ class Sums(NamedTuple):
 
     stopped: float  # number of ranks that are asked to stop
     failed: float  # number of ranks with a non-finite step or a failed save
-    confirmed: float  # number of ranks on which the last save is complete and the step after it was finite
+    confirmed: float  # number of ranks on which the last save is complete and the next step had finite losses
     total_steps: float  # number of steps of the run, decided by the main rank
     counts: Counts
 

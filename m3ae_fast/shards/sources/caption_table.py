@@ -1,9 +1,9 @@
-"""Caption tables, whose rows contain an image, its caption and other fields, and the samples that they give the images
-of a folder.
+"""Caption tables, and the samples that follow from them. A row contains the name of an image in a folder, its caption
+and other fields.
 
-Each row gives one sample, or one sample per caption if it contains a list of captions; equal rows are not merged. A row
-with more or fewer fields than the table has columns is an error. All columns except those of images and captions become
-fields of the sample's json. A table without captions must have at least one column besides that of the images.
+Each row becomes one sample or, if it contains a list of captions, one sample per caption. Equal rows are not merged. A
+row with more or fewer fields than the table has columns is an error. All columns except those of images and captions
+become fields of the sample's json. A table without captions must have at least one column besides that of the images.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 def read_captions(table: Path, image: str | None = None, caption: str | None = None) -> list[Row]:
     """Return all rows of a .csv, .tsv, .jsonl (or .ndjson) or .parquet file. `image` and `caption`: names of columns;
-    None: the first column with a usual name. With NO_CAPTIONS in place of `caption`, the rows have no captions.
+    None: the first column with a usual name. If `caption` is NO_CAPTIONS, the rows have no captions.
 
     Raises:
         NoColumns: no column has a usual name.
@@ -95,8 +95,8 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
 def samples_of_images(
     table: Path, columns: tuple[str | None, str | None], folder: Path, paths: Sequence[str], has_splits: bool
 ) -> tuple[list[list[TableSample]], bool, list[str]]:
-    """Return the samples of each image according to a caption table (an image that is not in the table has one sample
-    without a caption), whether the table has captions, and notes for the user.
+    """Return the samples of each image according to a caption table, whether the table has captions, and notes for the
+    user. An image that is not in the table has one sample without a caption.
 
     Args:
         table, columns: as in `read_captions`; `columns`: the names of the columns of images and of captions.
@@ -132,8 +132,9 @@ def samples_of_images(
 def _join(
     folder: Path, paths: Sequence[str], table: Path, rows: Sequence[Row]
 ) -> tuple[list[list[TableSample]], list[str]]:
-    """Return the samples of each image, one per caption of each row of the table, and a note about the rows whose image
-    does not exist, if there are any. Raises ImagesMissing if these are at least half of the rows."""
+    """Return the samples of each image, and a list with a note about the rows whose image does not exist, if there are
+    any. Each caption of each row of the table is a sample. Raises ImagesMissing if these are at least half of the
+    rows."""
     samples: dict[str, list[TableSample]] = {path: [] for path in paths}
     missing = []
     for row in rows:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from m3ae_fast.base.errors import UserError
 
-NO_CAPTIONS = ""  # in place of the name of a column of captions: there are no captions, only fields
+NO_CAPTIONS = ""  # if this is the name of the column of captions, no captions are read, only fields
 IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepath", "file", "picture")
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")
@@ -25,9 +25,9 @@ class NoColumns(UserError):
 
 
 def choose_column(columns: Sequence[str], named: str | None, usual: Sequence[str], option: str, where: str) -> str:
-    """Return the column named by the user or, if none is named, the first one with a usual name. `option` and `where`:
-    the option that names a column, and the table, for messages. Raises NoColumns if no column has a usual name, and
-    UserError if the named column does not exist or occurs several times."""
+    """Return the column named by the user or, if none is named, the first one with a usual name. For messages:
+    `option`, the option that names the column; `where`, the name of the table. Raises NoColumns if no column has a
+    usual name, and UserError if the named column does not exist or occurs several times."""
     if named is not None and named not in columns:
         advice = f"; specify one of {', '.join(columns)}" if columns else ""
         raise UserError(f"{option} {named}: {where} has no such column{advice}")

@@ -29,7 +29,7 @@ from m3ae_fast.shards.sources.image_files import find_images, find_texts, linked
 from m3ae_fast.shards.sources.interface import Record, Records, read_file
 
 _INSPECTED = 1000  # images that are inspected for the names of fields
-# names of the tables that the `datasets` library reads in any folder of images
+# names of tables that the `datasets` library reads in every sub-folder of images
 _METADATA = tuple(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet"))
 
 
@@ -189,8 +189,8 @@ def _read_classes(path: Path) -> list[str]:
 
 
 def _refuse_metadata(folder: Path, files: Sequence[str]) -> None:
-    """Raise UserError if a sub-folder contains a table of captions as for the `datasets` library, because it would not
-    be read."""
+    """Raise UserError if a sub-folder contains a table such as metadata.csv, which the `datasets` library would read,
+    but this program does not."""
     if found := [path for path in files if "/" in path and os.path.basename(path).lower() in _METADATA]:
         raise UserError(
             f"{folder}: the tables of sub-folders ({listed(found)}) are not read; specify one table with --captions, "

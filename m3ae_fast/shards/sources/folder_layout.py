@@ -1,8 +1,8 @@
 """Interpretation of the sub-folders of a folder of images as splits, such as train/ and val/, and classes.
 
-A level of folders contains splits if all its folders have names of splits: `root/train/CLASS` and `root/val/CLASS`, as
-for torchvision's ImageFolder, but also `root/CLASS/train` or `root/images/train2017`. The first remaining level
-contains the classes. A folder called "test" is a class, and not a split, if the folders next to it are classes.
+The folders at some depth are splits if all of them have names of splits: `root/train/CLASS` and `root/val/CLASS`, as
+for torchvision's ImageFolder, but also `root/CLASS/train` or `root/images/train2017`. Of the other folders, the
+uppermost are the classes. A folder called "test" is a class, and not a split, if the folders next to it are classes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def understand(root: str, directories: Collection[str], known: Sequence[str] | N
         UserError: split folders and other folders are mixed at one level, or folders are not among the `known` classes.
     """
     own = os.path.basename(os.path.abspath(root))
-    own_split = (own.lower() != "dev" and split_of_folder(own)) or TRAIN  # a folder such as ~/dev is not a split
+    own_split = (own.lower() != "dev" and split_of_folder(own)) or TRAIN  # ~/dev is not a folder of held-out images
     if flat:
         return Layout(dict.fromkeys(directories, own_split), dict.fromkeys(directories), None)
     directories = sorted(directories)

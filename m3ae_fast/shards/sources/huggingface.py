@@ -89,7 +89,7 @@ class HuggingFace(Records):
         row = self._data[split][row_number]
         caption = caption_of_row(row[self.caption], index) if self.caption else None
         label = to_int(row[self.label]) if self.label else None
-        if label is not None and label < 0:  # a hidden label, as in test splits
+        if label is not None and label < 0:  # test splits whose labels are secret contain -1
             label = None
         about = {"class_name": self.classes[label]} if self.classes and label is not None else {}
         image = None if self.image is None else row[self.image]

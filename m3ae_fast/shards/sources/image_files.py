@@ -16,9 +16,9 @@ from m3ae_fast.shards.sources.interface import read_file
 
 
 def find_files(folder: str, flat: bool = False) -> Iterator[str]:
-    """Yield the paths of files below `folder`, except hidden files. Links to folders are followed, but only once within
-    a class or split: two classes may be links to the same folder, and links may form a cycle. Raises UserError if a
-    folder cannot be listed."""
+    """Yield the paths of files below `folder`, except hidden files. Links to folders are followed, because two classes
+    may be links to the same folder. Within a class or split, each folder is visited only once, because links may form a
+    cycle. Raises UserError if a folder cannot be listed."""
     seen = set()
     for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
         real, below = os.path.realpath(parent), os.path.relpath(parent, folder)
@@ -67,7 +67,7 @@ def _require_reader(folder: str, paths: Sequence[str]) -> None:
 
 def find_texts(images: Sequence[str], files: Collection[str]) -> dict[str, str]:
     """Return the path of NAME.txt or NAME.TXT next to NAME.jpg, by image, for the images that have one. `files`: paths
-    of all files. A broken link counts too, because it was meant to be a caption."""
+    of all files. A broken link is included, because it was meant to be a caption."""
     texts = {path for path in files if path.endswith((".txt", ".TXT"))}
     found = {}
     for image in images:

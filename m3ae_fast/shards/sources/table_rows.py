@@ -1,10 +1,10 @@
 """The rows of tables in .csv, .tsv, .jsonl and .parquet files.
 
-Rows are read strictly. A .csv is quoted according to RFC 4180. Its separator is the comma, semicolon or tab that
-divides its first row into the most columns. A .tsv has one row per line. Quotes in a .tsv are text, except in two cases
-that indicate a program that quotes fields. If all column names are quoted, the table is read as a .csv with tabs as
-separators. The quotes around a field are removed if the field is empty, if it contains doubled quotes (and no others),
-or if it contains a tab and the row would otherwise have too many fields.
+Rows that do not fit the format are errors. A .csv is quoted according to RFC 4180. Its separator is the comma,
+semicolon or tab that divides its first row into the most columns. A .tsv has one row per line, and its quotes are text,
+with two exceptions for files of programs that quote fields. If all column names are quoted, the table is read as a .csv
+with tabs as separators. Otherwise, the quotes around a field are removed if the field is empty, if it contains doubled
+quotes (and no others), or if it contains a tab and the row would otherwise have too many fields.
 """
 
 from __future__ import annotations
