@@ -2,12 +2,12 @@
 
     python -m m3ae_kernels.aot [--full] [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
-For sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands)
-in bf16, and at the largest head dimension also in float32. For other architectures, each kernel is compiled in
-bf16 at M3AE-Large's sizes and at the largest head dimension. Two kinds of cases use the most registers and shared
-memory and are therefore also compiled in float32: the largest head dimension, and the matmuls of images. `--full`
-compiles every kernel at every size in every dtype, which takes three times as long. The additional cases have the same
-settings and nearly the same code as the other cases.
+For sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands) in
+bf16, and at the largest head dimension also in float32. For other architectures, each kernel is compiled in bf16 at
+M3AE-Large's sizes and at the largest head dimension. The cases that use the most registers and shared memory, those of
+the largest head dimension and the matmuls of images, are also compiled in float32. `--full` compiles every kernel at
+every size in every dtype, which takes three times as long; the additional cases have the same settings as the others,
+and nearly the same code.
 
 The program prints one line per kernel, architecture and dtype: the numbers of registers and spills, the bytes of local
 and shared memory, and the matrix instruction. Nothing is compiled for architectures on which the ops run in torch. The
@@ -59,9 +59,9 @@ PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
 @dataclass(frozen=True)
 class Case:
     """A call of a kernel, described by its arguments: pointers with their element types ("x": the dtype of the inputs),
-    sizes that are multiples of 16, other sizes, floats, and constants. If `whole_rows` is not 0, it is the width of a
-    row, a power of two, by which TILE is divided. `sample` contains the head dimension and the number of rows for which
-    TILE_M and TILE_N are chosen. `programs` is the number of program instances that must fit on a multiprocessor."""
+    sizes that are multiples of 16, other sizes, floats, and constants. `whole_rows`: 0, or the width of a row, a power
+    of two, by which TILE is divided. `sample`: the head dimension and the number of rows for which TILE_M and TILE_N
+    are chosen. `programs`: the minimum number of program instances that must fit on a multiprocessor."""
 
     module: str
     kernel: str
@@ -282,8 +282,8 @@ def _on_torch(arch: str) -> bool:
 
 
 def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
-    """Return the assembly, or an empty string if it does not need to be checked. Disassembling a small kernel that
-    needs no check would take as long as everything else."""
+    """Return the assembly; an empty string if it need not be checked, because disassembling a small kernel would take
+    as long as everything else."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

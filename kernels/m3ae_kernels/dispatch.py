@@ -17,7 +17,8 @@ Shape = tuple[int | EllipsisType | None, ...]  # None stands for any size, a lea
 
 
 def requested_impl(impl: str) -> str:
-    """Return the requested implementation: `impl`, or the value of M3AE_KERNELS_IMPL if it is set and `impl` is "auto".
+    """Return the requested implementation: the value of M3AE_KERNELS_IMPL if it is set and `impl` is "auto", otherwise
+    `impl`.
 
     Call this function before an op and never inside it, because compiled graphs are cached by the op's arguments.
 

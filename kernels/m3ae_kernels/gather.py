@@ -73,7 +73,7 @@ def _check(x: Tensor, rows: Tensor) -> None:
 
 
 def _taken(take: Callable[[Tensor, Tensor], Tensor], x: Tensor, rows: Tensor) -> Tensor:
-    """Return `take(x, rows)`, computed by torch. For a row that is out of range, the IndexError names the row."""
+    """Return `take(x, rows)`, computed by torch. If a row is out of range, raise an IndexError that names it."""
     try:
         return take(x, rows)
     except IndexError:

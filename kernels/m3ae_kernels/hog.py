@@ -25,8 +25,8 @@ CHUNK_PIXELS = 1 << 17  # pixels per chunk of the torch implementation; their fl
 
 
 def fill_targets(images: Tensor, patch_ids: Tensor, patch_size: int, scale: Sequence[float], out: Tensor) -> None:
-    """Fill `out` [M, 9] with the targets, one chunk of images at a time. Other devices than a CPU process all images at
-    once, because the host would have to wait for the number of rows in each chunk."""
+    """Fill `out` [M, 9] with the targets, one chunk of images at a time. On devices other than a CPU, all images are
+    one chunk, because the host would otherwise wait for the number of rows of each chunk."""
     batch, _, height, width = images.shape
     patches = height * width // patch_size**2
     chunk = max(1, CHUNK_PIXELS // (height * width)) if images.device.type == "cpu" else batch
@@ -72,7 +72,8 @@ def _cells(images: Tensor, patch_size: int, scale: Sequence[float], dtype: torch
 
 def _normalised(cells: Tensor, ids: Tensor) -> Tensor:
     """Return the targets [M, 9] of the patches `ids` [M], given the mean votes of all patches [B, h, w, 9]. At the
-    border of an image, the squared norm is that of the existing cells, multiplied by 9 over their number."""
+    border of an image, where some of the 3 x 3 cells are missing, the sum of the squares over the n existing cells is
+    multiplied by 9 / n."""
     squares = cells.square().sum(-1)[:, None]
     around = F.avg_pool2d(squares, 3, 1, 1, count_include_pad=False).mul_(9)
     norm_M1 = around.flatten()[ids, None].sqrt_().add_(EPS)

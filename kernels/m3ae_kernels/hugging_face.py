@@ -35,9 +35,9 @@ def patch_model(
     norm, head and loss run only for masked patches, and `logits` is None. In eval mode, outputs are unchanged.
     `ViTMAEModel`: only the embedding is patched. Masks are sampled as in the unpatched model; losses and gradients are
     equal except for rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not
-    affected. Patch a model before calling torch.compile and before wrapping it, for example in DDP. Patch it again
-    after unpickling, which restores the model's own code. Calls with `interpolate_pos_encoding=True` also use the
-    model's own code.
+    affected. Patch a model before calling torch.compile and before wrapping it, for example in DDP. After unpickling,
+    which restores the model's own code, patch the model again. Calls with `interpolate_pos_encoding=True` use the
+    model's own code, too.
 
     Args:
         model: the model, which is changed in place.

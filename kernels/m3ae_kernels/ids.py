@@ -56,7 +56,7 @@ def check_distinct(op: str, name: str, ids: Tensor) -> None:
 
 
 def without_padding(ids: Tensor) -> Tensor:
-    """Return ids [T] without a run of equal ids at the end, such as the ids of rows that pad a batch."""
+    """Return ids [T] without the equal ids at their end, such as those of rows that pad a batch."""
     ends = (ids != ids[-1:]).nonzero()
     used = int(ends[-1]) + 1 if len(ends) else 0
     return ids if len(ids) - used == 1 else ids[:used]

@@ -189,9 +189,9 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. They equal the
-    gradients of a summed loss whose row weights are the gradients of the row losses. `loss(inputs, row_weight, needs)`
-    computes this summed loss."""
+    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. These are the
+    gradients of a summed loss in which the gradient of each row loss is the weight of its row. `loss(inputs,
+    row_weight, needs)` computes this summed loss."""
     if upstream is None:
         return (None,) * len(ctx.others)
     inputs = [other if tensor is None else unwrapped(tensor) for tensor, other in zip(ctx.saved_tensors, ctx.others)]
@@ -214,8 +214,9 @@ def rows_backward(loss_op):
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     """Return the product of a gradient and a 0-d scale. On devices other than the CPU, torch first rounds a 0-d factor
-    to the dtype of the other factor; in float16, a usual loss scale of 65,536 would become infinite. A factor with a
-    dimension is not rounded. On a CPU, a 0-d factor is not rounded either, and is faster."""
+    to the dtype of the other factor, so that in float16, a usual loss scale of 65,536 would become infinite. There, the
+    scale is given a dimension, because such factors are not rounded. On a CPU, a 0-d factor is not rounded, and is
+    faster."""
     return grad * (scale if grad.device.type == "cpu" else scale[None])
 
 

@@ -1,8 +1,8 @@
 """Extraction of patches from images in plain torch, shared by `patch_embed` and `masked_pixel_loss`.
 
-Inside the ops, the order within patches follows the memory layout of the images: (channel, row, column) for contiguous
-images, and (row, column, channel) for channels_last images. Callers always use the second order. If the orders differ,
-the weight is permuted, which needs only a small copy.
+Inside the ops, the values of a patch have the order of the image in memory: (channel, row, column) for contiguous
+images, and (row, column, channel) for channels_last images. The weights that callers pass always have the second order.
+For contiguous images, the weight is therefore permuted, which needs only a small copy.
 
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
 """

@@ -51,8 +51,8 @@ class Op:
 def once(name: str, backward: Callable) -> Callable:
     """Return `backward`, wrapped so that it raises NotImplementedError if it would itself be differentiated or batched
     (`is_grads_batched=True`). torch's `once_differentiable` raises no error if the upstream gradient is a constant, as
-    it is for a loss. The gradients would then be treated as constants, and a gradient penalty or a Hessian would be
-    0."""
+    it is for a loss. The gradients would then be treated as constants, so that a gradient penalty or a Hessian would
+    silently be 0."""
     refuse, refuse_batch = _refusal(name, "second derivatives"), _refusal(name, "batched gradients")
 
     def formula(ctx, *grads):
@@ -68,8 +68,9 @@ def once(name: str, backward: Callable) -> Callable:
 
 
 def unwrapped(value: object) -> object:
-    """Return the tensor inside the wrapper of a finished transform, and any other value unchanged. The function that
-    torch.func.vjp returns saves tensors in such wrappers, whose memory kernels cannot read."""
+    """If the value is a wrapper of a finished transform of torch.func, return the tensor inside it; return any other
+    value unchanged. The function that torch.func.vjp returns saves tensors in such wrappers, whose memory kernels
+    cannot read."""
     return torch._C._functorch.unwrap_if_dead(value) if isinstance(value, Tensor) else value
 
 

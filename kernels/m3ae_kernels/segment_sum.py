@@ -9,7 +9,7 @@ from torch import Tensor
 
 def segment_order(ids: Tensor) -> Tensor:
     """Return the order [T] int32 in which `segment_sum` adds rows with these ids [T]: a stable sort with negative ids
-    first. This is for callers that know the ids in advance."""
+    first. Callers that know the ids in advance can call it early."""
     return torch.argsort(ids, stable=True).int()
 
 

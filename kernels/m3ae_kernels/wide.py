@@ -10,7 +10,8 @@ WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torc
 
 
 def widest(tensor: Tensor, count: int) -> torch.dtype:
-    """Return the widest dtype in which the tensor can be viewed, if it is accessed in runs of `count` elements."""
+    """Return the widest dtype in which the tensor can be viewed if each access reads or writes `count` consecutive
+    elements."""
     size = tensor.element_size()
     return WIDE[math.gcd(count * size, tensor.storage_offset() * size, 16)]
 

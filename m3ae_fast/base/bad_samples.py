@@ -31,8 +31,8 @@ class NeedsRange(BadSample):
 
 @dataclass(frozen=True)
 class Skipped:
-    """An invalid or unreadable sample, or an unreadable shard. For a shard, the key is "". For an image file that does
-    not belong to a shard, the shard is "", or the folder that is encoded."""
+    """An invalid or unreadable sample, or an unreadable shard. For a shard, the key is "". For an image file outside of
+    shards, the shard is the folder that is encoded, or ""."""
 
     shard: str
     key: str
@@ -59,7 +59,8 @@ class BadSamples:
         return self._named < NAMED
 
     def report(self, skipped: Sequence[Skipped], log: bool = True) -> None:
-        """Log bad samples by name. If `log` is False, only count them as logged, because another process logs them."""
+        """Log bad samples by name. If `log` is False, the samples are only counted as logged, because another process
+        logs them."""
         for item in skipped:
             self._latest = item
             self._named += 1

@@ -21,8 +21,8 @@ class UserError(Exception):
 
     Programs of this package print the message without a traceback and exit with `exit_code`.
 
-    It is not a ValueError: parsers raise ValueError for damaged files, and the code that catches it there would replace
-    the message of a UserError.
+    It is not a ValueError, because parsers raise ValueError for damaged files: code that catches these errors and
+    replaces their message would then also replace the message of a UserError.
     """
 
     exit_code = 2

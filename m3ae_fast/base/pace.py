@@ -18,8 +18,8 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """The seconds per unit of work. Pauses are excluded, and so are the first parts of the work, which are slow because
-    they include the start of the loader, allocations and compilation."""
+    """The seconds per unit of work. Pauses are excluded. The first parts of the work are excluded too, because the
+    start of the loader, allocations and compilation make them slow."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Pace:
 
         Args:
             total: units of the whole work; None if that is unknown.
-            first: number of calls of `advance` whose time is excluded as soon as there are later calls.
+            first: number of calls of `advance` whose time is excluded as soon as later calls have been measured.
             report: called once, with the seconds left, as soon as they are reliable.
             now: the clock; None: `time.monotonic`.
         """
@@ -42,13 +42,13 @@ class Pace:
         self.seconds = 0.0  # duration of these parts
         self.paused = 0.0  # seconds of all pauses
         self.now = now or time.monotonic
-        self.missing = first + 1  # number of calls of `advance` until one is measured without the first ones
+        self.missing = first + 1  # number of further calls of `advance` until one after the `first` calls is measured
         self._report, self._last = report, self.now()
         self._units = self._duration = 0.0  # weighted sums over the measured parts
         self._pauses: dict[str, tuple[float, float]] = {}  # by name: seconds of a pause, and pauses per unit
 
     def advance(self, units: float = 1.0, recent: float = math.inf) -> None:
-        """Count units that were done since the last call. If there are none, the time since then counts for the next
+        """Count the units that were done since the last call. If there are none, this time is added to that of the next
         units. `recent`: seconds of work within which the weight of earlier units decreases by a factor of e."""
         if not units:
             return
@@ -76,7 +76,8 @@ class Pace:
         Args:
             name: name of the pause.
             frequency: number of pauses with this name per unit; there is one more after the last unit.
-            counts: whether this is such a pause; otherwise, nothing was due, and only the time for that is excluded.
+            counts: whether this is one of these pauses. If False, nothing was due, and the time to find that out is
+                only excluded.
         """
         began = self.now()
         yield

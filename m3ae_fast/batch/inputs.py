@@ -41,9 +41,9 @@ _LEVELS = 100
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
     """Return the images as a sequence; a single image becomes a list of one. A tensor or an array with four dimensions
-    is treated as several images and, if `channels` is 1, so is an array with three dimensions, none of which can be
-    channels. Raises ValueError for any other array with three dimensions that is not [H, W, channels], because it may
-    be one image with its channels first."""
+    is treated as several images. If `channels` is 1, so is an array with three dimensions, unless one of them can be
+    that of the channels. Raises ValueError for any other array with three dimensions that is not [H, W, channels],
+    because it may be one image with its channels first."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
@@ -84,7 +84,7 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
     if not (spans[:, 0] < spans[:, 1]).any():
         return
     low, high = spans[:, 0].min().item(), spans[:, 1].max().item()
-    # with a mean of 0 and a standard deviation of 1, normalised pixels are equal to pixels from 0 to 1
+    # if the mean is 0 and the standard deviation is 1, normalised pixels are also pixels from 0 to 1
     is_same = not any(config.image_mean) and {*config.image_std} == {1.0}
     is_unit = high <= 1 and not is_same
     if low < 0 or not (is_unit or high > _MOST_DEVIATIONS):
@@ -146,9 +146,9 @@ def unmasked_sample(
     tokenizer: CaptionTokenizer | None,
     value_range: ValueRange = None,
 ) -> Sample:
-    """Return an unmasked sample of an image, a text or both. A text requires the tokenizer. Raises ValueError
-    and UserError as `prepare_image` does, and ValueError if the tokenizer fails on the text. `number`: its text is the
-    key of the sample."""
+    """Return an unmasked sample of an image, a text or both. A text requires the tokenizer. Raises ValueError and
+    UserError as `prepare_image` does, and ValueError if the tokenizer fails on the text. `number`: a number that
+    becomes the key of the sample, as text."""
     sample = Sample(str(number))
     if image is not None:
         sample.image = prepare_image(image, config, value_range)
@@ -249,7 +249,7 @@ def _converted(image: Image | np.ndarray, channels: int) -> str:
 
 
 def _of_call(error: BadSample) -> str:
-    """Return the message, reworded for callers in Python, who have no config."""
+    """Return the message of an error in words for callers in Python, who have no config."""
     if isinstance(error, NeedsRange):
         how = "pass value_range=(black, white), such as (0, 4095) (for a command: --value-range 0,4095)"
         return f"the image has {error.found}: {how}"

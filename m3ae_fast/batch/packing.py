@@ -166,7 +166,7 @@ class _Layout(NamedTuple):
     """The decoder's rows: for each sample cls, all patches and all text tokens; then padding rows."""
 
     rows_P: np.ndarray  # number of rows of each sample, then of each segment of padding
-    sample_U: np.ndarray  # index in `rows_P` of the sample, or segment of padding, that a row belongs to
+    sample_U: np.ndarray  # for each row, the index in `rows_P` of its sample or of its segment of padding
     # the next four are bool
     patch_U: np.ndarray
     text_U: np.ndarray

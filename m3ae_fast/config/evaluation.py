@@ -51,9 +51,9 @@ class EncodeConfig(Section):
 
     pool: Pool | None = Field(
         None,
-        description=f"Pooling of the features after the final LayerNorm: {described('`')}. null: for `knn` and "
-        "`logistic`, the pooling with which logistic regression is most accurate on held-out training samples, among "
-        "those with at most 4,096 features; for other tasks, `model.pool` of the model.",
+        description=f"Pooling of the output tokens, after the final LayerNorm: {described('`')}. null: the tasks `knn` "
+        "and `logistic` use the pooling with which logistic regression is most accurate on held-out training samples, "
+        "of those with at most 4,096 features; the other tasks use the model's own pooling, `model.pool`.",
     )
     batch: Batch = 64
     """Number of samples per forward pass."""
@@ -255,8 +255,8 @@ FINETUNE = Uses(
         "optim.peak_lr": "not multiplied by the batch size",
         "optim.warmup_epochs": "a twentieth of the run",
         "optim.weight_decay": "for weight matrices only",
-        "optim.layer_decay": "the cls token and the final LayerNorm are the lowest layer, and the embeddings have the "
-        "full learning rate",
+        "optim.layer_decay": "as in the official code: the lowest layer consists of the cls token and the final "
+        "LayerNorm, and the embeddings have the full learning rate",
         "train.global_batch": _DERIVED,
         "train.epochs": _DERIVED,
         "train.eval_every": "about ten evaluations per run, or fewer if they would take more than a twentieth of it",

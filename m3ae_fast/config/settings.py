@@ -324,9 +324,8 @@ class DataConfig(Section):
     whose samples a lane shuffles together."""
     lanes: int = Field(64, gt=0, le=1 << 16)
     """Maximum number of lanes, the parallel sub-streams into which the training stream is divided; each node reads only
-    some of them ([explanation](guide/remote-shards.md#partitioning-of-shards-over-nodes)). The actual number of
-    lanes is
-    the largest divisor of `train.global_batch` / `repeats` that exceeds neither this value nor the number of
+    some of them ([explanation](guide/remote-shards.md#partitioning-of-shards-over-nodes)). The actual number of lanes
+    is the largest divisor of `train.global_batch` / `repeats` that is at most this value and at most the number of
     shards."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of data-loader processes per rank; null: derived from the number of CPU cores."""
@@ -381,10 +380,10 @@ class OptimConfig(Section):
     a ratio of 1, their updates have the typical size of AdamW updates; orthogonalised updates tolerate larger learning
     rates."""
     layer_decay: float = Field(1.0, gt=0, le=1)
-    """For a run that starts from trained weights (`model.init_from`): learning rate of a layer of the encoder, as a
-    fraction of the learning rate of the next layer. The embeddings are the lowest layer. The encoder's final LayerNorm
-    and the decoder have the full learning rate, which is logged as `lr`. 1: all layers have the full learning rate.
-    Values below 1 cannot be combined with Muon."""
+    """Layer-wise learning rates, for a run that starts from trained weights (`model.init_from`). Each layer of the
+    encoder has this fraction of the learning rate of the layer above it; the lowest layer is that of the embeddings.
+    The encoder's final LayerNorm and the decoder have the full learning rate, which is logged as `lr`. 1: so do all
+    layers. Values below 1 cannot be combined with Muon."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Schedule of the learning rate after the warm-up. `cosine`: cosine decay. `wsd` (warm-up, stable, decay): a
     constant learning rate until a decay at the end, so that a run can be extended from the checkpoint before the

@@ -209,10 +209,10 @@ class M3AE(MultimodalEncoder):
 
     @torch.no_grad()
     def predict(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Return predictions for the rows that carry loss, as a pair. For images, it contains normalised pixels
-        [I, P*P*C] (standardised per patch with `norm_pix`), HOG [I, 9], features of a teacher [I, K] or, with VQGAN
-        targets, logits [I, codebook], according to `model.image_targets`. For texts, it contains logits [W, V], or None
-        if the model is image-only."""
+        """Return predictions for the rows that carry loss, as a pair. The first part is for images. It depends on
+        `model.image_targets`: normalised pixels [I, P*P*C] (standardised per patch with `norm_pix`), HOG [I, 9],
+        features of a teacher [I, K], or logits over the VQGAN's codebook [I, codebook]. The second part is for texts:
+        logits [W, V], or None if the model is image-only."""
         hidden_IE, hidden_WE = self.forward_decoder(self.forward_encoder(batch), batch)
         logits_WV = None if self.text_head is None or hidden_WE is None else self.text_head.predict(hidden_WE)
         return self.image_head.predict(hidden_IE), logits_WV

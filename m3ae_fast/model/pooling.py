@@ -26,8 +26,8 @@ def pool_rows(
     norm: nn.LayerNorm,
     config: ModelConfig,
 ) -> Tensor:
-    """Return the features of several poolings, one after another: [S, K, D], in at least float32. `POOLINGS` has their
-    numbers of vectors.
+    """Return the features of several poolings, one after another: [S, K, D], in at least float32. `POOLINGS` contains
+    the number of feature vectors of each pooling.
 
     Args:
         pools: the poolings.

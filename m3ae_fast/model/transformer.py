@@ -93,7 +93,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = Linear(dim, hidden_dim), Linear(hidden_dim, dim)
         self.gelu = gelu
-        self.recomputed = False  # whether the compiler recomputes the output of GELU, which an op would hide from it
+        self.recomputed = False  # whether the compiler is to recompute GELU's output, which it cannot do inside an op
 
     def forward(self, x_RD: Tensor) -> Tensor:
         """Map [R, D] to [R, D]."""
@@ -306,8 +306,8 @@ class Transformer(Blocks):
         rows_M: Tensor | None = None,
         queries: Segments | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the output of each block, [T, D]; the output of the last block is the result of `forward`, which has
-        the same arguments."""
+        """Yield the output of each block, [T, D]. The arguments are those of `forward`, whose result is the output of
+        the last block."""
         *body, last = self.blocks
         factors = self.factors(draws_S)
         for block, factors_2S in zip(body, factors):

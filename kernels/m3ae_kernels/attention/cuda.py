@@ -28,7 +28,7 @@ SAMPLES = 64  # number of samples in a check
 HALVES = (torch.bfloat16, torch.float16)
 HEAD_START = 20_000_000  # GPU cycles (about 10 ms) that the GPU waits while the host launches kernels
 ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
-# minimum value that is passed as the length of the longest sample; with a smaller value, cuDNN would not be used
+# minimum value that is passed as the length of the longest sample, because torch does not use cuDNN for shorter samples
 CUDNN_ROWS = 129
 ERROR = 0.03  # maximum relative difference (of norms) that is allowed between two kernels in bf16
 
@@ -46,8 +46,8 @@ _chosen: dict[tuple, dict[int, Kernel]] = {}  # (device, dtype, heads, head dime
 
 def choose(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int) -> Kernel:
     """Return the fastest kernel for samples of about `length` rows. Kernels are benchmarked once per head
-    configuration; for any other length, the choice for the nearest length that was passed to `choose_by_benchmark` is
-    used."""
+    configuration; for a length without a benchmark, the kernel of the nearest length with a benchmark is used (see
+    `choose_by_benchmark`)."""
     choices = _chosen.get((device, dtype, heads, head_dim))
     if choices is None:
         return choose_by_benchmark(device, dtype, heads, head_dim, length)
@@ -80,8 +80,8 @@ def trial(
 
 
 def use_kernel(device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, length: int, name: str) -> None:
-    """Use the named kernel for samples of about `length` rows; another process may have chosen it. Raises KeyError if
-    the name is unknown. If the kernel is not installed, the exception of its factory is raised."""
+    """Use the named kernel for samples of about `length` rows, for example because another process has chosen it.
+    Raises KeyError if the name is unknown. If the kernel is not installed, the exception of its factory is raised."""
     kernel = PADDED if name == PADDED.name else MAKERS[name](device)
     _chosen.setdefault((device, dtype, heads, head_dim), {})[length] = kernel
 
@@ -268,8 +268,8 @@ def _torch_varlen(device: torch.device) -> Kernel:
 
 def _cudnn(device: torch.device) -> Kernel:
     """Return cuDNN's kernel. From version 2.14 on, torch's own attention over packed samples uses this kernel for
-    samples of more than 128 rows. Earlier versions never use it. In these versions, the backward pass of torch's op
-    confuses the head dimension with the number of rows of the longest sample, and writes past its memory
+    samples of more than 128 rows. Earlier versions never use it, and if they did, the backward pass of torch's op would
+    confuse the head dimension with the number of rows of the longest sample and write past its memory
     (pytorch/pytorch#186142). Raises NotAvailable if torch would not use it."""
     from torch.nn.attention import varlen
 

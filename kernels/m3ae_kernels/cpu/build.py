@@ -45,8 +45,8 @@ def may_use_tiles() -> bool:
 def load(source: str, flags: tuple[str, ...], otherwise: str) -> ctypes.CDLL | None:
     """Return the kernels of `source`, a file in this folder, compiled with `flags`.
 
-    Return None if the kernels cannot be built. The first failure logs a warning that begins with `otherwise`, which
-    describes the fallback.
+    Return None if the kernels cannot be built. The first failure logs a warning, which begins with `otherwise`: a
+    description of what is used instead.
     """
     try:
         return compiled(source, flags)

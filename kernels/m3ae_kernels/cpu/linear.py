@@ -56,9 +56,9 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 def matmul_dtype(x: Tensor, weight_OI: Tensor) -> torch.dtype | None:
     """Return the dtype in which `linear` multiplies; None if torch's own function is used, for example on a GPU or for
-    two different dtypes. The result does not depend on the number of rows. If it did, compiled graphs could differ
-    between ranks, and the ranks would compute gradients in different orders. With ZeRO, the order must be the same on
-    all ranks, because gradients are reduced in the order in which they are computed."""
+    two different dtypes. The result does not depend on the number of rows: otherwise, compiled graphs could differ
+    between ranks, which would then compute gradients in different orders. With ZeRO, the order must be the same on all
+    ranks, because it is also the order in which gradients are reduced."""
     if x.device.type != "cpu":
         return None
     if torch.is_autocast_enabled("cpu"):
@@ -189,7 +189,7 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor) -> tuple[Tensor, Tensor]:
     wide, narrow = (x, grad) if transposed else (grad, x)
     (rows, width), columns, threads = wide.shape, narrow.shape[1], torch.get_num_threads()
     most = max(1, PANEL_BYTES // (4 * columns))
-    panel = -(-width // (threads * -(-width // (threads * most))))  # the same number of panels for each thread
+    panel = -(-width // (threads * -(-width // (threads * most))))  # so that each thread has the same number of panels
     packed = narrow.new_empty(-(-rows // 32) * 32 * columns)
     out = grad.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
     wide_sums, narrow_sums = (out.new_zeros(size) for size in (width, columns))

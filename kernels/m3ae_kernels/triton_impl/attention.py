@@ -192,8 +192,8 @@ def attention_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute one sample and head per program instance, so that no other instance adds to its gradients; scale is 1 /
-    sqrt(D), and scale2 is scale * log2(e). If there are LONG samples (more than BLOCK_N keys), `partial` [Q, H, D]
-    carries the running sums of dq from one tile of keys to the next (it stays in the cache), and the last tile of a
+    sqrt(D), and scale2 is scale * log2(e). If there are LONG samples (more than BLOCK_N keys), `partial` [Q, H, D],
+    which stays in the cache, carries the running sums of dq from one tile of keys to the next; and the last tile of a
     sample has half the size if that is sufficient. This is FlashAttention-2's algorithm 2
     (https://arxiv.org/abs/2307.08691): p contains the weights, dp and ds contain the gradients of the weights and of
     the scores, and delta contains the sum of out * grad for each row.

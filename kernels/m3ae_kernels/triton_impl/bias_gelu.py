@@ -1,4 +1,5 @@
-"""Kernels of `bias_gelu`: GELU's gradient and the sum for the bias read and write each tensor once.
+"""Kernels of `bias_gelu`. Each of them reads and writes each tensor once; the backward kernel computes GELU's gradient
+and its sum for the bias together.
 
 Shapes: T rows, D width.
 """

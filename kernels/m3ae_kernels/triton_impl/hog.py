@@ -19,8 +19,8 @@ from .common import acc_type, cdiv, channel_table, in_place, launcher
 
 NORM_EPS, MOST, MIDDLE, WIDTH = (tl.constexpr(value) for value in (EPS, LARGEST_SHARE, CENTRE, SPREAD))
 BINS = tl.constexpr(9)
-# 9 / pi times the arctangent on [0, 1] is t * (a polynomial of t ** 2); the error of this one, which has the least
-# largest error of its degree, is 1.1e-7
+# 9 / pi times the arctangent of t, for t in [0, 1], is approximated by t times this polynomial of t ** 2. Of all
+# polynomials of its degree, it has the smallest maximum error, 1.1e-7.
 A0, A1, A2, A3, A4, A5, A6, A7 = (
     tl.constexpr(value)
     for value in (

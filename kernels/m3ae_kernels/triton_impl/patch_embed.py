@@ -102,7 +102,7 @@ def patch_embed_dweight_kernel(
     split = tl.program_id(1)
     m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # 1. This split's rows; `patch_embed_dweight` adds the splits, in their order.
+    # 1. The product over the rows of this split; `patch_embed_dweight` adds the splits, in their order.
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for r0 in range(split * split_rows, tl.minimum((split + 1) * split_rows, N), BLOCK_K):
         r = r0 + tl.arange(0, BLOCK_K)

@@ -3,7 +3,7 @@
 A scatter is computed in two steps: 1. its positions are inverted; 2. rows are gathered at the inverted positions. Every
 row is thus written once, and the output does not have to be set to zero first.
 
-Shapes: M chosen rows, D width; x has T rows, except in `scatter_tokens`, in which it has N, and the result T.
+Shapes: M chosen rows, D width. x has T rows; in `scatter_tokens`, x has N rows, and the result has T rows.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """The settings that are worth timing.
 
 For matmul kernels, settings that spill registers, do not fit into shared memory or do not use tensor cores are
-excluded. For each tile shape, the settings with the largest number of bytes in flight to a multiprocessor are kept:
-registers and shared memory determine how many program instances run on it, and in each of them the loads of all stages
-except one are in flight.
+excluded. For each tile shape, the settings with the most bytes in flight to a multiprocessor are kept. Registers and
+shared memory determine how many program instances run on it; in each instance, the loads of all stages except one are
+in flight.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def compiled(kernel: str, arch: str, width: str) -> list[Settings]:
 
 def settings_to_try(kernel: str, now: Settings, arch: str, width: str) -> list[Settings]:
     """Return the settings to try. For a matmul kernel, these are the settings that `compiled` returns. For attention,
-    which takes seconds to compile, the present tile is tried with other numbers of warps and stages, and then other
-    tiles, with two stages (which prefetch) and with the present number of stages. For small kernels, these are all
-    settings close to the present settings."""
+    which takes seconds to compile, they are the present tile with other numbers of warps and stages, followed by other
+    tiles with two stages (which prefetch) and with the present number of stages. For small kernels, they are all
+    settings close to the present ones."""
     if "BLOCK_K" in now:
         return compiled(kernel, arch, width)
     if "TILE_M" in now:

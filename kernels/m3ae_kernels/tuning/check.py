@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from .workloads import ODD, Sizes, Workload, make
 
-LIBRARY = sys.modules[__name__.rpartition(".tuning")[0]]  # this package, which has another name if it is from the Hub
+LIBRARY = sys.modules[__name__.rpartition(".tuning")[0]]  # this package; a copy from the Hub has another name
 # The allowed error is twice that of plain torch in the same dtype, plus the error of rounding a result once.
 FLOOR = {torch.float32: 5e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 CHUNKS = 4  # number of chunks in which the reference processes the timed sizes, because its logits take gigabytes

@@ -147,9 +147,9 @@ def tune(
 
 
 class _Search:
-    """A search for the best settings of one kernel, timed within one op. It starts with the present settings and
-    proceeds to settings close to the best settings so far. At any time, the loaded table contains the best settings
-    with correct results, which are also marked in the trials."""
+    """A search for the best settings of one kernel, timed within one op. The search starts with the present settings,
+    and proceeds to settings close to the best ones so far. At any time, the loaded table contains the best settings so
+    far whose results are correct; they are also marked in the trials."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The ops with their inputs, at M3AE-Large's sizes and at small odd sizes, and with their minimum cost.
+"""The ops with their inputs and their minimum cost, at M3AE-Large's sizes and at small odd sizes.
 
 Shapes, as in the docstrings of the kernels: N, M, T rows, D width, K = P * P * C, V vocabulary; for attention, T keys,
 M queries, H heads.
