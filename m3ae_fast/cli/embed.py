@@ -3,6 +3,7 @@
 m3ae-fast embed runs/large 'imagenet/val-*.tar' --out val.parquet
 m3ae-fast embed runs/large photos/ --out photos.parquet
 m3ae-fast embed out/ 'shards/*.tar' --out captions.npz --modality text --set encode.pool=cls
+m3ae-fast embed hog 'shards/*.tar' --out hog.parquet      # histograms of oriented gradients: no network
 
 FILE contains these arrays or columns:
   keys      [N], keys of the samples, or paths of the images

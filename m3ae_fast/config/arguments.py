@@ -1,8 +1,8 @@
 """Arguments of a command, and of the Python function of the same name, declared once as the fields of a class.
 
 `Arguments` checks them, and `add_arguments` adds them to the parser of the command. tyro, pydantic-settings and
-jsonargparse were tried instead: their messages take several lines, their start-up takes up to twice as long, and the
-last two do not accept `--train a.tar b.tar`, to which the shell expands `--train *.tar`.
+jsonargparse were tried and not used: their messages take several lines, their start-up takes up to twice as long, and
+the last two do not accept `--train a.tar b.tar`, which is what the shell makes of `--train *.tar`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SHOWN = 80  # maximum number of characters of a wrong value in a message
 
 
 class Option:
-    """The form of a field on the command line, if it is not the usual one: the arguments of
+    """The form of a field on the command line if it is not the usual one. The attributes are arguments of
     `argparse.ArgumentParser.add_argument`. A name without dashes is a positional argument. `group`: title under which
     `--help all` shows the field; the short help only names it."""
 
@@ -111,8 +111,7 @@ def accepts(arguments: type[Arguments]) -> Callable[[F], F]:
 
 def add_arguments(parser: argparse.ArgumentParser, arguments: type[Arguments], *, needed: bool = True) -> None:
     """Add the fields of `arguments` to a parser, those without a default first. Only the fields that are given on the
-    command line will be in the parser's result. `needed`: whether the parser refuses a line without a field that has no
-    default."""
+    command line will be in the parser's result. `needed`: whether the parser requires all fields without a default."""
     places: dict[str, argparse._ActionsContainer] = {"": parser}
     for name, field in sorted(arguments.model_fields.items(), key=lambda each: not each[1].is_required()):
         names, how = _written(name, field)

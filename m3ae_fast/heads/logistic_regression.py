@@ -200,7 +200,7 @@ class Standardised:
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the largest eigenvalues of the covariance of the standardised features and their eigenvectors, float64
-        [Q] and [D, Q], and the mean of the other eigenvalues. Of wide features, the eigenvalues are approximate
+        [Q] and [D, Q], and the mean of the other eigenvalues. If the features are wide, the eigenvalues are approximate
         (subspace iteration; Halko et al., arXiv 0909.4061)."""
         width = len(self.mean_D)
         if width <= _WIDE:
@@ -268,8 +268,8 @@ def _loss(logits_BAK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _InverseHessian:
-    """An estimate of the inverse Hessian at zero weights, which treats the classes as independent and gives each its
-    own curvature. All eigenvalues of the covariance but the largest are replaced by their mean."""
+    """An estimate of the inverse Hessian at zero weights. It treats the classes as independent, each with a curvature
+    of its own, and replaces all eigenvalues of the covariance except the largest ones by their mean."""
 
     def __init__(self, features: Standardised, curvature_K: Tensor, penalty_H: Tensor) -> None:
         values_Q, self.vectors_DQ, rest = features.spectrum

@@ -143,9 +143,9 @@ class AttentiveHeads(nn.Module):
     def pool(self, tokens_SLD: Tensor) -> Tensor:
         """Return the tokens pooled by the attention of each probe's query, [S, H, D].
 
-        Because there is only one query, the keys and values of the tokens need not be computed. The query is multiplied
-        by the weights of the keys before it is compared with the tokens, and the weighted mean of the tokens is
-        multiplied by the weights of the values.
+        Because there is only one query, the keys and values of all tokens need not be computed. Instead, the query is
+        multiplied by the weights of the keys before it is compared with the tokens, and the weights of the values are
+        applied to the weighted mean of the tokens.
         """
         count, heads, width = self.query.shape
         keys_HadD, values_HadD = (part.unflatten(1, (heads, width)) for part in (self.keys, self.values))

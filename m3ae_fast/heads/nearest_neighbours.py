@@ -115,8 +115,8 @@ def _best_of_block(similarity_qB: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` highest similarities in a block (fewer if the block is smaller) and their indices, in any
     order.
 
-    Only the groups with the highest maxima are searched, because they contain these similarities. The maxima are
-    computed in one pass over the memory.
+    The highest similarities are in the groups with the highest maxima, so only these groups are searched. The maxima
+    are computed in one pass over the memory.
     """
     queries, rows = similarity_qB.shape
     groups = rows // _GROUP

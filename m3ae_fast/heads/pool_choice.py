@@ -11,9 +11,10 @@ MOST_SAMPLES = 5000  # number of training samples with which the candidates are 
 
 
 def best_type(bank: FeatureBank, classes: int, heartbeats: Heartbeats) -> tuple[FeatureType, Tried | None]:
-    """Return the type of features with the highest accuracy on held-out samples, and the regressions of its features;
-    None in place of these if they are regressions of only some of the samples. In a tie, or if there are too few
-    different samples to hold one out, it is the type that comes first. Every rank must call it, and gets the same type.
+    """Return the type of features with the highest accuracy on held-out samples, and the logistic regressions on its
+    features, or None in place of the regressions if they were fitted to only some of the samples. In a tie, or if there
+    are too few samples to hold some out, the first of the types is returned. Every rank must call it, and gets the same
+    type.
 
     Args:
         bank: features of the training samples, of all types that are compared.

@@ -43,9 +43,9 @@ class LARS(StackedOptimizer):
     At a learning rate of 1, `trust_coefficient` is therefore the size of a step relative to the norm of the parameter.
 
     The learning rate is included in the momentum buffer, unlike in torch's SGD and in the LARS of timm and of MAE; the
-    results differ if the learning rate changes. No parameter is excluded: biases are decayed and scaled too. The update
-    of a bias that is initially 0 is not scaled in its first step with a learning rate above 0, so this step is about 1
-    / trust_coefficient times as large as it would be with scaling.
+    results differ if the learning rate changes. No parameter is excluded: biases are decayed and scaled too. An
+    exception is the first update of a bias that is still 0, which is not scaled (|p| is 0): it is about 1 /
+    trust_coefficient times as large as a scaled update.
     """
 
     def __init__(

@@ -31,8 +31,8 @@ def training_warnings(
 
 
 def rising(lines: list[dict[str, Any]], batch: int) -> float:
-    """Return the difference between the mean training accuracies in the last quarter of a run and in the quarter
-    before; 0 if it is small or within two standard errors. `lines`: logged metrics, each for a step of `batch`
+    """Return by how much the mean training accuracy in the last quarter of a run is above that in the third quarter; 0
+    if the difference is small or within two standard errors. `lines`: logged metrics, each for a step of `batch`
     samples."""
     accuracies = [line["accuracy"] for line in lines if "accuracy" in line]
     quarter = len(accuracies) // 4

@@ -44,8 +44,8 @@ class Depth(NamedTuple):
 
 
 def depth_of(image: Image.Image) -> Depth:
-    """Return the bit depth of an image that is not yet loaded. Once it is loaded, Pillow no longer reveals that it has
-    reduced 16-bit colours to 8 bits."""
+    """Return the bit depth of an image whose pixels have not been loaded yet. After loading, the image no longer shows
+    that Pillow has reduced 16-bit colours to 8 bits."""
     tags = getattr(image, "tag_v2", None)
     if tags is not None:
         kind = _KINDS.get(tags.get(_FORMAT, (1,))[0], "unknown")
@@ -98,9 +98,8 @@ def scaled(values: np.ndarray, depth: Depth, value_range: Range | None) -> np.nd
 
 
 def as_pixels(lit: np.ndarray, dtype: str) -> np.ndarray:
-    """Return floating-point values of any shape, from black (0) to white (1), in the model's dtype
-    (`model.image_dtype`). Integers are rounded and
-    clipped; floats are not."""
+    """Return floating-point values of any shape, in which black is 0 and white is 1, as pixels of the model's dtype
+    (`model.image_dtype`). Values for integer dtypes are rounded and clipped; those for float32 are not."""
     if dtype == "float32":
         return lit.astype(np.float32)
     return np.rint(np.iinfo(dtype).max * lit.clip(0, 1)).astype(dtype)

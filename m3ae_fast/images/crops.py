@@ -22,8 +22,8 @@ def random_crop(
     image: Tensor, frame: int | Native, scale: tuple[float, float], flip: bool, generator: torch.Generator
 ) -> Tensor:
     """Return a RandomResizedCrop with torchvision's distribution, bicubic and antialiased, flipped horizontally with
-    probability 1/2. A native crop has nearly the aspect ratio of its box, and as many patches as the whole image would
-    have.
+    probability 1/2. A native crop has nearly the aspect ratio of its box, and about the same number of patches as the
+    whole image.
 
     Args:
         image: [C, H, W], uint8, uint16 or float32.

@@ -35,8 +35,8 @@ _OTHERS = {
     rb"\x76\x2f\x31\x01": "OpenEXR",
     rb"\s*<(\?xml|svg|!DOCTYPE)": "SVG or HTML",
 }
-# By format and number of channels to return: the Pillow modes of the images that torchvision decodes and converts
-# correctly. PNG is excluded: a damaged PNG causes a segmentation fault in torchvision 0.29.
+# The images that torchvision decodes and converts correctly: their Pillow modes, by format and by the number of
+# channels to return. PNG is excluded: a damaged PNG causes a segmentation fault in torchvision 0.29.
 _TORCHVISION_MODES = {("JPEG", 1): ("L", "RGB"), ("JPEG", 3): ("L", "RGB"), ("WEBP", 3): ("RGB",)}
 _READ_MODES = {1: ImageReadMode.GRAY, 3: ImageReadMode.RGB}
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}

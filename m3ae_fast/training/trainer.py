@@ -334,8 +334,8 @@ class Trainer:
         self.log.print(f"stopped at step {self.step} ({reason}){saved}; {how_to_resume()} continues")
 
     def _complete(self) -> None:
-        """Draw the figures and start the record of a run that had taken its last step before this call, unless the
-        record states that the run is finished. Otherwise, the earlier call was killed after its last checkpoint."""
+        """If the run had taken its last step before this call, but its record does not state that it is finished, an
+        earlier call was killed after its last checkpoint: draw the figures and start the record again."""
         if self.record.is_finished():
             return
         if self.after_save:

@@ -1,6 +1,6 @@
 """Export of the image encoder as an ONNX file for runtimes without torch. The file maps pixels to the features of
-`M3AE.encode`. Pixels have the model's image_dtype (int32 instead of uint16) and are not normalised; for floats, black
-is 0 and white is 1.
+`M3AE.encode`. Pixels have the model's image_dtype (int32 in place of uint16) and are not normalised; if they are
+floats, black is 0 and white is 1.
 
 Shapes: B images, C channels, S image size, D width.
 """

@@ -79,8 +79,7 @@ features = model(pixels[None])  # [1, {emb_dim}], equal to M3AE.encode(image, po
 
 def write_timm(folder: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Write the encoder as config.json, model.safetensors and README.md, atomically. `state`: the model's weights by
-    parameter name. Raises UserError if the folder
-    holds other files or cannot be written."""
+    parameter name. Raises UserError if the folder contains other files or cannot be written."""
     arguments = model_arguments(config)
     about = {
         # any architecture of this class, because model_args contains all settings
