@@ -132,7 +132,7 @@ def test_help_lists_every_setting_of_a_task(task, capsys):
             assert f"  {section}.{key}\n" in shown
     text = " ".join(shown.split())
     if task in ("knn", "ood", "compare"):
-        assert "Number of neighbours that vote; null: 1 or 20" in text
+        assert "Number of neighbours that vote. null: the tasks" in text
     if task == "finetune":
         assert "Learning rate after the warm-up, for" in text and "Default: 0.001, not multiplied by the batch" in text
         assert "Default: derived from the number of training samples; allowed: integer > 0" in text
