@@ -49,7 +49,8 @@ def _patches_given(work: Workload) -> Callable[..., Tensor]:
 
 
 class _Matmuls(torch.autograd.Function):
-    """Only the three matmuls of a head and its loss. The outputs are also used as their own gradients."""
+    """Only the three matmuls of a head and its loss. The outputs of the head are also used as the gradients with
+    respect to them."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -92,7 +93,8 @@ def _of_kernel(kernel: Kernel, qkv, cu_seqlens, max_seqlen, q=None, cu_queries=N
 
 
 class _OfKernel(torch.autograd.Function):
-    """Attention computed by a kernel, called as in the model, with a single tensor as the gradient."""
+    """Attention computed by a kernel. It is called as in the model, and the gradient of queries, keys and values is one
+    tensor."""
 
     @staticmethod
     def forward(ctx, kernel: Kernel, qkv: Tensor, q: Tensor | None, queries: Segments, keys: Segments) -> Tensor:

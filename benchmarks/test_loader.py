@@ -26,8 +26,8 @@ from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_lo
 
 ROOT = Path(__file__).parents[1]
 IMAGES, BATCH = 512, 64
-# height and width of the stored images, and the size of the crops: photographs of the usual size for both, and images
-# that were stored with a shorter side of the size of the crops
+# (height and width of the stored images, size of the crops): photographs of a usual size, and images that were stored
+# with a shorter side hardly longer than the crops
 CASES = ((400, 500, 256), (256, 320, 256), (800, 1000, 512), (512, 640, 512))
 # maximum time relative to decoding and cropping alone, because the loader also reads shards, tokenises, masks and packs
 MOST = 1.25

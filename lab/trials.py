@@ -149,8 +149,8 @@ def _complete(run: Path, steps: int) -> bool:
 def _evaluate(
     name: str, test: dict[str, Any], sections: dict[str, Any], run: Path, data: Path, seed: int
 ) -> dict[str, float] | None:
-    """Return the value of a test, its standard error if it is known, and the values of its baselines; None if it was
-    stopped."""
+    """Return the value of a test, its standard error if it is known, and the values of its baselines; None if the test
+    was stopped."""
     folder = run.with_name(f"{run.name}-{_words(name)}")
     if (path := folder / "result.json").exists():  # of an earlier call that was stopped during a later test
         return values_of(json.loads(path.read_text(encoding="utf-8")), test.get("value", TOP1))

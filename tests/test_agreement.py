@@ -40,7 +40,7 @@ def test_all_ranks_get_rank_0s_decision_on_the_reports_in_rank_order(world):
         return " ".join(reports)
 
     def work(own):
-        time.sleep(0.01 * (own.world - own.rank))  # rank 0 comes last
+        time.sleep(0.01 * (own.world - own.rank))  # rank 0 reports last
         return [own.decide(f"{number}:{own.rank}", judge) for number in range(5)]
 
     expected = [[f"{number}:{rank}" for rank in range(world)] for number in range(5)]

@@ -164,7 +164,7 @@ def test_an_old_output_that_cannot_be_restored_is_kept_and_named(tmp_path, monke
 
 
 def test_an_output_written_concurrently_by_another_process_is_not_lost(tmp_path, monkeypatch, exported):
-    """Another process has written its output after this process renamed the old output."""
+    """After this process has renamed the old output, another process writes its own output there."""
     rename = os.rename
 
     def late(a, b, **options):

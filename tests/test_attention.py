@@ -155,7 +155,8 @@ def test_scores_that_are_computed_together_fit_into_the_cache(monkeypatch):
         assert [len(group.q_starts) for group in groups] == sizes
 
 
-# ---- kernels of others: modules that compute with torch what the real ones compute, and take the same arguments ----
+# ---- stand-ins for the kernels of other libraries: they take the same arguments, and compute the results with torch
+# ----
 
 
 def fill(grads: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
@@ -169,7 +170,7 @@ class StandIns:
 
     def __init__(self, wrong: str = "") -> None:
         self.calls: list[str] = []
-        self.deterministic: list[bool] = []  # that argument of each backward pass of flash-attn
+        self.deterministic: list[bool] = []  # the argument `deterministic` of each backward pass of flash-attn
         self.wrong = wrong
 
     def forward(self, name: str, q, k, v, ends: tuple) -> tuple[Tensor, Tensor]:
@@ -305,7 +306,7 @@ class StandIns:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Set a state in which no implementation has been chosen, and no device has to be waited for."""
+    """Forget the chosen implementations, and replace the functions that wait for a device."""
     monkeypatch.setattr(cuda, "_chosen", {})
     monkeypatch.setattr(cuda, "SAMPLES", 2)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
@@ -356,7 +357,8 @@ def test_the_fastest_attention_kernel_is_chosen_and_the_reasons_against_the_othe
     seconds["torch varlen"] = 0.5
     assert cuda.choose_by_benchmark(CPU, BF16, 2, 16, 300).name == "torch varlen"
     assert cuda.choose_by_benchmark(CPU, BF16, 2, 16, 300).name == "torch varlen"
-    asked = (12, 50, 54, 150, 290)  # the nearest length is determined by ratios: 9 * 300 is 52 * 52
+    # lengths are compared by their ratio: 52 is about as far from 9 as from 300, because 9 * 300 is about 52 * 52
+    asked = (12, 50, 54, 150, 290)
     assert [cuda.choose(CPU, BF16, 2, 16, n).name for n in asked] == ["flash-attn 2"] * 2 + ["torch varlen"] * 3
 
 

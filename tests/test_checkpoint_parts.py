@@ -299,7 +299,7 @@ def test_a_damaged_field_of_the_state_is_named_briefly(saved):
 
 @pytest.mark.parametrize("file", part_files(3))
 def test_a_state_file_without_its_checksum_is_refused(saved, file):
-    """The part may belong to another step, which no other check would detect."""
+    """The part may be of another step, which only this check detects."""
     other = save_cut(saved.parents[1], {name: tensor + 1 for name, tensor in STATE.items()}, 3, step=2)
     (saved / file).write_bytes((other / file).read_bytes())
     info = json.loads((saved / "state.json").read_text())
@@ -451,7 +451,7 @@ def test_a_trainer_saves_all_values_from_which_it_resumes(step):
 
 
 def test_a_second_saver_of_a_process_does_not_read_answers_of_the_first(tmp_path):
-    """In the next evaluation task, ranks save with a new saver. Its rank 0 is late."""
+    """In the next evaluation task, the ranks save with a new saver, which rank 0 creates late."""
     store, numbers = dist.HashStore(), [itertools.count(), itertools.count()]
     for answer in ("first", "second"):
 

@@ -170,8 +170,8 @@ def test_large_and_non_finite_scores(build):
 
 
 def test_unused_lanes_after_the_last_key_have_no_effect(build):
-    """All scores are far below 0, and the number of keys is not a multiple of 16, so an unused lane with the value 0
-    would be the largest score."""
+    """All scores are far below 0, and the number of keys is not a multiple of 16. An unused lane whose value is 0 would
+    therefore be the largest score."""
     grad, q, k, v, *cu = inputs("pruned", build[0], scale=8)
     k = -q.abs().amax() * torch.ones_like(k)
     q = q.abs().contiguous()

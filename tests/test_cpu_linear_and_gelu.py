@@ -16,7 +16,7 @@ EXTREMES = (0.0, -0.0, 1e-30, 65.0, -65.0, 1e20, -1e20)
 
 @pytest.fixture
 def fresh_libraries():
-    """Set a state in which no library is loaded. Libraries that the test loads are dropped after it."""
+    """Forget all loaded libraries before the test, and those that the test has loaded after it."""
     libraries = (build.load, mlp._library, linear._library, linear._product_library)
     for library in libraries:
         library.cache_clear()

@@ -203,7 +203,7 @@ def test_a_cross_decoder_computes_only_the_predicted_rows():
 
 
 def test_a_self_attention_decoder_has_no_rows_of_tokens_that_are_not_predicted():
-    """Its rows are cls, and the visible and the predicted tokens."""
+    """The rows of the decoder are cls, the visible tokens and the predicted tokens."""
     samples = samples_of("ppite", 3, 0.5)
     batch = pack(samples, make_model(SELF).geometry)
     rows = zip(samples, batch.decoder_table_ids.split(batch.decoder.cu_seqlens.diff().tolist()), strict=True)

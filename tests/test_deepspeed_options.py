@@ -64,7 +64,8 @@ def test_deepspeed_works_in_each_stage_of_a_program():
 
 
 def test_the_last_block_computes_only_the_queries_that_it_needs_at_every_stage(monkeypatch):
-    """At stage 3, hooks of DeepSpeed on the layer would look like the hooks of a user, which see all queries."""
+    """At stage 3, DeepSpeed installs hooks on the layer. They must not be mistaken for a user's hooks, for which all
+    queries would be computed."""
     rows: list[int] = []
 
     def counted(x, weight, bias):

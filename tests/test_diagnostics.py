@@ -309,7 +309,8 @@ def test_the_effective_rank_is_computed_from_the_features_of_all_ranks(monkeypat
 
 @pytest.mark.parametrize("norm", ["before_norm", "after_norm"])
 def test_the_share_of_positions_is_that_of_an_analysis_of_variance(norm):
-    """It is 0 on average for features that do not depend on the position, and 1 for those that only depend on it."""
+    """val_position_share is 0 on average for features that do not depend on the position, and 1 for features that
+    depend only on the position."""
     torch.manual_seed(0)
     model = M3AE(SMALL.model_copy(update={"mean_pool": norm}))
     with join_ranks() as ranks, torch.no_grad():

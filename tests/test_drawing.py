@@ -57,7 +57,7 @@ def test_true_pixels_as_predictions_reproduce_the_image():
 
 
 def test_a_uniform_patch_is_reconstructed_exactly():
-    """The prediction is relative to the mean and the variance of the patch, which are those of a uniform patch."""
+    """The prediction is standardised by the mean and the variance of the patch. Here, the patch is uniform."""
     sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
     image, mask = torch.full((3, 12, 12), 200, dtype=torch.uint8), torch.arange(9) % 2 == 0
     _, _, rebuilt, _ = views_of(M3AE(sizes, LossConfig(norm_pix=True)), image, mask, torch.zeros(5, 48))
@@ -78,7 +78,7 @@ def test_the_zero_prediction_shows_what_a_figure_takes_from_the_original():
 
 
 def test_a_figure_of_standardised_patches_states_what_it_takes_from_the_original(tmp_path, monkeypatch):
-    """The error is relative to that of the zero prediction: 1 for a model that predicts zero."""
+    """The error is stated relative to that of the zero prediction, so it is 1 for a model that predicts zero."""
     model, written = make_model(norm_pix=True), []
     with torch.no_grad():
         model.image_head.weight.zero_()

@@ -132,7 +132,7 @@ def test_a_panic_is_handled_as_an_error_and_a_stop_is_not():
 
 
 def test_every_program_ends_with_its_exit_code():
-    """`exit_cleanly` returns the exit code; a program that drops it would succeed after an error."""
+    """`exit_cleanly` returns the exit code. If a program did not pass it on, it would exit with 0 after an error."""
     root = Path(__file__).parents[1]
     folders = ("m3ae_fast", "lab", "benchmarks", "examples")
     programs = [path for folder in folders for path in (root / folder).rglob("*.py")]

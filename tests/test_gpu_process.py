@@ -1,4 +1,5 @@
-"""A GPU test that fails, dies or hangs costs only itself: stand-ins for GPU tests, with a simulated GPU."""
+"""A GPU test that fails, dies or hangs does not affect other tests. The GPU and the tests that need it are
+simulated."""
 
 import os
 import re

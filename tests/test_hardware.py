@@ -53,7 +53,7 @@ def test_the_cuda_version_of_the_driver_is_read_from_its_library(monkeypatch):
 
 @pytest.mark.parametrize(("flops", "sizes"), [(1e7, [128]), (1e9, [128, 1024])])
 def test_the_peak_of_a_slow_cpu_is_measured_with_a_small_matmul(monkeypatch, flops, sizes):
-    """A large one would take seconds, for example in bf16 on a CPU without instructions for it."""
+    """A large matmul would take seconds, for example in bf16 on a CPU without instructions for bf16."""
     measured = []
     monkeypatch.setattr(hardware, "_matmul_flops", lambda size, *_: measured.append(size) or flops * size)
     assert hardware.peak_flops(torch.device("cpu"), torch.bfloat16) == flops * sizes[-1]

@@ -64,7 +64,7 @@ def site(tmp_path_factory):
 
 
 def test_the_quickstart_runs_from_an_empty_folder(site, tmp_path):
-    """The config is found by its name. The images are those of a clone, which the error says if they are missing."""
+    """The config is found by its name. Its images are only in a clone; the error message says so."""
     where = environment() | {"PYTHONPATH": str(site)}
     small = {"deepspeed": "null", "train.steps": 2, "train.pictures": 0, "train.eval_samples": 8, "data.workers": 0}
     line = [site / "bin/m3ae-fast", "train", "--config", "quickstart"]

@@ -1,4 +1,4 @@
-"""Packages import only lower packages, and no imports are circular. Imports inside functions count too."""
+"""Packages import only lower packages, and no imports are circular. Imports inside functions are included."""
 
 import ast
 import graphlib

@@ -89,7 +89,7 @@ def test_the_memory_estimate_covers_native_images_and_image_only_models():
 
 
 def test_a_memory_shortfall_of_one_rank_is_reported_on_all(monkeypatch):
-    """Each of three ranks names the first rank that lacks memory."""
+    """All three ranks report the first rank that lacks memory."""
     free = ["", "8 GB are needed, and 7 GB are free", "8 GB are needed, and 6 GB are free"]
     asked = []
     for own in free:

@@ -377,7 +377,7 @@ def test_samples_without_a_random_draw_use_torchs_generator_for_drop_path():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_with_stochastic_depth_do_not_depend_on_the_split_into_batches(checkpointing):
-    """The gradients do not depend on the other samples in the batch either, with and without padding."""
+    """The gradients of a sample do not depend on the other samples of the batch, with and without padding."""
     model = make_model(TINY.model_copy(update={"drop_path": 0.4})).train()
     model.encoder.checkpointing = model.decoder.checkpointing = checkpointing
     samples = [replace(sample, draw=1000 + i) for i, sample in enumerate(MIXED)]

@@ -49,7 +49,8 @@ def test_the_pace_excludes_pauses_but_the_time_left_includes_further_pauses():
 
 
 def test_parts_without_units_have_no_pace_of_their_own():
-    """Their time counts for the next units, for example if no sample of a batch can be read."""
+    """If a part has no units, for example because no sample of a batch can be read, its time is added to that of the
+    next units."""
     worker = Worker(20)
     worker.work(30.0)
     worker.work(1.0, units=0)

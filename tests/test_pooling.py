@@ -107,7 +107,7 @@ def test_poolings_of_several_layers_are_computed_in_one_pass():
 
 
 def test_the_default_pooling_is_that_of_the_model(tmp_path):
-    """It is saved with the model. Texts have no patches, so a grid becomes the mean."""
+    """The default is saved with the model. Texts have no patches, so the mean takes the place of a grid."""
     _model(pool="grid2").save_pretrained(tmp_path / "own")
     convert(tmp_path / "own", tmp_path / "cls", pool="cls")
     with pytest.raises(UserError, match="pool other: must be one of mean, cls, "):

@@ -200,7 +200,7 @@ def test_a_moved_run_folder_remains_complete(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_a_second_call_is_refused_at_once_in_every_stage_of_the_first(tmp_path, monkeypatch, dry_run):
-    """It writes nothing. A call that is killed does not block the next one."""
+    """The refused call writes nothing. A call that is killed does not block the next one."""
     photos, run = make_pictures(tmp_path / "photos", each=2, captions=False), tmp_path / "run"
     program = (
         "import sys; from m3ae_fast.pretraining import stages; from m3ae_fast import pretrain\n"
@@ -1135,7 +1135,8 @@ def test_throughput_is_measured_until_it_is_stable(monkeypatch):
 
 
 def test_all_ranks_use_the_measurements_of_the_main_rank(monkeypatch):
-    """Otherwise, they would measure different numbers of steps, or choose different batches for the second trial."""
+    """If ranks used their own measurements, they would measure different numbers of steps, or choose different batches
+    for the second trial."""
     sent = []
     first = paced(monkeypatch, [0.5] * 99, update=0.2, seconds=9.0, from_main=lambda value: sent.append(value) or value)
     received = iter(sent)

@@ -99,8 +99,8 @@ def write_deep(folder, highest):
 
 
 def test_the_values_of_files_are_compared_with_the_range_of_the_given_weights_before_shards_are_made(tmp_path):
-    """In shards, they have 8 bits: values beyond the range would be clipped, and a small part of it would be left with
-    few levels.
+    """The values in shards have 8 bits: those beyond the range would be clipped, and a small part of the range would be
+    left with few levels.
     """
     suits, bright = write_deep(tmp_path / "suits", 4095), write_deep(tmp_path / "bright", 65535)
     for highest, folder in ((4095, bright), (65535, suits)):

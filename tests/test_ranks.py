@@ -306,7 +306,7 @@ def test_only_the_first_rank_with_an_error_prints_it_and_all_ranks_exit_with_its
 
 
 def test_connection_errors_after_a_rank_has_left_are_not_reported(join):
-    """An error after the rank has left is not reported. An unexpected error before that gives a traceback on every
+    """An error is not reported after the rank has left. An unexpected error before that gives a traceback on every
     rank."""
     for first in (True, False):
         join(first)

@@ -343,8 +343,8 @@ def main(argv):
 
 
 def test_a_run_whose_nodes_see_different_shards_does_not_start(trainer):
-    """If the nodes began, they would train on samples in two different orders, and one node would wait for the other at
-    the end."""
+    """If the run began, the nodes would read the samples in two different orders, and at the end, one node would wait
+    for the other."""
     for node, shards in ((0, 2), (1, 1)):
         (trainer.folder / f"node{node}").mkdir()
         for number in range(shards):

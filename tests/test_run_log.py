@@ -254,7 +254,7 @@ def test_tensorboard_contains_scalars_and_figures(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["pairs", "four channels", "texts"])
 def test_loggers_receive_the_figures_of_the_report(tmp_path, monkeypatch, case):
-    """The loggers receive them with every checkpoint. A stand-in for wandb records its arguments."""
+    """The loggers receive the figures with every checkpoint. A stand-in for wandb records its arguments."""
     shown = []
     errors = SimpleNamespace(Error=RuntimeError)
     started = SimpleNamespace(id="a", define_metric=lambda *_, **__: None, log=shown.append, finish=lambda: None)

@@ -51,7 +51,8 @@ def test_the_start_of_the_decay_moves_with_the_end_until_the_decay_has_begun():
 
 
 def test_a_decay_that_has_begun_uses_the_remaining_steps():
-    """The learning rate therefore does not jump, and reaches its final value."""
+    """The learning rate does not jump when the number of steps changes during the decay, and it reaches its final
+    value."""
     plan = schedule(100).changed(90, 95).changed(92, 110)
     rates = [plan.lr(step) for step in range(80, 111)]
     assert plan.decay_begin == 80 and rates == sorted(rates, reverse=True) and rates[-1] == pytest.approx(0)

@@ -149,8 +149,8 @@ def test_a_process_that_was_suspended_does_not_report_a_stall(monkeypatch):
 
 @pytest.mark.parametrize(("rank", "others"), [(0, [1, 2, 3]), (1, [0]), (3, [0])])
 def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
-    """Rank 0 monitors all other ranks, and all of them monitor rank 0. Ranks whose heartbeats have been received since
-    are not named."""
+    """Rank 0 monitors all other ranks, and all of them monitor rank 0. The message does not name ranks whose heartbeats
+    have been received in the meantime."""
     simulated = SimulatedRank(monkeypatch, 60.0, rank, ranks=4)
     end, why = simulated.ended(1000)
     assert 60 < end < 70 and f"no heartbeat from rank {', '.join(map(str, others))} (last activity: joining)" in why

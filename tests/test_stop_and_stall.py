@@ -1,5 +1,5 @@
-"""Signals, launchers that end, and ranks or loaders that stall: small programs that use the modules that handle them,
-and the trainer during its start."""
+"""Signals, launchers that end, and ranks or loaders that stall. The tests run the trainer until its start is complete,
+and small programs that use the modules in question."""
 
 import json
 import os

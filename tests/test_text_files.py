@@ -40,7 +40,7 @@ def test_text_files_are_always_opened_with_an_explicit_encoding():
 
 
 def test_no_file_contains_a_path_of_this_machine():
-    """Stored results and outputs of the notebook are the likeliest to contain one."""
+    """Stored results and outputs of the notebook are the most likely to contain such a path."""
     own = (f"{ROOT}/", f"{sys.prefix}/")
     paths = [path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.suffix in KINDS]
     paths += [path for path in ROOT.glob("*.*") if path.suffix in KINDS]

@@ -146,7 +146,7 @@ def test_the_time_limit_includes_earlier_attempts(monkeypatch):
 
 
 def test_the_time_limit_includes_the_last_evaluation(monkeypatch):
-    """The evaluation takes a tenth of the time, like the first one."""
+    """The last evaluation takes a tenth of the time, and so does the first one."""
     machine = Machine(monkeypatch)
     machine.train(schedule(3600), lambda now: 1.0, lambda now: 360.0)
     assert machine.took == pytest.approx(HOUR, rel=0.03)

@@ -193,7 +193,7 @@ def test_weight_decay_groups_equal_the_official_ones(file):
 
 @pytest.mark.parametrize("everywhere", ["image", "text"])
 def test_computing_the_loss_of_one_modality_on_all_tokens_does_not_change_that_of_the_other(tmp_path, everywhere):
-    """The test sets one flag at a time. The official code has one flag for both."""
+    """Here, the two settings are changed one at a time, although the official code has one flag for both."""
     official = {
         flag: Golden.load(make_golden(tmp_path / f"{flag}.npz", all_token_loss=flag, seed=4)) for flag in (False, True)
     }

@@ -182,7 +182,7 @@ def test_8_bit_and_float_images_have_the_same_ids(vqgan):
 
 @pytest.mark.parametrize("attention", ["self", "cross"])
 def test_the_image_token_loss_is_the_cross_entropy_on_masked_patches(vqgan, attention):
-    """Its gradient reaches each weight of the decoder, and a step lowers the loss in an evaluation."""
+    """The gradient of the loss reaches each weight of the decoder, and a step lowers the loss in an evaluation."""
     torch.manual_seed(1)
     model = M3AE(MODEL.model_copy(update={"dec_attention": attention}))
     images = torch.stack([sample.image for sample in samples(3)])

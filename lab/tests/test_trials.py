@@ -1,4 +1,4 @@
-"""Trials are trained and tested as their list says, once, and the shipped lists are valid."""
+"""Trials are trained and tested as their list states, and only once. The shipped lists are valid."""
 
 import json
 

@@ -77,7 +77,7 @@ def test_a_range_defines_the_values_of_black_and_white():
         decode_image(write_npy(FLOATS), BANDS, (-100, 300), "float32"),
         chw((FLOATS.astype(np.float64) + 100) / 400).float(),
     )
-    for dtype in ("uint16", "float32"):  # 8-bit levels are levels, regardless of the range
+    for dtype in ("uint16", "float32"):  # the range does not apply to 8-bit levels
         unit = decode_image(write_npy(LEVELS), BANDS, (0, 9), dtype).double() / (65535 if dtype == "uint16" else 1)
         torch.testing.assert_close(unit, chw(LEVELS) / 255.0, check_dtype=False, rtol=0, atol=1e-7)
     for values in (DEEP, FLOATS):

@@ -1,4 +1,4 @@
-"""Tables of captions: the captions are read as they were written, and what cannot be read is reported and never
+"""Tables of captions: captions are read as they were written. A text that cannot be read is reported, and never
 guessed."""
 
 import csv
@@ -270,7 +270,7 @@ def test_unused_caption_columns_are_not_metadata_fields(tmp_path):
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_the_separator_of_a_csv_is_detected(tmp_path, separator):
-    """Spreadsheets write semicolons in countries where the comma is the decimal separator."""
+    """In countries where the comma is the decimal separator, spreadsheets separate columns by semicolons."""
     rows = [("image", 'the "best" title', "price; net"), ("0.jpg", "one, two; three\tfour", "3,50")]
     with open(tmp_path / "t.csv", "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file, delimiter=separator).writerows(rows)

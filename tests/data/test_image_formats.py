@@ -45,7 +45,7 @@ def test_the_limits_of_a_bit_depth_are_those_of_numpy(kind, name, bits):
 
 
 def test_jpeg_2000_is_read_up_to_8_bits():
-    """The byte that states the number of bits contains this number minus one, plus 128 if values are signed."""
+    """The byte for the number of bits contains the number minus one, plus 128 if the values are signed."""
     file = BytesIO()
     Image.new("RGB", (16, 16), "red").save(file, "JPEG2000")
     data = bytearray(file.getvalue())

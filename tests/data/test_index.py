@@ -319,7 +319,7 @@ def test_long_captions_are_truncated_at_a_utf8_character(tmp_path, store):
     files = [("a.txt", "ü".encode() * 50_000), ("b.txt", b"x" + "ü".encode() * 50_000), ("c.txt", b"\xff\xfe")]
     files += [
         ("d.txt", b"x" * 65_532 + b"\xff" + b"y" * 9)
-    ]  # the last four bytes are too many for an incomplete character
+    ]  # four bytes at the end are more than an incomplete character can have
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
     reader = Reader(corpus.sources[0], store)
     assert reader.read(0, 0).caption == "ü" * 32768
@@ -330,8 +330,8 @@ def test_long_captions_are_truncated_at_a_utf8_character(tmp_path, store):
 
 
 def test_sizes_in_pax_records_are_used(tmp_path, store):
-    """tarfile and GNU tar write such a record for sizes from 8 GiB on. Here, a small member has one, and its header
-    states the size 0."""
+    """For sizes from 8 GiB on, tarfile and GNU tar write the size in a separate record. Here, a small member has such a
+    record, and its header states the size 0."""
     image = picture(1)
     record = f" size={len(image)}\n"
     record = f"{len(record) + 2}{record}".encode()

@@ -69,7 +69,7 @@ def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
 
 @pytest.mark.parametrize("scale", [1, 10])  # lanes of less than a block, and lanes that begin in one of several
 def test_an_epoch_contains_every_sample_of_every_source_once(scale):
-    """The number of lanes divides the sizes of the sources."""
+    """The sizes of the sources are multiples of the number of lanes."""
     sizes = [[scale * samples for samples in source] for source in ([40, 24], [8], [16, 16, 16])]
     order, total = Order(sizes, None, 2, 0, lanes=8), 120 * scale
     for epoch in range(3):
@@ -184,8 +184,8 @@ def test_lanes_begin_their_shards_at_different_times():
 
 
 def test_a_step_mixes_more_shards_than_without_lanes():
-    """In a step of 4096, one pair of samples in 16 shares a shard without lanes. With 64 lanes, 128 shards are read at
-    a time."""
+    """Without lanes, one pair of samples in 16 is from the same shard, in a step of 4096 samples. With 64 lanes, 128
+    shards are read at a time."""
     sizes = corpus("12 M")
     ends = np.cumsum(sizes)
 

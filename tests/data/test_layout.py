@@ -113,7 +113,8 @@ def test_captions_are_read_for_each_split(tmp_path):
 
 
 def test_any_change_of_images_captions_or_splits_is_another_conversion(tmp_path):
-    """Otherwise, a conversion that is repeated after the change would keep its shards."""
+    """The fingerprint must differ: otherwise, a conversion that is repeated after the change would keep the old
+    shards."""
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     text = root / "train/cat/0.txt"
     changes = [

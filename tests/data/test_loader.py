@@ -476,8 +476,8 @@ BAD = {
 def test_bad_samples_are_skipped_and_named(load, tmp_path, name, workers):
     files, reason = BAD[name]
     path = write_tar(tmp_path / "a.tar", [*members(range(3)), *files, *members(range(4, 8))])
-    # On its own, the shard would be trained on the modalities that each sample has; in a paired source, the other
-    # modality is missing.
+    # Alone, the shard is trained on the modalities that each sample has. In a source of pairs, a sample with one
+    # modality is invalid.
     sources = [SourceConfig(shards=path, modality="paired")]
     (batch,) = load(sources, micro_batch=8, steps=1, config={"workers": workers})
     assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]
@@ -695,8 +695,8 @@ def test_a_run_stops_in_the_first_step_in_which_enough_samples_show_too_many_bad
 
 
 def test_the_vocabulary_contains_all_words_of_the_captions(load, paired):
-    """The captions of the fixtures contain no unknown words; otherwise, the tests above would compare less than they
-    appear to."""
+    """The captions of the fixtures contain no unknown words. Otherwise, different captions could have equal tokens, and
+    the tests above would compare less."""
     tokenizer = load(paired).dataset.preparation.tokenizer
     assert 1 not in tokenizer.encode(" ".join(WORDS))
 

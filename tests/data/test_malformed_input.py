@@ -99,7 +99,7 @@ ODD = {
 @pytest.mark.parametrize("reason", ODD)
 def test_a_malformed_image_is_named_and_skipped_and_the_others_are_kept(folder, tmp_path, capsys, reason):
     ODD[reason](folder / "odd.png")
-    for _ in range(2):  # also by the call that finds everything complete
+    for _ in range(2):  # the second call finds that all shards are complete
         assert make(folder, tmp_path / "out") == 0
         assert "1 samples in 1 shard" in new_output(capsys)
     assert paths(tmp_path / "out") == ["good.jpg"]

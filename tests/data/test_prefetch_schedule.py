@@ -97,7 +97,8 @@ def test_the_cache_must_hold_one_shuffle_window_of_each_lane(needs):
 
 
 def test_ranks_report_steps_rather_than_micro_batches(needs, tmp_path):
-    """The second rank of the node starts no fetcher, and reports its step in its own slot."""
+    """The second rank of the node does not start a fetcher, and reports its step in its own element of the shared
+    array."""
     (tmp_path / "locks").mkdir()
     fetching = FetcherOfNode(needs(start=7), Node("run", [4, 5]), 5, accumulation=3)
     fetching.begin()

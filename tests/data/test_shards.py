@@ -313,7 +313,7 @@ def test_shards_are_read_from_the_output_of_a_command(tmp_path, store, no_waitin
 
 
 def test_command_output_is_read_while_a_thousand_files_are_open(tmp_path, store):
-    """A rank with many sources has that many open files, with which the system's select() would fail."""
+    """A rank with many sources has so many open files that the system's select() would fail."""
     allow_open_files()
     path = write_tar(tmp_path / "a.tar", members(range(3)))
     with contextlib.ExitStack() as files:
@@ -461,7 +461,7 @@ def serve_equal_shards(url, folder, count=20):
 
 @pytest.mark.parametrize("limit", [None, 5])
 def test_a_download_inspects_few_cached_shards_regardless_of_their_number(server, tmp_path, monkeypatch, limit):
-    """The cache either has enough space, or the oldest copies have to be removed."""
+    """Both if the cache has enough space, and if the oldest copies have to be removed."""
     url, folder, _ = server
     names, size = serve_equal_shards(url, folder)
     store = ShardStore(tmp_path / "cache", limit and (300 + limit) * size / 1e9)
@@ -496,7 +496,7 @@ def test_the_free_disk_space_and_the_copies_limit_a_cache_without_a_configured_l
 
 
 def test_processes_share_the_account_of_used_cache_space(server, tmp_path):
-    """A copy that another process made counts without listing the folder again."""
+    """A copy that another process has made is counted, although the folder is not listed again."""
     url, folder, _ = server
     names, size = serve_equal_shards(url, folder)
     one, other = (ShardStore(tmp_path / "cache", 4 * size / 1e9) for _ in range(2))

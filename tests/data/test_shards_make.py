@@ -449,7 +449,7 @@ def test_a_split_without_usable_columns_is_refused(tmp_path, capsys):
 
 
 def test_ignored_columns_of_a_dataset_are_named(tmp_path, dataset, capsys):
-    """A column with a usual name and an unusual type is named too."""
+    """The message also names a column that has a usual name but an unusual type."""
     odd = dataset.map(lambda row: {"text": {"en": "a"}, "targets": [0, 1]}, remove_columns="caption")
     odd.save_to_disk(tmp_path / "saved")
     capsys.readouterr()
@@ -628,7 +628,7 @@ def test_groups_and_identical_images_are_joined_and_stay_in_one_split(tmp_path, 
 
 
 def test_a_note_compares_the_number_of_held_out_samples_with_the_requested_number(tmp_path, capsys):
-    """Two groups of 60 and 40 samples cannot be divided into 90 and 10."""
+    """Groups of 60 and 40 samples cannot be divided into 90 and 10 samples."""
     for number in range(20):
         (tmp_path / f"in/{'ab'[number % 5 > 2]}").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"in/{'ab'[number % 5 > 2]}/{number}.jpg").write_bytes(picture(number))

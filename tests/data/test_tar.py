@@ -111,7 +111,7 @@ def test_sizes_and_member_types_are_interpreted_as_by_tarfile(tmp_path, members,
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_reference_listing_contains_the_written_members(tmp_path, fmt):
-    """Without this test, two wrong lists could be equal."""
+    """This test compares with known members; in the tests above, both readers could make the same mistake."""
     write(tmp_path / "a.tar", [("a.jpg", 700, b"0"), ("d", 0, b"5"), ("b.txt", 3, b"0")], fmt)
     assert [(name, size) for name, _, size in listed(tmp_path / "a.tar")] == [("a.jpg", 700), ("b.txt", 3)]
 
@@ -168,7 +168,7 @@ def test_a_pax_record_applies_only_to_the_next_member(tmp_path):
 
 
 def test_the_prefix_field_of_a_header_is_part_of_the_name(tmp_path):
-    """GNU tar stores times in its place."""
+    """In GNU tar's format, this field contains times, which are not part of the name."""
     times = [(345, b"14601234567\0")]
     for fmt, name in ((tarfile.USTAR_FORMAT, "14601234567/a.txt"), (tarfile.GNU_FORMAT, "a.txt")):
         found = scanned(tmp_path / "a.tar", by_hand("a.txt", b"cat", times, fmt), LAST)

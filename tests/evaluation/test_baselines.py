@@ -279,7 +279,8 @@ def test_the_pixel_baseline_classifies_colours(transfer, capsys):
 def test_baselines_have_the_results_of_their_separate_evaluations(
     transfer, run, tmp_path, task, metric, options, capsys, monkeypatch
 ):
-    """They have the bits of their own evaluations, and are encoded in one pass for all with the same input."""
+    """The features of baselines are bitwise equal to those of separate evaluations. All models with the same input are
+    encoded in one pass."""
     task_cases.write_data(tmp_path)
     opened, loader = [], encoding.encoding_loader
     monkeypatch.setattr(encoding, "encoding_loader", lambda *given: opened.append(given[1]) or loader(*given))
@@ -454,7 +455,7 @@ def _predicted(folder, top1, right, baselines):
 
 
 def test_the_verdict_claims_only_differences_above_two_standard_errors(tmp_path):
-    """A difference can be significant by the bootstrap and by McNemar's test although it is slightly smaller."""
+    """A slightly smaller difference can still be significant by the bootstrap and by McNemar's test."""
     knn = _predicted(tmp_path / "results/knn", 0.8, 320, {UNTRAINED: (0.7, 0.06, 0.14, 1e-6)})
     logistic = _predicted(
         tmp_path / "results/logistic",
@@ -472,7 +473,7 @@ def test_the_verdict_claims_only_differences_above_two_standard_errors(tmp_path)
 
 
 def test_the_verdict_says_plainly_that_a_run_is_no_better_than_what_is_free(tmp_path):
-    """It is about the probe with the highest accuracy, even if only a baseline reached it."""
+    """The verdict is about the probe with the highest accuracy, even if only a baseline reached it."""
     knn = _predicted(tmp_path / "results/knn", 0.3, 120, {UNTRAINED: (0.31, -0.03, 0.01, 0.6)})
     logistic = _predicted(tmp_path / "results/logistic", 0.25, 100, {SCALED: (0.5, -0.3, -0.2, 1e-9)})
     logistic["baselines"]["HOG"] = {"top1": 0.2, "top1_se": 0.02}  # it could not be compared

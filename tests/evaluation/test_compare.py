@@ -164,7 +164,7 @@ def _found(**correct):
 
 def test_a_sample_that_is_correct_for_half_of_the_seeds_counts_for_neither_model():
     even, other = np.full(20, 0.5), np.arange(20) % 2 == 0
-    assert difference(even, other).p == difference(other, even).p == 1.0  # both models are equally often right
+    assert difference(even, other).p == difference(other, even).p == 1.0  # both models are right equally often
     mixed = np.where(np.arange(20) < 9, 1.0, even)  # nine more; the other has every second one
     assert difference(mixed, other).p == difference(other, mixed).p == stats.binomtest(0, 4).pvalue
 
@@ -192,7 +192,7 @@ def test_significance_tests_are_paired_by_sample_on_means_over_seeds():
 
 
 def test_a_warning_names_the_baselines_that_a_model_does_not_exceed():
-    """Baselines are not compared with each other, except with the largest class, which all samples here belong to."""
+    """Baselines are compared with the largest class, to which all samples belong here, but not with each other."""
     right = {UNTRAINED: [np.arange(100) < 60], SCALED: [np.arange(100) < 20], "m": [np.arange(100) < 62]}
     largest = "is not significantly better than the largest class"
     assert [*_found(**right).warnings()] == [

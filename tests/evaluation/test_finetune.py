@@ -206,9 +206,9 @@ def test_a_checkpoint_with_different_settings_is_refused(transfer, run, shards, 
 
 
 def test_every_setting_takes_effect_and_partners_are_in_one_micro_batch(run, tmp_path, monkeypatch):
-    """Settings of the samples and of the network change the loss of the first step; those of the optimiser change the
-    loss of a later step: the betas that of the third, because the first update of Adam does not depend on them. Each
-    lane has an even number of samples in a step."""
+    """Settings of the samples and of the network change the loss of the first step. Those of the optimiser change the
+    loss of a later step; the betas change that of the third step, because the first update of Adam does not depend on
+    them. Each lane has an even number of samples in a step."""
     steps = {"global_batch": 12, "micro_batch": 6, "precision": "fp32"}
     sampling = {"label_smoothing": 0.3, "mixup": 0.1, "cutmix": 0.1, "switch_prob": 0.9, "rand_augment": None}
     network, optimiser = (

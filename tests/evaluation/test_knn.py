@@ -52,8 +52,8 @@ def test_more_neighbours_than_samples_and_a_low_temperature_are_accepted():
 
 @pytest.mark.parametrize("twins", [True, False])
 def test_the_number_of_neighbours_is_chosen_on_training_samples(twins):
-    """If each sample has a twin and all samples are similar, one neighbour is best; if labels are noisy, 20 are. The
-    held-out samples, whose labels are random, have no influence."""
+    """If each sample has a near copy, one neighbour is best; if labels are noisy, 20 neighbours are. The held-out
+    samples, whose labels are random, have no influence."""
     generator = torch.Generator().manual_seed(0)
     if twins:
         labels = torch.randint(0, 4, (300,), generator=generator).repeat(2)

@@ -44,7 +44,8 @@ def test_figures_show_class_names(tmp_path, opened):
 
     assert class_names(*corpus("none", {})) == ["0", "1", "2"]
     assert class_names(*corpus("some", {0: "cat", 3: "cat", 5: "emu"})) == ["cat", "1", "emu"]
-    assert class_names(*corpus("two", {0: "cat", 3: "dog"})) == ["0", "1", "2"]  # a name of two labels says nothing
+    # a name that two labels share is not used
+    assert class_names(*corpus("two", {0: "cat", 3: "dog"})) == ["0", "1", "2"]
     assert class_names(*label_corpus(opened((range(4),)), "json.name")) == ["blue", "green", "red"]
     (tmp_path / "classes.json").write_text('["a", "b", "c"]')
     assert class_names(*corpus("listed", {0: "cat"})) == ["a", "b", "c"]

@@ -73,7 +73,7 @@ def test_images_are_encoded_once_for_all_layers_and_the_accuracies_are_plotted_b
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
 def test_the_result_of_the_last_layer_is_bitwise_that_of_the_task_without_layers(transfer, tmp_path, monkeypatch, task):
-    """Features that do not fit into memory would be stored in the output folder."""
+    """If the features did not fit into memory, they would be stored in the output folder."""
     folders, rows = [], encoding.Rows
     monkeypatch.setattr(encoding, "Rows", lambda *given: folders.append(given[2]) or rows(*given))
     transfer(task, "--layers", "1,2", out="layers")

@@ -159,7 +159,7 @@ def test_metrics_equal_those_of_scikit_learn():
 
 
 def test_the_standard_error_of_a_single_image_is_undefined():
-    """Other images, all of whose pixels are ignored, do not count."""
+    """Images of which all pixels are ignored have no influence."""
     right = np.array([[9, 8], [0, 0], [0, 0]])
     pixels = np.array([[10, 10], [0, 0], [0, 0]])
     none = np.zeros_like(pixels)
@@ -172,7 +172,7 @@ def test_the_standard_error_of_a_single_image_is_undefined():
 
 
 def test_images_of_which_all_pixels_are_ignored_do_not_prevent_a_standard_error():
-    """A bootstrap sample may consist of such images only."""
+    """A bootstrap sample may contain only images of which all pixels are ignored."""
     pixels = np.array([[10, 10], [10, 10], [0, 0], [0, 0]])
     right = np.array([[9, 8], [5, 6], [0, 0], [0, 0]])
     result = measured({MODEL: Counts(right, pixels, pixels)}, 0)

@@ -1,4 +1,4 @@
-"""Tasks that are stopped. They would never end, and are stopped once they have reported their progress."""
+"""Tasks that are stopped once they have reported their progress. Without the stop, they would never end."""
 
 import os
 import re

@@ -32,7 +32,7 @@ def _bank(features):
 @pytest.mark.parametrize("equal", [False, True])
 def test_neighbours_equal_those_of_a_stable_sort(monkeypatch, samples, width, k, equal):
     """Samples are searched in blocks, which are divided into groups. The last block and the last group are incomplete.
-    More samples may be equally similar than the list of candidates can hold."""
+    There may be more equally similar samples than the list of candidates can hold."""
     monkeypatch.setitem(nearest_neighbours._BLOCKS, "cpu", nearest_neighbours._Blocks(16, 2048))
     monkeypatch.setattr(nearest_neighbours, "_GROUP", 4)
     monkeypatch.setattr(nearest_neighbours, "_AT_A_TIME", 50)
@@ -69,7 +69,8 @@ def test_neighbours_do_not_depend_on_the_number_of_ranks(tmp_path):
             for name, expected in heads.items():
                 torch.testing.assert_close(found["heads"][name], expected, rtol=1e-3, atol=1e-4, msg=name)
             for name, scores in alone["ood"].items():
-                rounding = 1e-6 if name in ("knn", "mahalanobis") else 1e-3  # a regression has larger rounding errors
+                # logistic regression has larger rounding errors
+                rounding = 1e-6 if name in ("knn", "mahalanobis") else 1e-3
                 np.testing.assert_allclose(found["ood"][name], scores, rtol=rounding, atol=rounding)
             for name, scores in alone["regressions"].items():
                 torch.testing.assert_close(found["regressions"][name], scores, rtol=1e-3, atol=1e-3)

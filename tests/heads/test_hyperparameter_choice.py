@@ -62,8 +62,8 @@ def _tried(bank, recipe, ranks, heartbeats=None):
 
 
 def test_each_learning_rate_is_tried_in_an_independent_training():
-    """The loss decreases with the best learning rate, and the trials leave the state of torch's random generator
-    unchanged."""
+    """With the chosen learning rate, the loss decreases. The trials do not change the state of torch's random
+    generator."""
     given = {"batch": 16, "steps": 300}
     with join_ranks() as ranks:
         state, heartbeats = torch.get_rng_state(), _Heartbeats()

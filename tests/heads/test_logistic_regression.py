@@ -104,7 +104,7 @@ def test_the_strongest_penalty_within_one_standard_error_is_chosen(monkeypatch):
     assert chosen(0.7, 0.66, 0.7, 0.7, 0.7) == INVERSE_STRENGTHS[0]
     assert chosen(0.5, 0.5, 0.6, 0.6, 0.7) == USUAL
     assert chosen(0.5, 0.98, 0.995, 1.0, 1.0) == INVERSE_STRENGTHS[2]
-    assert chosen(0.0, 0.0, 0.0, 0.0, 0.0) == USUAL  # the held-out samples show nothing
+    assert chosen(0.0, 0.0, 0.0, 0.0, 0.0) == USUAL  # all strengths are equally bad on the held-out samples
 
 
 def test_the_most_accurate_penalty_is_chosen_if_few_samples_are_held_out(monkeypatch):

@@ -94,7 +94,7 @@ def agreement(ranks: Ranks) -> Agreement:
 
 
 def copy_made_during_a_step(engine: ModelEngine) -> Fragments:
-    """Return the copy of the state that is made late during a step."""
+    """Return the copy of the state that is made at the end of the next step."""
     staging = Staging()
 
     def copy() -> Fragments:

@@ -1,7 +1,8 @@
 """Tests that require a GPU: `@pytest.mark.gpu(seconds=S)`.
 
-They are collected only if torch finds a GPU. Each one runs in a process of its own with a time limit, so that a test
-that fails, dies or hangs, also in C code or with a GPU that can no longer be used, costs only itself.
+They are collected only if torch finds a GPU. Each one runs in a process of its own with a time limit. A test that
+fails, dies or hangs therefore does not affect the others, even if it hangs in C code or makes the GPU unusable for its
+process.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-SHARED = ("expanded", "expanded rows")  # layouts in which several elements share memory, so that values differ
+SHARED = ("expanded", "expanded rows")  # layouts in which elements share memory, which changes the values
 
 
 def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -195,7 +195,7 @@ def norm_of_nan(stage: int, ranks: Ranks) -> float:
 
 
 def moments(stage: int | None, clip: float, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Return AdamW's first moments after a step: the clipped gradients, times a constant."""
+    """Return AdamW's first moments after a step, which are the clipped gradients times a constant."""
     torch.manual_seed(0)
     engine = engine_of(stage, clip, "fp32" if stage is None else "bf16", ranks)
     (batch,) = batches_of(engine, 1)

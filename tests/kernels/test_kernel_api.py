@@ -136,7 +136,7 @@ def test_token_loss_equals_cross_entropy(reduction, smoothing):
 
 
 def test_a_head_without_bias_equals_one_with_zero_bias():
-    """The log-partition, which a constant would shift, is equal too."""
+    """A constant that is added to all logits would change the log-partition, so it is compared too."""
     torch.manual_seed(0)
     hidden, targets = torch.randn(19, 12, requires_grad=True), torch.randint(0, 48, (19,))
     weight = torch.randn(48, 12, requires_grad=True)
@@ -189,7 +189,7 @@ def test_the_default_reduction_is_the_mean_as_in_torch(name):
 
 
 def test_positional_arguments_have_the_order_of_torch():
-    """A call with the bias third, as in F.linear, raises an error instead of returning another loss."""
+    """The third argument is not the bias, as it is in F.linear: such a call raises an error."""
     (hidden, weight), targets = (torch.randn(n, 12) for n in (5, 31)), torch.arange(5)
     for bias in (None, torch.randn(31)):
         with pytest.raises(TypeError, match="positional arguments"):
@@ -255,7 +255,8 @@ def test_images_and_rows_may_begin_at_any_offset(offset):
 
 
 def test_correct_predictions_are_counted_with_separate_weights():
-    """Without such weights, the weights of the loss are used. The weights of the count never have a gradient."""
+    """Without weights of the count, the weights of the loss are used. The weights of the count never have a
+    gradient."""
     torch.manual_seed(0)
     head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
     image_head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
@@ -296,7 +297,7 @@ def test_float64_stays_float64_under_autocast(op):
 
 
 def test_an_ignored_token_of_the_vocabulary_is_never_correct():
-    """The ignored word may be the id of padding, which a model may learn to predict."""
+    """ignore_index may be the id of padding, which the model may predict."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(40, 12), torch.randn(7, 12)
     targets = (hidden @ weight.t()).argmax(1)

@@ -62,7 +62,7 @@ def test_targets_equal_those_computed_pixel_by_pixel(patch):
 
 @pytest.mark.parametrize("degrees", [0, 10, 45, 90, 130, 179, 180, 275])
 def test_a_ramp_votes_for_the_two_nearest_orientations(degrees):
-    """A neighbourhood of equal histograms has three times the norm of each, so the larger votes are clipped."""
+    """The norm of nine equal histograms is three times the norm of one of them. The larger votes are clipped."""
     y, x = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
     angle = math.radians(degrees)
     ramp = ((math.cos(angle) * x + math.sin(angle) * y) / 40 + 0.5)[None, None]

@@ -317,7 +317,7 @@ def test_patch_embed_of_thirteen_channels_equals_a_convolution(pixels):
 
 @pytest.fixture
 def poisoned():
-    """Fill uninitialised memory with NaN or the largest integer."""
+    """Let torch fill uninitialised memory with NaN or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
@@ -461,7 +461,7 @@ def test_gradient_chunks_are_accumulated_in_float32(case, monkeypatch):
 
 
 def test_rows_of_16_bits_that_nearly_cancel_are_summed_in_float32():
-    """Each half of the gradient of a table row exceeds the digits of float16, but their sum does not."""
+    """Each half of the gradient of a table row has more digits than float16 can represent, but their sum does not."""
     values = torch.cat((torch.full((250, 8), 9 + 2**-7), torch.full((250, 8), -9.0))).half()
     x, table = torch.zeros(1, 8).half(), torch.zeros(1, 8).half().requires_grad_()
     src, ids = torch.full((500,), -1), torch.zeros(500, dtype=torch.int64)

@@ -70,7 +70,7 @@ def test_raw_and_normalised_images_give_the_same_loss():
 
 
 def test_patched_models_do_not_embed_masked_patches():
-    """The models do not predict visible patches either. The ops receive only the required rows."""
+    """The ops receive only the rows that are required: visible patches are not predicted."""
     seen = []
     fused = patch_model(vit_mae())
     fused.vit.embeddings.patch_embeddings.projection.register_forward_hook(lambda _, __, out: seen.append(out.shape))
@@ -159,7 +159,7 @@ LAYERS = ["vit.embeddings.patch_embeddings.projection", "decoder.decoder_norm", 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_in_an_adapter_or_with_a_hook_is_refused_and_nothing_is_patched(name):
-    """Ops that read only the parameters of the layer would ignore the adapter."""
+    """An op that reads only the parameters of the layer would ignore the adapter."""
     parent, _, child = name.rpartition(".")
     wrapped, hooked = vit_mae(), vit_mae()
     setattr(wrapped.get_submodule(parent), child, Adapter(wrapped.get_submodule(name)))

@@ -198,7 +198,7 @@ def test_tuning_keeps_the_fastest_setting_and_can_be_resumed(tuned):
     assert {row["op"] for row in search.read(tuned.trials)} == {"scatter_tokens, encoder"}
     tuned.table["rows"]["32"] = START
     assert tuned.run(only=["rows"]) == 0
-    assert tuned.asked == list(OPS)  # only the search for the op in which a kernel takes the most time
+    assert tuned.asked == list(OPS)  # nothing is timed except to find the op in which a kernel takes the most time
     assert tuned.table["rows"]["32"] == BEST and trials_of(tuned) == expected
 
 

@@ -54,8 +54,8 @@ def test_ops_with_the_shipped_tiles_equal_the_reference(case, dtype, monkeypatch
 @pytest.mark.parametrize("other", [False, True], ids=["whole", "queries of some rows"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_attention_is_correct_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F811
-    """Samples have as many rows as a tile, one row less or more, or the rows of two tiles, and the last tile has half
-    of its rows, or one more. This holds for keys and for queries.
+    """The numbers of rows of samples are those of a tile, one less, one more and two tiles, and such that the last tile
+    is half full, or has one row more. This holds for keys and for queries.
     """
     rows = {side: attention.as_rows(tuning.config("attention_backward", CPU, dtype), 16)[side] for side in SIDES}
     edges = sorted({n for b in rows.values() for n in (b // 2, b - 1, b, b + 1, b + b // 2, b + b // 2 + 1, 2 * b)})

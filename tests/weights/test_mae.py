@@ -42,8 +42,8 @@ def convert(tmp_path, saved, *options: str) -> M3AE:
 
 
 def masks() -> list[torch.Tensor]:
-    """Return masks with different numbers of masked patches. With equal numbers, a mean over patches would be a mean
-    over images."""
+    """Return masks with different numbers of masked patches, because with equal numbers, the mean over patches equals
+    the mean over images."""
     generator = torch.Generator().manual_seed(1)
     return [torch.rand(9, generator=generator) < share for share in (0.3, 0.6, 0.8, 0.95)]
 
