@@ -25,6 +25,7 @@ from m3ae_fast.engine.memory_estimate import typical_batch
 from m3ae_fast.evaluation.tasks import TASKS
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.model.m3ae import M3AE
+from m3ae_fast.training.teacher import open_teacher, with_target_width
 from m3ae_fast.training.throughput import newton_schulz_flops
 
 TOP1 = ("top1",)
@@ -112,8 +113,9 @@ def config_of(trial_list: TrialList, trial: Trial, data: Path, run: Path) -> dic
 def perform(trial_list: TrialList, trial: Trial, data: Path, out: Path) -> bool:
     """Train and test a trial, and write its result. Return False if it was stopped.
 
-    The cost of a trial is the number of executed FLOPs (forward and backward passes, and Newton-Schulz iterations), and
-    the CPU seconds of this process during training without the time in which it waited for samples.
+    The cost of a trial is the number of executed FLOPs (forward and backward passes, passes of a teacher, and
+    Newton-Schulz iterations), and the CPU seconds of this process during training without the time in which it waited
+    for samples.
     """
     run = out / "runs" / trial.name
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +187,10 @@ def results(trial_list: TrialList, out: Path) -> Iterator[tuple[Trial, dict[str,
 
 
 def _flops(config: Config) -> float:
+    teacher = open_teacher(config)
+    config = with_target_width(config, teacher)
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     steps, sample = config.train.steps or 0, executed_flops(config.model, typical_batch(config, model))
+    sample += teacher.flops / config.data.repeats if teacher else 0.0
     return steps * (sample * config.train.global_batch + newton_schulz_flops(config, model, world=1))

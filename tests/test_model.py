@@ -589,8 +589,38 @@ def test_pack_refuses_invalid_samples():
     ):
         with pytest.raises(ValueError, match=r"0: tokens has shape .*, but both must have the same shape"):
             pack([replace(sample, **wrong)], model.geometry)
+    for others in ([], [make_sample(0)], [make_sample(0, image=False)]):
+        with pytest.raises(ValueError, match="2: same_image is set, but the image is not that of the sample before"):
+            pack([*others, replace(make_sample(2), same_image=True)], model.geometry)
     longest = make_sample(1, words=9)
     assert pack([longest], model.geometry).captions == 1
+
+
+@pytest.mark.parametrize("attention", ["self", "cross"])
+@pytest.mark.parametrize(
+    ("targets", "resize"), [("pixels", "square"), ("pixels", "native"), ("hog", "square"), ("vqgan", "square")]
+)
+def test_samples_that_share_an_image_have_the_losses_of_separate_images(targets, attention, resize):
+    """The batch contains the image once."""
+    model = make_model(TINY.model_copy(update={"image_targets": targets, "dec_attention": attention, "resize": resize}))
+    apart = [make_sample(0, words=None), *(make_sample(i) for i in range(3)), make_sample(4, image=False)]
+    for sample in apart[:4]:
+        sample.image = apart[0].image if sample is apart[1] else sample.image
+        sample.image = apart[2].image if sample is apart[3] else sample.image
+        if targets == "vqgan":
+            sample.image_ids = sample.image[0, ::4, ::4].flatten().long()
+    together = [replace(sample, same_image=i in (1, 3)) for i, sample in enumerate(apart)]
+    for repeat in (False, True):
+        found = []
+        for samples in (apart, together):
+            batch = pack(samples, model.geometry, repeat_shapes=repeat)
+            model.zero_grad()
+            losses = model(batch)
+            losses.loss.backward()
+            found.append((*losses, *(p.grad for p in model.parameters())))
+        assert len(batch.images) == (2 if resize == "square" else 2 * PATCHES) and len(batch.grids) == 4
+        for got, expected in zip(*found):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_draw_mask_draws_the_exact_number_of_masked_tokens():

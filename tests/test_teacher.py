@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,6 +189,25 @@ def test_the_loss_is_the_squared_error_at_masked_patches(tmp_path, attention, pe
         model(pack(samples, model.geometry))
 
 
+@pytest.mark.parametrize("attention", ["self", "cross"])
+def test_one_pass_serves_all_samples_that_share_an_image(tmp_path, attention, monkeypatch):
+    """The targets are those of separate images. One of the views has no masked patches, and none is of a caption."""
+    config, opened = config_of(weights(tmp_path, VIT), dec_attention=attention)
+    geometry = M3AE(config.model, config.loss).geometry
+    apart = [make_sample(i) for i in range(7)]
+    apart[3] = make_sample(3, image=False)
+    shared = {1: 0, 2: 0, 5: 4}
+    for i, first in shared.items():
+        apart[i].image = apart[first].image
+    apart[2].image_mask = torch.zeros_like(apart[2].image_mask)
+    together = [replace(sample, same_image=i in shared) for i, sample in enumerate(apart)]
+    seen, maps = [], opened._maps.forward
+    monkeypatch.setattr(opened._maps, "forward", lambda images: seen.append(len(images)) or maps(images))
+    targets = [opened.with_targets(pack(each, geometry)).image_targets for each in (apart, together)]
+    assert seen == [6, 3]
+    torch.testing.assert_close(*targets, rtol=1e-4, atol=1e-5)
+
+
 def test_the_teacher_is_not_a_part_of_the_model(tmp_path):
     config, opened = config_of(weights(tmp_path, CNN))
     model, before = M3AE(config.model, config.loss), opened.identity
@@ -228,6 +248,11 @@ def test_what_a_teacher_cannot_do_is_refused_in_one_line(tmp_path):
     data["model"] = data["model"] | {"image_targets": "features"}
     with pytest.raises(UserError, match=r"image_targets features needs a teacher \(with pretrain: --teacher MODEL\)"):
         parse(Config, data, "config")
+    one = data | {"loss": {"teacher": vit}, "data": RUN["data"] | {"repeats": 2}, "masking": {"per": "batch"}}
+    with pytest.raises(
+        UserError, match=r"data\.repeats 2 with a teacher .* set masking\.per to sample, or data\.repeats"
+    ):
+        parse(Config, one, "config")
     with pytest.raises(UserError, match=r"loss\.norm_pix standardises pixels"):
         parse(Config, data | {"loss": {"teacher": vit, "norm_pix": True}}, "config")
     with pytest.raises(ValueError, match=r"model\.target_width is not set"):
@@ -293,7 +318,7 @@ def test_a_run_learns_records_its_teacher_and_resumes_bitwise(trainer):
 def test_a_run_is_a_teacher_and_its_student_is_exported_without_it(trainer, tmp_path, capsys):
     """The export does not need the teacher. Captions are drawn, features are not."""
     trainer("first", *zero(None))
-    words = options(trainer.folder / "first", "train.pictures=2")
+    words = options(trainer.folder / "first", "train.pictures=2", "data.repeats=3")  # some of them on two ranks
     trainer("second", *words, *zero(None))
     trainer("two", *words, *zero(3), ranks=2)
     np.testing.assert_allclose(np.array(trainer.losses("two")), np.array(trainer.losses("second")), rtol=2e-5)
@@ -337,7 +362,11 @@ def test_a_teacher_that_is_cheaper_than_the_student_is_not_reported_as_slow(tmp_
     config, opened = config_of(tmp_path / "small", emb_dim=96, depth=8)
     assert "slower than the student" not in opened.describe(config)
     opened.flops = 1e12
-    assert "slower than the student" in opened.describe(config)
+    slow = opened.describe(config)
+    assert "slower than the student: a smaller teacher, a teacher for smaller images, or a higher data.repeats" in slow
+    views = config.model_copy(update={"data": config.data.model_copy(update={"repeats": 4})})
+    ratio, shared = (float(re.search(r"([\d.e+]+) times", opened.describe(each))[1]) for each in (config, views))
+    assert ratio == pytest.approx(4 * shared, rel=0.05) and "of the student on its 4 views" in opened.describe(views)
 
 
 def test_pretrain_accepts_a_teacher_and_chooses_another_recipe(tmp_path, monkeypatch):

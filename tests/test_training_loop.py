@@ -419,7 +419,10 @@ def test_a_step_counts_its_samples_without_padding(repeat_shapes):
     images, texts = (sum(getattr(sample, name) is not None for sample in MIXED) for name in ("image", "tokens"))
     words = sum(len(sample.tokens) for sample in MIXED if sample.tokens is not None)
     tokens = len(MIXED) + SMALL.patches_per_image * images + words
-    assert counts[:-1] == (len(MIXED), images, texts, images, texts, 0, tokens)
+    assert counts[:-1] == (len(MIXED), images, texts, images, texts, 0, tokens, images)
+    shared = [dataclasses.replace(sample, same_image=i == 1) for i, sample in enumerate([MIXED[0], MIXED[0]])]
+    counts = StepCounts.of([pack(shared, M3AE(SMALL).geometry)], SMALL)
+    assert (counts.samples, counts.images, counts.crops) == (2, 2, 1)
 
 
 def test_flops_counted_by_a_worker_are_not_counted_again(monkeypatch):
@@ -520,7 +523,9 @@ def test_throughput_is_measured_since_the_previous_log_line(monkeypatch):
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     config, masking = SMALL, MaskingConfig()
     meter = Throughput(config, masking, peak_flops=1e9)
-    counts = StepCounts(samples=10, images=8, captions=5, loss_image=8, loss_text=5, skipped=1, tokens=300, flops=4e9)
+    counts = StepCounts(
+        samples=10, images=8, captions=5, loss_image=8, loss_text=5, skipped=1, tokens=300, crops=8, flops=4e9
+    )
     meter.add(counts, waited=0.5)
     meter.add(counts, waited=0.5)
     clock[0] = 104.0
@@ -560,7 +565,7 @@ def test_utilisation_includes_newton_schulz_iterations(monkeypatch):
     meter = Throughput(SMALL, MaskingConfig(), peak_flops=1e9, update_flops=3e9)
     for steps in (2, 1):  # between two log lines
         for _ in range(steps):
-            meter.add(StepCounts(*[0] * 7, flops=1e9), waited=0)
+            meter.add(StepCounts(*[0] * 8, flops=1e9), waited=0)
         clock[0] += 2
         assert meter.rates()["utilisation"] == 2 * steps
 
@@ -586,7 +591,7 @@ def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch
     spent = []
     for meter in meters:
         meter.rates()
-        meter.add(StepCounts(*[0] * 7, flops=8e9), waited=0)
+        meter.add(StepCounts(*[0] * 8, flops=8e9), waited=0)
         clock[0] += 2
         spent.append(meter.rates()["utilisation"])
     updates = orthogonalisation_flops(M3AE(config.model).hidden_matrices()) if name == "muon" else 0

@@ -32,10 +32,11 @@ class PackedBatch:
     """A batch created by `pack`. It is never modified. Index tensors are int32; -1 means none."""
 
     keys: list[str]
-    # [B, C, H, W], uint8, uint16, or floating-point and already normalised. Native images are stored as patches, [R, C,
-    # P, P]: the ops treat each patch as an image that consists of one patch.
+    # [B, C, H, W], uint8, uint16, or floating-point and already normalised. Consecutive samples may share an image (see
+    # `Sample.same_image`). Native images are stored as patches, [R, C, P, P]: the ops treat each patch as an image that
+    # consists of one patch.
     images: Tensor
-    grids: list[Grid]  # rows and columns of patches of the B images
+    grids: list[Grid]  # rows and columns of patches of the image of each sample that has one
     # encoder input: see m3ae_kernels.scatter_tokens
     patch_ids: Tensor  # [N] image * L + patch; for native images, a row of `images`
     encoder: Segments  # T rows

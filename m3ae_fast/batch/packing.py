@@ -100,6 +100,7 @@ class Sample:
     image_ids: Tensor | None = None
     image_predicted: Tensor | None = None  # bool [L]: the masked patches that are predicted; None: all of them
     text_predicted: Tensor | None = None  # bool [n]: the masked text tokens that are predicted; None: all of them
+    same_image: bool = False  # whether the image is that of the sample before it, so that the batch contains it once
 
 
 # Numbers of rows are rounded up to a multiple of 64 or, in large batches, of a larger power of two, such that padding
@@ -129,7 +130,7 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
 
     Raises:
         ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, only some of the images
-            have ids, or the images have different dtypes.
+            have ids, the images have different dtypes, or a sample with `same_image` has another image.
     """
     size = rounded if repeat_shapes else int
     checked = [_check(sample, geometry) for sample in samples]
@@ -172,7 +173,7 @@ class _Layout(NamedTuple):
     text_U: np.ndarray
     masked_U: np.ndarray
     visible_U: np.ndarray
-    patch_id_U: np.ndarray  # image * L + patch; for native images, an index into all their patches
+    patch_id_U: np.ndarray  # image in the batch * L + patch; for native images, an index into all their patches
     token_U: np.ndarray  # vocabulary id; -1 for rows that are not text tokens
     table_U: np.ndarray  # row of [patch positions, text positions], -1 for cls and padding
 
@@ -201,7 +202,8 @@ def _layout(checked: Sequence[_Checked], geometry: Geometry, size: Callable[[int
         row_U, column_U = np.divmod(place_U, columns_S[sample_U])
         place_U = np.where(patch_U, first_S[sample_U] + row_U * step_S[sample_U] + column_U, place_U)
     table_U = np.where(text_U, length + position_U - 1 - patches_S[sample_U], place_U)
-    patch_id_U = np.cumsum(patch_U) - 1
+    shared_S = np.cumsum([len(sample.image_mask) if sample.same_image else 0 for sample in checked], dtype=np.int64)
+    patch_id_U = np.cumsum(patch_U) - 1 - shared_S[sample_U]
     rows = sample_U, patch_U, text_U, masked_U, ~masked_U, patch_id_U, token_U, table_U
     if left_out_U.any():
         rows = tuple(values_U[~left_out_U] for values_U in rows)  # type: ignore[assignment]
@@ -348,7 +350,7 @@ def _taken(values_U: np.ndarray, rows: np.ndarray, fill: float) -> np.ndarray:
 def _image_targets(samples: Sequence[Sample], patch_ids_I: np.ndarray, weight_I: np.ndarray) -> np.ndarray:
     """Return the token ids of the patches in the image loss, with 0 for patches of weight 0. The result is empty if
     images have no ids. Raises ValueError if only some of the images have ids."""
-    ids = [sample.image_ids for sample in samples if sample.image is not None]
+    ids = [sample.image_ids for sample in samples if sample.image is not None and not sample.same_image]
     known = [each.numpy() for each in ids if each is not None]
     if not known:
         return _flat([], np.int64)
@@ -369,6 +371,7 @@ class _Checked(NamedTuple):
     grid: Grid | None  # None without an image
     image_left_out: np.ndarray  # bool, True for patches that are masked and not predicted
     text_left_out: np.ndarray
+    same_image: bool
 
 
 def _check(sample: Sample, geometry: Geometry) -> _Checked:
@@ -398,7 +401,7 @@ def _check(sample: Sample, geometry: Geometry) -> _Checked:
             )
     image_left_out = _left_out(sample.key, "image_predicted", image_mask, sample.image_predicted)
     text_left_out = _left_out(sample.key, "text_predicted", text_mask, sample.text_predicted)
-    return _Checked(image_mask, text_mask, tokens, grid, image_left_out, text_left_out)
+    return _Checked(image_mask, text_mask, tokens, grid, image_left_out, text_left_out, sample.same_image)
 
 
 def _left_out(key: str, name: str, mask: np.ndarray, predicted: Tensor | None) -> np.ndarray:
@@ -416,7 +419,10 @@ def _left_out(key: str, name: str, mask: np.ndarray, predicted: Tensor | None) -
 
 def _images(samples: Sequence[Sample], geometry: Geometry) -> Tensor:
     """Return the images of a batch in the layout of `PackedBatch.images`."""
-    images = [sample.image for sample in samples if sample.image is not None]
+    for before, sample in zip((None, *samples), samples):
+        if sample.same_image and (before is None or sample.image is None or sample.image is not before.image):
+            raise ValueError(f"{sample.key}: same_image is set, but the image is not that of the sample before it")
+    images = [sample.image for sample in samples if sample.image is not None and not sample.same_image]
     side = geometry.image_size if geometry.native is None else geometry.patch_size
     if not images:
         return torch.empty((0, geometry.channels, side, side), dtype=getattr(torch, geometry.image_dtype))

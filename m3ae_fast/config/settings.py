@@ -318,7 +318,8 @@ class DataConfig(Section):
     """Whether images are flipped horizontally with probability 0.5."""
     repeats: int = Field(1, gt=0, le=1 << 16)
     """Number of views (crops and masks) of each sample per epoch. Each sample is decoded once per epoch, and the number
-    of steps per epoch is multiplied by this value."""
+    of steps per epoch is multiplied by this value. With a teacher (`model.image_targets: features`), the views of a
+    sample have the same crop and different masks, so that the teacher computes the features once for all of them."""
     shuffle_shards: int = Field(128, gt=0, le=1 << 24)
     """Total number of shards in the shuffle windows of all lanes (see `lanes`). A shuffle window is a group of shards
     whose samples a lane shuffles together."""
@@ -535,6 +536,12 @@ class Config(Section):
             )
         if targets != "features" and self.loss.teacher is not None:
             raise ValueError(f"loss.teacher needs model.image_targets features, not {targets}")
+        if targets == "features" and self.data.repeats > 1 and self.masking.per == "batch":
+            raise ValueError(
+                f"data.repeats {self.data.repeats} with a teacher gives the views of a sample the same crop, and "
+                "masking.per batch the same mask, so that they are equal: set masking.per to sample, or data.repeats "
+                "to 1"
+            )
         if targets != "pixels" and self.loss.norm_pix:
             raise ValueError(
                 f"loss.norm_pix standardises pixels, but model.image_targets is {targets}: set loss.norm_pix to false"

@@ -1,7 +1,7 @@
 """The dataset that maps indices in the sample order to samples for the model.
 
 A sample's crop, flip and masks depend only on (seed, source, epoch, sample, view). With `repeats` R, the positions R k
-to R k + R - 1 are views of the k-th sample in the order.
+to R k + R - 1 are views of the k-th sample in the order. They may share their crop (`Preparation.one_crop`).
 
 Shapes: C channels, H x W pixels, L patches of an image, n tokens of a caption.
 """
@@ -55,6 +55,7 @@ class Preparation:
     tokenizer: CaptionTokenizer | None  # None if there are no captions
     seed: int  # seed of the run
     image_tokenizer: VQGAN | None = None  # computes the images' token ids in the loader
+    one_crop: bool = False  # whether all views of a sample have the crop of the first one, so that only masks differ
     # the loader counts the FLOPs of this model for each batch; None: they are not counted
     counted_for: ModelConfig | None = None
 
@@ -156,8 +157,10 @@ class Samples(Dataset[Sample | Skipped]):
         for sample, view in zip(draft.samples, draft.views):
             key = _key(draft.place, view)
             assert sample.position is not None
-            image_CSS = self._transform(self._crop(image, key), key)
-            sample.image = model_input(image_CSS, geometry.image_mean, geometry.image_std)
+            if self.preparation.one_crop and sample is not draft.samples[0]:
+                sample.image, sample.same_image = draft.samples[0].image, True
+            else:
+                sample.image = self._input(image, draft.place if self.preparation.one_crop else key)
             if geometry.native is not None:
                 rows, columns = geometry.grid(sample.image)
                 sample.image_mask = self._masks.image(rows * columns, key, self._step(sample.position))
@@ -180,12 +183,17 @@ class Samples(Dataset[Sample | Skipped]):
         """Return the number of the step that a position belongs to."""
         return position // self.positions_per_mask
 
+    def _input(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
+        """Return the crop of a decoded image as the model expects it."""
+        crop = self._crop(image, key)
+        if self.transform:
+            crop = self.transform(crop, self._streams.seed(Purpose.TRANSFORM, *key))
+        geometry = self.preparation.geometry
+        return model_input(crop, geometry.image_mean, geometry.image_std)
+
     def _crop(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
         frame = self.preparation.geometry.frame
         if self.augment is None:
             return whole_view(image, frame)
         generator = self._streams.generator(Purpose.CROP, *key)
         return random_crop(image, frame, self.augment.crop_scale, self.augment.flip, generator)
-
-    def _transform(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
-        return self.transform(image, self._streams.seed(Purpose.TRANSFORM, *key)) if self.transform else image

@@ -3,6 +3,9 @@
 The teacher is not a part of the model that is trained: it has no gradients and no optimiser, it is the same on every
 rank at every ZeRO stage, and checkpoints contain only a hash of its weights.
 
+The views of a sample (`data.repeats`) share their crop, which the batch contains once: one pass of the teacher serves
+all of them.
+
 Shapes: B images, C channels, S x S pixels of the student, L patches of the student in rows x columns, K features of the
 teacher, h x w places of the teacher's feature map, I patches in the image loss.
 """
@@ -94,15 +97,20 @@ class Teacher:
         with torch.device("meta"):
             model = M3AE(config.model, config.loss)
         student = executed_flops(config.model, typical_batch(config, model))
-        ratio = self.flops / student
+        views = config.data.repeats
+        ratio = self.flops / (views * student)
+        shared = "" if views == 1 else f" on its {views} views"
         line = (
             f"the targets are the {self.width} features per patch of {self.name} ({self.identity}); for an image, it "
-            f"takes {self.flops / 1e9:.3g} GFLOP, {ratio:.2g} times as many as the training of the student"
+            f"takes {self.flops / 1e9:.3g} GFLOP, {ratio:.2g} times as many as the training of the student{shared}"
         )
         if ratio <= 1:
             return line
         smaller = "NAME@SIDE" if self.name.startswith(TIMM) else "a teacher for smaller images"
-        return f"{line}, so the teacher is slower than the student: a smaller teacher, or {smaller}, would be faster"
+        return (
+            f"{line}, so the teacher is slower than the student: a smaller teacher, {smaller}, or a higher "
+            "data.repeats would be faster"
+        )
 
     def with_targets(self, batch: PackedBatch) -> PackedBatch:
         """Return `batch` with image targets, float32 [I, K]: the features of each patch that carries loss. The batch

@@ -76,6 +76,7 @@ class StepCounts(NamedTuple):
     loss_text: float  # denominator of the text loss
     skipped: float  # samples that could not be used
     tokens: float  # cls tokens, visible tokens, and masked tokens in the decoder
+    crops: float  # images, each counted once if several samples share it; for native aspect ratio, their patches
     flops: float  # executed FLOPs, forward and backward
 
     def denominators(self, world: int) -> LossCounts:
@@ -89,7 +90,7 @@ class StepCounts(NamedTuple):
         for b in batches:
             samples = len(b.keys), len(b.grids), b.captions
             flops = executed_flops(config, b) if b.flops is None else b.flops
-            each.append((*samples, *b.counts, len(b.skipped), _tokens(b), flops))
+            each.append((*samples, *b.counts, len(b.skipped), _tokens(b), len(b.images), flops))
         return cls(*map(sum, zip(*each)))
 
 
@@ -151,7 +152,7 @@ class Throughput:
         seconds, n = time.perf_counter() - self._since, self._counts
         paired = n.images + n.captions - n.samples
         reference = paired * self._paired + (n.samples - n.captions) * self._image + (n.samples - n.images) * self._text
-        executed = n.flops + n.images * self._teacher_flops + self._steps * self._update_flops
+        executed = n.flops + n.crops * self._teacher_flops + self._steps * self._update_flops
         rates = {
             "samples_per_s": n.samples / seconds,
             "tokens_per_s": n.tokens / seconds,

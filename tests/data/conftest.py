@@ -45,6 +45,7 @@ def load(store, tokenizer_file):
         at=None,
         node=None,
         native=None,
+        one_crop=False,
     ):
         if not isinstance(sources, list) or isinstance(sources[0], str):
             sources = [SourceConfig(shards=sources)]
@@ -54,6 +55,7 @@ def load(store, tokenizer_file):
             masking or MaskingConfig(image_ratio=0.5, text_ratio=0.5),
             load_tokenizer(tokenizer_file, 8) if tokenizer is True else tokenizer or None,
             seed,
+            one_crop=one_crop,
         )
         share = Share(global_batch or micro_batch * accumulation * world, accumulation, rank, world)
         corpus = open_corpus(sources, at or store)

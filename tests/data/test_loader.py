@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,7 +32,7 @@ from m3ae_fast.data import ShardStore, open_corpus, shared_memory
 from m3ae_fast.data.dataset import Samples
 from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.shard_store import ATTEMPTS
-from m3ae_fast.images.crops import centre_crop
+from m3ae_fast.images.crops import centre_crop, random_crop
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.images.patch_grid import Native
 from m3ae_fast.process import workers as loader_workers
@@ -427,6 +428,71 @@ def test_repeated_views_do_not_depend_on_ranks_workers_or_interruptions(load, pa
         assert by_step(load, paired, 4, config=config, **options) == reference
     assert by_step(load, paired, 4, micro_batch=12, config={**config, "workers": 2}) == reference
     assert by_step(load, paired, 4, micro_batch=12, config=config, start=2) == reference[2:]
+
+
+def views_of(batches):
+    """Return, for each sample of the batches, its key, caption and mask and, unless it is a caption alone, the rows of
+    its visible patches with their pixels."""
+    found = []
+    for batch in batches:
+        patches = F.unfold(batch.images.float(), 8, stride=8).mT.flatten(0, 1)  # [image * L + patch, pixels]
+        pixels = patches[batch.patch_ids.long()].numpy()
+        for i, (key, (_, tokens, rows, masks)) in enumerate(content(batch)):
+            start, end = batch.encoder.cu_seqlens[i : i + 2].tolist()
+            sources = [source for source in batch.encoder_src[start:end].tolist() if source >= 0]
+            found.append((key, tokens, masks, rows, pixels[sources].tobytes()))
+    return found
+
+
+def test_views_with_one_crop_differ_only_in_their_masks(load, paired, monkeypatch):
+    """The batch contains the crop once. It is that of a run without repeats."""
+    resized = []
+    monkeypatch.setattr("m3ae_fast.data.dataset.random_crop", lambda *a: resized.append(1) or random_crop(*a))
+    once = list(load(paired, micro_batch=6, steps=6))
+    assert len(resized) == 36
+    batches = list(load(paired, micro_batch=6, steps=18, config={"repeats": 3}, one_crop=True))
+    assert len(resized) == 36 + 36
+    for batch in batches:
+        assert batch.images.shape[0] == 2 and len(batch.grids) == len(batch.keys) == 6 and batch.counts.image == 6
+        assert (batch.patch_ids < 32).all() and (batch.image_patch_ids < 32).all()
+    assert sorted(views_of(once)) == sorted(views_of(batches)[::3])
+    images = [image for batch in once for image in batch.images]
+    assert sorted(i.numpy().tobytes() for i in images) == sorted(i.numpy().tobytes() for b in batches for i in b.images)
+    masks = [masks for _, _, masks, _, _ in views_of(batches)]
+    assert sum(a != b for a, b in zip(masks[::3], masks[1::3])) > 30 < sum(a != b for a, b in zip(masks, masks[2::3]))
+
+
+def test_views_with_one_crop_do_not_depend_on_ranks_workers_or_interruptions(load, paired):
+    """The views of a sample may be divided over steps, ranks and micro-batches."""
+
+    def steps(world=1, accumulation=1, batch=12, start=0, workers=0):
+        options = {"global_batch": batch, "accumulation": accumulation, "config": {"repeats": 5, "workers": workers}}
+        ranks = [
+            load(paired, world=world, rank=rank, start_step=start, steps=6, one_crop=True, **options)
+            for rank in range(world)
+        ]
+        turns = [views_of(batches) for batches in zip(*ranks, strict=True)]
+        return [sorted(chain(*turns[i : i + accumulation])) for i in range(0, len(turns), accumulation)]
+
+    reference = steps()
+    assert [len(step) for step in reference] == [12] * 6
+    for world, accumulation in ((2, 1), (1, 3), (5, 1), (3, 4), (12, 1)):
+        assert steps(world, accumulation) == reference
+    assert steps(workers=2) == reference and steps(start=3) == reference[3:]
+
+
+def test_views_with_one_crop_of_captions_and_of_damaged_images(load, tmp_path):
+    """Captions without an image lie between those that have one, and a damaged image is skipped with all its views."""
+    damaged = members(range(8, 9))
+    damaged = [(name, data[:60] if name.endswith(("jpg", "png")) else data) for name, data in damaged]
+    kinds = [members(range(4), "image"), members(range(4, 6), "text"), damaged, members(range(9, 12))]
+    path = write_tar(tmp_path / "mixed.tar", list(chain(*kinds)))
+    (batch,) = load(path, micro_batch=20, steps=1, config={"repeats": 2}, one_crop=True)
+    assert len(batch.skipped) == 2 and len(batch.keys) == 18
+    assert (len(batch.images), len(batch.grids), batch.captions) == (7, 14, 10)
+    views = views_of([batch])
+    (whole,) = load(path, micro_batch=10, steps=1)
+    assert sorted(views[::2]) == sorted(views_of([whole]))
 
 
 def test_image_only_and_text_only_shards_are_read(load, tmp_path):

@@ -141,9 +141,10 @@ def configs(world: int) -> Iterator[Case]:
         yield f"{path.name} plain", parse(Config, plain, path.name)
 
 
-def samples(step: int, text: bool, native: bool = False) -> list[Sample]:
+def samples(step: int, text: bool, native: bool = False, shared: bool = False) -> list[Sample]:
     """Return samples with captions of all lengths, an image without a caption, and a caption without an image, so that
-    counts differ between ranks. With `native`, images have one to four rows of patches."""
+    counts differ between ranks. With `native`, images have one to four rows of patches. With `shared`, two samples have
+    the image of the sample before, which is always in the same micro-batch."""
     generator = torch.Generator().manual_seed(step)
     made = []
     for i in range(BATCH):
@@ -152,6 +153,8 @@ def samples(step: int, text: bool, native: bool = False) -> list[Sample]:
             rows = 1 + i % 4 if native else 4
             sample.image = torch.randint(0, 256, (3, 4 * rows, 16), dtype=torch.uint8, generator=generator)
             sample.image_mask = draw_mask(4 * rows, 0.75, generator)
+        if shared and i in (1, 11):
+            sample.image, sample.same_image = made[-1].image, True
         if i != 2 and text:
             sample.tokens = torch.randint(0, 64, (i % 9,), generator=generator)
             sample.text_mask = draw_mask(len(sample.tokens), 0.5, generator)
@@ -170,7 +173,7 @@ def take(ranks: Ranks, engine: ModelEngine, config: Config, steps: range) -> lis
     geometry, found, teacher = engine.model.geometry, [], open_teacher(config)
     for step in steps:
         native = config.model.resize == "native"
-        everything = samples(step, config.model.vocab_size > 0, native)
+        everything = samples(step, config.model.vocab_size > 0, native, shared=teacher is not None)
         images = sum(sample.image is not None for sample in everything)
         captions = sum(sample.tokens is not None for sample in everything)
         counts = LossCounts(images / ranks.world, captions / ranks.world)

@@ -69,8 +69,8 @@ def test_invalid_sample_boundaries_are_named(check, case, name, at, value, found
 @pytest.mark.parametrize(
     "case, name",
     [
-        ("gather-some", "rows"), ("norm-some", "rows"), ("scatter-mask", "src"), ("embed-p16", "patch_ids"),
-        ("pixel-p16", "patch_ids"), ("hog-p16", "patch_ids"),
+        ("gather-some", "rows"), ("norm-some", "rows"), ("scatter-mask", "src"), ("pixel-p16", "patch_ids"),
+        ("hog-p16", "patch_ids"),
     ],
 )  # fmt: skip
 def test_duplicate_rows_are_named_if_rows_must_be_distinct(check, case, name):
@@ -174,6 +174,15 @@ def test_flat_ids_number_the_patches_of_a_batch(dtype):
         m3ae_kernels.flat_ids(torch.tensor([[0, 1], [0, 2]], dtype=dtype), 2)
     with pytest.raises(TypeError, match=r"^ids must be int32 or int64"):
         m3ae_kernels.flat_ids(ids.float(), 3)
+
+
+def test_an_image_may_be_embedded_with_several_masks(check):
+    embed, images = m3ae_kernels.PatchEmbed(12, patch_size=4), torch.randn(2, 3, 8, 8)
+    first, second = embed(images, torch.tensor([[0, 1, 6], [3, 1, 6]]))
+    assert torch.equal(first[1:], second[1:])
+    embed(images[:1], torch.tensor([[0, 1], [1, 2]]))
+    with pytest.raises(IndexError, match=r"patch_ids is 1 at row 1 and again at row 3"):
+        embed(images, torch.tensor([[0, 1, 2], [1, 2, 3]]))
 
 
 def test_equal_patch_ids_are_accepted_as_padding(check):
