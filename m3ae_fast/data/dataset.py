@@ -154,15 +154,14 @@ class Samples(Dataset[Sample | Skipped]):
             image = decode_image(draft.image, geometry.channels, geometry.value_range, geometry.image_dtype)
         except BadSample as error:
             return [draft.skip(str(error))] * len(draft.samples)
+        shared_CSS = self._input(image, draft.place) if self.preparation.one_crop else None
         for sample, view in zip(draft.samples, draft.views):
             key = _key(draft.place, view)
             assert sample.position is not None
-            if self.preparation.one_crop and sample is not draft.samples[0]:
-                sample.image, sample.same_image = draft.samples[0].image, True
-            else:
-                sample.image = self._input(image, draft.place if self.preparation.one_crop else key)
+            image_CSS = self._input(image, key) if shared_CSS is None else shared_CSS
+            sample.image, sample.same_image = image_CSS, shared_CSS is not None and sample is not draft.samples[0]
             if geometry.native is not None:
-                rows, columns = geometry.grid(sample.image)
+                rows, columns = geometry.grid(image_CSS)
                 sample.image_mask = self._masks.image(rows * columns, key, self._step(sample.position))
             if self.augment is not None:
                 sample.image_predicted = self._masks.predicted_patches(sample.image_mask, key)
