@@ -23,6 +23,8 @@ from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.parquet import read_parquet, write_parquet
+from m3ae_fast.config import Pool
+from m3ae_fast.config.poolings import candidates
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.fingerprint import written
 from m3ae_fast.data.labels import Classes
@@ -40,6 +42,8 @@ from m3ae_fast.evaluation.timm_features import TimmFeatures, open_timm
 from m3ae_fast.heads.attentive_online import passes, predict_online
 from m3ae_fast.heads.encoding import PassMonitor, encode_types
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
+from m3ae_fast.heads.logistic_regression import Tried
+from m3ae_fast.heads.pool_choice import best_type
 from m3ae_fast.heads.predictions import Predictions, largest_share, stacked
 from m3ae_fast.heads.probes import predict
 from m3ae_fast.heads.recipe import ATTENTIVE, Recipe
@@ -357,6 +361,7 @@ def _measure(
     """
     work, whole = planned
     banks: dict[FeatureType, tuple[FeatureBank, FeatureBank]] = {}
+    tried: Tried | None = None
     encoded: int | None = None  # seed of the weights with which the samples were last encoded
     for (seed, probe), path in work.trials.items():
         if (seed, probe) not in work.missing:
@@ -365,16 +370,17 @@ def _measure(
             continue
         if encoded is None or (work.seeded_weights and seed != encoded):
             opened = open_model(model, text=False, seed=seed) if isinstance(model, str) else model
-            banks = _encoded(job, opened, name, corpora, planned)
+            banks, tried = _encoded(job, opened, name, corpora, planned)
             encoded = seed
         about = f"{name}, {probe}, seed {seed}"
-        kind = _type_of(job, opened, probe)
+        tokens = FeatureType(opened.config.depth, None)
+        kind = tokens if probe == ATTENTIVE else next(kind for kind in banks if not kind.is_tokens)
         samples = len(banks[kind][0].keys) if kind in banks else corpora[0].samples
         more: dict[str, Any] = {"classes": len(found.classes), "encoder_heads": opened.config.num_heads, "seed": seed}
         recipe = Recipe.of(probe, job.config, samples=samples, **more)
         if kind in banks:
             bank, held_out = banks[kind]
-            predictions = predict({kind: bank}, {kind: held_out}, recipe, job.ranks, job.heartbeats)[kind]
+            predictions = predict({kind: bank}, {kind: held_out}, recipe, job.ranks, job.heartbeats, tried)[kind]
         else:
             left = Pace(passes(recipe, *corpora))
             where = job.config, job.ranks, job.heartbeats
@@ -386,22 +392,28 @@ def _measure(
         job.print(f"{about}: {summary(predictions.accuracies())}{whole.describe_left()}")
 
 
-def _type_of(job: Job, model: MultimodalEncoder, probe: str) -> FeatureType:
-    """Return the type of features that a probe of the model reads."""
-    pool = None if probe == ATTENTIVE else replace(job, model=model).encode_config.fixed_pool
-    return FeatureType(model.config.depth, pool)
+def _types_of(job: Job, model: MultimodalEncoder, probe: str) -> list[FeatureType]:
+    """Return the type of features that a probe of the model reads or, if their pooling is chosen, the candidates."""
+    pools: Sequence[Pool | None] = [replace(job, model=model).encode_config.fixed_pool]
+    if probe == ATTENTIVE:
+        pools = [None]
+    elif job.config.encode.pool is None and not isinstance(model, FixedFeatures):
+        pools = candidates(model.config.emb_dim, is_image=True)
+    return [FeatureType(model.config.depth, pool) for pool in pools]
 
 
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, Pace]
-) -> dict[FeatureType, tuple[FeatureBank, FeatureBank]]:
+) -> tuple[dict[FeatureType, tuple[FeatureBank, FeatureBank]], Tried | None]:
     """Move a model to the ranks' device, and encode the samples with it in one pass. Return the features of the
-    training and held-out samples by type; patch tokens are left out if their probe will be trained online."""
+    training and held-out samples by type, and the logistic regressions that `best_type` returns. There is one pooling,
+    which `best_type` chooses unless `encode.pool` is set; patch tokens are left out if their probe will be trained
+    online."""
     work, left = planned
     if not isinstance(model, FixedFeatures):
         set_images(model, job.config.model)
     own = replace(job, model=model.to(job.ranks.device).eval())
-    types = [*dict.fromkeys(_type_of(job, model, probe) for _, probe in work.missing)]
+    types = [*dict.fromkeys(kind for _, probe in work.missing for kind in _types_of(job, model, probe))]
     if any(kind.is_tokens for kind in types) and trains_online(own, [model.config.depth], corpora, f"{name}: "):
         types = [kind for kind in types if not kind.is_tokens]
     parts = []
@@ -411,4 +423,9 @@ def _encoded(
         parts += encode_types([model], [types], corpus, data, own.encode_config, ranks, monitor, folder=job.out)
     if isinstance(model, StoredFeatures):
         model.check_complete(job.ranks)
-    return {kind: (parts[0].of(kind), parts[1].of(kind)) for kind in types}
+    pooled, tried = [kind for kind in types if not kind.is_tokens], None
+    if len(pooled) > 1:
+        best, tried = best_type(replace(parts[0], patches_SLD=None, types=pooled), len(job.classes), job.heartbeats)
+        types = [kind for kind in types if kind == best or kind.is_tokens]
+        job.print(f"{name}: {best.pool} features, chosen on held-out training samples")
+    return {kind: (parts[0].of(kind), parts[1].of(kind)) for kind in types}, tried
