@@ -505,7 +505,8 @@ class DeepSpeedConfig(Section):
     """Settings of DeepSpeed that are not derived from the other sections."""
 
     zero_optimization: ZeroConfig = ZeroConfig()
-    """Settings of ZeRO."""
+    """Settings of ZeRO. On one rank, stages 0 to 2 without offloading have nothing to partition: plain torch then takes
+    the same steps, and the other settings of the section have no effect."""
     communication_data_type: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are reduced over ranks."""
 

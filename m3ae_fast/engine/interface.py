@@ -64,6 +64,7 @@ class Engine(Protocol):
 class ModelEngine(Engine, Protocol):
     """An engine that trains a module, which maps (batch, counts) to StepLosses, and evaluates it."""
 
+    name: str  # for the log: the library that trains, and the ZeRO stage
     optimizer_name: str
     memory: str  # log line on decisions that depend on the memory; "" if there are none
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 @torch.no_grad()
-def clip_by_global_norm(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scale gradients in place so that their global L2 norm is at most `max_norm` (optax.clip_by_global_norm; None: no
     limit), and return the norm before scaling, a 0-d tensor."""
     grads = [p.grad for p in parameters if p.grad is not None]

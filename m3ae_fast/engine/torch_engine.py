@@ -1,4 +1,5 @@
-"""Data-parallel training with plain torch: float32 weights, with autocast for bf16."""
+"""Data-parallel training with plain torch: float32 weights with autocast for bf16 or, as with ZeRO, bf16 weights with
+float32 master weights."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ class TorchEngine:
     `engine.interface.ModelEngine` describes its methods."""
 
     memory = ""
+    name = "plain torch"
 
     def __init__(
         self,
@@ -40,14 +42,33 @@ class TorchEngine:
         dtype: torch.dtype,
         ranks: Ranks,
         ema: float | None = None,
+        masters: bool = False,
     ) -> None:
-        """Move the model to the ranks' device and create its optimiser. `groups`: the optimiser's parameter groups,
-        which contain all parameters; `dtype`: dtype of matmuls; `ema`: decay of the weights' moving average, None for
-        no average."""
+        """Move the model to the ranks' device and create its optimiser.
+
+        Args:
+            model: the module to train.
+            groups: the optimiser's parameter groups, which contain all parameters; see `build_optimizer`.
+            optim: settings of the optimiser.
+            dtype: dtype of matmuls.
+            ranks: the ranks of the run.
+            ema: decay of the weights' moving average; None: no average.
+            masters: whether weights have `dtype`, and the optimiser updates float32 master weights, which are rounded
+                to them. This requires a single rank. Otherwise, weights are float32, with autocast.
+        """
         self.model = model.to(ranks.device)
         self.before_update: Callable[[], None] = lambda: None
         self.clip_grad, self.dtype, self.ranks = optim.clip_grad, dtype, ranks
         self.kinds = state_kinds(model, groups, ema)
+        # the float32 tensors that the optimiser updates, by parameter
+        self._masters: dict[nn.Parameter, Tensor] = {p: p for p in model.parameters()}
+        self._rounds = masters and dtype != torch.float32
+        if self._rounds:
+            for p in self._masters:  # not the buffers, which remain in float32
+                p.data = p.data.to(dtype)
+                p.grad_dtype = torch.float32  # gradients of micro-batches are summed in float32
+                self._masters[p] = p.detach().float()
+            groups = [group | {"params": [self._masters[p] for p in group["params"]]} for group in groups]
         self.optimizer = build_optimizer(groups, optim, dtype, ema)
         self.optimizer_name = name_of(self.optimizer)
         self.ddp: nn.parallel.DistributedDataParallel | None = None
@@ -69,12 +90,21 @@ class TorchEngine:
                     losses = (self.ddp or self.model)(batch, counts)
                 losses.loss.backward()
             results.append(losses)
-        norm = clip_by_global_norm(list(self.model.parameters()), self.clip_grad)
+        for p, master in self._masters.items():
+            p.grad, master.grad = None, p.grad  # nothing changes if they are the same tensor
+        norm = clip_by_global_norm(self._masters.values(), self.clip_grad)
         set_lr(self.optimizer, lr)
         self.before_update()
         self.optimizer.step()
         self.optimizer.zero_grad()  # sets gradients to None; apex's FusedAdam has no argument for that
+        self._round()
         return results, norm
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Set the weights to the rounded master weights."""
+        if self._rounds:
+            torch._foreach_copy_(list(self._masters), list(self._masters.values()))
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> Any:
@@ -83,7 +113,8 @@ class TorchEngine:
             return self.model(batch)
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        enabled = self.dtype == torch.bfloat16 and not self._rounds
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=enabled)
 
     def fragments(self) -> Fragments:
         if not self.optimizer.state:
@@ -99,10 +130,12 @@ class TorchEngine:
         return collect(self.model, kind, self.kinds, self._whole)
 
     def _whole(self, p: nn.Parameter, kind: str) -> Tensor:
-        return p if kind == "model" else self.optimizer.state[p][kind]
+        master = self._masters[p]
+        return master if kind == "model" else self.optimizer.state[master][kind]
 
     def load_state(self, step: int, read: Read) -> None:
         prime(self.optimizer, step)
         for name, p in self.model.named_parameters():
             for kind in ("model", *self.kinds[name]):
                 self._whole(p, kind).data.copy_(read(f"{kind}/{name}", 0, p.numel()).view_as(p))
+        self._round()

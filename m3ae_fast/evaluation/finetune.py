@@ -86,12 +86,11 @@ class FineTuningTask(LabelledTask):
     averaged: Classifier | None  # with train.ema: receives the averaged weights for evaluations
 
     def first_line(self, trainer: Trainer) -> str:
-        ranks, train, deepspeed = trainer.ranks, trainer.config.train, trainer.config.deepspeed
-        kind = f"DeepSpeed ZeRO stage {deepspeed.zero_optimization.stage}" if deepspeed else "plain torch"
+        ranks, train = trainer.ranks, trainer.config.train
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
         return (
             f"classifier, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {train.precision}, "
-            f"{kind}, optimiser: {self.engine.optimizer_name}, {sentence(trainer.schedule, trainer.step)}"
+            f"{self.engine.name}, optimiser: {self.engine.optimizer_name}, {sentence(trainer.schedule, trainer.step)}"
         )
 
     def is_due(self, trainer: Trainer) -> bool:

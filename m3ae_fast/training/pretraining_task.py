@@ -113,7 +113,6 @@ class PretrainingTask:
         precision: str = config.train.precision
         if precision == "bf16" and fast_precision(ranks.device) == "fp32":
             precision = "bf16 (fp32 is faster here)"
-        kind = "plain torch" if config.zero is None else f"DeepSpeed ZeRO stage {config.zero.stage}"
         views = f" x {config.data.repeats} views" if config.data.repeats > 1 else ""
         least, rest = divmod(config.train.global_batch, ranks.world)
         per_rank = f"{least} or {least + 1}" if rest else f"{least}"
@@ -124,7 +123,7 @@ class PretrainingTask:
         lowest = lr_scale(0, config.model.depth, config.optim.layer_decay)
         layers = "" if lowest == 1 else f"; multiplied by {lowest:.3g} in the embeddings (optim.layer_decay)"
         lines = [
-            f"M3AE, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {precision}, {kind}, "
+            f"M3AE, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {precision}, {engine.name}, "
             f"attention: {attention}, optimiser: {engine.optimizer_name}",
             f"{self.data.train.samples:,} samples{views}, "
             f"batch {config.train.global_batch} = {ranks.world} ranks x {per_rank} samples{accumulated}, "

@@ -14,6 +14,7 @@ from m3ae_fast.training import throughput_estimate
 from tests.cuda_path.fake_cuda import FakeCuda
 from tests.cuda_path.stand_ins import FusedAdam, install
 from tests.helpers.trainer import TINY
+from tests.helpers.zero_cases import build_deepspeed
 
 
 def train(folder: Path, name: str, *options: str, resume: str = "no", profile: bool = False) -> np.ndarray:
@@ -32,19 +33,22 @@ def expected(tmp_path_factory) -> np.ndarray:
     return train(tmp_path_factory.mktemp("cpu"), "run")
 
 
-@pytest.mark.parametrize("stage", [None, 2])
-def test_the_cuda_path_computes_the_same_values_as_the_cpu(tmp_path, monkeypatch, capsys, expected, stage):
+@pytest.mark.parametrize(("stage", "library"), [(None, "torch"), (2, "torch"), (2, "DeepSpeed")])
+def test_the_cuda_path_computes_the_same_values_as_the_cpu(tmp_path, monkeypatch, capsys, expected, stage, library):
     monkeypatch.setattr("m3ae_fast.training.run.peak_flops", lambda device, dtype: 1e12)  # measuring it takes a minute
     install(monkeypatch, "apex.optimizers", FusedAdam=FusedAdam)
+    if library == "DeepSpeed":
+        monkeypatch.setattr("m3ae_fast.training.run.build_engine", build_deepspeed)
     section = "null" if stage is None else json.dumps({"zero_optimization": {"stage": stage}})
     with FakeCuda() as cuda:
         first = train(tmp_path, "run", f"deepspeed={section}", "train.save_every=1", "train.keep=9", profile=True)
-        if stage is None:  # DeepSpeed can be initialised only once per process
+        if library == "torch":  # DeepSpeed can be initialised only once per process
             (tmp_path / "run/checkpoints/step-00000002").rename(tmp_path / "away")
-            again = train(tmp_path, "run", "deepspeed=null", resume="auto")
+            again = train(tmp_path, "run", f"deepspeed={section}", resume="auto")
             np.testing.assert_allclose(again[-1], first[-1], rtol=1e-6)
     np.testing.assert_allclose(first, expected, rtol=1e-4)
     assert "on 1 x cuda" in (out := capsys.readouterr().out) and "FusedAdam" in out
+    assert ("DeepSpeed ZeRO stage 2" in out) == (library == "DeepSpeed")
     assert cuda.events[0] == "set_device cuda:0" and "current waits for side" in cuda.events
 
 

@@ -25,7 +25,7 @@ from m3ae_fast.config import Config, parse
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks
-from tests.helpers.zero_cases import TINY, samples
+from tests.helpers.zero_cases import TINY, build_deepspeed, samples
 
 READS = {getattr(torch.ops.aten, name).default for name in ("_local_scalar_dense", "nonzero", "equal")}
 
@@ -136,7 +136,8 @@ def engine_of(stage: int | None, clip: float | None, precision: str, ranks: Rank
         "deepspeed": zero,
     }
     config = parse(Config, data, "case")
-    return build_engine(M3AE(config.model, config.loss), config, ranks)
+    build = build_engine if stage is None else build_deepspeed
+    return build(M3AE(config.model, config.loss), config, ranks)
 
 
 def batches_of(engine: Any, count: int) -> list[Any]:

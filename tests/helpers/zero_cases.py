@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from m3ae_fast.base.hardware import dtype_of
 from m3ae_fast.batch import Sample, draw_mask, pack
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.config import Config, load_config, parse
 from m3ae_fast.data.rank_share import MicroBatches, split_batch
 from m3ae_fast.engine.build import build_engine
 from m3ae_fast.engine.interface import ModelEngine
+from m3ae_fast.engine.parameter_groups import optimizer_groups
 from m3ae_fast.model import M3AE
 from m3ae_fast.process.ranks import Ranks, join_ranks
 from m3ae_fast.training.teacher import open_teacher, with_target_width
@@ -165,6 +167,23 @@ def samples(step: int, text: bool, native: bool = False, shared: bool = False) -
 def engine_of(ranks: Ranks, config: Config, seed: int = 0) -> ModelEngine:
     torch.manual_seed(seed)
     return build_engine(M3AE(config.model, config.loss), config, ranks)
+
+
+def build_deepspeed(model: M3AE, config: Config, ranks: Ranks) -> ModelEngine:
+    """Build DeepSpeed's engine, even where `build_engine` selects plain torch: on one rank at stages 0 to 2."""
+    from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine  # takes seconds to import
+
+    assert config.deepspeed is not None
+    share = split_batch(config.train, ranks.world)
+    return DeepSpeedEngine(
+        model, optimizer_groups(model, config.optim), config.deepspeed, config.optim, dtype_of(config.train.precision),
+        ranks, share.micro_batch, share.accumulation, config.train.ema,
+    )  # fmt: skip
+
+
+def deepspeed_engine_of(ranks: Ranks, config: Config, seed: int = 0) -> ModelEngine:
+    torch.manual_seed(seed)
+    return build_deepspeed(M3AE(config.model, config.loss), config, ranks)
 
 
 def take(ranks: Ranks, engine: ModelEngine, config: Config, steps: range) -> list[tuple[float, float]]:
