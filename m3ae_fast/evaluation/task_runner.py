@@ -86,8 +86,8 @@ def evaluate(
         model: name of the model; for compare, one or several names.
         session: session of a program that continues after the evaluation; its device is used. None: this process joins
             the ranks that were started with it.
-        shared: for knn and logistic, with `session`: an object that is passed to both, with the same model, samples and
-            settings, so that the samples are encoded only once. None: the task encodes them.
+        shared: features that knn and logistic share: pass the same object to both, with the same `session`, model,
+            samples and settings, so that the samples are encoded only once. None: the task encodes them.
         options: the options of the task, as on the command line: `train`, `val`, `out`, ...
 
     Returns:

@@ -167,8 +167,8 @@ class FeatureBank:
         return replace(self, keys=keys, labels_N=labels_N, **more, own_R=own_R[kept], at_R=at_R[kept])
 
     def part(self, number: int, count: int = 1) -> FeatureBank:
-        """Return a bank of `count` of the feature vectors of each sample, from index `number` on, one after another. If
-        there are patch tokens, they are those of the layer with this index."""
+        """Return a bank with `count` consecutive feature vectors of each sample, beginning with index `number`. Patch
+        tokens, if there are any, are those of the layer with this index."""
         patches_SLD = None if self.patches_SLD is None else self.patches_SLD[:, number]
         stored_SD = self.stored_SD[:, number : number + count].flatten(1, 2)
         return replace(self, stored_SD=stored_SD, patches_SLD=patches_SLD, types=())
@@ -220,7 +220,7 @@ class FeatureBank:
 
 
 def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the rows of all parts in the order of their numbers. Each part consists of numbers and rows."""
+    """Return the rows of all parts, sorted by number. Each part is a pair of numbers and the rows with these numbers."""
     if len(parts) == 1:
         return parts[0][1]
     numbers, rows = zip(*parts)

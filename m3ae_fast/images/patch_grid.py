@@ -62,9 +62,9 @@ class Native:
 
     def position_indices(self, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, int]:
         """Return first_B, step_B and the number of rows of the position table. The patch at row r and column c of a
-        grid has the table index first + r * step + c. The table has `longest` x `longest` positions, with each grid in
-        the upper left corner or in the centre. For positions from a checkpoint, the table is the concatenation of the
-        `distinct` grids."""
+        grid has the table index first + r * step + c. The table has `longest` x `longest` positions, and
+        each grid takes the upper left corner or the centre of it. For positions from a checkpoint, the table contains
+        the `distinct` grids one after another."""
         rows_B, columns_B = np.array(grids, np.int64).reshape(-1, 2).T
         if self.positions == "stored":
             starts, end = {}, 0
