@@ -220,7 +220,7 @@ class FeatureBank:
 
 
 def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the rows of all parts, sorted by number. Each part is a pair of numbers and the rows with these numbers."""
+    """Return the rows of all parts, sorted by number. Each part is a pair of numbers and their rows."""
     if len(parts) == 1:
         return parts[0][1]
     numbers, rows = zip(*parts)

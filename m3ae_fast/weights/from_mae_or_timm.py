@@ -112,9 +112,9 @@ def _ours(name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
 
 def config_of(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, where: str) -> ModelConfig:
     """Return the config that follows from the options and from the shapes of the weights `theirs` (as in `from_vit`).
-    If there are no weights of a decoder, the config has MAE's decoder: width 512, depth 8. `mean_pool`: model.mean_pool; `where`: beginning of error
-    messages. Raises UserError if the patches or the image are not square, the number of attention heads, a mean or a
-    standard deviation is unknown, or a value is invalid."""
+    If there are no weights of a decoder, it has MAE's decoder: width 512, depth 8. `mean_pool`: model.mean_pool;
+    `where`: beginning of error messages. Raises UserError if the patches or the image are not square, the number of
+    attention heads, a mean or a standard deviation is unknown, or a value is invalid."""
     width, channels, patch, columns = theirs["patch_embed.proj.weight"].shape
     patches = theirs["pos_embed"].shape[1] - 1
     side = math.isqrt(max(patches, 0))
