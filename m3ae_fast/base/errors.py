@@ -142,7 +142,8 @@ def exit_cleanly(main: Callable[[], int]) -> int:
         if (line := one_line(error)) is None:
             raise
         if not isinstance(error, ErrorElsewhere):
-            print(f"error: {_on_one_line(line)}", file=sys.stderr)
+            # one write, so that the lines of several ranks are not mixed
+            print(f"error: {_on_one_line(line)}\n", end="", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else UserError.exit_code
     except KeyboardInterrupt:
         return 130
