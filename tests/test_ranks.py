@@ -286,6 +286,7 @@ def join(monkeypatch):
             store=store,
             heartbeat_groups=[HeartbeatGroup(store, [0])],
             first_error=lambda code: (first, code),
+            record_end=lambda: None,
         )
         rank.main_has_ended = lambda: False
         monkeypatch.setattr(program, "join_ranks", lambda device: nullcontext(rank))

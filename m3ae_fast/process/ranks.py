@@ -37,7 +37,7 @@ Waiting = Callable[[], AbstractContextManager[None]]
 # set by deepspeed and torchrun, and by `adopt` for other launchers; not set by plain `python`
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 _OTHER_FILES = 200  # maximum number of further open files, such as those of libraries, shards and logs
-_ENDED_KEY = "ended"  # key in the store; its value: the number of ranks that have ended with an error
+_ENDED_KEY = "ended"  # key in the store; its value: the number of ranks that have ended with an error or a stop
 # maximum seconds to wait until the other ranks record their end; heartbeats notify them of the error in less time
 _OTHERS_S = 3.0
 TIMEOUT = timedelta(minutes=30)  # maximum time until the last rank joins
@@ -170,6 +170,11 @@ class Ranks:
                 group.store.compare_set(ERROR_KEY, "", first)
         return first == own, int(first.split()[1])
 
+    def record_end(self) -> None:
+        """Record that this rank ends, for `await_ends`."""
+        with contextlib.suppress(RuntimeError):  # the process that holds the store has ended
+            self.store.add(_ENDED_KEY, 1)
+
     def agreement(self, leaving: threading.Event) -> Agreement:
         """Return an agreement between background threads of all ranks. `leaving`: see `Agreement`. All ranks must call
         this method equally often."""
@@ -185,7 +190,7 @@ class Ranks:
 
 
 def await_ends(store: dist.Store, world: int) -> None:
-    """Wait until all ranks have recorded their end with `first_error`, but for at most a few seconds. Rank 0 calls this
+    """Wait until all ranks have recorded their end, but for at most a few seconds. Rank 0 calls this
     function before it exits, because the store ends with its process."""
     # closes the connections of process groups in reference cycles; other ranks may be waiting for this
     gc.collect()

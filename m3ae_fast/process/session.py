@@ -64,6 +64,15 @@ def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats) -> tuple[bool
         return True, shown.exit_code
 
 
+def _end_stopped(ranks: Ranks) -> None:
+    """Record the end of a rank that was stopped. Rank 0 hosts the store, in which the other ranks find out that they
+    were stopped, so its process waits for their ends."""
+    if ranks.world > 1:
+        ranks.record_end()
+        if ranks.is_main:
+            atexit.register(await_ends, ranks.store, ranks.world)
+
+
 @contextmanager
 def joined_program(device: Device | None = None) -> Iterator[Session]:
     """Join the other ranks, yield the session of the program, and leave the ranks when the program ends. `device`: see
@@ -82,9 +91,10 @@ def joined_program(device: Device | None = None) -> Iterator[Session]:
         try:
             yield Session(ranks, stop, heartbeats)
         except Stopped:
-            return
+            _end_stopped(ranks)
         except Exception as error:
             if heartbeats.stop_requested():  # a rank that stopped has closed its connections
                 stop.request(BY_ANOTHER)
+                _end_stopped(ranks)
                 return
             _raise_once(error, ranks, heartbeats)
