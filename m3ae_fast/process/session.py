@@ -38,8 +38,7 @@ def _raise_once(error: Exception, ranks: Ranks, heartbeats: Heartbeats) -> NoRet
     if isinstance(shown, RankLost) and ranks.main_has_ended():
         shown = rank_lost("rank 0")
     is_first, code = _first(shown, ranks, heartbeats)
-    if ranks.world > 1 and ranks.is_main:
-        atexit.register(await_ends, ranks.store, ranks.world)  # runs after the message has been printed
+    _keep_store(ranks)
     if is_first and not isinstance(shown, ErrorElsewhere):
         raise shown from None
     if ranks.world > 1:  # a launcher ends all ranks when the first one exits, even the rank that is still printing
@@ -64,13 +63,18 @@ def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats) -> tuple[bool
         return True, shown.exit_code
 
 
+def _keep_store(ranks: Ranks) -> None:
+    """Let the process of rank 0, which hosts the store, wait at its exit until the other ranks have ended, because they
+    read in the store why they end. It waits after it has printed its message."""
+    if ranks.world > 1 and ranks.is_main:
+        atexit.register(await_ends, ranks.store, ranks.world)
+
+
 def _end_stopped(ranks: Ranks) -> None:
-    """Record the end of a rank that was stopped. Rank 0 hosts the store, in which the other ranks find out that they
-    were stopped, so its process waits for their ends."""
+    """Record the end of a rank that was stopped, so that rank 0 does not wait for it."""
     if ranks.world > 1:
         ranks.record_end()
-        if ranks.is_main:
-            atexit.register(await_ends, ranks.store, ranks.world)
+    _keep_store(ranks)
 
 
 @contextmanager
