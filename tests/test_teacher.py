@@ -191,7 +191,8 @@ def test_the_loss_is_the_squared_error_at_masked_patches(tmp_path, attention, pe
 
 @pytest.mark.parametrize("attention", ["self", "cross"])
 def test_one_pass_serves_all_samples_that_share_an_image(tmp_path, attention, monkeypatch):
-    """The targets are those of separate images. One of the views has no masked patches, and none is of a caption."""
+    """The targets are the same as if the batch contained the image once for each sample. One of the samples has no
+    masked patches, and another one has no image."""
     config, opened = config_of(weights(tmp_path, VIT), dec_attention=attention)
     geometry = M3AE(config.model, config.loss).geometry
     apart = [make_sample(i) for i in range(7)]

@@ -11,7 +11,8 @@ _WAYS = [("--resume auto", _FROM_CHECKPOINT)]  # the last element is in use
 
 
 def how_to_resume() -> str:
-    """Return how to continue a run that has ended early, as the subject of a sentence, such as "--resume auto"."""
+    """Return the option or command that continues a run that has ended early, such as "--resume auto". Messages use it
+    as the subject of a sentence."""
     return _WAYS[-1][0]
 
 
