@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     use_device(args.device)
     if alone():  # reports mistakes before the imports, which take seconds
-        _load(args)
+        _load(args, ranks=1)
     with working("importing torch", show=args.dry_run and alone()):
         from m3ae_fast.process.session import joined_program
 
@@ -162,12 +162,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0  # also after a request to stop
 
 
-def _load(args: argparse.Namespace) -> Config:
-    """Return the config. Raises UserError if it is invalid, or if a library that a run on this machine requires is not
-    installed."""
+def _load(args: argparse.Namespace, ranks: int) -> Config:
+    """Return the config. Raises UserError if it is invalid, or if a library that a run on this machine with this number
+    of ranks requires is not installed."""
     config = load_config(args.config, with_recipe(args.recipe, args.set))
     if args.world is None and not args.no_data:
-        require_libraries_of(config)
+        require_libraries_of(config, ranks)
     return config
 
 
@@ -179,7 +179,7 @@ def perform(args: argparse.Namespace, session: Session) -> None:
     from m3ae_fast.training.run import pre_train
 
     session.ranks.require_same({name: value for name, value in vars(args).items() if name != "local_rank"})
-    config = session.ranks.broadcast(lambda: _load(args))
+    config = session.ranks.broadcast(lambda: _load(args, session.ranks.world))
     if args.dry_run:
         _dry_run(config, args, session)
         return

@@ -95,6 +95,26 @@ def test_exports_and_evaluations_use_the_averaged_weights(trainer, capsys, monke
 
 
 @pytest.mark.slow
+def test_an_export_of_zero_on_one_rank_has_the_average_of_the_master_weights(trainer):
+    """On one rank, plain torch takes the steps of ZeRO. It averages the float32 weights, not their bf16 copies."""
+    out = trainer("run", *zero(1), *OPTIONS, "--set", "train.save_every=1", "--set", "train.precision=bf16")
+    assert "plain torch, because ZeRO stage 1 partitions nothing on one rank" in out
+    paths = checkpoint.saved_steps(trainer.folder / "run")
+    average, *others = (checkpoint.read_weights(path, average=False) for path in paths)
+    assert len(others) == 5
+    for weights in others:
+        average = {name: 0.7 * average[name] + 0.3 * weight for name, weight in weights.items()}
+    assert convert([str(trainer.folder / "run"), "--out", str(trainer.folder / "out")]) == 0
+    found = dict(open_model(str(trainer.folder / "out"), text=False).named_parameters())
+    assert found.keys() >= {"encoder.norm.weight", "text_head.weight"}
+    for name, weight in found.items():
+        torch.testing.assert_close(weight.detach(), average[name], rtol=1e-6, atol=1e-8)
+    weight = found["text_head.weight"].detach()
+    assert not torch.equal(weight, weight.bfloat16().float())
+    assert not torch.allclose(weight, others[-1]["text_head.weight"], atol=1e-4)
+
+
+@pytest.mark.slow
 def test_averaging_of_weights_can_be_enabled_when_a_run_is_resumed(trainer):
     trainer("run", *zero(2), *OPTIONS[2:], "--set", "train.steps=4")
     config = json.loads((trainer.folder / "run/checkpoints/step-00000004/state.json").read_text())["config"]

@@ -25,6 +25,7 @@ TRAINS = f"{EVALUATE} --train train.tar"
 PRETRAIN = "pretrain photos --out out"
 DATASETS = "a Hugging Face dataset needs datasets: pip install 'm3ae-fast[huggingface]'"
 PROBE = json.dumps({name: [{"shards": "gs://bucket/{0..9}.tar"}] for name in ("train", "val")}, separators=(",", ":"))
+STAGE_3 = '{"zero_optimization":{"stage":3}}'
 # the library, the command line, and the option or setting that requires the library
 CASES = [
     ("sklearn", f"evaluate ood {TRAINS} --ood other.tar", "ood"),
@@ -37,16 +38,13 @@ CASES = [
     ("wandb", 'train --config tiny.json --set run.loggers=["wandb"]', "run.loggers"),
     ("tensorboard", "train --config tiny.json", "run.loggers"),
     ("tensorboard", "train --config tiny.json --dry-run", "run.loggers"),
-    (
-        "deepspeed",
-        'train --config tiny.json --set deepspeed={"zero_optimization":{"stage":1}}',
-        "the section deepspeed",
-    ),
+    ("deepspeed", f"train --config tiny.json --set deepspeed={STAGE_3}", "the section deepspeed"),
+    ("deepspeed", f"evaluate finetune {TRAINS} --set deepspeed={STAGE_3}", "the section deepspeed"),
     ("boto3", "train --config tiny.json --set data.train.0.shards=s3://bucket/a.tar", "s3://bucket/a.tar"),
     ("obstore", f"train --config tiny.json --set train.probe={PROBE}", "gs://bucket/{0..9}.tar"),
     ("wandb", f'{PRETRAIN} --set run.loggers=["wandb"]', "run.loggers"),
     ("tensorboard", PRETRAIN, "run.loggers"),
-    ("deepspeed", f'{PRETRAIN} --set deepspeed={{"zero_optimization":{{"stage":1}}}}', "the section deepspeed"),
+    ("deepspeed", f"{PRETRAIN} --set deepspeed={STAGE_3}", "the section deepspeed"),
     ("boto3", "pretrain s3://bucket/a.tar --out out", "s3://bucket/a.tar"),
     ("boto3", "pretrain a.tar --val s3://bucket/a.tar --out out", "s3://bucket/a.tar"),
     ("datasets", "pretrain owner/name --out out", "a Hugging Face dataset"),

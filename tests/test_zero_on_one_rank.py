@@ -14,7 +14,7 @@ from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.torch_engine import TorchEngine
 from m3ae_fast.process.ranks import Ranks, join_ranks
-from tests.helpers.trainer import zero
+from tests.helpers.trainer import ROOT, zero
 from tests.helpers.zero_cases import config_of, deepspeed_engine_of, engine_of, take
 
 pytestmark = pytest.mark.slow
@@ -102,6 +102,30 @@ def test_offloading_and_stage_3_need_deepspeed():
     with join_ranks() as ranks:
         for stage, settings in ((1, offload), (2, offload), (3, {})):
             assert isinstance(engine_of(ranks, config_of(1, stage, 1, "fp32", settings)), DeepSpeedEngine)
+
+
+@pytest.fixture
+def without_deepspeed(tmp_path, monkeypatch):
+    """Make DeepSpeed unavailable to all processes that the test starts."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['deepspeed'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.usefixtures("without_deepspeed")
+def test_the_quickstart_runs_without_deepspeed_on_one_rank(trainer):
+    small = ("data.workers=0", "train.steps=2", "model.depth=1", "model.dec_depth=1")
+    options = [word for setting in small for word in ("--set", setting)]
+    out = trainer.launch("run", "--config", str(ROOT / "configs/quickstart.json"), *options)
+    assert "plain torch, because ZeRO stage 1 partitions nothing on one rank" in out
+    assert trainer.checkpoints("run") == ["step-00000002"]
+
+
+@pytest.mark.usefixtures("without_deepspeed")
+def test_several_ranks_without_deepspeed_report_the_missing_library_once(trainer):
+    out = trainer.launch("run", *zero(1), ranks=2, code=1)  # torchrun replaces the exit code 2
+    message = "error: the section deepspeed needs DeepSpeed: pip install 'm3ae-fast[train]'"
+    assert out.count(message) == 1 and 'train.py", line' not in out  # torchrun has a traceback of its own
+    assert not (trainer.folder / "run").exists()
 
 
 def test_a_run_on_two_ranks_with_zero_2_resumes_on_one_and_back(trainer):

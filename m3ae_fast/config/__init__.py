@@ -1,7 +1,7 @@
 """The run's configuration: one strict JSON file, typed sections, `--set` overrides, errors that name fields."""
 
 from m3ae_fast.config.knn import USUAL_K, KnnConfig
-from m3ae_fast.config.libraries import require_libraries_of
+from m3ae_fast.config.libraries import engine_libraries, require_libraries_of
 from m3ae_fast.config.load import (
     Overrides,
     follow,

@@ -5,15 +5,21 @@ from __future__ import annotations
 from m3ae_fast.base import s3_and_gs
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config.settings import Config
+from m3ae_fast.config.training_sections import TrainingSections
 
 
-def require_libraries_of(config: Config) -> None:
-    """Raise UserError if a library that a run requires is not installed. Shards that are listed in a manifest are not
-    checked, because they are known only when the manifest is read."""
-    needs = {} if config.deepspeed is None else {"deepspeed": "the section deepspeed"}
+def require_libraries_of(config: Config, ranks: int) -> None:
+    """Raise UserError if a library that a run on this number of ranks requires is not installed. Shards that are listed
+    in a manifest are not checked, because they are known only when the manifest is read."""
     # loggers are named after their libraries
-    require_libraries(needs | dict.fromkeys(config.run.loggers, "run.loggers"))
+    require_libraries(engine_libraries(config, ranks) | dict.fromkeys(config.run.loggers, "run.loggers"))
     probe = config.train.probe
     sources = [*config.data.train, *config.data.val, *([*probe.train, *probe.val] if probe else [])]
     for source in sources:
         s3_and_gs.require(*([source.shards] if isinstance(source.shards, str) else source.shards))
+
+
+def engine_libraries(config: TrainingSections, ranks: int) -> dict[str, str]:
+    """Return the libraries that the engine needs on this number of ranks, each with the section that selects it."""
+    is_needed = config.deepspeed is not None and config.deepspeed.is_needed(ranks)
+    return {"deepspeed": "the section deepspeed"} if is_needed else {}

@@ -510,6 +510,12 @@ class DeepSpeedConfig(Section):
     communication_data_type: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which gradients are reduced over ranks."""
 
+    def is_needed(self, ranks: int) -> bool:
+        """Return whether DeepSpeed takes the steps on this number of ranks. A single rank has nothing to partition or
+        to reduce, so plain torch takes the same steps, except for stage 3 and with offloading."""
+        zero = self.zero_optimization
+        return ranks > 1 or zero.stage == 3 or zero.offloads_optimizer
+
 
 class Config(Section):
     """Settings of a pre-training run."""

@@ -72,11 +72,10 @@ def make_engine(
     dtype = dtype_of(train.precision)
     if config.deepspeed is None:
         return TorchEngine(model, groups, optim, dtype, ranks, train.ema)
-    zero = config.deepspeed.zero_optimization
-    if ranks.world == 1 and zero.stage < 3 and not zero.offloads_optimizer:
-        # There is nothing to partition or to reduce, so DeepSpeed would only copy gradients into its buffers.
-        engine = TorchEngine(model, groups, optim, dtype, ranks, train.ema, masters=zero.stage > 0)
-        engine.name = f"plain torch, because ZeRO stage {zero.stage} partitions nothing on one rank"
+    if not config.deepspeed.is_needed(ranks.world):  # it would only copy gradients into its buffers
+        stage = config.deepspeed.zero_optimization.stage
+        engine = TorchEngine(model, groups, optim, dtype, ranks, train.ema, masters=stage > 0)
+        engine.name = f"plain torch, because ZeRO stage {stage} partitions nothing on one rank"
         return engine
     from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 

@@ -13,6 +13,8 @@ from typing import Any, TypeGuard, overload
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import keep_freed_memory
+from m3ae_fast.base.libraries import require_libraries
+from m3ae_fast.config import engine_libraries
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
 from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, WARNINGS, baseline_name, differences
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
@@ -192,6 +194,7 @@ def _perform(options: Task, session: Session, shared: SharedFeatures, *, is_last
         print(f"note: {one_model.model} is the baseline; the folder of this name is ./{one_model.model}", flush=True)
     modality = ranks.broadcast(lambda: _modality(options))
     config = ranks.broadcast(lambda: _config(options, modality))
+    ranks.on_main(lambda: require_libraries(engine_libraries(config, ranks.world)))
     ranks.on_main(lambda: refuse_existing(config.run.dir))
     started = time.perf_counter()
     if ranks.device.type == "cpu":

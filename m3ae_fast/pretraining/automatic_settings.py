@@ -253,7 +253,7 @@ def assumed_config(overrides: Sequence[str]) -> Config:
         return settings(statistics, shards, Path("run"), size, 64, 1000, "cls", overrides)
 
     config = config_of(possible(MODEL_SIZES, config_of)[0])
-    require_libraries_of(config)
+    require_libraries_of(config, ranks=1)  # `pretrain` has a single rank
     return config
 
 

@@ -82,7 +82,7 @@ def pre_train(
             checkpoint cannot be written.
     """
     ranks = session.ranks
-    ranks.on_main(lambda: require_libraries_of(config))
+    ranks.on_main(lambda: require_libraries_of(config, ranks.world))
     resolved = ranks.broadcast(lambda: resolve_precision(config.train, ranks.device))
     config = config.model_copy(update={"train": resolved})
     session.heartbeats.watch_over(config.run)
