@@ -23,8 +23,6 @@ from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.parquet import read_parquet, write_parquet
-from m3ae_fast.config import Pool
-from m3ae_fast.config.poolings import candidates
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.fingerprint import written
 from m3ae_fast.data.labels import Classes
@@ -32,18 +30,17 @@ from m3ae_fast.drawing.figures import draw_comparison
 from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.image_features import FixedFeatures, available, input_config, open_image_features
-from m3ae_fast.evaluation.job import Job, summary
+from m3ae_fast.evaluation.job import Encoded, Job, summary
 from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.significance import LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.evaluation.stored_features import SUFFIX, StoredFeatures, open_features
+from m3ae_fast.evaluation.task_features import by_type, possible_pools
 from m3ae_fast.evaluation.tasks import Compare
 from m3ae_fast.evaluation.timm_features import TimmFeatures, open_timm
 from m3ae_fast.heads.attentive_online import passes, predict_online
 from m3ae_fast.heads.encoding import PassMonitor, encode_types
-from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
-from m3ae_fast.heads.logistic_regression import Tried
-from m3ae_fast.heads.pool_choice import best_type
+from m3ae_fast.heads.feature_bank import FeatureType
 from m3ae_fast.heads.predictions import Predictions, largest_share, stacked
 from m3ae_fast.heads.probes import predict
 from m3ae_fast.heads.recipe import ATTENTIVE, Recipe
@@ -360,27 +357,25 @@ def _measure(
     well as the initial weights. With the same order for all seeds, the standard error over seeds would be too small.
     """
     work, whole = planned
-    banks: dict[FeatureType, tuple[FeatureBank, FeatureBank]] = {}
-    tried: Tried | None = None
-    encoded: int | None = None  # seed of the weights with which the samples were last encoded
+    encoded = Encoded({}, {})
+    encoded_with: int | None = None  # seed of the weights with which the samples were last encoded
     for (seed, probe), path in work.trials.items():
         if (seed, probe) not in work.missing:
             columns = job.ranks.broadcast(partial(read_parquet, path))
             found.add(name, probe, seed, Predictions.read(columns, found.classes))
             continue
-        if encoded is None or (work.seeded_weights and seed != encoded):
+        if encoded_with is None or (work.seeded_weights and seed != encoded_with):
             opened = open_model(model, text=False, seed=seed) if isinstance(model, str) else model
-            banks, tried = _encoded(job, opened, name, corpora, planned)
-            encoded = seed
+            encoded, encoded_with = _encoded(job, opened, name, corpora, planned), seed
         about = f"{name}, {probe}, seed {seed}"
-        tokens = FeatureType(opened.config.depth, None)
+        tokens, banks = FeatureType(opened.config.depth, None), encoded.train
         kind = tokens if probe == ATTENTIVE else next(kind for kind in banks if not kind.is_tokens)
-        samples = len(banks[kind][0].keys) if kind in banks else corpora[0].samples
+        samples = len(banks[kind].keys) if kind in banks else corpora[0].samples
         more: dict[str, Any] = {"classes": len(found.classes), "encoder_heads": opened.config.num_heads, "seed": seed}
         recipe = Recipe.of(probe, job.config, samples=samples, **more)
         if kind in banks:
-            bank, held_out = banks[kind]
-            predictions = predict({kind: bank}, {kind: held_out}, recipe, job.ranks, job.heartbeats, tried)[kind]
+            parts = {kind: banks[kind]}, {kind: encoded.val[kind]}
+            predictions = predict(*parts, recipe, job.ranks, job.heartbeats, encoded.tried)[kind]
         else:
             left = Pace(passes(recipe, *corpora))
             where = job.config, job.ranks, job.heartbeats
@@ -392,40 +387,31 @@ def _measure(
         job.print(f"{about}: {summary(predictions.accuracies())}{whole.describe_left()}")
 
 
-def _types_of(job: Job, model: MultimodalEncoder, probe: str) -> list[FeatureType]:
-    """Return the type of features that a probe of the model reads or, if their pooling is chosen, the candidates."""
-    pools: Sequence[Pool | None] = [replace(job, model=model).encode_config.fixed_pool]
-    if probe == ATTENTIVE:
-        pools = [None]
-    elif job.config.encode.pool is None and not isinstance(model, FixedFeatures):
-        pools = candidates(model.config.emb_dim, is_image=True)
-    return [FeatureType(model.config.depth, pool) for pool in pools]
-
-
 def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, Pace]
-) -> tuple[dict[FeatureType, tuple[FeatureBank, FeatureBank]], Tried | None]:
-    """Move a model to the ranks' device, and encode the samples with it in one pass. Return the features of the
-    training and held-out samples by type, and the logistic regressions that `best_type` returns. There is one pooling,
-    which `best_type` chooses unless `encode.pool` is set; patch tokens are left out if their probe will be trained
-    online."""
+) -> Encoded:
+    """Move a model to the ranks' device, encode the samples with it in one pass, and return the features that the
+    missing probes read. There is one pooling; see `possible_pools`. Patch tokens are left out if their probe will be
+    trained online."""
     work, left = planned
     if not isinstance(model, FixedFeatures):
         set_images(model, job.config.model)
     own = replace(job, model=model.to(job.ranks.device).eval())
-    types = [*dict.fromkeys(kind for _, probe in work.missing for kind in _types_of(job, model, probe))]
-    if any(kind.is_tokens for kind in types) and trains_online(own, [model.config.depth], corpora, f"{name}: "):
-        types = [kind for kind in types if not kind.is_tokens]
-    parts = []
-    for corpus, title in zip(corpora, ("train", "val")) if types else ():
+    depth, probes = model.config.depth, {probe for _, probe in work.missing}
+    types = [FeatureType(depth, pool) for pool in possible_pools(own)] if probes != {ATTENTIVE} else []
+    if ATTENTIVE in probes and not trains_online(own, [depth], corpora, f"{name}: "):
+        types.append(FeatureType(depth, None))
+    if not types:
+        return Encoded({}, {})
+    banks = []
+    for corpus, title in zip(corpora, ("train", "val")):
         monitor = PassMonitor(f"{name}: {title}", job.heartbeats, whole=left, part=work.cost * corpus.samples)
         data, ranks = job.config.data, job.ranks
-        parts += encode_types([model], [types], corpus, data, own.encode_config, ranks, monitor, folder=job.out)
+        banks += encode_types([model], [types], corpus, data, own.encode_config, ranks, monitor, folder=job.out)
     if isinstance(model, StoredFeatures):
         model.check_complete(job.ranks)
-    pooled, tried = [kind for kind in types if not kind.is_tokens], None
-    if len(pooled) > 1:
-        best, tried = best_type(replace(parts[0], patches_SLD=None, types=pooled), len(job.classes), job.heartbeats)
-        types = [kind for kind in types if kind == best or kind.is_tokens]
-        job.print(f"{name}: {best.pool} features, chosen on held-out training samples")
-    return {kind: (parts[0].of(kind), parts[1].of(kind)) for kind in types}, tried
+    found = by_type(own, model, banks)
+    if len(found.train) < len(types):
+        pool = next(kind.pool for kind in found.train if kind.pool)
+        job.print(f"{name}: {pool} features, chosen on held-out training samples")
+    return found

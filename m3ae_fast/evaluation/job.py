@@ -57,7 +57,7 @@ class Encoded(NamedTuple):
     train: Mapping[FeatureType, FeatureBank]
     val: Mapping[FeatureType, FeatureBank]
     is_network: bool = True
-    # logistic regressions on the features, if there is one type and the choice of the pooling has fitted them
+    # logistic regressions on the pooled features, if the choice of their pooling has fitted them
     tried: Tried | None = None
 
 

@@ -12,19 +12,17 @@ from typing import Any, NamedTuple
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import FOR_TEXTS, POOLINGS, Pool
 from m3ae_fast.config.arguments import chosen_layers
-from m3ae_fast.config.poolings import candidates
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
 from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, WARNINGS, accuracy_entries, chosen_entries, measured
 from m3ae_fast.evaluation.image_features import FixedFeatures
 from m3ae_fast.evaluation.job import Encoded, Job, summary
-from m3ae_fast.evaluation.task_features import encode_by_each
+from m3ae_fast.evaluation.task_features import by_type, encode_by_each, possible_pools
 from m3ae_fast.evaluation.tasks import DRAWS, WithGrid
 from m3ae_fast.heads.attentive_online import passes, predict_online
 from m3ae_fast.heads.encoding import key_digest
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType, layers_of, missing_in_host_memory
-from m3ae_fast.heads.pool_choice import best_type
 from m3ae_fast.heads.predictions import Predictions, stacked
 from m3ae_fast.heads.probes import predict
 from m3ae_fast.heads.recipe import ATTENTIVE, Recipe
@@ -119,12 +117,6 @@ def run_probes(job: Job[WithGrid]) -> Probed:
     return Probed(entries, found[MODEL][0], own)
 
 
-def _chooses(job: Job[WithGrid]) -> bool:
-    """Return whether the poolings of networks are chosen."""
-    is_network = not isinstance(job.model, FixedFeatures)
-    return is_network and not job.options.is_grid and job.config.encode.pool is None
-
-
 def _types(job: Job[WithGrid]) -> list[FeatureType]:
     """Return the types of features of the probes or, if the pooling is chosen, the candidates. Raises UserError if an
     option cannot be used with another option or with the model."""
@@ -134,17 +126,17 @@ def _types(job: Job[WithGrid]) -> list[FeatureType]:
     of_images = [pool for pool in options.pools if POOLINGS[pool].needs_images]
     if job.modality == "text" and of_images:
         raise UserError(f"pools {of_images[0]}: needs images, but captions are encoded; use {FOR_TEXTS}")
-    pools: list[Pool | None] = [*options.pools] or [job.encode_config.fixed_pool]
+    pools: list[Pool | None] = [*options.pools]
     if options.name() == ATTENTIVE:
-        pools = [None, *options.pools]
-    elif _chooses(job):
-        pools = [*candidates(config.emb_dim, job.modality == "image")]
+        pools = [None, *pools]
+    elif not pools:
+        pools = [job.encode_config.fixed_pool] if options.is_grid else [*possible_pools(job)]
     return [FeatureType(layer, pool) for layer in chosen_layers(options.layers, config.depth) for pool in pools]
 
 
 def _print_plan(job: Job[WithGrid], types: Sequence[FeatureType], train: Corpus) -> None:
     options, layers = job.options, layers_of(types)
-    probes = (1 if _chooses(job) else len(types)) * (len(options.shots) * DRAWS or 1)
+    probes = (len(types) if options.is_grid else 1) * (len(options.shots) * DRAWS or 1)
     job.print(
         f"{options.name()} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + _pooled(options)
@@ -170,34 +162,30 @@ def _encoded(
         corpora: the training and the held-out samples.
         streams: whether the features of the model are streamed; they are then not encoded.
     """
-    if (shared := job.shared).encoded and not job.options.is_grid:
+    is_grid = job.options.is_grid
+    if (shared := job.shared).encoded and not is_grid:
         job.warnings += shared.warnings
         return dict(shared.encoded)
-    warned, chooses = len(job.warnings), _chooses(job)
+    warned = len(job.warnings)
     baselines = job.open_baselines()
     models = {**({} if streams else {MODEL: job.model}), **baselines}
     if not models:
         return {}
     main = FeatureType(types[-1].layer, types[0].pool or job.encode_config.fixed_pool)
-    wanted = dict.fromkeys(models, types if chooses else [main])
+    wanted = dict.fromkeys(models, [main] if is_grid else types)
     wanted |= {name: [FeatureType(1, main.pool)] for name, each in models.items() if isinstance(each, FixedFeatures)}
     if not streams:
         wanted[MODEL] = types
     titles = [f"{'baselines: ' * streams}encoding {part}" for part in ("train", "val")]
     shorter = _shorter(job, layers_of(types))
-    found = dict[str, Encoded]()
-    for name, banks in encode_by_each(job, models, wanted, dict(zip(titles, corpora)), shorter=shorter).items():
-        kinds, tried = banks[0].types, None
-        is_network = not isinstance(models[name], FixedFeatures)
-        if chooses and is_network:
-            kind, tried = best_type(banks[0], len(job.classes), job.heartbeats)
-            kinds = [kind]
-        train, val = ({kind: bank.of(kind) for kind in kinds} for bank in banks)
-        found[name] = Encoded(train, val, is_network, tried)
-    if chooses:
+    found = {
+        name: by_type(job, models[name], banks, choose=not is_grid)
+        for name, banks in encode_by_each(job, models, wanted, dict(zip(titles, corpora)), shorter=shorter).items()
+    }
+    if len(types) > 1 and not is_grid:
         pools = [f"{name}: {kind.pool}" for name, each in found.items() if each.is_network for kind in each.train]
         job.print(f"pooling, chosen on held-out training samples: {', '.join(pools)}")
-    if not job.options.is_grid:
+    if not is_grid:
         shared.encoded, shared.warnings = dict(found), job.warnings[warned:]
     return found
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from m3ae_fast.base.pace import Pace
+from m3ae_fast.config import Pool
+from m3ae_fast.config.poolings import candidates
 from m3ae_fast.data import Corpus
 from m3ae_fast.evaluation.baselines import MODEL
-from m3ae_fast.evaluation.job import Job
+from m3ae_fast.evaluation.image_features import FixedFeatures
+from m3ae_fast.evaluation.job import Encoded, Job
 from m3ae_fast.heads.encoding import PassMonitor, UnusableSamples, encode_corpus, encode_types
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
+from m3ae_fast.heads.pool_choice import best_type
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
 from m3ae_fast.process.stoppable_loop import Stopped
@@ -22,6 +26,26 @@ def encode(job: Job, corpus: Corpus, title: str, whole: Pace | None = None) -> F
     `title`: title of the progress display; `whole`: pace of the task, in samples."""
     monitor = PassMonitor(title, job.heartbeats, whole=whole, part=corpus.samples)
     return encode_corpus(job.model, corpus, job.config.data, job.encode_config, job.ranks, monitor, folder=job.out)
+
+
+def possible_pools(job: Job) -> list[Pool]:
+    """Return the pooling of the model's features or, if `encode.pool` is null and the model is a network, the
+    candidates of which `by_type` chooses one."""
+    if job.config.encode.pool is None and not isinstance(job.model, FixedFeatures):
+        return candidates(job.model.config.emb_dim, is_image=job.modality == "image")
+    return [job.encode_config.fixed_pool]
+
+
+def by_type(job: Job, model: MultimodalEncoder, banks: Sequence[FeatureBank], *, choose: bool = True) -> Encoded:
+    """Return a model's features of the training and of the held-out samples, `banks`, by type. `choose`: whether of
+    several poolings, only the one that `best_type` chooses is returned. Every rank must call it."""
+    train, val = banks
+    kinds, tried = train.types, None
+    if choose and sum(not kind.is_tokens for kind in kinds) > 1:
+        best, tried = best_type(train, len(job.classes), job.heartbeats)
+        kinds = [kind for kind in kinds if kind == best or kind.is_tokens]
+    is_network = not isinstance(model, FixedFeatures)
+    return Encoded({kind: train.of(kind) for kind in kinds}, {kind: val.of(kind) for kind in kinds}, is_network, tried)
 
 
 def encode_by_each(

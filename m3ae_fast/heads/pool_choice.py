@@ -11,13 +11,13 @@ MOST_SAMPLES = 5000  # number of training samples with which the candidates are 
 
 
 def best_type(bank: FeatureBank, classes: int, heartbeats: Heartbeats) -> tuple[FeatureType, Tried | None]:
-    """Return the type of features with the highest accuracy on held-out samples, and the logistic regressions on its
-    features, or None in place of the regressions if they were fitted to only some of the samples. In a tie, or if there
-    are too few samples to hold some out, the first of the types is returned. Every rank must call it, and gets the same
-    type.
+    """Return the type of pooled features with the highest accuracy on held-out samples, and the logistic regressions on
+    its features, or None in place of the regressions if they were fitted to only some of the samples. In a tie, or if
+    there are too few samples to hold some out, the first of the types is returned. Every rank must call it, and gets
+    the same type.
 
     Args:
-        bank: features of the training samples, of all types that are compared.
+        bank: features of the training samples, of all types that are compared; patch tokens are ignored.
         classes: number of classes.
         heartbeats: heartbeats of this rank.
     """
@@ -25,7 +25,7 @@ def best_type(bank: FeatureBank, classes: int, heartbeats: Heartbeats) -> tuple[
     if is_part:
         digests = [key_digest(key, "pool") for key in bank.keys]
         bank = bank.rows(sorted(sorted(range(len(digests)), key=digests.__getitem__)[:MOST_SAMPLES]))
-    tried = {kind: try_strengths(bank.of(kind), classes, heartbeats) for kind in bank.types}
+    tried = {kind: try_strengths(bank.of(kind), classes, heartbeats) for kind in bank.types if not kind.is_tokens}
     accuracies = {kind: found.accuracy(bank.ranks) for kind, found in tried.items()}
     best = max(accuracies, key=accuracies.__getitem__)
     return best, None if is_part else tried[best]
