@@ -69,6 +69,7 @@ class TrainableClassifier(Classifier):
             return super().forward(batch)
         batch, labels_SK = self.mixing(batch, self.backbone.patch_embed.weight.dtype)
         logits_SK = super().forward(batch).float()
+        samples = samples or 1.0  # the sums over no samples are 0
         loss = F.cross_entropy(logits_SK, labels_SK, reduction="sum") / samples
         correct = (logits_SK.argmax(1) == labels_SK.argmax(1)).sum()
         return ClassLosses(loss, correct.float() / samples)

@@ -1,30 +1,87 @@
 """Linear probe: a linear classifier on the frozen encoder's pooled features, trained as in the official code. Each step
-encodes random crops."""
+encodes random crops.
+
+Shapes: S samples of a step on this rank, D encoder width, H heads of a stack, which is 1.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from m3ae_fast.checkpoint.resuming import SAMPLING, Rules
 from m3ae_fast.config import POOLINGS
+from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.data import lay_out
+from m3ae_fast.engine.fragments import Fragments, cut
+from m3ae_fast.engine.interface import Read
+from m3ae_fast.engine.optimizer import Kinds
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.labelled_task import LabelledTask, make_trainer, open_training
-from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
+from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, make_trainer, open_training
 from m3ae_fast.evaluation.task_features import encode
 from m3ae_fast.evaluation.tasks import Linear
 from m3ae_fast.heads.feature_bank import FeatureBank
-from m3ae_fast.heads.fit_heads import logits
+from m3ae_fast.heads.fit_heads import Stack, logits
 from m3ae_fast.heads.length_and_rate import sentence
 from m3ae_fast.heads.modules import LinearHeads
+from m3ae_fast.heads.stacked_optimizers import LARS
+from m3ae_fast.model.encoder import MultimodalEncoder
+from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.pretrained import weights_digest
+from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.training.trainer import Trainer
 
 RULES = Rules(
     same=("task.weights", "model.*", "task.classes", "run.seed", "encode.pool", "train.global_batch", *SAMPLING)
 )
 _EVALUATIONS = 100  # maximum number of evaluations without train.eval_every
+
+
+class ProbeEngine:
+    """An engine that trains a head on the features of a frozen encoder; `engine.interface.Engine` describes its
+    methods.
+
+    The statistics of BatchNorm are those of a whole step, as in the official code; see `Stack`.
+    """
+
+    model: nn.Module
+
+    def __init__(self, heads: LinearHeads, config: EvaluationConfig, ranks: Ranks, encoder: MultimodalEncoder) -> None:
+        """Create the engine. `heads`: a stack of one head; `encoder`: the frozen encoder."""
+        self.before_update: Callable[[], None] = lambda: None
+        self.kinds: Kinds = {name: ("momentum",) for name, _ in heads.named_parameters()}
+        self.model, self.ranks, self.encoder, self.encode = heads, ranks, encoder, config.encode
+        self.lars = LARS(heads.parameters(), weight_decay=config.optim.weight_decay)
+        self.stack = Stack(heads, self.lars, torch.ones(1, device=ranks.device), ranks)
+
+    def step(self, batches: Sequence, counts: float, lr: float) -> tuple[list[ClassLosses], Tensor]:
+        with encoding(self.encoder, self.encode.precision, self.ranks.device):
+            features_SD = torch.cat([self.encoder.pooled(batch, self.encode.fixed_pool) for batch in batches])
+        labels_S = torch.cat([batch.labels for batch in batches])
+        self.before_update()  # must precede the forward pass, which already changes the statistics of BatchNorm
+        if counts == 0:  # no sample could be read
+            zero = features_SD.new_zeros(())
+            return [ClassLosses(zero, zero)], zero
+        loss_H, right_H = self.stack.step(features_SD, labels_S, round(counts * self.ranks.world), lr)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return [ClassLosses(loss_H[0], right_H[0])], norm
+
+    def fragments(self) -> Fragments:
+        return cut(self._tensors(), self.ranks.rank, self.ranks.world)
+
+    def load_state(self, step: int, read: Read) -> None:
+        for name, tensor in self._tensors().items():
+            tensor.copy_(read(name, 0, tensor.numel()).view_as(tensor))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        buffers = {name: self.lars.state[p]["momentum_buffer"] for name, p in self.model.named_parameters()}
+        return {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()} | {
+            f"momentum/{name}": buffer for name, buffer in buffers.items()
+        }
 
 
 @dataclass(kw_only=True)

@@ -59,10 +59,10 @@ class LARS(StackedOptimizer):
     ) -> None:
         options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust_coefficient": trust_coefficient}
         super().__init__(params, options)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def _update(self, p: Tensor, grad: Tensor, lr: float | Tensor, group: dict[str, Any], state: Any) -> None:
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
         update = _scaled(p, grad + group["weight_decay"] * p, group["trust_coefficient"])
         p.add_(state["momentum_buffer"].mul_(group["momentum"]).sub_(lr * update))
 

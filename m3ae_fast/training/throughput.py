@@ -40,8 +40,8 @@ class SampleCounts(NamedTuple):
         return cls(sum(len(batch.keys) for batch in batches), sum(len(batch.skipped) for batch in batches))
 
     def denominators(self, world: int) -> float:
-        """Return each rank's loss denominators, given counts summed over `world` ranks."""
-        return max(self.samples, 1.0) / world
+        """Return each rank's loss denominator, given counts summed over `world` ranks; 0 if there are no samples."""
+        return self.samples / world
 
 
 class SampleRate:

@@ -10,7 +10,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.evaluation import finetune, linear
-from m3ae_fast.evaluation.linear_probe_engine import ProbeEngine
+from m3ae_fast.evaluation.linear import ProbeEngine
 from m3ae_fast.heads.classifier import Classifier
 from m3ae_fast.heads.modules import LinearHeads
 from m3ae_fast.process.ranks import join_ranks
