@@ -11,11 +11,13 @@ import numpy as np
 from m3ae_fast.evaluation.significance import Difference, difference, interval, mean_accuracy
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.heads.standard_error import ERROR
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
+from m3ae_fast.weights.model_name import HOG, IMAGE_FEATURES, RANDOM
 
 MODEL = "the model"  # name of the evaluated model in comparisons with its baselines
 UNTRAINED, LARGEST = "random weights", "the largest class"
 BASELINES = "baselines"  # key of the baselines' results in result.json
+TOGETHER = "the model with HOG"  # name of the features of both together
+WITH_HOG = "with_hog"  # key of their results in result.json
 WARNINGS = "warnings"  # key of the list of warnings in result.json, which is missing if there are none
 PROBE = "probe"  # key of the description of a baseline's classifier, if it differs from the classifier of the model
 LOGISTIC = "logistic regression"
@@ -59,20 +61,35 @@ def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
 
 
 def accuracy_entries(found: Mapping[str, Sequence[Predictions]], probe: str = "") -> dict[str, Any]:
-    """Return the accuracies of a model and of its baselines as entries of result.json.
+    """Return the accuracies of a model and of its baselines as entries of result.json, and those of the features of the
+    model and HOG together if they are known.
 
     Args:
-        found: predictions for the same samples, for one or several draws of training samples; the keys are MODEL and
-            the names of the baselines.
+        found: predictions for the same samples, for one or several draws of training samples; the keys are MODEL, the
+            names of the baselines and, possibly, TOGETHER.
         probe: description of the classifier of the baselines; "": the same classifier as for the model.
     """
     model = found[MODEL]
     baselines = {
         name: Baseline(_accuracies(own), accuracy_difference(model, own), probe, chosen_entries(own))
         for name, own in found.items()
-        if name != MODEL
+        if name not in (MODEL, TOGETHER)
     }
-    return _accuracies(model) | chosen_entries(model) | baseline_entries(baselines)
+    entries = _accuracies(model) | chosen_entries(model) | baseline_entries(baselines)
+    return entries | ({WITH_HOG: _together_entries(found)} if TOGETHER in found else {})
+
+
+def _together_entries(found: Mapping[str, Sequence[Predictions]]) -> dict[str, Any]:
+    """Return the results of TOGETHER as the entry WITH_HOG of result.json. `found`: as in `accuracy_entries`."""
+    own, parts = found[TOGETHER], (MODEL, IMAGE_FEATURES[HOG])
+    apart = {name: accuracy_difference(own, found[name]) for name in parts}
+    known = {name: each for name, each in apart.items() if each}
+    return {
+        **_accuracies(own),
+        **chosen_entries(own),
+        "verdicts": [each.words(TOGETHER, name) for name, each in known.items()],
+        "differences": {name: each.entries() for name, each in known.items()},
+    }
 
 
 def _accuracies(found: Sequence[Predictions]) -> dict[str, float]:

@@ -66,7 +66,7 @@ class SharedFeatures:
     """Features that several tasks with the same model and samples share, so that the samples are encoded only once. The
     first of these tasks stores its features here; see `probe_grid.run_probes`."""
 
-    encoded: dict[str, Encoded] = field(default_factory=dict)  # keys: MODEL and the names of the baselines
+    encoded: dict[str, Encoded] = field(default_factory=dict)  # by model; see `probe_grid.run_probes`
     warnings: list[str] = field(default_factory=list)  # warnings of the encoding
 
 

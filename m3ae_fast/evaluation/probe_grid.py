@@ -15,7 +15,15 @@ from m3ae_fast.config.arguments import chosen_layers
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
-from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, WARNINGS, accuracy_entries, chosen_entries, measured
+from m3ae_fast.evaluation.baselines import (
+    LOGISTIC,
+    MODEL,
+    TOGETHER,
+    WARNINGS,
+    accuracy_entries,
+    chosen_entries,
+    measured,
+)
 from m3ae_fast.evaluation.image_features import FixedFeatures
 from m3ae_fast.evaluation.job import Encoded, Job, summary
 from m3ae_fast.evaluation.task_features import by_type, encode_by_each, possible_pools
@@ -27,6 +35,7 @@ from m3ae_fast.heads.predictions import Predictions, stacked
 from m3ae_fast.heads.probes import predict
 from m3ae_fast.heads.recipe import ATTENTIVE, Recipe
 from m3ae_fast.heads.standard_error import ERROR
+from m3ae_fast.weights.model_name import HOG, IMAGE_FEATURES
 
 ATTENTION = "attention"  # display name of the pooling of patch tokens by an attentive probe
 
@@ -154,7 +163,8 @@ def _pooled(options: WithGrid) -> str:
 def _encoded(
     job: Job[WithGrid], types: Sequence[FeatureType], corpora: tuple[Corpus, Corpus], streams: bool
 ) -> dict[str, Encoded]:
-    """Return the features of the model and of its baselines, by MODEL and the names of the baselines.
+    """Return the features of the model and of its baselines, by MODEL, the names of the baselines and, without options
+    of the grid, TOGETHER.
 
     Args:
         job: the job. `job.shared` may already contain the features of a task without options of the grid.
@@ -186,8 +196,25 @@ def _encoded(
         pools = [f"{name}: {kind.pool}" for name, each in found.items() if each.is_network for kind in each.train]
         job.print(f"pooling, chosen on held-out training samples: {', '.join(pools)}")
     if not is_grid:
+        if {MODEL, IMAGE_FEATURES[HOG]} <= found.keys():
+            _add_together(job, found)
         shared.encoded, shared.warnings = dict(found), job.warnings[warned:]
     return found
+
+
+def _add_together(job: Job[WithGrid], found: dict[str, Encoded]) -> None:
+    """Add the features of the model and HOG together, as TOGETHER, to those of `_encoded`, which have one type. If they
+    fit neither into memory nor on the disk, they are left out with a warning. Every rank must call it."""
+    model, hog = found[MODEL], found[IMAGE_FEATURES[HOG]]
+    ((kind, train),), ((_, hog_train),) = model.train.items(), hog.train.items()
+    ((_, val),), ((_, hog_val),) = model.val.items(), hog.val.items()
+    if kind.is_tokens:
+        return
+    try:
+        both = [own.beside(other, job.out) for own, other in ((train, hog_train), (val, hog_val))]
+        found[TOGETHER] = Encoded({kind: both[0]}, {kind: both[1]})
+    except UserError as error:
+        job.warn(f"the result is written without {TOGETHER}: {error}")
 
 
 def _predictions(job: Job[WithGrid], probe: str, encoded: Encoded, shots: int | None, classes: Classes) -> Made:

@@ -20,6 +20,7 @@ from m3ae_fast.evaluation.baselines import (
     BASELINES,
     UNTRAINED,
     WARNINGS,
+    WITH_HOG,
     baseline_models,
     baseline_name,
     differences,
@@ -29,7 +30,7 @@ from m3ae_fast.evaluation.difference import verdicts
 from m3ae_fast.heads.standard_error import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Diagnostic, Metrics, diagnose, verdict
 from m3ae_fast.training.run_state import status
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM
+from m3ae_fast.weights.model_name import HOG, IMAGE_FEATURES, RANDOM
 
 REPORT_FILE = "report.html"
 _SIZES = ("k", "inverse_strength", "classes", "steps", "draws", "seconds", "skipped", "train_samples", "val_samples")
@@ -163,6 +164,8 @@ def _results_table(found: list[tuple[Path, dict[str, Any]]]) -> str:
         of_models = {model: result} | {
             f"{baseline_name(name, each)} of {model}": each for name, each in baselines.items()
         }
+        if WITH_HOG in result:
+            of_models[f"{model} with {IMAGE_FEATURES[HOG]}"] = result[WITH_HOG]
         for whose, metrics in of_models.items():
             for name, value in metrics.items():
                 is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -16,7 +16,16 @@ from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config import engine_libraries
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
-from m3ae_fast.evaluation.baselines import BASELINES, MODEL, UNTRAINED, WARNINGS, baseline_name, differences
+from m3ae_fast.evaluation.baselines import (
+    BASELINES,
+    MODEL,
+    TOGETHER,
+    UNTRAINED,
+    WARNINGS,
+    WITH_HOG,
+    baseline_name,
+    differences,
+)
 from m3ae_fast.evaluation.class_metrics import class_metrics, draw_class_metrics
 from m3ae_fast.evaluation.image_features import available, input_config, open_image_features
 from m3ae_fast.evaluation.job import (
@@ -229,6 +238,8 @@ def _perform(options: Task, session: Session, shared: SharedFeatures, *, is_last
         for name, each in result.get(BASELINES, {}).items():
             words = f"; {apart[name].words(MODEL, name)}" if name in apart else ""
             job.print(f"{task}: {baseline_name(name, each)}: {summary(each)}{words}")
+        if together := result.get(WITH_HOG):
+            job.print(f"{task}: {'; '.join([f'{TOGETHER}: {summary(together)}', *together['verdicts']])}")
         for text in found:  # those of the job have been printed
             job.print(f"warning: {text}")
         return result

@@ -229,6 +229,11 @@ class WithBaselines(OneModel):
     hyper-parameters chosen separately by the same rule. The other tasks use logistic regression, so that no second
     training is necessary. With `--layers`, `--pools` or `--shots`, the baselines are compared with the accuracy `top1`
     of the result.
+
+    Without these three options, `knn` and `logistic` also evaluate the features of MODEL and HOG together, because they
+    are often more accurate than either. Both parts are scaled to unit length, and concatenated. `with_hog` in
+    `result.json` contains the accuracies, and the paired differences from MODEL and from HOG. [A model with
+    HOG](guide/comparing.md#a-model-with-hog) shows how to compute such features.
     """
 
     baselines: bool = True

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m3ae_fast.base.bad_samples import Skipped
@@ -194,6 +195,24 @@ class FeatureBank:
         every rank, [N, ...]. Every rank must call it."""
         own = self.own, values_R.cpu()
         return _in_order(self.ranks.gather(own) if self.ranks else [own])
+
+    def beside(self, other: FeatureBank, folder: Path | None = None) -> FeatureBank:
+        """Return a bank with the features of two banks side by side, [R, D of both], each scaled to unit length. The
+        cosine similarity of two samples is then the mean of their two similarities. Every rank must call it.
+
+        Args:
+            other: features of the same samples, stored by the same ranks.
+            folder: as in `Rows`.
+
+        Raises:
+            UserError: the features fit neither into memory nor on the disk.
+        """
+        assert self.ranks and self.keys == other.keys and torch.equal(self.own, other.own)
+        both = Rows(len(self.own), self.ranks, folder)
+        for start in range(0, max(len(self.own), 1), _MEASURED):
+            parts = (bank.take(slice(start, start + _MEASURED)).float() for bank in (self, other))
+            both.append(torch.cat([F.normalize(part_SD, dim=1) for part_SD in parts], 1))
+        return replace(self, stored_SD=both.tensor(), at_R=None, patches_SLD=None, types=())
 
     def check_finite(self) -> None:
         """Raise UserError on every rank if a feature of any sample is not finite. The message contains the key of the

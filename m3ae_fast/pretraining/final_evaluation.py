@@ -17,7 +17,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.config import Config, SourceConfig
-from m3ae_fast.evaluation.baselines import BASELINES, LARGEST
+from m3ae_fast.evaluation.baselines import BASELINES, LARGEST, MODEL, WITH_HOG
 from m3ae_fast.evaluation.compare import with_error
 from m3ae_fast.evaluation.difference import all_differences
 from m3ae_fast.evaluation.job import RESULT_FILE, SharedFeatures
@@ -126,6 +126,9 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
     """Return the lines of a table of the accuracies on held-out samples by model and task, with their standard errors.
     The last line shows the share of the largest class."""
     accuracies = {task: _by_model(results) for task, results in found.items()}
+    for task, results in found.items():
+        if WITH_HOG in results[RUN]:
+            accuracies[task] = {RUN: results[RUN], f"{RUN} with HOG": results[RUN][WITH_HOG], **accuracies[task]}
     first = next(iter(accuracies.values()))
     width = max(map(len, _TASKS.values())) + 4
     lines = [f"{'held-out accuracy, %':22}" + "".join(f"{_TASKS[task]:>{width}}" for task in found)]
@@ -154,7 +157,7 @@ def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
     better = [name for name, each in free.items() if each and each.is_better and each.value > _CLEAR * each.error]
     sure, unsure = (
         ", ".join(
-            name + (f" ({100 * each.value:+.1f} ± {100 * each.error:.1f} points)" if each else "")
+            name + (f" ({_points(each)})" if each else "")
             for name, each in free.items()
             if (name in better) == is_better
         )
@@ -165,7 +168,15 @@ def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
     else:
         words = f"is better than {sure}, but not better than {unsure}" if sure else f"is not better than {unsure}"
         words += f", which need{'s' if len(free) == len(better) + 1 else ''} no training"
+    if together := result.get(WITH_HOG):
+        words += f"; its features with HOG: {with_error(together)} %"
+        if MODEL in together["differences"]:
+            words += f" ({_points(Difference.read(together['differences'][MODEL]))})"
     return f"verdict: by {_TASKS[task]} ({with_error(result)} %), {RUN} {words}"
+
+
+def _points(each: Difference) -> str:
+    return f"{100 * each.value:+.1f} ± {100 * each.error:.1f} points"
 
 
 def _by_model(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,8 +33,8 @@ _START, _TASK, _REPORT = 1.5, 2.0, 5.0
 # and on a GPU. One core took 2e-7 s with 4,500 samples, 10 classes and 128 or 512 features.
 _REGRESSION = {"cpu": 1e-7, "cuda": 1e-9}
 # number of features of a network in all poolings from which one is chosen (2,300 to 4,600 for images), number in the
-# chosen pooling, and number of all features without a network
-_POOLINGS, _CHOSEN, _WITHOUT = 4000, 2000, 1500
+# chosen pooling, number of all features without a network, and number of features of the run and HOG together
+_POOLINGS, _CHOSEN, _WITHOUT, _TOGETHER = 4000, 2000, 1500, 3000
 # number of passes over the images (for the run, for random weights, and for features without a network); number of
 # those that are part of the evaluation of the run; number of tasks (k-NN, logistic regression)
 _MODELS, _BASELINES, _TASKS = 3, 2, 2
@@ -88,9 +88,10 @@ class Budget:
 
     def regressions(self) -> float:
         """Return the estimated seconds of all logistic regressions: those that choose the pooling of each model, those
-        that evaluate the models, and those on features without a network."""
+        that evaluate the models, and those on features without a network, alone or with the features of the run."""
         samples, networks = self.statistics.samples, self._models - 1
-        fitted = networks * (min(samples, MOST_SAMPLES) * _POOLINGS + samples * _CHOSEN) + samples * _WITHOUT
+        fitted = networks * (min(samples, MOST_SAMPLES) * _POOLINGS + samples * _CHOSEN)
+        fitted += samples * (_WITHOUT + _TOGETHER)
         return _REGRESSION[self._device] * self.statistics.classes * fitted
 
     def training(self, pace: ThroughputEstimate) -> float:

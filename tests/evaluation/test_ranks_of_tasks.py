@@ -103,10 +103,10 @@ def _fields(value):
     for name, inner in value.items():
         name = re.sub(r"^(other_)?(max_softmax|energy|knn|mahalanobis)_(?!samples)", "SET_SCORE_", name)
         yield re.sub(r"^other_samples$", "SET_samples", name).removesuffix("_se")
-        if name == "baselines" and isinstance(inner, dict):
-            for baseline in inner.values():
-                yield from _fields(baseline)
-        if name in ("recipe", "difference", "options") or (
+        if name in ("baselines", "differences") and isinstance(inner, dict):
+            for each in inner.values():
+                yield from _fields(each)
+        if name in ("recipe", "difference", "options", "with_hog") or (
             isinstance(inner, list) and inner and isinstance(inner[0], dict)
         ):
             for row in inner if isinstance(inner, list) else [inner]:
