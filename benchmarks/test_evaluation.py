@@ -31,9 +31,9 @@ from benchmarks.shards import make_shards
 from benchmarks.workload import IMAGE_SIZE
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config import DataConfig, LossConfig, ModelConfig, SourceConfig
-from m3ae_fast.config.evaluation import EvaluationConfig
-from m3ae_fast.data import ShardStore, Share, open_corpus
-from m3ae_fast.heads.encoding import encoding_loader
+from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
+from m3ae_fast.data import ShardStore, open_corpus
+from m3ae_fast.heads.encoding import corpus_batches
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.fit_heads import HeadBatch, Stack, fit_heads, logits, stored_steps
 from m3ae_fast.heads.logistic_regression import fit_chosen
@@ -198,7 +198,8 @@ def test_grid_of_heads(tmp_path):
     keep_freed_memory()
     torch.manual_seed(0)
     model = M3AE(ModelConfig(size="small", image_size=IMAGE_SIZE, vocab_size=0), LossConfig()).eval()
-    (batch,) = encoding_loader(model, corpus, data, Share(BATCH), torch.device("cpu"))
+    with join_ranks() as ranks:
+        (batch,) = corpus_batches(model, corpus, data, EncodeConfig(batch=BATCH), ranks).loader
     labels_S, width = torch.randint(CLASSES, (BATCH,)), model.config.emb_dim
     features_ND = torch.randn(20 * BATCH, width)
     cached = _bank(features_ND, torch.randint(CLASSES, (20 * BATCH,)))

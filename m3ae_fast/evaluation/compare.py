@@ -39,7 +39,7 @@ from m3ae_fast.evaluation.task_features import by_type, possible_pools
 from m3ae_fast.evaluation.tasks import Compare
 from m3ae_fast.evaluation.timm_features import TimmFeatures, open_timm
 from m3ae_fast.heads.attentive_online import passes, predict_online
-from m3ae_fast.heads.encoding import PassMonitor, encode_types
+from m3ae_fast.heads.encoding import PassMonitor, corpus_batches, encode_types
 from m3ae_fast.heads.feature_bank import FeatureType
 from m3ae_fast.heads.predictions import Predictions, largest_share, stacked
 from m3ae_fast.heads.probes import predict
@@ -406,8 +406,8 @@ def _encoded(
     banks = []
     for corpus, title in zip(corpora, ("train", "val")):
         monitor = PassMonitor(f"{name}: {title}", job.heartbeats, whole=left, part=work.cost * corpus.samples)
-        data, ranks = job.config.data, job.ranks
-        banks += encode_types([model], [types], corpus, data, own.encode_config, ranks, monitor, folder=job.out)
+        batches = corpus_batches(model, corpus, job.config.data, own.encode_config, job.ranks)
+        banks += encode_types([model], [types], batches, own.encode_config, job.ranks, monitor, folder=job.out)
     if isinstance(model, StoredFeatures):
         model.check_complete(job.ranks)
     found = by_type(own, model, banks)

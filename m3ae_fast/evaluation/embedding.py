@@ -37,7 +37,7 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
 from m3ae_fast.evaluation.image_features import open_image_features
 from m3ae_fast.evaluation.model_images import set_images
-from m3ae_fast.heads.encoding import Batches, encode_batches, encode_corpus
+from m3ae_fast.heads.encoding import Batches, corpus_batches, encode_batches
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.images.suffixes import is_image, listed_suffixes
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -173,12 +173,14 @@ def _arrays(
     encode = config.encode.of_model(model.config, texts=options.modality != "image")
     config = config.model_copy(update={"encode": encode})
     if images:
-        found = _encode_files(model, *images, config, ranks, options.patches).gathered()
+        batches = _file_batches(model, *images, config, ranks)
+        found = encode_batches(model, batches, encode, ranks, patches=options.patches).gathered()
         return {"keys": np.array(found.keys, dtype=str)} | _features(model, found)
     store = ShardStore(config.data.cache_dir, config.data.cache_gb)
     corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
     known = read_labels(corpus, options.labels, progress=ranks.is_main)
-    found = encode_corpus(model, _number(corpus), config.data, encode, ranks, patches=options.patches).gathered()
+    batches = corpus_batches(model, _number(corpus), config.data, encode, ranks)
+    found = encode_batches(model, batches, encode, ranks, patches=options.patches).gathered()
     numbers = found.labels.numpy()
     arrays = _names(corpus, numbers, found.keys)
     table = _features(model, found)
@@ -214,12 +216,11 @@ class _ImageFiles(Dataset[Sample | Skipped]):
         return replace(sample, key=name)
 
 
-def _encode_files(
-    model: MultimodalEncoder, folder: str, names: Sequence[str], config: EvaluationConfig, ranks: Ranks, patches: bool
-) -> FeatureBank:
-    """Return the features of image files in the same form as `encode_corpus`."""
+def _file_batches(
+    model: MultimodalEncoder, folder: str, names: Sequence[str], config: EvaluationConfig, ranks: Ranks
+) -> Batches:
+    """Return this rank's batches of image files, in order."""
     data, share = config.data, Share(config.encode.batch * ranks.world, rank=ranks.rank, world=ranks.world)
-    share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-len(names) // share.global_batch))
     workers = default_workers() if data.workers is None else data.workers
     allow_open_files()
@@ -231,8 +232,7 @@ def _encode_files(
         pin_memory=pins_memory(ranks.device),
         worker_init_fn=start_worker,
     )
-    batches = Batches(loader, share, len(names), data.max_bad_fraction)
-    return encode_batches(model, batches, config.encode, ranks, patches=patches)
+    return Batches(loader, len(names), data.max_bad_fraction)
 
 
 def _field(name: str, corpus: Corpus, numbers: np.ndarray) -> list[str]:

@@ -11,7 +11,8 @@ from m3ae_fast.config import Config, KnnProbeConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, ShardStore, open_corpus
 from m3ae_fast.data.labels import Classes, label_corpus
-from m3ae_fast.heads.encoding import PassMonitor, encode_corpus
+from m3ae_fast.heads.encoding import PassMonitor, corpus_batches, encode_batches
+from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.knn import knn_predictions
 from m3ae_fast.heads.predictions import largest_share
 from m3ae_fast.model.m3ae import M3AE
@@ -67,16 +68,16 @@ def _log(config: Config, probe: KnnProbeConfig, train: Corpus, val: Corpus, clas
     assert isinstance(model, M3AE)
     encode = EncodeConfig(pool="mean", precision=config.train.precision)
     ranks, heartbeats, stop, folder = trainer.ranks, trainer.heartbeats, trainer.stop, trainer.config.run.dir
+    banks: list[FeatureBank] = []
     try:
-        bank, queries = (
-            encode_corpus(
-                model, corpus, config.data, encode, ranks, PassMonitor(title, heartbeats, stop), folder=folder
-            )
-            for corpus, title in ((train, "k-NN: train"), (val, "k-NN: val"))
-        )
+        for corpus, title in ((train, "k-NN: train"), (val, "k-NN: val")):
+            batches = corpus_batches(model, corpus, config.data, encode, ranks)
+            monitor = PassMonitor(title, heartbeats, stop)
+            banks.append(encode_batches(model, batches, encode, ranks, monitor, folder=folder))
     except Stopped:
         trainer.cut_short()
         return
+    bank, queries = banks
     found = knn_predictions(bank, queries, len(classes), probe)
     largest = largest_share(queries.labels.tolist())
     trainer.log.log(trainer.step, {ACCURACY: found.accuracies()["top1"], _K: found.chosen["k"], _LARGEST: largest})

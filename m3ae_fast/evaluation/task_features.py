@@ -11,7 +11,7 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.evaluation.baselines import MODEL
 from m3ae_fast.evaluation.image_features import FixedFeatures
 from m3ae_fast.evaluation.job import Encoded, Job
-from m3ae_fast.heads.encoding import PassMonitor, UnusableSamples, encode_corpus, encode_types
+from m3ae_fast.heads.encoding import PassMonitor, UnusableSamples, corpus_batches, encode_batches, encode_types
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.pool_choice import best_type
 from m3ae_fast.model.encoder import MultimodalEncoder
@@ -25,7 +25,8 @@ def encode(job: Job, corpus: Corpus, title: str, whole: Pace | None = None) -> F
     """Return the features of all samples by the last block of the model, [R, D], with the pooling in the settings.
     `title`: title of the progress display; `whole`: pace of the task, in samples."""
     monitor = PassMonitor(title, job.heartbeats, whole=whole, part=corpus.samples)
-    return encode_corpus(job.model, corpus, job.config.data, job.encode_config, job.ranks, monitor, folder=job.out)
+    batches = corpus_batches(job.model, corpus, job.config.data, job.encode_config, job.ranks)
+    return encode_batches(job.model, batches, job.encode_config, job.ranks, monitor, folder=job.out)
 
 
 def possible_pools(job: Job) -> list[Pool]:
@@ -76,25 +77,16 @@ def encode_by_each(
     ways = " or ".join([*shorter, *(["--no-baselines"] if {*models} != {MODEL} else [])])
     samples = sum(corpus.samples for corpus in corpora.values())
     whole = job.pace(len(inputs) * samples, shorter=lambda _: ways)
-    found: dict[str, tuple[FeatureBank, ...]] = {}
+    encode, found = job.encode_config, dict[str, tuple[FeatureBank, ...]]()
     for geometry in inputs:
         same = {name: model for name, model in models.items() if model.geometry == geometry}
         parts = []
         try:
             for title, corpus in corpora.items():
                 monitor = PassMonitor(title, job.heartbeats, stop, whole, corpus.samples)
-                parts.append(
-                    encode_types(
-                        [*same.values()],
-                        [types[name] for name in same],
-                        corpus,
-                        job.config.data,
-                        job.encode_config,
-                        job.ranks,
-                        monitor,
-                        folder=job.out,
-                    )
-                )
+                batches = corpus_batches(next(iter(same.values())), corpus, job.config.data, encode, job.ranks)
+                own = [types[name] for name in same]
+                parts.append(encode_types([*same.values()], own, batches, encode, job.ranks, monitor, folder=job.out))
         except UnusableSamples as error:
             if MODEL in same:
                 raise

@@ -21,7 +21,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import POOLINGS
 from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
 from m3ae_fast.data import Corpus, Preparation, Share, lay_out, train_loader
-from m3ae_fast.heads.encoding import PassMonitor, Reduce, encode_types, key_digest
+from m3ae_fast.heads.encoding import PassMonitor, Reduce, corpus_batches, encode_types, key_digest
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType, layers_of, pools_of, select
 from m3ae_fast.heads.fit_heads import HeadBatch, Heads, fit_heads, losses, verdicts
 from m3ae_fast.heads.hyperparameter_choice import Trial, best
@@ -140,17 +140,9 @@ def predict_online(
     def reduced(corpus: Corpus, title: str, reduce: Reduce) -> FeatureBank:
         """Return the results of `reduce` for each sample and type of features."""
         monitor = PassMonitor(title, heartbeats, whole=whole, part=corpus.samples)
-        (found,) = encode_types(
-            [model],
-            [types],
-            corpus,
-            config.data,
-            config.encode,
-            ranks,
-            monitor,
-            reduce=reduce,
-            folder=config.run.dir,
-        )
+        encode, folder = config.encode, config.run.dir
+        batches = corpus_batches(model, corpus, config.data, encode, ranks)
+        (found,) = encode_types([model], [types], batches, encode, ranks, monitor, reduce=reduce, folder=folder)
         return found
 
     tried: dict[FeatureType, list[Trial]] = {kind: [] for kind in types}

@@ -75,10 +75,32 @@ class PassMonitor(NamedTuple):
 NO_MONITOR = PassMonitor()
 
 
-def encode_corpus(
+class Batches(NamedTuple):
+    """This rank's batches of a dataset, each of at most `encode.batch` samples, which are not masked. All ranks have
+    the same number of batches; batch b of rank r is number b * world + r among the batches of all ranks."""
+
+    loader: DataLoader[PackedBatch]
+    samples: int  # number of samples of all ranks, including unreadable ones
+    max_bad_fraction: float  # maximum fraction of unreadable samples
+
+
+def corpus_batches(
+    model: MultimodalEncoder, corpus: Corpus, data: DataConfig, config: EncodeConfig, ranks: Ranks
+) -> Batches:
+    """Return this rank's batches of all samples of a corpus, in file order, for encoders with the input of `model`.
+    Images are cropped to the central square unless they are native. The modalities of the sources determine whether
+    images, texts or pairs are encoded. Raises UserError if there are captions but the model has no tokenizer."""
+    if corpus.has_captions:
+        model.require_tokenizer()
+    preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)
+    share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
+    loader = eval_loader(data, corpus, preparation, share, pin_memory=pins_memory(ranks.device))
+    return Batches(loader, corpus.samples, data.max_bad_fraction)
+
+
+def encode_batches(
     model: MultimodalEncoder,
-    corpus: Corpus,
-    data: DataConfig,
+    batches: Batches,
     config: EncodeConfig,
     ranks: Ranks,
     monitor: PassMonitor = NO_MONITOR,
@@ -88,16 +110,16 @@ def encode_corpus(
 ) -> FeatureBank:
     """Return the features of the last block with the pooling of `config`, float32 [R, D]. `patches`: whether to also
     store the features of all patches, as float16. See `encode_types` for the other arguments and the errors."""
-    batches, types = _batches(model, corpus, data, config, ranks), [_usual_types(model, config, patches)]
-    (bank,) = _encode([model], types, batches, config, ranks, monitor, folder=folder)
+    kind, tokens = (FeatureType(model.config.depth, pool) for pool in (config.fixed_pool, None))
+    types = [kind, tokens] if patches else [kind]
+    (bank,) = encode_types([model], [types], batches, config, ranks, monitor, folder=folder)
     return bank.part(0, POOLINGS[config.fixed_pool].vectors)
 
 
 def encode_types(
     models: Sequence[MultimodalEncoder],
     types: Sequence[Sequence[FeatureType]],
-    corpus: Corpus,
-    data: DataConfig,
+    batches: Batches,
     config: EncodeConfig,
     ranks: Ranks,
     monitor: PassMonitor = NO_MONITOR,
@@ -105,15 +127,13 @@ def encode_types(
     reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> list[FeatureBank]:
-    """Return features of all samples by each model; see `FeatureBank.of`. The samples are not masked, and images are
-    cropped to the central square unless they are native. Each batch is decoded only once for all models. Each rank
-    stores the features that it has computed: float32, or float16 for patch tokens.
+    """Return features of all samples by each model; see `FeatureBank.of`. Each batch is decoded only once for all
+    models. Each rank stores the features that it has computed: float32, or float16 for patch tokens.
 
     Args:
         models: encoders with the same input, on the device of `ranks`.
         types: the types of features of each model.
-        corpus: the dataset; the modalities of its sources determine whether images, texts or pairs are encoded.
-        data: settings of the data loader.
+        batches: this rank's batches of the dataset.
         config: settings of the encoding.
         ranks: the ranks across which the samples are split.
         monitor: progress display and stop requests.
@@ -123,55 +143,10 @@ def encode_types(
 
     Raises:
         Stopped: a rank is asked to stop, and `monitor` has `stop`.
-        UserError: too many samples cannot be read, a feature is not finite, features fit neither into memory nor on the
-            disk, or there are captions and the model has no tokenizer.
+        UserError: too many samples cannot be read, a feature is not finite, or features fit neither into memory nor on
+            the disk.
     """
-    batches = _batches(models[0], corpus, data, config, ranks)
-    return _encode(models, types, batches, config, ranks, monitor, reduce=reduce, folder=folder)
-
-
-def _usual_types(model: MultimodalEncoder, config: EncodeConfig, patches: bool) -> list[FeatureType]:
-    depth = model.config.depth
-    return [FeatureType(depth, config.fixed_pool), *([FeatureType(depth, None)] if patches else [])]
-
-
-class Batches(NamedTuple):
-    """This rank's batches of a dataset."""
-
-    # All ranks have the same number of batches; batch b of rank r is number b * world + r among the batches of all
-    # ranks.
-    loader: DataLoader[PackedBatch]
-    share: Share
-    samples: int  # number of samples of all ranks, including unreadable ones
-    max_bad_fraction: float  # maximum fraction of unreadable samples
-
-
-def _batches(model: MultimodalEncoder, corpus: Corpus, data: DataConfig, config: EncodeConfig, ranks: Ranks) -> Batches:
-    share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
-    loader = encoding_loader(model, corpus, data, share, ranks.device)
-    return Batches(loader, share, corpus.samples, data.max_bad_fraction)
-
-
-def encode_batches(
-    model: MultimodalEncoder, batches: Batches, config: EncodeConfig, ranks: Ranks, *, patches: bool = False
-) -> FeatureBank:
-    """Return the features that `encode_corpus` returns, for the batches of all ranks."""
-    (bank,) = _encode([model], [_usual_types(model, config, patches)], batches, config, ranks, NO_MONITOR)
-    return bank.part(0, POOLINGS[config.fixed_pool].vectors)
-
-
-def _encode(
-    models: Sequence[MultimodalEncoder],
-    types: Sequence[Sequence[FeatureType]],
-    batches: Batches,
-    config: EncodeConfig,
-    ranks: Ranks,
-    monitor: PassMonitor,
-    *,
-    reduce: Reduce | None = None,
-    folder: Path | None = None,
-) -> list[FeatureBank]:
-    most = len(batches.loader) * batches.share.micro_batch
+    most = len(batches.loader) * config.batch
     # for each model: pooled features and patch tokens
     rows = [[Rows(most, ranks, folder, count) for _ in range(2)] for count in range(len(models), 0, -1)]
     known: list[_Known] = []
@@ -222,17 +197,6 @@ class _Known(NamedTuple):
     skipped: list[Skipped]
     grids: list[Grid]
     image_hashes: list[str]
-
-
-def encoding_loader(
-    model: MultimodalEncoder, corpus: Corpus, data: DataConfig, share: Share, device: torch.device
-) -> DataLoader[PackedBatch]:
-    """Return a loader of all samples, unmasked, in file order. Raises UserError if there are captions but the model has
-    no tokenizer."""
-    if corpus.has_captions:
-        model.require_tokenizer()
-    preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)
-    return eval_loader(data, corpus, preparation, share, pin_memory=pins_memory(device))
 
 
 def _one_behind(

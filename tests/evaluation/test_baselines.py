@@ -18,14 +18,13 @@ from m3ae_fast.base.parquet import read_parquet, write_parquet
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import DataConfig, ModelConfig
-from m3ae_fast.evaluation import image_features, labelled_task
+from m3ae_fast.evaluation import image_features, labelled_task, task_features
 from m3ae_fast.evaluation.baselines import LARGEST, MODEL, UNTRAINED, accuracy_entries, baseline_models
 from m3ae_fast.evaluation.difference import against_largest_class
 from m3ae_fast.evaluation.image_features import SIDE, Histogram, OrientedGradients, Pixels, available, input_config
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference, difference
 from m3ae_fast.evaluation.tasks import Ood
-from m3ae_fast.heads import encoding
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.images.bands import write_npy
 from m3ae_fast.images.decoding import decode_image
@@ -282,8 +281,8 @@ def test_baselines_have_the_results_of_their_separate_evaluations(
     """The features of baselines are bitwise equal to those of separate evaluations. All models with the same input are
     encoded in one pass."""
     task_cases.write_data(tmp_path)
-    opened, loader = [], encoding.encoding_loader
-    monkeypatch.setattr(encoding, "encoding_loader", lambda *given: opened.append(given[1]) or loader(*given))
+    opened, batches = [], task_features.corpus_batches
+    monkeypatch.setattr(task_features, "corpus_batches", lambda *given: opened.append(given[1]) or batches(*given))
     shards = {"train": str(tmp_path / "train.tar"), "val": str(tmp_path / "val.tar")}
     options = (*options, *settings("data.max_bad_fraction=0.2"))  # some images cannot be read
     result = transfer(task, *options, baselines=True, **shards)

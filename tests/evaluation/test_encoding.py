@@ -17,7 +17,7 @@ from m3ae_fast.config import POOLS, DataConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
-from m3ae_fast.heads.encoding import check_skipped, encode_corpus
+from m3ae_fast.heads.encoding import check_skipped, corpus_batches, encode_batches
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model import inference
 from m3ae_fast.model.inference import check_finite, encoding
@@ -384,9 +384,11 @@ def test_a_dataset_is_encoded_in_file_order_with_labels_and_without_broken_sampl
     labelled, _ = label_corpus(corpus, "cls")
     data = DataConfig(train=[SourceConfig(shards="x")], workers=0, max_bad_fraction=0.2)
     with join_ranks() as ranks:
-        found = encode_corpus(model, labelled, data, EncodeConfig(batch=2, precision="fp32"), ranks)
+        encode = EncodeConfig(batch=2, precision="fp32")
+        batches = corpus_batches(model, labelled, data, encode, ranks)
+        found = encode_batches(model, batches, encode, ranks)
         with pytest.raises(UserError, match=r"1 of 6 samples cannot be used, for example .*00002: the file is not"):
-            encode_corpus(model, labelled, data.model_copy(update={"max_bad_fraction": 0}), EncodeConfig(), ranks)
+            encode_batches(model, batches._replace(max_bad_fraction=0), encode, ranks)
     assert [key.rsplit("/")[-1] for key in found.keys] == ["00000", "00001", "00003", "00004", "00006"]
     assert found.labels_N.tolist() == [0, 1, 0, 1, 0]
     pil = [Image.open(BytesIO(files[f"{i:05d}.png"])) for i in (0, 1, 3, 4, 6)]
@@ -441,7 +443,8 @@ def test_non_finite_features_are_refused_and_their_sample_is_named(run, tmp_path
         join_ranks() as ranks,
         pytest.raises(UserError, match=r"1 of 3 samples \(for example, .*/00001\) have features"),
     ):
-        encode_corpus(model, corpus, data, EncodeConfig(), ranks, patches=part == "patches")
+        batches = corpus_batches(model, corpus, data, EncodeConfig(), ranks)
+        encode_batches(model, batches, EncodeConfig(), ranks, patches=part == "patches")
     with pytest.raises(
         UserError, match=r"1 of 2 samples \(for example, number 1\) have features that are not finite; the"
     ):

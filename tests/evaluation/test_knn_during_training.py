@@ -83,11 +83,12 @@ def test_the_probe_encodes_the_mean_of_the_tokens_in_the_precision_of_the_run(mo
     """A pass that a stop request ends is cut short."""
     encoded, cut = [], []
 
-    def encode(model, corpus, data, config, *more, **others):
+    def encode(model, batches, config, *more, **others):
         encoded.append((config.pool, config.precision))
         raise Stopped
 
-    monkeypatch.setattr(knn_during_training, "encode_corpus", encode)
+    monkeypatch.setattr(knn_during_training, "corpus_batches", lambda model, corpus, *_: corpus)
+    monkeypatch.setattr(knn_during_training, "encode_batches", encode)
     trainer = MagicMock(engine=SimpleNamespace(model=object.__new__(M3AE)))
     trainer.cut_short = lambda: cut.append(True)
     for precision in ("bf16", "fp32"):
@@ -123,7 +124,8 @@ def test_the_largest_class_is_that_of_the_held_out_samples(monkeypatch):
         assert (len(bank.labels), len(queries.labels), classes) == (4, 3, 2)
         return SimpleNamespace(accuracies=lambda: {"top1": 0.5}, chosen={"k": 20})
 
-    monkeypatch.setattr(knn_during_training, "encode_corpus", encode)
+    monkeypatch.setattr(knn_during_training, "corpus_batches", lambda model, corpus, *_: corpus)
+    monkeypatch.setattr(knn_during_training, "encode_batches", encode)
     monkeypatch.setattr(knn_during_training, "knn_predictions", predictions)
     config = SimpleNamespace(data=None, train=SimpleNamespace(precision="fp32"))
     knn_during_training._log(config, SimpleNamespace(every=1), "train", "val", [0, 1], trainer)
