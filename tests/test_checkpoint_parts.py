@@ -6,7 +6,6 @@ import os
 import re
 import threading
 import time
-from concurrent.futures import TimeoutError
 from functools import partial
 from types import SimpleNamespace
 
@@ -25,13 +24,12 @@ from m3ae_fast.checkpoint.state_files import TABLE_FILE, part_files
 from m3ae_fast.config import LossConfig, ModelConfig
 from m3ae_fast.engine.fragments import Fragment, cut, whole
 from m3ae_fast.engine.schedule import Change
-from m3ae_fast.process import agreement
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.training.trainer import Trainer
 from m3ae_fast.weights.converting import convert
 from m3ae_fast.weights.open_model import SavedRun, run_weights
 from tests.helpers import threads
-from tests.helpers.checkpoints import agreements, save, save_cut, save_parts
+from tests.helpers.checkpoints import save, save_cut, save_parts
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import fork_ranks, run_ranks
 
@@ -498,58 +496,3 @@ def test_a_checkpoint_being_written_is_marked_good_once_the_next_step_is_finite(
         listed.set()
     (saved,) = checkpoint.saved_steps(tmp_path)
     assert checkpoint.is_good(saved)
-
-
-def _decide(judge, world=3, rounds=1):
-    """Return the answer that each rank receives. Each rank is a thread."""
-
-    def one(ranks):
-        try:
-            return [ranks.decide(f"{ranks.rank}.{number}", judge) for number in range(rounds)]
-        except Exception as error:
-            return error
-
-    return threads.map_threads(one, agreements(world))
-
-
-@pytest.mark.parametrize("world", [1, 3])
-def test_rank_0_decides_on_the_reports_of_all_ranks(world):
-    found = _decide(lambda reports: " ".join(reports), world, rounds=3)
-    assert found == [[" ".join(f"{rank}.{number}" for rank in range(world)) for number in range(3)]] * world
-
-
-def test_an_error_of_the_decision_is_raised_on_every_rank():
-    def refuse(reports):
-        raise UserError(f"no room for {len(reports)}")
-
-    assert [(type(error), str(error)) for error in _decide(refuse)] == [(UserError, "no room for 3")] * 3
-    first, *others = _decide(lambda reports: {}[1])
-    assert isinstance(first, KeyError) and all(isinstance(error, UserError) for error in others)
-
-
-def test_a_waiting_rank_polls_at_an_increasing_but_limited_interval(monkeypatch):
-    pauses = []
-    monkeypatch.setattr(agreement.time, "sleep", pauses.append)
-    looks = iter([False] * 20 + [True])
-    store = SimpleNamespace(set=lambda *_: None, check=lambda _: next(looks), get=lambda _: b"the answer")
-    waiting = agreement.Agreement(1, 2, store, threading.Event())
-    assert waiting.decide("a report", str) == "the answer" and pauses[0] < 0.01
-    assert sorted(pauses) == pauses and pauses[-1] == max(pauses) == agreement._PAUSE < 1
-
-
-def test_an_agreement_leaves_only_its_last_answer_in_the_store():
-    ranks = agreements(2)
-    for _ in range(5):
-        threads.map_threads(lambda one: one.decide("x", lambda reports: "y"), ranks)
-    assert ranks[0]._store.num_keys() == 1
-
-
-def test_a_leaving_rank_waits_for_other_ranks_only_for_a_limited_time(monkeypatch):
-    monkeypatch.setattr(agreement, "_PATIENCE", 0.1)
-    alone, _ = agreements(2)
-    waiting = threads.start(alone.decide, "x", str)
-    with pytest.raises(TimeoutError):
-        waiting.result(0.3)  # while the rank continues training
-    alone._leaving.set()
-    with pytest.raises(UserError, match="another rank exited during a save"):
-        waiting.result(5)

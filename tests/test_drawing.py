@@ -103,15 +103,6 @@ def test_a_figure_of_standardised_patches_states_what_it_takes_from_the_original
     assert not set(GIVEN_AWAY) & set(written)  # there are no images
 
 
-def test_a_run_and_its_export_give_the_same_figure(tmp_path):
-    model = make_model(norm_pix=True)
-    model.save_pretrained(tmp_path / "export")
-    for name, each in (("run", model), ("export", M3AE.from_pretrained(tmp_path / "export"))):
-        draw_reconstructions(each, [make_sample(0), make_sample(1)], None, tmp_path / f"{name}.png")
-    run, export = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("run", "export"))
-    assert run.shape == export.shape and (run == export).all()
-
-
 def test_correct_words_are_green_and_incorrect_words_are_red():
     shown = caption_views(torch.tensor([4, 5, 6]), torch.tensor([False, True, True]), {1: 5, 2: 7}, None)
     assert shown["caption"] == [(" 4", BLACK), (" 5", BLACK), (" 6", BLACK)]

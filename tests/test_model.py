@@ -11,7 +11,6 @@ from m3ae_kernels import bias_gelu, registry
 from m3ae_kernels.attention import op
 from torch.utils.flop_counter import FlopCounterMode
 
-from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.masking import draw_mask
 from m3ae_fast.batch.packed import LossCounts
 from m3ae_fast.batch.packing import Sample, Segments, pack
@@ -341,10 +340,12 @@ def test_features_are_means_of_all_rows_except_cls(dtype):
     lengths = [1, 2, 7, 1, 3, 2, 40]
     parts = [torch.randn(length, 5, dtype=torch.float64).to(dtype) for length in lengths]
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    found = mean_of_tokens(torch.cat(parts), Segments(starts, max(lengths), sum(lengths)))
+    rows, segments = torch.cat(parts).requires_grad_(), Segments(starts, max(lengths), sum(lengths))
+    found = mean_of_tokens(rows, segments)
     expected = [part[1:].double().mean(0) if len(part) > 1 else torch.zeros(5).double() for part in parts]
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
+    assert dtype != torch.float64 or torch.autograd.gradcheck(lambda x: mean_of_tokens(x, segments), rows)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -522,18 +523,6 @@ def test_representation_refuses_invalid_inputs():
             model.representation(text=torch.tensor([[2, wrong]]))
     ignored = torch.tensor([[2, -1]]), torch.tensor([[0, 1]])
     assert not model.representation(None, *ignored)[:, -1].any()
-
-
-def test_patch_features_beyond_an_image_are_zero():
-    model = make_model(TINY.model_copy(update={"resize": "native"})).eval()
-    images = [torch.randint(256, (3, 16, width), dtype=torch.uint8) for width in (8, 16)]
-    samples = [unmasked_sample(number, image, None, model.config, None) for number, image in enumerate(images)]
-    patches, alone = (
-        model.pooled_and_patches(pack(each, model.geometry), [TINY.depth])[1][:, 0].detach()
-        for each in (samples, samples[:1])
-    )
-    assert not patches[0, 8:].any() and patches[1].any(1).all()
-    torch.testing.assert_close(patches[0], alone[0])
 
 
 @pytest.mark.slow

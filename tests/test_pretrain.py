@@ -607,11 +607,6 @@ def test_values_of_a_group_that_are_not_written_uniformly_are_the_same_group(tmp
     assert len(held) == 4 and len({number // 4 for number in held}) == 1
 
 
-def test_at_most_5000_samples_of_a_large_source_are_held_out():
-    source = SimpleNamespace(splits={"train": 100_000})
-    assert source_shards._settings(source, None).held_out * 100_000 == 5000
-
-
 def _paths(folder, split):
     """Return the paths of the images in shards, in order."""
     found = []

@@ -12,7 +12,6 @@ from PIL import Image, features
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.images.bit_depth import Depth, depth_of
 from m3ae_fast.images.decoding import check_precision, decode_image, pixels_of
-from m3ae_fast.shards.shrink import shrink
 from tests.helpers.image_formats import CASES, GREY, NEEDS_RANGE, Case, png, table, tiff
 
 READ = [case for case in CASES if not case.refused]
@@ -115,14 +114,6 @@ def test_a_range_does_not_affect_8_bit_images():
     for case in (case for case in READ if not case.range):
         skip_without_avif(case)
         assert torch.equal(decode_image(case.make(), 3, (0, 4095)), decode_image(case.make(), 3))
-
-
-def test_shards_can_be_made_with_a_value_range():
-    values = np.linspace(500, 900, 64 * 48).reshape(48, 64).astype(np.uint16)
-    with pytest.raises(BadSample, match=NEEDS_RANGE):
-        shrink(tiff(values), 32, 95)
-    small = decode_image(shrink(tiff(values), 48, 95, (500, 900)), 1).float()
-    assert (small[0] - torch.from_numpy((values - 500.0) / 400 * 255)).abs().mean() < 3
 
 
 def test_images_made_from_arrays_have_the_bit_depth_of_their_mode():

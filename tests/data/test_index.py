@@ -329,28 +329,6 @@ def test_long_captions_are_truncated_at_a_utf8_character(tmp_path, store):
             reader.read(0, row)
 
 
-def test_sizes_in_pax_records_are_used(tmp_path, store):
-    """For sizes from 8 GiB on, tarfile and GNU tar write the size in a separate record. Here, a small member has such a
-    record, and its header states the size 0."""
-    image = picture(1)
-    record = f" size={len(image)}\n"
-    record = f"{len(record) + 2}{record}".encode()
-    head, extension = tarfile.TarInfo("0.jpg"), tarfile.TarInfo("pax")
-    extension.type, extension.size = tarfile.XHDTYPE, len(record)
-
-    def padded(data):
-        return data + bytes(-len(data) % 512)
-
-    after = Path(write_tar(tmp_path / "after.tar", members([5], "image"))).read_bytes()
-    path = tmp_path / "a.tar"
-    path.write_bytes(extension.tobuf() + padded(record) + head.tobuf() + padded(image) + after)
-    with tarfile.open(path) as tar:
-        expected = [(m.name, m.offset_data, m.size) for m in tar]
-    found, damage = scan_tar(path)
-    assert [tuple(m) for m in found] == expected and [m.size for m in found] == [len(image), len(picture(5))]
-    assert damage is None
-
-
 def test_a_repeated_suffix_starts_a_new_sample(tmp_path, store):
     """Two images with the same key and suffix are two samples, as in WebDataset, and the caption belongs to the second
     one."""

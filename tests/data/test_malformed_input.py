@@ -177,13 +177,6 @@ def test_a_folder_that_cannot_be_listed_is_named(pictures, tmp_path, monkeypatch
     assert "dog: cannot be listed (Permission denied)" in new_output(capsys)
 
 
-def test_upper_case_suffixes_are_accepted(folder, tmp_path):
-    (folder / "b.JPG").write_bytes(picture(2))
-    (folder / "b.TXT").write_text("in capitals")
-    assert make(folder, tmp_path / "out", "--keep-order") == 0
-    assert [sample["txt"] for sample in contents(tmp_path / "out")] == [b"in capitals", b"a good one"]
-
-
 def test_several_captions_of_a_row_become_several_samples(folder, tmp_path, capsys):
     table = tmp_path / "t.jsonl"
     table.write_text('{"image": "good.jpg", "caption": ["a", "", "b"]}\n{"image": "good.jpg", "caption": "a"}\n')

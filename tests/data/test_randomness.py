@@ -47,15 +47,6 @@ def test_a_crop_may_be_as_wide_or_as_high_as_the_image(transposed):
     assert len({along for along, _ in whole}) > 10 and {across for _, across in whole} == {0}
 
 
-@pytest.mark.parametrize(("height", "width", "box"), [
-    (30, 8, (9, 0, 11, 8)), (8, 30, (0, 9, 8, 11)), (12, 12, (0, 0, 12, 12)), (40, 33, (0, 0, 40, 33)),
-    (41, 8, (15, 0, 11, 8)),
-])  # fmt: skip
-def test_the_fallback_crop_is_the_largest_central_box(height, width, box):
-    """The aspect ratio of the central box is between 3 : 4 and 4 : 3."""
-    assert crops.draw_box(height, width, (9.0, 9.0), [0.5] * 41) == box
-
-
 def test_crops_equal_those_of_earlier_versions(monkeypatch):
     """A run that is resumed with a later version has the same crops."""
     rows, columns = torch.meshgrid(torch.arange(100), torch.arange(80), indexing="ij")

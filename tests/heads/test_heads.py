@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from m3ae_fast.batch.packed import Segments
 from m3ae_fast.cli.verify import main
 from m3ae_fast.evaluation.finetune_groups import layer_decay_groups, layer_of
 from m3ae_fast.heads.modules import FineTuneHead, LinearProbeHead
 from m3ae_fast.heads.stacked_optimizers import LARS, AdamW
-from m3ae_fast.model.pooling import mean_of_tokens
 from m3ae_fast.verify.finetune import flax_path
 from m3ae_fast.verify.golden import Golden, relative_error
 from m3ae_fast.verify.replay import quantities
@@ -121,16 +119,6 @@ def test_layer_ids_of_text_parameters_equal_the_official_ones():
     assert layer_of("backbone.encoder_input.text_embedding", 3) == 4
     assert layer_of("backbone.encoder_input.text_type", 3) == 4
     assert layer_of("backbone.encoder.blocks.12.mlp.fc1.weight", 24) == 13
-
-
-def test_pooling_uses_only_the_rows_of_each_sample():
-    lengths = [4, 1, 3]  # the second sample has only its cls row
-    rows = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
-    segments = Segments(torch.tensor([0, 4, 5, 8], dtype=torch.int32), 4, 8)
-    parts = rows.split(lengths)
-    means = [part[1:].mean(0) if len(part) > 1 else torch.zeros(5).double() for part in parts]
-    torch.testing.assert_close(mean_of_tokens(rows, segments), torch.stack(means))
-    assert torch.autograd.gradcheck(lambda x: mean_of_tokens(x, segments), rows)
 
 
 def test_lars_does_not_scale_updates_of_zero_norm():
