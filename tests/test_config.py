@@ -539,7 +539,8 @@ def test_a_dry_run_prints_network_traffic(run):
     one, many = (network_bytes(1000, 0, world, 1, False, True) for world in (1, 1000))
     assert one == 0 and many == pytest.approx(8000, rel=2e-3)  # an all-reduce sends everything twice
     assert network_bytes(1000, 2, 2, 4, True, True) == 4 * 2 * 2000 + 1000
-    assert network_bytes(1000, 3, 2, 4, True, False) == 4 * (1000 + 2 * 1000)
+    assert network_bytes(1000, 3, 2, 4, True, False) == 4 * (1000 + 1000)
+    assert network_bytes(10**9, 3, 2, 4, True, False) == 4 * (1 + 1.5) * 10**9  # half of the weights are gathered twice
 
 
 def test_the_loader_of_the_shortest_step_needs_cores_for_one_gpu_and_for_all():

@@ -508,7 +508,8 @@ class DeepSpeedConfig(Section):
     """Settings of ZeRO. On one rank, stages 0 to 2 without offloading have nothing to partition: plain torch then takes
     the same steps, and the other settings of the section have no effect."""
     communication_data_type: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which gradients are reduced over ranks."""
+    """Dtype in which gradients are summed over ranks, by all-reduce, and at stage 3 by reduce-scatter, which sends half
+    as many bytes. `bf16` also halves the bytes, but rounds the sums."""
 
     def is_needed(self, ranks: int) -> bool:
         """Return whether DeepSpeed takes the steps on this number of ranks. A single rank has nothing to partition or

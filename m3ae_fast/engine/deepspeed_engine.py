@@ -117,6 +117,9 @@ class DeepSpeedEngine:
                 raise
             reason = " ".join(str(error).split())
             raise UserError(f"config: DeepSpeed rejects the deepspeed section: {reason}") from None
+        # Stage 0 in bf16 sets this variable of the process, with which the other stages would disregard
+        # communication_data_type.
+        _replace("deepspeed.runtime.torch_autocast", "TORCH_AUTOCAST_INITIALIZED", False)
         self._places: dict[nn.Parameter, Place] = {}
         if self.zero.stage in (1, 2):
             names = _BF16_BUFFERS if hasattr(self.ds.optimizer, _BF16_BUFFERS[0]) else _BUFFERS

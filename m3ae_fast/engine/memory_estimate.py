@@ -17,6 +17,9 @@ from m3ae_fast.process.ranks import Ranks
 
 # length of a typical caption relative to text_length: a caption of CC12M has about 20 words, and text_length is 64
 CAPTION_FRACTION = 1 / 3
+# Stage 3 releases a gathered weight after the forward pass only if the step reads more weights than this before its
+# backward pass. This is DeepSpeed's default of stage3_max_reuse_distance.
+_REUSED = 1_000_000_000
 
 
 def memory_needed(config: Config, world: int, samples: int) -> float:
@@ -68,13 +71,22 @@ def muon_bytes(matrices: int, stage: int, world: int) -> float:
 def zero_bytes(parameters: int, stage: int, world: int, bf16: bool, matrices: int = 0) -> tuple[float, float, float]:
     """Return the bytes per GPU of the weights, of the gradients, and of the float32 master weights and moments (ZeRO,
     arXiv 1910.02054, section 5), for a number of `parameters` and a ZeRO `stage` on `world` ranks. Gradients are
-    accumulated in float32. `matrices`: number of weights that Muon updates, which have one moment instead of two."""
+    accumulated in float32. The weights of stage 3 include those that remain gathered. `matrices`: number of weights
+    that Muon updates, which have one moment instead of two."""
     master = 4 if bf16 and stage > 0 else 0  # at stage 0, the weights themselves are float32
+    weights = parameters / world + still_gathered(parameters) * (world > 1) if stage == 3 else parameters
     return (
-        (2 if master else 4) * parameters / (world if stage >= 3 else 1),
+        (2 if master else 4) * weights,
         4 * parameters / (world if stage >= 2 else 1),
         ((8 + master) * parameters - 4 * matrices) / (world if stage >= 1 else 1),
     )
+
+
+def still_gathered(parameters: int) -> float:
+    """Return the number of weights that stage 3 keeps gathered on each of several ranks between the forward and the
+    backward pass, for a number of `parameters`: the last ones of the forward pass, which the backward pass uses
+    first."""
+    return min(parameters, _REUSED / 2)
 
 
 def in_bf16(config: Config) -> bool:

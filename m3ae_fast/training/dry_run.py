@@ -23,6 +23,7 @@ from m3ae_fast.engine.memory_estimate import (
     muon_bytes,
     peak_bytes,
     recomputes,
+    still_gathered,
     typical_batch,
     zero_bytes,
 )
@@ -208,17 +209,17 @@ def network_bytes(
     An all-reduce over n GPUs sends 2 (n - 1) / n of its data, and a reduce-scatter or an all-gather sends half of that.
     Gradients are sent once per step, or once per micro-batch in stages 2 and 3, in which each GPU keeps only its
     partition of them. In stages 1 and 2, DeepSpeed reduces gradients by all-reduce. After the step, weights are
-    gathered once, and so are Muon's updates, in float32. In stage 3, weights are gathered for every forward and
-    backward pass.
+    gathered once, and so are Muon's updates, in float32. In stage 3, weights are gathered for every forward pass, and
+    again for the backward pass unless they remain gathered.
     """
     half = parameters * (world - 1) / world
     weights = (2 if bf16 and stage else 4) * half
-    gradients = (4 if fp32_sums or not (bf16 and stage) else 2) * half
+    gradients = (4 if fp32_sums else 2) * half
     if not stage:
         return round(2 * gradients)
     if stage < 3:
         return round(2 * gradients * (accumulation if stage == 2 else 1) + weights + exchanged_updates(matrices, world))
-    return round((gradients + 2 * weights) * accumulation)
+    return round((gradients + weights * (2 - still_gathered(parameters) / parameters)) * accumulation)
 
 
 def exchanged_updates(matrices: int, world: int) -> float:
