@@ -1,16 +1,20 @@
 """Models that predict features of a frozen teacher (`model.image_targets: features`)."""
 
+import itertools
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 import m3ae_fast
 from m3ae_fast import checkpoint
@@ -18,6 +22,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.cli.draw import main as draw
 from m3ae_fast.config import Config, parse
+from m3ae_fast.engine import build, memory_estimate
 from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import check_start, missing_decoder, read_pretrained, start_for
@@ -56,11 +61,16 @@ def weights(folder, name, seed=0):
     return f"timm:{name}={file}"
 
 
-def config_of(teacher, precision="fp32", **model):
-    """Return the config of a run with this teacher, and the teacher."""
+def config_of_name(teacher, precision="fp32", **model):
+    """Return the config of a run with this teacher."""
     sections = {"model": TINY.model_dump(mode="json") | {"image_targets": "features"} | model}
     sections |= {"loss": {"teacher": str(teacher)}, "data": RUN["data"]}
-    config = parse(Config, sections | {"train": {"steps": 1, "precision": precision}}, "config")
+    return parse(Config, sections | {"train": {"steps": 1, "precision": precision}}, "config")
+
+
+def config_of(teacher, precision="fp32", **model):
+    """Return the config of a run with this teacher and the width of its targets, and the teacher."""
+    config = config_of_name(teacher, precision, **model)
     opened = open_teacher(config)
     return with_target_width(config, opened), opened
 
@@ -110,6 +120,76 @@ def test_the_targets_are_the_standardised_features_of_the_last_map(tmp_path, nam
     assert opened.features(images[:0]).shape == (0, *found.shape[1:])
     many = opened.features(images[:1].expand(70, -1, -1, -1))  # more than in one pass
     torch.testing.assert_close(many[69], found[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("name", [VIT, CNN])
+def test_a_folder_or_a_repository_of_timm_is_a_teacher(tmp_path, monkeypatch, name, safe):
+    """It is the same teacher as the network with the same weights in a file."""
+    teacher, folder = weights(tmp_path, name), tmp_path / "folder"
+    network = timm.create_model(name, checkpoint_path=teacher.partition("=")[2])
+    timm.models.save_for_hf(network, str(folder), safe_serialization=safe)
+
+    def download(repo_id, filename, revision=None, **options):
+        asked.add((repo_id, revision))
+        if not (folder / filename).exists():
+            raise EntryNotFoundError(filename)
+        return str(folder / filename)
+
+    asked = set()
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    names = {
+        teacher: (f"timm:local-dir:{folder}", "timm:hf-hub:owner/name", "timm:hf-hub:owner/name@v1"),
+        teacher.replace("=", "@96="): (f"timm:local-dir:{folder}@96", "timm:hf-hub:owner/name@v1@96"),
+    }
+    for expected_name, others in names.items():
+        config, opened = config_of(expected_name)
+        for other in others:
+            _, found = config_of(other)
+            assert (found.identity, found.width, found.flops) == (opened.identity, opened.width, opened.flops)
+            torch.testing.assert_close(found.features(images_of(config)), opened.features(images_of(config)))
+    assert asked == {("owner/name", None), ("owner/name", "v1")}
+
+
+def test_incomplete_or_hostile_weights_of_timm_are_refused_in_one_line(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    timm.models.save_for_hf(timm.create_model(VIT), str(tmp_path / "whole"), safe_serialization=True)
+    for name in ("pickle", "lacks", "empty", "other", "list"):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "whole/config.json", tmp_path / name)
+    torch.save({"norm.weight": Hostile()}, tmp_path / "pickle/pytorch_model.bin")
+    torch.save({"norm.weight": Hostile()}, tmp_path / "hostile.pth")
+    state = load_file(tmp_path / "whole/model.safetensors")
+    del state["blocks.1.norm1.weight"]
+    save_file(state, tmp_path / "lacks/model.safetensors")
+    (tmp_path / "other/config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "list/config.json").write_text("[]")
+    (tmp_path / "text.safetensors").write_text("text")
+    cases = {
+        f"timm:local-dir:{tmp_path / 'pickle'}": "posix.mkdir",
+        f"timm:{VIT}={tmp_path / 'hostile.pth'}": "it refers to posix.mkdir, which is not loaded for security reasons",
+        f"timm:local-dir:{tmp_path / 'lacks'}": r"Missing key\(s\) in state_dict: \"blocks.1.norm1.weight\"",
+        f"timm:local-dir:{tmp_path / 'empty'}": "No suitable checkpoints found",
+        f"timm:local-dir:{tmp_path / 'other'}": "KeyError 'architecture'",
+        f"timm:local-dir:{tmp_path / 'list'}": "timm cannot open the model",
+        f"timm:local-dir:{tmp_path / 'missing'}": "Config file not found",
+        f"timm:{tmp_path / 'whole'}": "has no source prefix but looks like a",
+        f"local-dir:{tmp_path / 'whole'}": f"write timm:local-dir:{tmp_path / 'whole'}",
+        str(tmp_path / "whole"): f"is not an exported M3AE but a timm model; .* write timm:local-dir:{tmp_path}/whole",
+        "hf-hub:owner/name": "write timm:hf-hub:owner/name",
+        f"timm:{VIT}=": f"there is no file after =; to download the weights, write timm:{VIT}$",
+        f"timm:{VIT}={tmp_path / 'text.safetensors'}": "text.safetensors: cannot be read",
+        f"timm:{VIT}={tmp_path}": "is not a regular file",
+        f"timm:{VIT}@small={tmp_path / 'whole/model.safetensors'}": f"Unknown model .{VIT}@small",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            open_teacher(config_of_name(name))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_an_own_model_is_a_teacher(tmp_path):
@@ -225,6 +305,45 @@ def test_computations_in_bf16_have_nearly_the_same_targets(tmp_path):
     images = images_of(config_of(teacher)[0])
     one, other = exact.features(images), rough.features(images)
     assert other.dtype == torch.float32 and 0 < (one - other).abs().max() < 0.3
+
+
+def allocated(work):
+    """Return the largest number of bytes that torch's CPU allocator holds at the same time for `work`."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [each for each in profile.profiler.kineto_results.events() if each.name() == "[memory]"]
+    return max(itertools.accumulate(each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["own", VIT, CNN, CHANNELS_LAST])
+def test_the_memory_of_a_pass_is_estimated_from_one_image(tmp_path, name, precision):
+    """The estimate includes the images and the targets, which exist before and after the pass."""
+    if name == "own":
+        M3AE(TINY.model_copy(update={"image_size": 64, "emb_dim": 96})).save_pretrained(tmp_path / name)
+    config, opened = config_of(tmp_path / name if name == "own" else weights(tmp_path, name), precision)
+    images = images_of(config, 16)
+    opened.features(images)  # the index tensors of an own model are kept
+    found = allocated(lambda: opened.features(images))
+    features = 16 * config.model.patches_per_image * opened.width * 4
+    assert opened.pass_bytes(16) == pytest.approx(found + images.nbytes + features, rel=0.2)
+    assert opened.pass_bytes(16, 3) == opened.pass_bytes(16) + 2 * features
+    views = config.model_copy(update={"data": config.data.model_copy(update={"repeats": 4})})
+    shared = open_teacher(views)
+    assert shared.pass_bytes(64) == pytest.approx(opened.pass_bytes(16) + 3 * features)  # sixteen images
+
+
+def test_the_estimate_for_a_run_includes_the_pass_of_the_teacher(tmp_path, monkeypatch):
+    """Blocks recompute activations on a GPU that has memory for them, but not for the teacher too."""
+    config, opened = config_of(weights(tmp_path, VIT))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"compile": True, "global_batch": 8})})
+    asked = []
+    monkeypatch.setattr(build, "make_engine", lambda *args: SimpleNamespace())
+    monkeypatch.setattr(memory_estimate, "missing_memory", lambda needed, device: asked.append(needed) or "")
+    ranks = SimpleNamespace(world=1, device=torch.device("cuda"), gather=lambda own: [own])
+    for others in ([], [opened.pass_bytes]):
+        build.build_engine(M3AE(config.model, config.loss), config, ranks, *others)
+    assert asked[1] == asked[0] + opened.pass_bytes(8)
 
 
 def test_what_a_teacher_cannot_do_is_refused_in_one_line(tmp_path):
@@ -352,7 +471,7 @@ def test_a_dry_run_states_the_teacher_and_its_cost(trainer, capfd):
     line = next(line for line in out.splitlines() if line.startswith("teacher"))
     assert "the targets are the 64 features per patch of timm:test_vit" in line
     assert "GFLOP, " in line and "slower than the student" in line
-    assert "0.00122 GB of memory per rank" in line
+    assert "0.00122 GB for its weights and about 0.0" in line
     elsewhere = ["--dry-run", "--no-data", "--world", "2", "--set", "model.target_width=64"]
     out = trainer("run", *options("/another/machine"), *zero(None), *elsewhere)
     assert "FLOPs per sample" in out and "\nteacher " not in out
@@ -380,6 +499,8 @@ def test_pretrain_accepts_a_teacher_and_chooses_another_recipe(tmp_path, monkeyp
     assert overrides[1] == f'loss.teacher="timm:{VIT}={tmp_path / f"{VIT}-0.safetensors"}"'
     (tmp_path / "mine").mkdir()
     assert teacher_settings("mine")[1] == f'loss.teacher="{tmp_path / "mine"}"'
+    assert teacher_settings("timm:local-dir:mine@96")[1] == f'loss.teacher="timm:local-dir:{tmp_path / "mine@96"}"'
+    assert teacher_settings(f"timm:{VIT}=")[1] == f'loss.teacher="timm:{VIT}="'
     assert teacher_settings("owner/name")[1] == 'loss.teacher="owner/name"' and teacher_settings(None) == []
     found = choose_recipe(None, overrides, PREFERRED[1:])
     assert found.line.startswith("recipe: fast (") and "because" not in found.line

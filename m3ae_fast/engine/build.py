@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -20,14 +20,19 @@ from m3ae_fast.model.transformer import Blocks
 from m3ae_fast.process.ranks import Ranks
 
 
-def build_engine(model: M3AE, config: Config, ranks: Ranks) -> ModelEngine:
-    """Build the engine for pre-training. On a GPU, it keeps all activations if there is enough memory. See
-    `make_engine` for the arguments and errors."""
+def build_engine(
+    model: M3AE, config: Config, ranks: Ranks, others: Callable[[int, int], float] = lambda samples, parts: 0.0
+) -> ModelEngine:
+    """Build the engine for pre-training. On a GPU, it keeps all activations if there is enough memory. `others`:
+    function that returns the bytes that a step requires for other purposes, given the number of samples in a
+    micro-batch and of micro-batches. See `make_engine` for the other arguments and errors."""
     groups = optimizer_groups(model, config.optim)
     transformers = (model.encoder, model.decoder)
     keep, memory = False, ""
     if ranks.device.type == "cuda" and recomputes(config.train):
-        lacking = lacking_for_activations(config, ranks, split_batch(config.train, ranks.world).micro_batch)
+        share = split_batch(config.train, ranks.world)
+        more = others(share.micro_batch, share.accumulation)
+        lacking = lacking_for_activations(config, ranks, share.micro_batch, more)
         again = "the outputs of GELU and LayerNorm are recomputed in the backward pass; to keep all activations,"
         keep, memory = not lacking, f"activations: {f'{again} {lacking}' if lacking else 'all are kept'}"
     engine = make_engine(model, groups, transformers, config, ranks, keep)

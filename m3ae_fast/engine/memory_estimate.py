@@ -4,8 +4,14 @@ whether to keep all activations."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from m3ae_fast.base.hardware import missing_memory
 from m3ae_fast.batch.masking import draw_mask, draw_predicted
@@ -36,10 +42,11 @@ def memory_needed(config: Config, world: int, samples: int) -> float:
     return peak_bytes(sum(state), activations, matrices, stage, world)
 
 
-def lacking_for_activations(config: Config, ranks: Ranks, samples: int) -> str:
+def lacking_for_activations(config: Config, ranks: Ranks, samples: int, others: float = 0.0) -> str:
     """Return a message about the first rank without enough memory for all activations of a micro-batch of `samples`
-    samples; "" if every rank has enough. Must be called on every rank, before the weights are on the device."""
-    needed = memory_needed(config, ranks.world, samples)
+    samples, and for `others` bytes; "" if every rank has enough. Must be called on every rank, before the weights are
+    on the device."""
+    needed = memory_needed(config, ranks.world, samples) + others
     return next(filter(None, ranks.gather(missing_memory(needed, ranks.device))), "")
 
 
@@ -130,3 +137,36 @@ def activation_bytes(config: Config, batch: PackedBatch) -> float:
     decoder = by_decoder * m.dec_depth * batch.decoder.rows * m.dec_emb_dim
     keys_and_values = 2 * m.dec_depth * batch.encoder.rows * m.dec_emb_dim if cross else 0
     return size * (encoder + decoder + keys_and_values)
+
+
+# Ops that allocate a copy of their largest tensor on a CPU: oneDNN copies the input or the output of a convolution to
+# its own layout, and the MLP computes the output of GELU.
+_COPY = ("aten::convolution", "m3ae::mlp")
+
+
+class PeakOfPass(TorchDispatchMode):
+    """A context that measures the memory of a forward pass without gradients: the largest number of bytes, `peak`, of
+    the tensors that exist at the same time and follow from `images`, which are included. Tensors that follow only from
+    weights are left out, because their size does not depend on the number of images."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.peak, self._alive = 0, WeakValueDictionary(_storages(images))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        given = {address: each for address, each in _storages((args, kwargs)).items() if address in self._alive}
+        if given:
+            made = _storages(found)
+            self._alive.update(made)
+            copied = max(each.nbytes() for each in (*given.values(), *made.values())) if func.name() in _COPY else 0
+            self.peak = max(self.peak, sum(each.nbytes() for each in self._alive.values()) + copied)
+        return found
+
+
+def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    """Return the storages of all tensors in nested containers, by their address."""
+    found = [each.untyped_storage() for each in tree_leaves(values) if isinstance(each, Tensor)]
+    return {each.data_ptr(): each for each in found}

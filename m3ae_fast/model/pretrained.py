@@ -117,7 +117,11 @@ def read_pretrained(source: str | Path) -> Pretrained:
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{source}: is not an exported M3AE ({error}); create one with m3ae-fast convert") from None
     if isinstance(data, dict) and "architecture" in data:
-        raise UserError(f"{source}: is not an exported M3AE but a timm model; convert it with m3ae-fast convert")
+        name = f"timm:{'local-dir' if Path(source).exists() else 'hf-hub'}:{source}"
+        raise UserError(
+            f"{source}: is not an exported M3AE but a timm model; convert it with m3ae-fast convert, or, where timm "
+            f"models are accepted, write {name}"
+        )
     norm_pix = data.pop(_NORM_PIX, None) if isinstance(data, dict) else None
     if not isinstance(norm_pix, bool | None):
         raise UserError(f"{folder / CONFIG_FILE}: {_NORM_PIX}: must be true or false")

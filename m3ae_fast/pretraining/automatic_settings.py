@@ -18,7 +18,7 @@ from m3ae_fast.config import LONGEST, MAX_CHANNELS, Config, Range, parse, requir
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.config.poolings import usual_pool
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES, ModelSize
-from m3ae_fast.weights.model_name import TIMM
+from m3ae_fast.weights.model_name import LOCAL_DIR, TIMM
 
 TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
 EPOCHS, SEEN = 20, 20_000  # a larger model is chosen only if it can be trained for this many epochs and samples
@@ -215,13 +215,22 @@ def teacher_settings(teacher: str | None) -> list[str]:
     """Return overrides of the settings of a run with this teacher; none if it is None. Paths become absolute."""
     if teacher is None:
         return []
-    name, equals, file = teacher.partition("=")
-    if not teacher.startswith(TIMM):
-        absolute = os.path.abspath(teacher) if os.path.exists(teacher) else teacher
-    else:
-        absolute = f"{name}={os.path.abspath(file)}" if equals else teacher
     # the width may be that of the former teacher of a run, which is refused by its name when the run resumes
-    return ['model.image_targets="features"', f"loss.teacher={json.dumps(absolute)}", "model.target_width=null"]
+    return [
+        'model.image_targets="features"',
+        f"loss.teacher={json.dumps(_absolute(teacher))}",
+        "model.target_width=null",
+    ]
+
+
+def _absolute(teacher: str) -> str:
+    """Return the name of a teacher with absolute paths."""
+    if not teacher.startswith(TIMM):
+        return os.path.abspath(teacher) if os.path.exists(teacher) else teacher
+    name, equals, file = teacher.partition("=")
+    if name.startswith(prefix := TIMM + LOCAL_DIR):
+        name = prefix + os.path.abspath(name.removeprefix(prefix))
+    return f"{name}{equals}{os.path.abspath(file) if file else ''}"
 
 
 def check_overrides(overrides: Sequence[str], start_from: str | None = None, teacher: str | None = None) -> Config:

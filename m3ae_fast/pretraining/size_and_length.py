@@ -20,6 +20,7 @@ from m3ae_fast.pretraining import automatic_settings
 from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, Shards
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES, ModelSize
 from m3ae_fast.process.session import Session
+from m3ae_fast.training.teacher import open_teacher
 from m3ae_fast.training.throughput_estimate import ThroughputEstimate, measure
 
 # maximum time for measuring a model size: as a fraction of the available time, and in seconds
@@ -190,7 +191,10 @@ def choose(
 
     def lacking(size: ModelSize) -> str:
         smallest = automatic_settings.SMALLEST_BATCH
-        return missing_memory(memory_needed(config_of(size, smallest, 1), 1, smallest), session.ranks.device)
+        config = config_of(size, smallest, 1)
+        teacher = open_teacher(config)
+        own = teacher.bytes + teacher.pass_bytes(smallest) if teacher else 0.0
+        return missing_memory(memory_needed(config, 1, smallest) + own, session.ranks.device)
 
     size, pace, why = _largest_fitting(allowed, lacking, measured, fitted_batch, budget)
     if not why:

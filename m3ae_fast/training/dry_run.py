@@ -70,8 +70,10 @@ def report(
     needs = _Needs(config, world)
     lines = [*_flops_lines(needs), _batch_line(needs, gpus)]
     if teacher:
-        own = f"{teacher.bytes / 1e9:.3g} GB of memory per rank in addition to the estimate below"
-        lines.append(("teacher", f"{teacher.describe(config)}; {own}"))
+        of_pass = teacher.pass_bytes(needs.share.micro_batch, needs.share.accumulation)
+        own = f"{teacher.bytes / 1e9:.3g} GB for its weights and about {of_pass / 1e9:.3g} GB for its passes"
+        text = f"{teacher.describe(config)}; memory per rank in addition to the estimate below: {own}"
+        lines.append(("teacher", text))
     if gpus:
         lines += [("step", _step(needs)), ("network", _network(needs))]
     if data:
@@ -176,7 +178,9 @@ def report_time(config: Config, session: Session, teacher: Teacher | None = None
     this function.
     `config`, `teacher`: as in `report`. Raises the same errors as `measure`."""
     ranks = session.ranks
-    needed = memory_needed(config, ranks.world, FIRST_BATCH) + (teacher.bytes if teacher else 0)
+    needed = memory_needed(config, ranks.world, FIRST_BATCH)
+    if teacher:
+        needed += teacher.bytes + teacher.pass_bytes(FIRST_BATCH)
     if lacking := ranks.from_main(missing_memory(needed, ranks.device)):
         if ranks.is_main:
             print(f"{'time':21} not measured on this machine: {lacking}")

@@ -112,7 +112,7 @@ def set_up(
     model, fixed, started = _build_model(config, found, ranks)
     preparation = preparation_of(config, model, stream.data)
     about_teacher = [teacher.to(ranks.device).describe(config)] if teacher else []
-    engine = build_engine(model, config, ranks)
+    engine = build_engine(model, config, ranks, *([teacher.pass_bytes] if teacher else []))
     found.load(engine)
     add_targets = teacher.with_targets if teacher else _targets_on_device(config, stream.data, ranks.device)
     held_out, loader = _loaders(config, stream, preparation, found.step, session)

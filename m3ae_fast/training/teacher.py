@@ -27,7 +27,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.config import Config
-from m3ae_fast.engine.memory_estimate import typical_batch
+from m3ae_fast.engine.memory_estimate import PeakOfPass, in_bf16, typical_batch
 from m3ae_fast.images.normalisation import from_unit, to_unit
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.flops import encoding_flops, executed_flops
@@ -35,7 +35,7 @@ from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pooling import patch_rows
 from m3ae_fast.model.pretrained import ENCODER, weights_digest
-from m3ae_fast.weights.model_name import TIMM
+from m3ae_fast.weights.model_name import TIMM, TIMM_SOURCES
 from m3ae_fast.weights.open_model import load_model
 from m3ae_fast.weights.timm_model import TimmModel, open_timm_model, output_of
 
@@ -75,7 +75,8 @@ class Teacher:
                 f"(model.channels); choose a teacher with {given} channels"
             )
         self.name, self.width, self.flops = name, network.width, network.flops
-        self._network, self._student, self._precision = network, config.model, config.train.precision
+        self._network, self._student, self._views = network, config.model, config.data.repeats
+        self._precision = "bf16" if in_bf16(config) else "fp32"
         self._maps = network.maps.requires_grad_(False).eval()
         self.parameters = sum(each.numel() for each in self._maps.parameters())
         side, digest = network.side, weights_digest(self._maps.state_dict())
@@ -85,6 +86,21 @@ class Teacher:
     def bytes(self) -> int:
         """Return the bytes of the weights, which are float32."""
         return 4 * self.parameters
+
+    def pass_bytes(self, samples: int, parts: int = 1) -> float:
+        """Return the estimated bytes that a step requires in addition to the weights: for the activations of a pass,
+        which is measured with one image on the device of the weights, and for the features of all patches. `samples`:
+        number of samples in a micro-batch; `parts`: number of micro-batches in a step, whose targets exist at the same
+        time."""
+        c, device = self._student, next(self._maps.parameters()).device
+        image = torch.zeros(
+            1, c.channels, c.image_size, c.image_size, device=device, dtype=getattr(torch, c.image_dtype)
+        )
+        with PeakOfPass(image) as measured:
+            self._features(image)
+        images = math.ceil(samples / self._views)
+        features = 4 * c.patches_per_image * self.width
+        return min(images, _CHUNK) * measured.peak + (images + samples * parts) * features
 
     def to(self, device: torch.device) -> Teacher:
         """Move the weights to a device, and return the teacher."""
@@ -122,9 +138,11 @@ class Teacher:
     def features(self, images_BCSS: Tensor) -> Tensor:
         """Return the standardised features of all patches, float32 [B, L, K], for images of the student: uint8, uint16
         or floating-point and normalised."""
-        parts = [self._features(part) for part in images_BCSS.split(_CHUNK)] if len(images_BCSS) else []
-        empty = torch.zeros(0, self._student.patches_per_image, self.width, device=images_BCSS.device)
-        return torch.cat([empty, *parts])
+        count = len(images_BCSS)
+        found_BLK = torch.empty(count, self._student.patches_per_image, self.width, device=images_BCSS.device)
+        for start in range(0, count, _CHUNK):
+            found_BLK[start : start + _CHUNK] = self._features(images_BCSS[start : start + _CHUNK])
+        return found_BLK
 
     @torch.no_grad()
     def _features(self, images_BCSS: Tensor) -> Tensor:
@@ -196,10 +214,14 @@ class _OwnMaps(nn.Module):
         return patch_rows(self.encoder.forward_encoder(batch), batch, config).mT.unflatten(2, (side, side))
 
     def _pack(self, count: int, device: torch.device) -> PackedBatch:
-        """Return a batch of `count` unmasked images on a device. Only its pixels differ from those of other images."""
+        """Return a batch of `count` unmasked images on a device, without their pixels."""
         c = self.encoder.config
-        image, mask = torch.zeros(c.channels, c.image_size, c.image_size), torch.zeros(c.patches_per_image).bool()
-        return pack([Sample(str(i), image, mask) for i in range(count)], self.encoder.geometry).to(device)
+        image, mask = (
+            torch.zeros(()).expand(c.channels, c.image_size, c.image_size),
+            torch.zeros(c.patches_per_image).bool(),
+        )
+        batch = pack([Sample(str(i), image, mask) for i in range(count)], self.encoder.geometry)
+        return replace(batch, images=image[None, :0]).to(device)
 
 
 def open_teacher(config: Config) -> Teacher | None:
@@ -217,13 +239,15 @@ def width_of(name: str) -> int:
 
 
 def _network(name: str) -> _Network:
+    if name.startswith(TIMM_SOURCES):
+        raise UserError(f"loss.teacher {name}: write {TIMM}{name}")
     return _timm(name) if name.startswith(TIMM) else _own(name)
 
 
 def _timm(name: str) -> _Network:
     opened = open_timm_model(name)
     maps = _TimmMaps(opened, name)
-    kind = f"timm's {opened.name}"
+    kind = f"timm's {opened.architecture}"
     return _Network(kind, maps, opened.side, opened.channels, opened.mean, opened.std, maps.width, maps.flops)
 
 

@@ -1,5 +1,6 @@
 """Opening of timm's vision models by the names that `compare` and teachers accept: `timm:NAME` and `timm:NAME=FILE`,
-with `NAME@SIDE` in place of NAME for images of another size."""
+with `NAME@SIDE` in place of NAME for images of another size. NAME may be a folder or a repository that timm has
+written: `local-dir:FOLDER` or `hf-hub:OWNER/NAME`."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ class TimmModel(NamedTuple):
     """A timm model without its classifier, on the CPU and in evaluation mode, and the images that it expects."""
 
     network: Any
-    name: str  # name of the architecture and of the weights in timm
+    architecture: str  # its name in timm
     side: int  # height and width of the images in pixels
     channels: int
     mean: tuple[float, ...]  # by channel, with black = 0 and white = 1
@@ -33,24 +34,30 @@ def open_timm_model(name: str) -> TimmModel:
 
     Args:
         name: "timm:NAME" for a model whose weights timm downloads, or "timm:NAME=FILE" for weights from a file, which
-            must be a safetensors file or a torch file that can be read with `weights_only`. "NAME@SIDE" in place of
-            NAME is the model for images of SIDE x SIDE pixels; the position embeddings of a ViT are interpolated.
+            must be a safetensors file or a torch file that can be read with `weights_only`. NAME is that of a model in
+            timm, or "local-dir:FOLDER" or "hf-hub:OWNER/NAME" for a folder or a repository with timm's config.json and
+            weights. "NAME@SIDE" in place of NAME is the model for images of SIDE x SIDE pixels; the position embeddings
+            of a ViT are interpolated.
 
     Raises:
         UserError: timm is not installed or does not know the model, the weights cannot be loaded or belong to another
             model, or the images are not square.
     """
     timm = library("timm", name)
-    own, _, file = name.removeprefix(TIMM).partition("=")
+    own, equals, file = name.removeprefix(TIMM).partition("=")
     before, _, size = own.rpartition("@")
     own, wanted = (before, int(size)) if before and size.isdecimal() else (own, None)
     if wanted is not None and not 0 < wanted <= _LARGEST:
         raise UserError(f"{name}: the size of the images, {wanted} pixels, must be from 1 to {_LARGEST:,}")
+    if equals and not file:  # for example, the value of a shell variable that is not set
+        raise UserError(f"{name}: there is no file after =; to download the weights, write {name[:-1]}")
     try:
-        network = timm.create_model(own, pretrained=not file, num_classes=0)
+        # With num_classes=0, timm would ignore that weights are missing.
+        network = timm.create_model(own, pretrained=not file)
     except Exception as error:  # timm and the libraries for downloads raise many kinds of errors
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise UserError(f"{name}: timm cannot open the model {own} ({reason})") from None
+        raise UserError(f"{name}: timm cannot open the model {own} ({_reason(error)})") from None
+    if hasattr(network, "reset_classifier"):  # otherwise, it has no classifier
+        network.reset_classifier(0)
     if file:
         _load(network, read_weights(file), name)
     about: dict[str, Any] = network.pretrained_cfg
@@ -59,7 +66,8 @@ def open_timm_model(name: str) -> TimmModel:
         raise UserError(f"{name}: its images of {side} x {columns} pixels are not square, which is not supported")
     if wanted not in (None, side) and hasattr(network, "set_input_size"):
         _try(lambda: network.set_input_size(img_size=wanted), name, wanted)
-    return TimmModel(network.eval(), own, wanted or side, channels, tuple(about["mean"]), tuple(about["std"]))
+    images = wanted or side, channels, tuple(about["mean"]), tuple(about["std"])
+    return TimmModel(network.eval(), about["architecture"], *images)
 
 
 def output_of(model: TimmModel, forward: Callable[[Tensor], Tensor], where: str) -> Tensor:
@@ -74,8 +82,14 @@ def _try(call: Callable[[], Any], where: str, side: int | None) -> Any:
     try:
         return call()
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
-        raise UserError(f"{where}: the model does not accept images of {side} x {side} pixels ({reason})") from None
+        what = f"the model does not accept images of {side} x {side} pixels ({_reason(error)})"
+        raise UserError(f"{where}: {what}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the message of an error of timm on one line, with its type if the message is not a sentence."""
+    text = " ".join(str(error).split())
+    return (text if " " in text else f"{type(error).__name__} {text}".strip())[:300]
 
 
 def _load(network: Any, weights: dict[str, Tensor], name: str) -> None:
