@@ -487,7 +487,7 @@ def test_a_dry_run_names_the_loader_as_the_bottleneck_if_steps_wait_for_data(mon
     wanted = "62% of the measured time: the loader is the bottleneck on this machine; suggested fix: "
     wanted += "a higher data.workers, smaller images (m3ae-fast shards make --short-side), or data.repeats=3"
     assert code == 0 and re.findall("^data wait +(.*)$", out, re.M) == ([wanted] if is_reported else [])
-    assert re.search("^loader +0.083 cores, for 50 samples/s, measured over 20 steps$", out, re.M)
+    assert re.search("^loader +0.097 cores, for 50 samples/s, measured over 20 steps$", out, re.M)
 
 
 def test_a_dry_run_without_enough_memory_measures_nothing_and_says_so_once(monkeypatch, capsys):
@@ -544,8 +544,8 @@ def test_a_dry_run_prints_network_traffic(run):
 
 
 def test_the_loader_of_the_shortest_step_needs_cores_for_one_gpu_and_for_all():
-    """On an H100, a step of 0.989 TFLOP takes at least 1 ms. In this time, 600 cores decode 360 images."""
-    for world, cores in ((1, {"cores for 1 GPU": "200"}), (8, {"cores for 1 GPU": "200", "cores for 8 GPUs": "1,599"})):
+    """On an H100, a step of 0.989 TFLOP takes at least 1 ms. In this time, a core prepares 0.514 images."""
+    for world, cores in ((1, {"cores for 1 GPU": "234"}), (8, {"cores for 1 GPU": "234", "cores for 8 GPUs": "1,867"})):
         table = shortest_steps(0.989e12, 119.9, world)
         columns = [list(column.cells) for column in table.columns]
         row = next(row for row in zip(*columns) if row[0] == "H100")

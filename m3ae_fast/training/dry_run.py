@@ -38,7 +38,9 @@ from m3ae_fast.training.throughput_estimate import FIRST_BATCH, measure
 
 RANKS_OF_NODE = 8  # assumed number of ranks per node
 MEASURED_S = 5.0  # maximum number of seconds spent measuring steps to estimate the duration of the run
-DECODED_PER_CORE = 600  # images decoded per second and core at 256 px, from benchmarks/results
+# JPEGs of 500 x 400 pixels that the loader prepares per second and core, at 256 px. This was measured on one core of an
+# Intel Xeon (Emerald Rapids), the slowest machine in benchmarks/results; Zen 4 prepared 677, and Zen 5 prepared 865.
+DECODED_PER_CORE = 514
 
 
 def report(
@@ -93,7 +95,7 @@ def report(
         console.print(shortest_steps(needs.step_flops, needs.samples, needs.world))
         sheet = "shortest step: FLOPs divided by the peak in the GPU's data sheet for dense matmuls in bf16"
         console.print(f"{sheet}; this is a lower limit, not a prediction")
-        speed = f"{DECODED_PER_CORE} images per second and core, measured at 256 px"
+        speed = f"{DECODED_PER_CORE} images per second and core, measured with images of 500 x 400 pixels at 256 px"
         console.print(f"cores: the most that the loader can need, for steps of this length and {speed}")
         _print_memory(console, needs)
 
