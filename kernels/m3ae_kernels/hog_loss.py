@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .dispatch import accumulator, as_rows, check_tensor, choose_impl, compute_dtype, wants_grad, with_lead
 from .hog import ORIENTATIONS, fill_targets
 from .ids import check_distinct, check_range, checked, checks_enabled
 from .loss import (
+    LossHead,
     check_head,
     check_reduction,
     empty_gradients,
@@ -245,7 +245,7 @@ def _hog_loss(
         grad_bias.copy_(of_bias)
 
 
-class MaskedHogLoss(nn.Module):
+class MaskedHogLoss(LossHead):
     """A module that computes `masked_hog_loss` with its own head: weight [9, dim] (Xavier uniform) and, unless `bias`
     is False, bias [9] (zero). `std` is used for floating-point images only. The constructor raises ValueError if the
     reduction is unknown."""
@@ -260,19 +260,10 @@ class MaskedHogLoss(nn.Module):
         reduction: str = "mean",
         impl: str = "auto",
     ):
-        super().__init__()
         check_patch_size(patch_size)
         check_reduction(reduction)
+        super().__init__(dim, ORIENTATIONS, bias)
         self.patch_size, self.std, self.reduction, self.impl = patch_size, std, reduction, impl
-        self.weight = nn.Parameter(torch.empty(ORIENTATIONS, dim))
-        self.bias = nn.Parameter(torch.empty(ORIENTATIONS)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise the weight (Xavier uniform) and the bias (zero) again."""
-        nn.init.xavier_uniform_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
         """Return the loss, a scalar or (with reduction "none") [...], of the predictions from hidden [..., dim]. The
@@ -291,12 +282,6 @@ class MaskedHogLoss(nn.Module):
             reduction=self.reduction,
             impl=self.impl,
         )
-
-    def predict(self, hidden: Tensor) -> Tensor:
-        """Return the predicted targets [..., 9] for hidden [..., dim], in autocast's dtype if autocast is enabled,
-        otherwise in the dtype of hidden. The module's hooks, whose arguments and output are those of the loss, do not
-        run."""
-        return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[1]}, patch_size={self.patch_size}, bias={self.bias is not None}"

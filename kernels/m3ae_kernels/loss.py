@@ -6,7 +6,8 @@ Shapes: M rows, D width, V outputs of the head.
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .dispatch import accumulator, check_float, no_autocast
 from .registry import unwrapped
@@ -18,6 +19,29 @@ def check_reduction(reduction: str) -> None:
     """Raise ValueError if the reduction is unknown."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}, but must be one of {', '.join(REDUCTIONS)}")
+
+
+class LossHead(nn.Module):
+    """Base class of modules that compute a loss with their own head: weight [V, dim] (Xavier uniform) and, unless
+    `bias` is False, bias [V] (zero)."""
+
+    def __init__(self, dim: int, outputs: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, dim))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the weight (Xavier uniform) and the bias (zero) again."""
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Return the outputs of the head, [..., V], for hidden [..., dim]: the predicted targets, or logits. They are
+        in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden. The module's hooks, whose
+        arguments and output are those of the loss, do not run."""
+        return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
 
 def check_head(

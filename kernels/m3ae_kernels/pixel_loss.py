@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import (
@@ -20,6 +19,7 @@ from .dispatch import (
 )
 from .ids import check_distinct, check_range, checked, checks_enabled
 from .loss import (
+    LossHead,
     check_head,
     check_reduction,
     empty_gradients,
@@ -219,11 +219,11 @@ def _pixel_loss(
         grad_bias.copy_(from_cut(of_bias_K, images, patch_size, 0))
 
 
-class MaskedPixelLoss(nn.Module):
+class MaskedPixelLoss(LossHead):
     """A module that computes `masked_pixel_loss` with its own head: weight [P * P * channels, dim] (Xavier uniform)
     and, unless `bias` is False, bias [P * P * channels] (zero). `mean` and `std` normalise integer images, and are
-    required for them; floating-point images are used unchanged. The constructor raises ValueError if the reduction is
-    unknown."""
+    required for them; floating-point images are used unchanged. `predict` returns patches that are normalised like the
+    targets. The constructor raises ValueError if the reduction is unknown."""
 
     def __init__(
         self,
@@ -238,14 +238,11 @@ class MaskedPixelLoss(nn.Module):
         reduction: str = "mean",
         impl: str = "auto",
     ):
-        super().__init__()
         check_patch_size(patch_size)
-        self.patch_size, self.mean, self.std, self.norm_pix = patch_size, mean, std, norm_pix
         check_reduction(reduction)
+        super().__init__(dim, patch_size**2 * channels, bias)
+        self.patch_size, self.mean, self.std, self.norm_pix = patch_size, mean, std, norm_pix
         self.reduction, self.impl = reduction, impl
-        self.weight = nn.Parameter(torch.empty(patch_size**2 * channels, dim))
-        self.bias = nn.Parameter(torch.empty(patch_size**2 * channels)) if bias else None
-        self.reset_parameters()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, patch_size: int, **options) -> "MaskedPixelLoss":
@@ -270,12 +267,6 @@ class MaskedPixelLoss(nn.Module):
             setattr(head, name, getattr(linear, name))
         return head
 
-    def reset_parameters(self) -> None:
-        """Initialise the weight (Xavier uniform) and the bias (zero) again."""
-        nn.init.xavier_uniform_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
     def forward(self, hidden: Tensor, images: Tensor, patch_ids: Tensor, row_weight: Tensor | None = None) -> Tensor:
         """Return the loss, a scalar or (with reduction "none") [...], of the predictions from hidden [..., dim]. The
         targets are the patches patch_ids [...] int of images [B, C, H, W]; row_weight is [...] floating-point, or None
@@ -295,12 +286,6 @@ class MaskedPixelLoss(nn.Module):
             reduction=self.reduction,
             impl=self.impl,
         )
-
-    def predict(self, hidden: Tensor) -> Tensor:
-        """Return the predicted patches [..., P * P * channels] for hidden [..., dim], normalised like the targets,
-        in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden. The module's hooks, whose
-        arguments and output are those of the loss, do not run."""
-        return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:
         dim, bias = self.weight.shape[1], self.bias is not None

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dispatch import (
@@ -25,6 +24,7 @@ from .dispatch import (
 )
 from .ids import check_range, checked
 from .loss import (
+    LossHead,
     check_reduction,
     empty_gradients,
     row_gradients,
@@ -303,7 +303,7 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
         grad_weight.copy_(sum_VD)
 
 
-class MaskedTokenLoss(nn.Module):
+class MaskedTokenLoss(LossHead):
     """A module that computes `masked_token_loss` with its own head: weight [vocab, dim] (Xavier uniform) and, unless
     `bias` is False, bias [vocab] (zero). The other options are those of `masked_token_loss`. The constructor raises
     ValueError if the reduction is unknown."""
@@ -321,8 +321,8 @@ class MaskedTokenLoss(nn.Module):
         workspace: int | None = None,
         impl: str = "auto",
     ):
-        super().__init__()
         check_reduction(reduction)
+        super().__init__(dim, vocab, bias)
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
@@ -331,9 +331,6 @@ class MaskedTokenLoss(nn.Module):
             "workspace": workspace,
             "impl": impl,
         }
-        self.weight = nn.Parameter(torch.empty(vocab, dim))
-        self.bias = nn.Parameter(torch.empty(vocab)) if bias else None
-        self.reset_parameters()
 
     @property
     def reduction(self) -> str:
@@ -355,12 +352,6 @@ class MaskedTokenLoss(nn.Module):
             setattr(head, name, getattr(linear, name))
         return head
 
-    def reset_parameters(self) -> None:
-        """Initialise the weight (Xavier uniform) and the bias (zero) again."""
-        nn.init.xavier_uniform_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
     def forward(
         self, hidden: Tensor, targets: Tensor, row_weight: Tensor | None = None, *, return_correct: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -378,11 +369,6 @@ class MaskedTokenLoss(nn.Module):
             return_correct=return_correct,
             **self.options,
         )
-
-    def predict(self, hidden: Tensor) -> Tensor:
-        """Return the logits [..., vocab] for hidden [..., dim], in autocast's dtype if autocast is enabled, otherwise
-        in the dtype of hidden. The module's hooks, whose arguments and output are those of the loss, do not run."""
-        return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
     def extra_repr(self) -> str:
         (vocab, dim), options = self.weight.shape, ", ".join(f"{k}={v}" for k, v in self.options.items())
