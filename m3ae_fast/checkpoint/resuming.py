@@ -15,7 +15,7 @@ from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.fingerprint import DATA, WRITTEN
 from m3ae_fast.engine.interface import Engine, Read
-from m3ae_fast.engine.optimizer import EMA, Kinds
+from m3ae_fast.engine.optimizer import EMA, Kinds, tensors_of
 from m3ae_fast.process.ranks import Ranks
 
 Severity = Literal["refused", "other samples", "noted", "free"]
@@ -225,12 +225,10 @@ def open_checkpoint(path: Path, info: checkpoint.Info, model: nn.Module, ranks: 
     checkpoint is damaged or one of its tensors does not fit the model.
     """
     had_ema = (info.config.get("train") or {}).get("ema") is not None
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     state = ranks.together(lambda: checkpoint.open_state(path, ranks.rank, ranks.world))
     wanted = {
-        f"{kind}/{name}": shape
-        for name, shape in shapes.items()
-        for kind in ("model", *kinds[name])
+        name: tuple(getattr(p, "ds_shape", p.shape))
+        for name, p, kind in tensors_of(model, kinds)
         if kind != EMA or had_ema
     }
     ranks.together(lambda: state.check(wanted))

@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from m3ae_fast.config import DeepSpeedConfig, OptimConfig
 from m3ae_fast.engine.fragments import Fragment, Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.muon import Muon
-from m3ae_fast.engine.optimizer import build_optimizer, collect, name_of, prime, set_lr, state_kinds
+from m3ae_fast.engine.optimizer import build_optimizer, collect, name_of, prime, set_lr, state_kinds, tensors_of
 from m3ae_fast.model.transformer import MLP, Attention
 from m3ae_fast.process.ranks import Ranks
 
@@ -161,9 +161,9 @@ class DeepSpeedEngine:
         if not self._inner.state:
             self._prime(0)
         if self.zero.stage == 0:
-            tensors = {name: self._full(p, kind) for name, p, kind in self._state()}
+            tensors = {name: self._full(p, kind) for name, p, kind in tensors_of(self.model, self.kinds)}
             return cut(tensors, self.ranks.rank, self.ranks.world)
-        return {name: self._own(p, kind) for name, p, kind in self._state()}
+        return {name: self._own(p, kind) for name, p, kind in tensors_of(self.model, self.kinds)}
 
     def whole(self, kind: str) -> dict[str, Tensor]:
         return collect(self.model, kind, self.kinds, self._full if self.zero.stage == 0 else self._joined)
@@ -200,7 +200,7 @@ class DeepSpeedEngine:
 
     def load_state(self, step: int, read: Read) -> None:
         self._prime(step)
-        for name, p, kind in self._state():
+        for name, p, kind in tensors_of(self.model, self.kinds):
             if self.zero.stage == 3:
                 self._load_partition(name, p, kind, read)
                 continue
@@ -209,12 +209,6 @@ class DeepSpeedEngine:
             if self.zero.stage > 0:
                 own = self._own(p, kind)
                 own.data.copy_(read(name, own.start, len(own.data)))
-
-    def _state(self) -> Iterator[tuple[str, nn.Parameter, str]]:
-        """Yield each tensor's name in the state, its parameter and its kind."""
-        for name, p in self.model.named_parameters():
-            for kind in ("model", *self.kinds[name]):
-                yield f"{kind}/{name}", p, kind
 
     @property
     def _inner(self) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,14 @@ def state_kinds(model: nn.Module, groups: list[dict], ema: float | None) -> Kind
     by_muon = {p for group in groups if "momentum" in group for p in group["params"]}
     average = () if ema is None else (EMA,)
     return {name: (*((MOMENTUM,) if p in by_muon else MOMENTS), *average) for name, p in model.named_parameters()}
+
+
+def tensors_of(model: nn.Module, kinds: Kinds) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Yield each tensor's name in an engine's state, its parameter, and its kind: "model" for a weight, or a kind of
+    optimiser state."""
+    for name, p in model.named_parameters():
+        for kind in ("model", *kinds[name]):
+            yield f"{kind}/{name}", p, kind
 
 
 def build_optimizer(

@@ -23,6 +23,7 @@ from m3ae_fast.engine.optimizer import (
     prime,
     set_lr,
     state_kinds,
+    tensors_of,
 )
 from m3ae_fast.process.ranks import Ranks
 
@@ -119,11 +120,7 @@ class TorchEngine:
     def fragments(self) -> Fragments:
         if not self.optimizer.state:
             prime(self.optimizer, 0)
-        tensors = {
-            f"{kind}/{name}": self._whole(p, kind)
-            for name, p in self.model.named_parameters()
-            for kind in ("model", *self.kinds[name])
-        }
+        tensors = {name: self._whole(p, kind) for name, p, kind in tensors_of(self.model, self.kinds)}
         return cut(tensors, self.ranks.rank, self.ranks.world)
 
     def whole(self, kind: str) -> dict[str, Tensor]:
@@ -135,7 +132,6 @@ class TorchEngine:
 
     def load_state(self, step: int, read: Read) -> None:
         prime(self.optimizer, step)
-        for name, p in self.model.named_parameters():
-            for kind in ("model", *self.kinds[name]):
-                self._whole(p, kind).data.copy_(read(f"{kind}/{name}", 0, p.numel()).view_as(p))
+        for name, p, kind in tensors_of(self.model, self.kinds):
+            self._whole(p, kind).data.copy_(read(name, 0, p.numel()).view_as(p))
         self._round()
