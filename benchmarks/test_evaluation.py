@@ -227,7 +227,7 @@ def test_grid_of_heads(tmp_path):
 
         def fit(batches: Callable, layers: tuple[int, ...], rates: int) -> Callable[[], object]:
             stacks = _stacks(ranks, width, layers, rates)
-            return lambda: fit_heads(batches(layers), stacks, lambda step: 0.1, STEPS, "", ranks, HEARTBEATS)
+            return lambda: fit_heads(batches(layers), stacks, lambda step: 0.1, "", ranks, HEARTBEATS)
 
         grid = f"{RATES} learning rates x {len(LAYERS)} layers"
         seconds = _seconds(

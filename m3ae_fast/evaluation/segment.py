@@ -201,12 +201,12 @@ def fit(train: Images, classes: int, config: SegmentConfig, job: Job) -> Linear:
     heads = LinearHeads(train.bank.stored_SD.shape[-1], classes, [job.config.run.seed], ranks).to(ranks.device)
     optimizer = AdamW(heads.parameters(), weight_decay=config.weight_decay)
     stack = Stack(heads, optimizer, torch.full((1,), config.peak_lr, device=ranks.device), ranks)
+    title = "training the head"
     fit_heads(
-        _steps(train, classes, config, job),
+        track(_steps(train, classes, config, job), title, config.steps),
         {_PATCHES: stack},
         lambda step: warmup_cosine(step + 1, warm_up, config.steps + 1),
-        config.steps,
-        "training the head",
+        title,
         ranks,
         job.heartbeats,
     )

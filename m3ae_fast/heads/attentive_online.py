@@ -16,6 +16,7 @@ from torch import Tensor
 
 from m3ae_fast.base.hardware import pins_memory
 from m3ae_fast.base.pace import Pace
+from m3ae_fast.base.progress import track
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import POOLINGS
@@ -133,8 +134,8 @@ def predict_online(
     )
     steps = streamed_steps(loader, accumulation, model, config.encode, types, ranks, trying)
     title = "attentive probe, online" + (f", {len(recipe.rates)} rates" if trying else "")
-    part = float(recipe.steps * recipe.batch)
-    right = fit_heads(steps, stacks, recipe.lr, recipe.steps, title, ranks, heartbeats, whole, part)
+    shown = track(steps, title, recipe.steps, whole=whole, part=float(recipe.steps * recipe.batch))
+    right = fit_heads(shown, stacks, recipe.lr, title, ranks, heartbeats)
     heads = {kind: stack.heads for kind, stack in stacks.items()}
 
     def reduced(corpus: Corpus, title: str, reduce: Reduce) -> FeatureBank:

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3ae_fast.base.pace import Pace
-from m3ae_fast.base.progress import track
 from m3ae_fast.data.order import permutation
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
@@ -99,12 +97,9 @@ def fit_heads(
     batches: Iterable[HeadBatch],
     stacks: Mapping[FeatureType, Stack],
     lr: Callable[[int], float],
-    steps: int,
     title: str,
     ranks: Ranks,
     heartbeats: Heartbeats,
-    whole: Pace | None = None,
-    part: float = 0.0,
 ) -> dict[FeatureType, Tensor]:
     """Train all heads on the same batches. Every rank must call it.
 
@@ -112,18 +107,16 @@ def fit_heads(
         batches: this rank's part of each step.
         stacks: heads, keyed by the features that they read; they are in evaluation mode afterwards.
         lr: function that maps a step to its learning rate, which is multiplied by the scale of each head.
-        steps: number of steps.
-        title: description of the training for the progress display.
+        title: description of the training.
         ranks: ranks across which each step is split.
-        heartbeats: heartbeats of this rank, which are marked at each step.
-        whole, part: pace of the whole task, and the units of it that this training is; see `progress`.
+        heartbeats: heartbeats of this rank, which are marked with the title at each step.
 
     Returns:
         The training accuracy of each head at each step, before the update: float32 [steps, H] by type of features, on
         the CPU.
     """
     right: dict[FeatureType, list[Tensor]] = {kind: [] for kind in stacks}
-    for step, batch in enumerate(track(batches, title, steps, whole=whole, part=part)):
+    for step, batch in enumerate(batches):
         heartbeats.mark(title)
         targets = batch.targets.to(ranks.device)
         for kind, stack in stacks.items() if batch.samples else ():

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.progress import track
 from m3ae_fast.heads import logistic_regression
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.fit_heads import Heads, Stack, fit_heads, judge, logits, stored_steps
@@ -137,8 +138,8 @@ def _fit(
     heartbeats: Heartbeats,
 ) -> tuple[dict[FeatureType, Stack], dict[FeatureType, torch.Tensor]]:
     stacks = {kind: new_stack(bank.stored_SD.shape[1:], recipe, rates[kind], ranks) for kind, bank in banks.items()}
-    batches = stored_steps(banks, range(recipe.steps), recipe.batch, recipe.seed)
-    return stacks, fit_heads(batches, stacks, recipe.lr, recipe.steps, title, ranks, heartbeats)
+    batches = track(stored_steps(banks, range(recipe.steps), recipe.batch, recipe.seed), title, recipe.steps)
+    return stacks, fit_heads(batches, stacks, recipe.lr, title, ranks, heartbeats)
 
 
 def new_stack(shape: tuple[int, ...], recipe: Recipe, rates: Sequence[float], ranks: Ranks) -> Stack:
