@@ -21,15 +21,14 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.hardware import pins_memory, resolve_precision
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.resuming import SAMPLING, Rules
-from m3ae_fast.data import Corpus, eval_loader, lay_out
-from m3ae_fast.data.labels import Classes
+from m3ae_fast.data import eval_loader, lay_out
 from m3ae_fast.engine.build import make_engine
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.optimizer import EMA
 from m3ae_fast.evaluation.augment import Mixing, RandAugment, mixes
 from m3ae_fast.evaluation.finetune_groups import layer_decay_groups
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, make_trainer, open_training
+from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, open_training
 from m3ae_fast.evaluation.tasks import Finetune
 from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.heads.encoding import check_skipped
@@ -81,7 +80,6 @@ class FineTuningTask(LabelledTask):
 
     model: TrainableClassifier
     engine: ModelEngine
-    val: Corpus
     val_loader: DataLoader[PackedBatch]
     fixed: dict[str, Tensor]  # weights that training does not change
     averaged: Classifier | None  # with train.ema: receives the averaged weights for evaluations
@@ -101,7 +99,7 @@ class FineTuningTask(LabelledTask):
         """Return the default number of steps between evaluations, with which evaluations take a small part of the time.
         For one sample, an evaluation takes a third of the time of a training step."""
         schedule = trainer.schedule
-        cheap = math.ceil(self.val.samples / (3 * trainer.share.global_batch * _EVALUATING))
+        cheap = math.ceil(self.start.val.samples / (3 * trainer.share.global_batch * _EVALUATING))
         return max(schedule.total_steps // _EVALUATIONS, schedule.steps_per_epoch, cheap)
 
     def shorter(self, trainer: Trainer, steps: float) -> str:
@@ -134,7 +132,7 @@ class FineTuningTask(LabelledTask):
         # the batches are assigned to the ranks in turn, and all ranks have the same number of batches
         predictions, skipped = zip(*(part for turn in zip(*ranks.gather(own)) for part in turn))
         most_bad = self.job.config.data.max_bad_fraction
-        check_skipped([each for part in skipped for each in part], self.val.samples, most_bad)
+        check_skipped([each for part in skipped for each in part], self.start.val.samples, most_bad)
         return self.evaluated(trainer, Predictions.joined(predictions))
 
     @contextmanager
@@ -175,7 +173,7 @@ def set_up(job: Job[Finetune]) -> tuple[FineTuningTask, Trainer]:
     # if samples are mixed in pairs, each step takes an even number of samples from each lane
     pairs = 2 if mixes(settings, job.modality == "image") else 1
     layout = lay_out(data, start.train.sizes, start.share.global_batch // pairs)
-    model = _build(job, start.classes, layout.lanes)
+    model = _build(job, layout.lanes)
     model.mixing.check_share(start.share)
     transform = None
     if settings.rand_augment and job.modality != "text":
@@ -191,30 +189,26 @@ def set_up(job: Job[Finetune]) -> tuple[FineTuningTask, Trainer]:
     val_batches = eval_loader(data, start.val, job.preparation, start.share, pin_memory=pins_memory(ranks.device))
     task = FineTuningTask(
         job=job,
-        corpora=(start.train, start.val),
-        classes=start.classes,
-        length_is_open=start.length_is_open,
+        start=start,
         model=model,
         engine=engine,
-        val=start.val,
         val_loader=val_batches,
         fixed=fixed,
         averaged=averaged,
     )
-    fix = fix_of_losses(config.train, optim)
-    return task, make_trainer(job, start, task, engine, layout, sections, RULES, fix, transform)
+    return task, task.trainer(engine, layout, sections, RULES, fix_of_losses(config.train, optim), transform)
 
 
-def _build(job: Job, classes: Classes, lanes: int) -> TrainableClassifier:
+def _build(job: Job, lanes: int) -> TrainableClassifier:
     """Return the classifier with the pre-trained encoder, on the CPU."""
     config = job.config.finetune
     sizes = job.model.config.model_copy(update={"drop_path": config.drop_path})
     classifier = ClassifierConfig(
-        model=sizes, head="finetune", pool=config.pool, modality=job.modality, classes=list(classes)
+        model=sizes, head="finetune", pool=config.pool, modality=job.modality, classes=list(job.classes)
     )
     images_only = job.modality == "image"
     seed, repeats = job.config.run.seed, job.config.data.repeats
-    mixing = Mixing(config, sizes, len(classes), images_only, seed, repeats, lanes)
+    mixing = Mixing(config, sizes, len(job.classes), images_only, seed, repeats, lanes)
     model = TrainableClassifier(classifier, mixing)
     model.load_backbone(job.model.cpu())
     return model
@@ -224,4 +218,4 @@ def run(job: Job[Finetune]) -> dict[str, Any] | None:
     """Run the task and return its result; None if it was stopped before its end."""
     job.heartbeats.watch_over(job.config.run)
     task, trainer = set_up(job)
-    return task.complete(trainer, task.val.samples)
+    return task.complete(trainer, task.start.val.samples)

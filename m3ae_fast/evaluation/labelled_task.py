@@ -18,7 +18,6 @@ from m3ae_fast.checkpoint.resuming import Resume, Rules, require_same
 from m3ae_fast.data import Corpus, Data, Layout, Share, split_batch
 from m3ae_fast.data.dataset import Transform
 from m3ae_fast.data.fingerprint import fingerprint
-from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
@@ -45,19 +44,89 @@ class ClassLosses(NamedTuple):
     accuracy: Tensor  # for mixed labels, the accuracy with respect to the class with the highest weight
 
 
+class Start(NamedTuple):
+    """The opened checkpoint and data for training on labelled samples."""
+
+    found: Resume  # the checkpoint to resume from, if there is one
+    train: Corpus
+    val: Corpus
+    length_is_open: bool  # whether the length of the run is derived from the number of samples
+    share: Share
+    schedule: Schedule
+
+
+def open_training(job: Job[WithResume]) -> Start:
+    """Open the checkpoint to resume from, if any, and the labelled samples, and complete the job's config with default
+    hyper-parameters. Raises UserError if the checkpoint or the samples cannot be used."""
+    found = Resume(job.config.run.dir, job.options.resume, job.ranks)
+    train, val, _ = job.open_labelled()
+    if train.has_captions:
+        job.model.require_tokenizer()
+    official, given = OFFICIAL[job.options.name()], job.config.train
+    saved = found.section("optim") | found.section("train")
+    job.config = config = with_defaults(job.config, official, train.samples, saved)
+    share = split_batch(config.train, job.ranks.world, job.ranks.rank)
+    schedule = Schedule(config.train, config.optim, train.samples, scaled=official.rate_is_scaled)
+    length_is_open = given.epochs is None and given.steps is None
+    return Start(found, train, val, length_is_open, share, schedule)
+
+
 @dataclass(kw_only=True)
 class LabelledTask(ABC):
     """A classification task that the trainer runs. It stores the predictions of its last evaluation."""
 
     job: Job
-    corpora: tuple[Corpus, Corpus]  # the training and the held-out samples
-    classes: Classes
-    length_is_open: bool  # whether the length of the run is derived from the number of samples
+    start: Start
     notes: list[str] = field(default_factory=list)  # differences from the run that is resumed
 
     def __post_init__(self) -> None:
         self.predictions: Predictions | None = None  # predictions of the last evaluation
         self.expected = False  # whether the expected duration has been logged
+
+    def trainer(
+        self,
+        engine: Engine,
+        layout: Layout,
+        sections: dict[str, Any],
+        rules: Rules,
+        suggested_fix: str,
+        transform: Transform | None = None,
+    ) -> Trainer:
+        """Load the checkpoint, if any, into the engine, and return the trainer. Notes on differences from the resumed
+        run are added to the task.
+
+        Args:
+            engine: the engine of the task.
+            layout: layout of the sample order.
+            sections: config sections to store in checkpoints, in addition to the settings that the task uses.
+            rules: rules for settings that differ between a resumed run and its checkpoint.
+            suggested_fix: suggested changes of settings if a loss is not finite.
+            transform: transform that is applied to each training image.
+
+        Raises:
+            UserError: the checkpoint belongs to another run.
+        """
+        job, (found, train, val, _, share, schedule) = self.job, self.start
+        sections = job.options.uses.values(job.config) | sections
+        stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
+        require_same(job.ranks, stream, val)
+        self.notes += found.restore(engine, sections, stream, rules)
+        return Trainer(
+            task=self,
+            session=job.session,
+            folder=job.folder,
+            config=job.config,
+            sections=sections,
+            share=share,
+            schedule=schedule,
+            engine=engine,
+            train_loader=job.batches(train, share, range(found.step, schedule.total_steps), layout, transform),
+            throughput=SampleRate(),
+            bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
+            stream=stream,
+            start=found.step,
+            suggested_fix=suggested_fix,
+        )
 
     def count(self, batches: list[PackedBatch]) -> SampleCounts:
         """Return the counts of a step's micro-batches."""
@@ -122,17 +191,17 @@ class LabelledTask(ABC):
             return None
         self.save_classifier(trainer)
         assert self.predictions is not None
-        job.keep(self.predictions.columns(self.classes))
+        job.keep(self.predictions.columns(job.classes))
         job.pictures.append(lambda: self.draw(trainer))
         found = job.ranks.broadcast(lambda: self.warnings(trainer))
         predictions = {MODEL: [self.predictions]}
-        for name, banks in encode_baselines(job, *self.corpora, job.stop).items():
-            predictions[name] = [logistic_regression.predict(*banks, len(self.classes), job.heartbeats)]
+        for name, banks in encode_baselines(job, self.start.train, self.start.val, job.stop).items():
+            predictions[name] = [logistic_regression.predict(*banks, len(job.classes), job.heartbeats)]
         return (
             result
             | accuracy_entries(predictions, LOGISTIC)
             | {
-                "classes": len(self.classes),
+                "classes": len(job.classes),
                 "steps": trainer.step,
                 "train_samples": trainer.schedule.samples,
                 "val_samples": val_samples,
@@ -159,84 +228,6 @@ class LabelledTask(ABC):
         a line that suggests options for a shorter run is added if the run is long and its length was derived from the
         number of samples."""
         lines = [f"expected duration: {duration(pace * left)} for {left:,} more steps, plus evaluations"]
-        if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.length_is_open:
+        if trainer.ranks.device.type == "cpu" and pace * left > LONG_S and self.start.length_is_open:
             lines.append(f"note: this is a long time for a CPU; to reduce it: {self.shorter(trainer, SHORT_S / pace)}")
         return lines
-
-
-class Start(NamedTuple):
-    """The opened checkpoint and data for training on labelled samples."""
-
-    found: Resume  # the checkpoint to resume from, if there is one
-    train: Corpus
-    val: Corpus
-    classes: Classes
-    length_is_open: bool  # see `LabelledTask`
-    share: Share
-    schedule: Schedule
-
-
-def open_training(job: Job[WithResume]) -> Start:
-    """Open the checkpoint to resume from, if any, and the labelled samples, and complete the job's config with default
-    hyper-parameters. Raises UserError if the checkpoint or the samples cannot be used."""
-    found = Resume(job.config.run.dir, job.options.resume, job.ranks)
-    train, val, classes = job.open_labelled()
-    if train.has_captions:
-        job.model.require_tokenizer()
-    official, given = OFFICIAL[job.options.name()], job.config.train
-    saved = found.section("optim") | found.section("train")
-    job.config = config = with_defaults(job.config, official, train.samples, saved)
-    share = split_batch(config.train, job.ranks.world, job.ranks.rank)
-    schedule = Schedule(config.train, config.optim, train.samples, scaled=official.rate_is_scaled)
-    length_is_open = given.epochs is None and given.steps is None
-    return Start(found, train, val, classes, length_is_open, share, schedule)
-
-
-def make_trainer(
-    job: Job,
-    start: Start,
-    task: LabelledTask,
-    engine: Engine,
-    layout: Layout,
-    sections: dict[str, Any],
-    rules: Rules,
-    suggested_fix: str,
-    transform: Transform | None = None,
-) -> Trainer:
-    """Load the checkpoint, if any, into the engine, and return the trainer.
-
-    Args:
-        job: the job.
-        start: the opened checkpoint and data.
-        task: the task; notes on differences from the resumed run are added to it.
-        engine: the engine of the task.
-        layout: layout of the sample order.
-        sections: config sections to store in checkpoints, in addition to the settings that the task uses.
-        rules: rules for settings that differ between a resumed run and its checkpoint.
-        suggested_fix: suggested changes of settings if a loss is not finite.
-        transform: transform that is applied to each training image.
-
-    Raises:
-        UserError: the checkpoint belongs to another run.
-    """
-    found, train, val, _, _, share, schedule = start
-    sections = job.options.uses.values(job.config) | sections
-    stream = fingerprint(Data(train, val, job.model.tokenizer), layout)
-    require_same(job.ranks, stream, val)
-    task.notes += found.restore(engine, sections, stream, rules)
-    return Trainer(
-        task=task,
-        session=job.session,
-        folder=job.folder,
-        config=job.config,
-        sections=sections,
-        share=share,
-        schedule=schedule,
-        engine=engine,
-        train_loader=job.batches(train, share, range(found.step, schedule.total_steps), layout, transform),
-        throughput=SampleRate(),
-        bad=BadSamples(job.config.data.max_bad_fraction, train.samples),
-        stream=stream,
-        start=found.step,
-        suggested_fix=suggested_fix,
-    )

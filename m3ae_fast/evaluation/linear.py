@@ -21,7 +21,7 @@ from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.optimizer import Kinds
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, make_trainer, open_training
+from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, open_training
 from m3ae_fast.evaluation.task_features import encode
 from m3ae_fast.evaluation.tasks import Linear
 from m3ae_fast.heads.feature_bank import FeatureBank
@@ -92,7 +92,7 @@ class ProbingTask(LabelledTask):
     val: FeatureBank
 
     def first_line(self, trainer: Trainer) -> str:
-        task = f"linear probe of {self.job.encode_config.fixed_pool} features, {len(self.classes)} classes, "
+        task = f"linear probe of {self.job.encode_config.fixed_pool} features, {len(self.job.classes)} classes, "
         return task + sentence(trainer.schedule, trainer.step)
 
     def is_due(self, trainer: Trainer) -> bool:
@@ -121,23 +121,16 @@ def set_up(job: Job[Linear]) -> tuple[ProbingTask, Trainer]:
     start = open_training(job)
     held_out = encode(job, start.val, "encoding val")
     width = POOLINGS[features.fixed_pool].vectors * job.model.config.emb_dim
-    heads = LinearHeads(width, len(start.classes), [run.seed], ranks).to(ranks.device)
+    heads = LinearHeads(width, len(job.classes), [run.seed], ranks).to(ranks.device)
     engine = ProbeEngine(heads, job.config.model_copy(update={"encode": features}), ranks, job.model)
     weights = weights_digest(job.model.state_dict())
     sections = {
         "encode": features.model_dump(mode="json"),
-        "task": {"model": job.options.model, "weights": weights, "classes": list(start.classes)},
+        "task": {"model": job.options.model, "weights": weights, "classes": list(job.classes)},
     }
     layout = lay_out(job.config.data, start.train.sizes, start.share.global_batch)
-    task = ProbingTask(
-        job=job,
-        corpora=(start.train, start.val),
-        classes=start.classes,
-        length_is_open=start.length_is_open,
-        heads=heads,
-        val=held_out,
-    )
-    return task, make_trainer(job, start, task, engine, layout, sections, RULES, "a lower optim.peak_lr")
+    task = ProbingTask(job=job, start=start, heads=heads, val=held_out)
+    return task, task.trainer(engine, layout, sections, RULES, "a lower optim.peak_lr")
 
 
 def run(job: Job[Linear]) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ def _expectation(kind, pace, left, device="cpu", samples=1482, **sections):
     complete = with_defaults(config, OFFICIAL[TASK_OF[kind]], samples, {})
     ranks = SimpleNamespace(device=torch.device(device))
     task = object.__new__(kind)
-    task.length_is_open = config.train.epochs is None and config.train.steps is None
+    task.start = SimpleNamespace(length_is_open=config.train.epochs is None and config.train.steps is None)
     schedule = Schedule(complete.train, complete.optim, samples)
     return task.expectation(SimpleNamespace(ranks=ranks, schedule=schedule), pace, left)
 

@@ -255,7 +255,7 @@ def test_every_setting_takes_effect_and_partners_are_in_one_micro_batch(run, tmp
 def test_the_default_period_limits_the_number_and_the_time_of_evaluations(total, held_out):
     """In an evaluation, a sample takes a third of the time that it takes in a training step."""
     schedule, share = SimpleNamespace(total_steps=total, steps_per_epoch=7), SimpleNamespace(global_batch=64)
-    task = SimpleNamespace(val=SimpleNamespace(samples=held_out))
+    task = SimpleNamespace(start=SimpleNamespace(val=SimpleNamespace(samples=held_out)))
     trainer = SimpleNamespace(schedule=schedule, share=share)
     period = finetune.FineTuningTask._default_period(task, trainer)
 
