@@ -45,8 +45,8 @@ derived.
 {table}
 
 - At ImageNet's size (the last row), the hyper-parameters are the official ones.
-- With fewer samples, the batch size is reduced to keep the number of steps per epoch about the same, down to 256 for
-  the linear probe and 64 for fine-tuning, unless there are fewer training samples.
+- With fewer samples, the batch size is reduced to keep the number of steps per epoch about the same, but it is at
+  least 256 for the linear probe and 64 for fine-tuning (or the number of training samples, if that is smaller).
 - If the usual number of epochs gives too few steps, the number of epochs is increased. Fine-tuning takes at least 4,000
   steps with the smallest batch.
 - The peak learning rate of the probe is raised if there are fewer steps than for ImageNet. For a batch of 256, the peak
@@ -69,7 +69,7 @@ def tasks_page() -> str:
 def _task(name: str, task: type[Task]) -> str:
     """Return the section of a task."""
     shared = [f"[{title}](#{_anchor(title)})" for title, kind in SHARED.items() if issubclass(task, kind)]
-    more = f"It also has: {', '.join(['[common options](#common-options)', *shared])}."
+    more = f"This task also has these options: {', '.join(['[common options](#common-options)', *shared])}."
     sections = ", ".join(
         f"[{section}]({'config' if section in ('optim', 'train', 'deepspeed') else 'evaluation-config'}.md#{section})"
         for section in task.uses.sections

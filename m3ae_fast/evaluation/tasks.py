@@ -249,11 +249,11 @@ class WithBaselines(OneModel):
 class WithGrid(OneModel, WithLabels):
     """A task that can train probes on the features of several layers and poolings, and on few samples.
 
-    The three options can be combined. One pass over the images covers all layers, poolings and numbers of shots, and
-    all heads are trained together. `results` in `result.json` has a row for each combination of `layer`, `pool` and
-    number of `shots`. The fields `top1` and `top5` outside `results` are the accuracies for the last layer, the first
-    pooling and the largest number of shots. A figure shows the accuracy by layer or, for a single layer, by number of
-    shots.
+    The options `--layers`, `--pools` and `--shots` can be combined. One pass over the images covers all layers,
+    poolings and numbers of shots, and all heads are trained together. `results` in `result.json` has a row for each
+    combination of `layer`, `pool` and number of `shots`. The fields `top1` and `top5` outside `results` are the
+    accuracies for the last layer, the first pooling and the largest number of shots. A figure shows the accuracy by
+    layer or, for a single layer, by number of shots.
 
     Features of earlier layers are those after the block, with the final LayerNorm applied. For each number of shots,
     the samples are drawn five times, and the mean accuracy is reported with its 95 % confidence interval.
@@ -296,13 +296,13 @@ class PooledProbe(WithGrid, WithBaselines, WithModality, WithTraining):
 
     - `map`: mean average precision, averaged over the classes that occur in the held-out samples;
     - `per_class`: number of samples and average precision of each class;
-    - `chance_map`: expected `map` of random scores: the fraction of the samples that have a class, averaged over
+    - `chance_map`: expected `map` of random scores: for each class, the fraction of samples that have it; averaged over
       classes.
 
     Labels that do not occur in the training samples are left out, with a note. The standard error of `map` and the
     interval of its difference from `chance_map` are computed by a bootstrap over samples, corrected for its bias:
-    samples that are drawn repeatedly raise the average precision of rare labels. They are left out, with a warning, if
-    they cannot be estimated, for example from one held-out sample.
+    samples that are drawn repeatedly raise the average precision of rare labels. If the standard error and the interval
+    cannot be estimated, for example from one held-out sample, both are left out with a warning.
     """
 
     TAKES_IMAGE_FEATURES = True
@@ -323,11 +323,11 @@ class Knn(PooledProbe):
     """Measure the k-nearest-neighbour accuracy of frozen features.
 
     The class of a held-out sample is predicted by a vote of its k nearest training samples in feature space. The weight
-    of a vote is exp(cosine similarity / `knn.temperature`). By default, k is 1 or 20, and the features are compared as
-    they are or standardised (with a mean of 0 and a standard deviation of 1), whichever is most accurate on a tenth of
-    the training samples with neighbours from the others. `--set knn.k=10` sets k, and does not standardise.
-    `result.json` contains the choice as `k` and `standardised`. `neighbours.png` shows some held-out samples with their
-    nearest training samples.
+    of a vote is exp(cosine similarity / `knn.temperature`). By default, four combinations are tried on a tenth of the
+    training samples, with the others as neighbours: k of 1 or 20, and features as they are or standardised (to a mean
+    of 0 and a standard deviation of 1). The most accurate combination is used. With `--set knn.k=10`, k is 10, and the
+    features are not standardised. `result.json` contains the choice as `k` and `standardised`. `neighbours.png` shows
+    some held-out samples with their nearest training samples.
     """
 
     uses = Uses(("encode", "knn", SHOWN))
@@ -353,9 +353,9 @@ class Linear(WithResume, WithBaselines, WithModality, WithTraining):
     """Train a linear classifier on the frozen features of random crops, as in the official code; the classifier is
     saved in OUT.
 
-    Each step encodes a batch of newly sampled crops. The head, the LARS optimiser and its hyper-parameters are those of
-    the official code, and their values depend on the number of training samples (see below). Use this task to compare a
-    model with published results; otherwise, use `logistic`. The official code uses the cls token, so add
+    Each step encodes a batch of newly sampled crops. The head and the optimiser (LARS) are those of the official code.
+    At ImageNet's size, so are the hyper-parameters; they are adapted to smaller datasets (see below). Use this task to
+    compare a model with published results; otherwise, use `logistic`. The official code uses the cls token, so add
     `--set encode.pool=cls` for such a comparison. If the linear probe is less accurate than `knn` on the same data, it
     was probably trained for too few steps.
     """
@@ -366,8 +366,8 @@ class Linear(WithResume, WithBaselines, WithModality, WithTraining):
 class Attentive(WithGrid, WithBaselines, WithTraining):
     """Train a linear classifier and a query that pools the frozen patch tokens.
 
-    The query attends to the output tokens of the encoder for the patches. At initialisation, the probe is equivalent to
-    a linear probe on the mean of the patch features. With `--pools mean,cls`, linear heads on the mean and on the cls
+    The query attends to the encoder's output tokens of the patches. At initialisation, the probe is equivalent to a
+    linear probe on the mean of the patch features. With `--pools mean,cls`, linear heads on the mean and on the cls
     token are trained in the same pass, with the same optimiser, number of steps and candidate learning rates; the
     difference in accuracy between the attentive probe and these heads shows what the attention contributes.
 
@@ -401,7 +401,8 @@ class Finetune(WithResume, WithBaselines, WithModality, WithTraining):
     training (`train.eval_every`). On a CPU, fine-tuning may take an hour.
 
     The baselines of this task are logistic regressions. Training from scratch is a stronger baseline, but takes as long
-    as fine-tuning: evaluate `random:MODEL` with this task, and compare both folders with the task `compare`.
+    as fine-tuning. To measure it, evaluate `random:MODEL` with this task, and compare both folders with the task
+    `compare`.
     """
 
     uses = FINETUNE
@@ -440,7 +441,7 @@ class Robustness(OneModel, WithLabels):
 
     The images are generated by projected gradient descent (PGD). The default is five passes over the held-out images:
     one over the clean images, and four attacks of 10 steps with different bounds. To shorten the task, evaluate fewer
-    images, for example with `--set robustness.samples=1000`. The input is that of the classifier.
+    images, for example with `--set robustness.samples=1000`. The classifier determines the modality of the input.
     """
 
     uses = Uses(("robustness", "encode.batch"))
@@ -465,7 +466,7 @@ class Ood(OneModel, WithModality, WithLabels, WithTraining):
     - `auroc`: area under the ROC curve, with its 95 % bootstrap interval. If the whole interval is below 0.5, the score
       is reported as inverted;
     - `aupr_in`, `aupr_out`: area under the precision-recall curve with in-distribution or out-of-distribution samples
-      as positives. Unlike the other metrics, they depend on the ratio of the two;
+      as positives. Unlike the other metrics, they depend on the ratio of the numbers of samples;
     - `fpr95`: fraction of out-of-distribution samples accepted at the threshold that accepts 95 % of the
       in-distribution samples.
     """

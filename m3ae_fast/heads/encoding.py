@@ -1,7 +1,7 @@
 """Encoding of datasets by a frozen encoder.
 
-Shapes: S samples of a batch, R samples of this rank, L patches per image, D encoder width, K feature vectors of
-all pairs of a layer and a pooling.
+Shapes: S samples of a batch, R samples of this rank, L patches per image, D encoder width, K feature vectors per
+sample, over all pairs of a layer and a pooling.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PassMonitor(NamedTuple):
     heartbeats: Heartbeats | None = None  # marked at each batch
     stop: StopRequest | None = None  # checked before each batch
     whole: Pace | None = None  # pace of the whole task, of which this pass is a part; see `progress`
-    part: float = 0.0  # units of the whole task that this pass is
+    part: float = 0.0  # size of this pass, in units of the whole task
 
     def over(self, loader: DataLoader[PackedBatch], ranks: Ranks) -> Iterable[PackedBatch]:
         """Yield the batches of a loader. Raises Stopped if a rank is asked to stop."""
@@ -88,8 +88,9 @@ def corpus_batches(
     model: MultimodalEncoder, corpus: Corpus, data: DataConfig, config: EncodeConfig, ranks: Ranks
 ) -> Batches:
     """Return this rank's batches of all samples of a corpus, in file order, for encoders with the input of `model`.
-    Images are cropped to the central square unless they are native. The modalities of the sources determine whether
-    images, texts or pairs are encoded. Raises UserError if there are captions but the model has no tokenizer."""
+    Images are cropped to the central square unless the model has native aspect ratio. The modalities of the sources
+    determine whether images, texts or pairs are encoded. Raises UserError if there are captions but the model has no
+    tokenizer."""
     if corpus.has_captions:
         model.require_tokenizer()
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)

@@ -77,8 +77,8 @@ class EncoderInput(nn.Module):
         self.positions = Positions(config, dim)
 
     def forward(self, patches_ND: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the encoder's input rows, [T, D] in the dtype of `patches_ND`, the embeddings of the batch's visible
-        patches."""
+        """Return the encoder's input rows, [T, D] in the dtype of `patches_ND`. `patches_ND`: the embeddings of the
+        batch's visible patches."""
         table = torch.cat((self.cls_token, *self.positions(self.image_type, self.text_type, batch.grids)))
         words_VD = table[:0] if self.text_embedding is None else self.text_embedding
         return scatter_tokens(
@@ -232,9 +232,9 @@ class MultimodalEncoder(nn.Module):
         batch_size: int = 64,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
     ) -> Tensor:
-        """Return pooled features of images, texts, or pairs of them, unmasked, and without gradients and stochastic
-        depth, whatever the mode of the model. Modules that you have added, such as dropout in adapters, follow the
-        mode.
+        """Return pooled features of images, texts, or pairs of them. The inputs are not masked, and no gradients are
+        computed. Stochastic depth is off, even if the model is in training mode. Modules that you have added, such as
+        dropout in adapters, follow the model's mode.
 
         Args:
             images: a path, a PIL image, a uint8 tensor [C, H, W] or array [H, W, C] of any size, or a floating-point
@@ -242,16 +242,17 @@ class MultimodalEncoder(nn.Module):
                 are cropped to the central square unless the model has native aspect ratio.
             texts: a text or a list of texts, which require the model's `tokenizer`; or None. An empty text alone has no
                 tokens, so that with pool="mean" its features are 0.
-            value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays with more
-                than 8 bits per channel; it replaces the model's value_range. None or "normalised": tensors are already
-                normalised, (x - mean) / std, with image_mean and image_std of `config` and x from 0 to 1. Their shape
-                is [C, image_size, image_size]; for native aspect ratio, their sides are multiples of the patch size.
-                (black, white): the values of black and white in images of any size, such as (0, 1) for the output of
-                torchvision's ToTensor or (0, 255) for 8-bit levels stored as floats. With None, tensors that are
-                evidently not normalised raise ValueError, and float32 arrays are read with the model's value_range.
-            pool: "mean" over all tokens except cls, the "cls" token, or a grid such as "grid2", which keeps the
-                position in the image; see `pooled`. None: `config.pool`, or "mean" if that is a grid and there are
-                texts.
+            value_range: value range of inputs that do not have 8-bit levels: floating-point tensors and arrays, and
+                files, PIL images and arrays with more than 8 bits per channel. It replaces the model's value_range.
+                None or "normalised": tensors are already normalised, (x - mean) / std, with image_mean and image_std of
+                `config` and x from 0 to 1. Their shape is [C, image_size, image_size]; for native aspect ratio, their
+                sides are multiples of the patch size. (black, white): the values of black and white in images of any
+                size, such as (0, 1) for the output of torchvision's ToTensor or (0, 255) for 8-bit levels stored as
+                floats. With None, tensors that are evidently not normalised raise ValueError, and float32 arrays are
+                read with the model's value_range.
+            pool: the pooling; see `pooled`. "mean": the mean of all tokens except cls. "cls": the cls token. A grid
+                such as "grid2" keeps positions in the image. None: `config.pool`, or "mean" if that is a grid and there
+                are texts.
             layer: number of the block after which features are taken, from 1; None: the last block.
             batch_size: samples per forward pass.
             precision: precision of matmuls; "auto": bf16 if it is faster on the hardware.

@@ -51,18 +51,18 @@ ImageHead = MaskedPixelLoss | MaskedHogLoss | MaskedTokenLoss | MaskedFeatureLos
 
 
 class Pixels:
-    """Pixels, with `loss.norm_pix` standardised per patch."""
+    """Pixels. If `loss.norm_pix` is set, they are standardised per patch."""
 
     def __init__(self, config: ModelConfig, loss: LossConfig) -> None:
         self._config, self._norm_pix = config, loss.norm_pix
 
     def head(self) -> ImageHead:
-        """Return a new head. Its loss is the sum over patches of the weighted mean of the K squared errors."""
+        """Return a new head. Its loss is the weighted sum over patches of the mean of the K squared errors."""
         options = pixel_options(self._config)
         return MaskedPixelLoss(self._config.dec_emb_dim, **options, norm_pix=self._norm_pix, reduction="sum")
 
     def of(self, batch: PackedBatch, chosen_I: Tensor) -> Tensor:
-        """Return the targets, float32 [I, K]. `chosen_I`: bool, which rows of the image loss to return."""
+        """Return the targets, float32 [I, K]. `chosen_I`: bool, the rows of the image loss whose targets to return."""
         c, ids = self._config, batch.image_patch_ids[chosen_I]
         means = (None, None) if batch.images.is_floating_point() else (c.image_mean, c.image_std)
         scale, shift = check_pixels(batch.images, ids, c.patch_size, *means)

@@ -82,8 +82,8 @@ class _Call(PretrainOptions):
 
     @property
     def all_overrides(self) -> list[str]:
-        """Return the overrides, those of the teacher, and one that sets `run.dir`, because the run folder may have been
-        moved or copied."""
+        """Return three kinds of overrides: those given by the user, those of the teacher, and one that sets `run.dir`,
+        because the run folder may have been moved or copied."""
         return [*teacher_settings(self.teacher), *super().all_overrides, f"run.dir={json.dumps(str(self.out))}"]
 
     @property
@@ -212,8 +212,8 @@ def _kept_config(call: _Call) -> Config | None:
         return None
     config = call.load_config()
     print(
-        f"{call.config_file} already exists: its settings are kept, except those given with --set, and --hours, "
-        "--recipe, --from and --labels have no effect; for newly chosen settings, choose another --out"
+        f"{call.config_file} already exists: its settings are kept, except those given with --set. --hours, --recipe, "
+        "--from and --labels have no effect. For newly chosen settings, choose another --out"
     )
     print(how_to_train_longer(config))
     return config

@@ -43,8 +43,8 @@ def heartbeat_groups(
     leaders.
 
     `nodes`: the node of each rank. `store`: the store of all ranks; the process that hosts it needs one connection per
-    node instead of one per rank. `timeout`: maximum time for the leader of this node to respond. Every rank must call
-    this function.
+    node instead of one per rank, because only leaders connect to it. `timeout`: maximum time for the leader of this
+    node to respond. Every rank must call this function.
     """
     groups = ranks_by_node(nodes)
     own = next(group for group in groups if rank in group)
@@ -82,7 +82,8 @@ class Sums:
         All ranks must start and wait in the same order.
 
         The operations after the node's reduction run in the returned function and not in a callback, so that every rank
-        runs the operations of each group in the same order. Meanwhile, a GPU computes the previous step."""
+        runs the operations of each group in the same order. While the host waits, the GPU still computes the previous
+        step."""
         work: dist.Work | None
         if not self._apart:
             work = dist.all_reduce(values_N, group=self._near, async_op=True)

@@ -151,8 +151,8 @@ class Golden:
         return valid
 
     def kept(self, modality: str) -> np.ndarray:
-        """Return the visible positions of all samples in the official order, int64 [kept]: the first int(length * (1 -
-        ratio)) of the shuffle. `modality`: "image" or "text"."""
+        """Return the visible positions in the official order, int64 [kept]: the first int(length * (1 - ratio)) of the
+        shuffle. They are the same for all samples. `modality`: "image" or "text"."""
         restore = self.arrays[f"in/{modality}_ids_restore"]
         ratio = self.meta["config"][f"{modality}_mask_ratio"]
         return np.argsort(restore)[: int(len(restore) * (1.0 - ratio))]

@@ -45,14 +45,15 @@ class Layout:
     names: dict[str, str | None]  # class of the images in each directory
     classes: list[str] | None  # None: the folders are not classes
     notes: list[str] = field(default_factory=list)
-    outside: str | None = None  # a directory with images outside class folders, although there are class folders
+    outside: str | None = None  # a directory whose images are in no class folder, if others are
 
 
 def understand(root: str, directories: Collection[str], known: Sequence[str] | None, flat: bool) -> Layout:
     """Return the layout of a folder.
 
     Args:
-        root: path of the folder, which is shown in messages. Images in a folder named val form the split val.
+        root: path of the folder, which is shown in messages. If this folder itself is named val, its images form the
+            split val.
         directories: the directories that contain images, relative to `root`; "" for `root` itself.
         known: the classes in the order of their labels; None: the sorted names of the folders.
         flat: whether to ignore the meaning of sub-folders as splits and classes.
@@ -112,7 +113,7 @@ def _with_classes(
     found: dict[str, set[str | None]],
     known: Sequence[str] | None,
 ) -> Layout:
-    """Return the layout with classes if there are several and no split has images both inside and outside classes."""
+    """Return the layout. It has classes if there are at least two, and no split also has images outside them."""
     order = [split for split in (TRAIN, VAL, TEST) if split in found]
     splits = {each: splits[each] for split in order for each in splits if splits[each] == split}
     used = sorted({name for own in found.values() for name in own if name is not None})
