@@ -197,7 +197,7 @@ def run(job: Job[Ood]) -> dict[str, Any]:
     head = None
     if isinstance(job.model, Classifier):
         _check_classes(job.model, classes)
-        head, job = _head_of(job.model), _of_encoder(job, job.model)
+        head, job = job.model.head, _of_encoder(job, job.model)
     result: dict[str, Any] = {}
     warnings: list[str] = []
     others = sum(corpus.samples for corpus in outside.values())
@@ -294,10 +294,6 @@ def _check_pool(classifier: Classifier, encode: EncodeConfig) -> None:
             f"override encode.pool={encode.pool}: the classifier was trained with encode.pool={own}; leave out this "
             "setting"
         )
-
-
-def _head_of(classifier: Classifier) -> Callable[[Tensor], Tensor]:
-    return torch.no_grad()(classifier.head)
 
 
 def _of_encoder(job: Job, classifier: Classifier) -> Job:

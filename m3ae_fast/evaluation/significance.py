@@ -107,9 +107,7 @@ def middle(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def difference(
-    first_N: np.ndarray, second_N: np.ndarray, clusters_N: np.ndarray | None = None, seed: int = 0
-) -> Difference:
+def difference(first_N: np.ndarray, second_N: np.ndarray, clusters_N: np.ndarray | None = None) -> Difference:
     """Return the difference between two classifiers on the same samples.
 
     Args:
@@ -117,11 +115,10 @@ def difference(
             classified correctly. For McNemar's test, fractions above one half count as correct, and samples with
             fractions of exactly one half are excluded.
         clusters_N: see `error_of_accuracy`.
-        seed: random seed of the bootstrap.
     """
     apart_N = first_N.astype(np.float64) - second_N.astype(np.float64)
     clusters_N = np.arange(len(apart_N)) if clusters_N is None else clusters_N
-    interval = middle(_bootstrap_means(apart_N, clusters_N, seed))
+    interval = middle(_bootstrap_means(apart_N, clusters_N))
     decided_N = (first_N != 0.5) & (second_N != 0.5)
     p = mcnemar(first_N[decided_N] > 0.5, second_N[decided_N] > 0.5, clusters_N[decided_N])
     return Difference(apart_N.mean().item(), *interval, p)
@@ -165,10 +162,10 @@ def _coins(tosses: int, most: int) -> np.ndarray:
     return np.exp(logs)
 
 
-def _bootstrap_means(values_N: np.ndarray, clusters_N: np.ndarray, seed: int) -> np.ndarray:
+def _bootstrap_means(values_N: np.ndarray, clusters_N: np.ndarray) -> np.ndarray:
     """Return the means of N values in bootstrap samples of their clusters, [B]."""
     clusters_C = np.stack((np.bincount(clusters_N, values_N), np.bincount(clusters_N)), 1)  # sum and size
-    count, generator = len(clusters_C), np.random.default_rng(seed)
+    count, generator = len(clusters_C), np.random.default_rng(0)
     # many clusters have equal sums and sizes, so it is sufficient to draw how often each kind of cluster occurs
     found, counts = np.unique(clusters_C, axis=0, return_counts=True)
     drawn = generator.multinomial(count, counts / count, size=_RESAMPLES)
