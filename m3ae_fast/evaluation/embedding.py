@@ -28,7 +28,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.arguments import accepts
-from m3ae_fast.config.evaluation import EvaluationConfig, Uses, evaluation_config
+from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig, Uses, evaluation_config
 from m3ae_fast.data import Corpus, ShardStore, Share, open_corpus
 from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.data.loader import collate
@@ -37,8 +37,8 @@ from m3ae_fast.data.reader import Reader
 from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
 from m3ae_fast.evaluation.image_features import open_image_features
 from m3ae_fast.evaluation.model_images import set_images
-from m3ae_fast.heads.encoding import Batches, corpus_batches, encode_batches
-from m3ae_fast.heads.feature_bank import FeatureBank
+from m3ae_fast.heads.encoding import Batches, corpus_batches, encode_types
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.images.suffixes import is_image, listed_suffixes
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.how_to_resume import AGAIN, effect_of_resuming, resumed_by
@@ -174,16 +174,15 @@ def _arrays(
     config = config.model_copy(update={"encode": encode})
     if images:
         batches = _file_batches(model, *images, config, ranks)
-        found = encode_batches(model, batches, encode, ranks, patches=options.patches).gathered()
-        return {"keys": np.array(found.keys, dtype=str)} | _features(model, found)
+        found, table = _encoded(model, batches, encode, ranks, options.patches)
+        return {"keys": np.array(found.keys, dtype=str)} | table
     store = ShardStore(config.data.cache_dir, config.data.cache_gb)
     corpus = ranks.main_first(lambda: open_corpus(config.data.train, store, progress=ranks.is_main))
     known = read_labels(corpus, options.labels, progress=ranks.is_main)
     batches = corpus_batches(model, _number(corpus), config.data, encode, ranks)
-    found = encode_batches(model, batches, encode, ranks, patches=options.patches).gathered()
+    found, table = _encoded(model, batches, encode, ranks, options.patches)
     numbers = found.labels.numpy()
     arrays = _names(corpus, numbers, found.keys)
-    table = _features(model, found)
     arrays["features"] = table.pop("features")
     everything = [label for own in known for label in own]
     if any(label is not None for label in everything):
@@ -191,13 +190,19 @@ def _arrays(
     return arrays | table | {name: np.array(COLUMNS[name](corpus, numbers), dtype=str) for name in options.columns}
 
 
-def _features(model: MultimodalEncoder, found: FeatureBank) -> dict[str, np.ndarray]:
+def _encoded(
+    model: MultimodalEncoder, batches: Batches, encode: EncodeConfig, ranks: Ranks, patches: bool
+) -> tuple[FeatureBank, dict[str, np.ndarray]]:
+    """Return the pooled features of all samples, and the arrays of features of the result."""
+    kind, tokens = (FeatureType(model.config.depth, pool) for pool in (encode.fixed_pool, None))
+    (bank,) = encode_types([model], [[kind, tokens] if patches else [kind]], batches, encode, ranks)
+    found = bank.of(kind).gathered()
     arrays = {"features": found.features_RD.numpy()}
-    if found.patches_RLD is not None:
-        arrays["patches"] = found.patches_RLD.numpy()
+    if patches:
+        arrays["patches"] = bank.of(tokens).gathered().features_RD.numpy()
         if model.config.resize == "native":
             arrays["grids"] = np.array(found.grids)
-    return arrays
+    return found, arrays
 
 
 class _ImageFiles(Dataset[Sample | Skipped]):

@@ -26,7 +26,7 @@ from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.progress import track
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
-from m3ae_fast.config import POOLINGS, DataConfig
+from m3ae_fast.config import DataConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus, Preparation, Share, eval_loader
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType, Rows, has_tokens, layers_of, pools_of
@@ -106,15 +106,13 @@ def encode_batches(
     ranks: Ranks,
     monitor: PassMonitor = NO_MONITOR,
     *,
-    patches: bool = False,
     folder: Path | None = None,
 ) -> FeatureBank:
-    """Return the features of the last block with the pooling of `config`, float32 [R, D]. `patches`: whether to also
-    store the features of all patches, as float16. See `encode_types` for the other arguments and the errors."""
-    kind, tokens = (FeatureType(model.config.depth, pool) for pool in (config.fixed_pool, None))
-    types = [kind, tokens] if patches else [kind]
-    (bank,) = encode_types([model], [types], batches, config, ranks, monitor, folder=folder)
-    return bank.part(0, POOLINGS[config.fixed_pool].vectors)
+    """Return the features of the last block with the pooling of `config`, float32 [R, D]. See `encode_types` for the
+    arguments and the errors."""
+    kind = FeatureType(model.config.depth, config.fixed_pool)
+    (bank,) = encode_types([model], [[kind]], batches, config, ranks, monitor, folder=folder)
+    return bank.of(kind)
 
 
 def encode_types(

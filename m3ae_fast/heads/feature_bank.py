@@ -124,11 +124,6 @@ class FeatureBank:
         rows = slice(None) if self.at_R is None else torch.arange(len(self.at_R))
         return self.take(rows)
 
-    @property
-    def patches_RLD(self) -> Tensor | None:
-        """Return the patch tokens of this rank's samples, float16; None if they were not stored."""
-        return None if self.patches_SLD is None else self.tokens().features_RD
-
     def take(self, rows: Tensor | slice) -> Tensor:
         """Return the features of some of this rank's samples, in the dtype of `stored_SD`, or float32 if they are
         scaled. `rows`: indices into the R samples, int64, or a slice of them."""
@@ -167,28 +162,20 @@ class FeatureBank:
         more: dict[str, Any] = {"grids": grids, "image_hashes": images}
         return replace(self, keys=keys, labels_N=labels_N, **more, own_R=own_R[kept], at_R=at_R[kept])
 
-    def part(self, number: int, count: int = 1) -> FeatureBank:
-        """Return a bank with `count` consecutive feature vectors of each sample, beginning with index `number`. Patch
-        tokens, if there are any, are those of the layer with this index."""
-        patches_SLD = None if self.patches_SLD is None else self.patches_SLD[:, number]
-        stored_SD = self.stored_SD[:, number : number + count].flatten(1, 2)
-        return replace(self, stored_SD=stored_SD, patches_SLD=patches_SLD, types=())
+    def part(self, number: int) -> FeatureBank:
+        """Return a bank with one of the feature vectors of each sample."""
+        return replace(self, stored_SD=self.stored_SD[:, number], patches_SLD=None, types=())
 
     def of(self, kind: FeatureType) -> FeatureBank:
         """Return a bank of one of `types`, whose features are [R, D], or [R, L, D] for patch tokens."""
         found_S = select(kind, self.types, self.stored_SD, self.patches_SLD)
         return replace(self, stored_SD=found_S, patches_SLD=None, types=())
 
-    def tokens(self) -> FeatureBank:
-        """Return a bank whose features are the patch tokens, [R, L, D]."""
-        assert self.patches_SLD is not None
-        return replace(self, stored_SD=self.patches_SLD, patches_SLD=None)
-
     def gathered(self) -> FeatureBank:
-        """Return a bank that stores all samples on the CPU of every rank. Every rank must call it."""
+        """Return a bank of one type of features that stores all samples on the CPU of every rank. Every rank must call
+        it."""
         alone = replace(self, own_R=None, at_R=None, ranks=None, standard=None)  # `features_RD` returns scaled features
-        patches_NLD = None if self.patches_SLD is None else self.tokens().complete(self.tokens().features_RD)
-        return replace(alone, stored_SD=self.complete(self.features_RD), patches_SLD=patches_NLD)
+        return replace(alone, stored_SD=self.complete(self.features_RD))
 
     def complete(self, values_R: Tensor) -> Tensor:
         """Gather values for the samples of each rank, [R, ...], and return the values of all samples on the CPU of
@@ -217,8 +204,10 @@ class FeatureBank:
     def check_finite(self) -> None:
         """Raise UserError on every rank if a feature of any sample is not finite. The message contains the key of the
         first such sample."""
-        for each in (self, self.tokens()) if self.patches_SLD is not None else (self,):
-            own = self.own[rows_not_finite(each.features_RD)].tolist()
+        for stored in (self.stored_SD, self.patches_SLD):
+            if stored is None:
+                continue
+            own = self.own[rows_not_finite(replace(self, stored_SD=stored).features_RD)].tolist()
             parts = self.ranks.gather(own) if self.ranks else [own]
             refuse_not_finite(sorted(row for part in parts for row in part), self.keys)
 

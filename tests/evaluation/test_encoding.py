@@ -17,7 +17,8 @@ from m3ae_fast.config import POOLS, DataConfig, ModelConfig, SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.labels import label_corpus
-from m3ae_fast.heads.encoding import check_skipped, corpus_batches, encode_batches
+from m3ae_fast.heads.encoding import check_skipped, corpus_batches, encode_batches, encode_types
+from m3ae_fast.heads.feature_bank import FeatureType
 from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.model import inference
 from m3ae_fast.model.inference import check_finite, encoding
@@ -444,7 +445,8 @@ def test_non_finite_features_are_refused_and_their_sample_is_named(run, tmp_path
         pytest.raises(UserError, match=r"1 of 3 samples \(for example, .*/00001\) have features"),
     ):
         batches = corpus_batches(model, corpus, data, EncodeConfig(), ranks)
-        encode_batches(model, batches, EncodeConfig(), ranks, patches=part == "patches")
+        kind, tokens = (FeatureType(model.config.depth, pool) for pool in ("mean", None))
+        encode_types([model], [[kind, tokens] if part == "patches" else [kind]], batches, EncodeConfig(), ranks)
     with pytest.raises(
         UserError, match=r"1 of 2 samples \(for example, number 1\) have features that are not finite; the"
     ):

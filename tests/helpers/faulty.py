@@ -43,7 +43,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "pictures": (pretraining_task, "draw_training"),
     "log": (metrics_log, "_forget_after"),
     "loader": (Samples, "__getitems__"),
-    "embed": (embedding, "encode_batches"),
+    "embed": (embedding, "encode_types"),
     "evaluate": (task_features, "encode_types"),
 }
 PROGRAMS = {"embed": embed, "evaluate": evaluate}  # by place of the fault; the trainer for other places
