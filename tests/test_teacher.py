@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import m3ae_fast
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.hardware import has_compiler
 from m3ae_fast.batch.packing import Sample, pack
 from m3ae_fast.cli.draw import main as draw
 from m3ae_fast.config import Config, parse
@@ -188,7 +189,7 @@ def test_incomplete_or_hostile_weights_of_timm_are_refused_in_one_line(tmp_path)
     for name, message in cases.items():
         with pytest.raises(UserError, match=message) as error:
             open_teacher(config_of_name(name))
-        assert "\n" not in str(error.value)
+        assert str(error.value).startswith("loss.teacher: ") and "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
 
 
@@ -455,6 +456,18 @@ def test_a_run_is_a_teacher_and_its_student_is_exported_without_it(trainer, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
+def test_a_run_with_compiled_blocks_has_the_same_losses(trainer):
+    """The teacher, an own model, is not compiled."""
+    torch.manual_seed(0)
+    M3AE(TINY).save_pretrained(trainer.folder / "teacher")
+    words = options(trainer.folder / "teacher", "train.steps=3", "model.depth=1", "model.dec_depth=1")
+    for compiled in ("false", "true"):
+        trainer(compiled, *words, *zero(None), "--set", f"train.compile={compiled}")
+    np.testing.assert_allclose(np.array(trainer.losses("true")), np.array(trainer.losses("false")), rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_features_of_an_image_only_model_are_not_drawn(trainer):
     words = options(weights(trainer.folder, VIT), "model.vocab_size=0", "data.tokenizer=null", "train.pictures=2")
     trainer("run", *words, *zero(None))
@@ -543,6 +556,22 @@ def test_an_encoder_continues_with_a_teacher(tmp_path):
     found = read_pretrained(tmp_path / "pixels")
     missing = missing_decoder(found, start_for(config.model, found, norm_pix=False))
     assert missing.endswith("with model.dec_attention=self and model.image_targets=pixels")
+
+
+@pytest.mark.slow
+def test_a_teacher_that_cannot_be_evaluated_is_left_out(tmp_path, capsys):
+    """The network has no pooling, so it computes no vector per image. The run is evaluated and exported."""
+    shards = [str(labelled_tar(tmp_path / f"{name}.tar", range(first, first + 24))) for name, first in PARTS]
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, global_pool="", num_classes=0)
+    timm.models.save_for_hf(network, str(tmp_path / "teacher"), safe_serialization=True)
+    teacher, few = f"timm:local-dir:{tmp_path / 'teacher'}", [*SHORT, "data.workers=0", "train.precision=fp32"]
+    outcome = m3ae_fast.pretrain(
+        shards[0], tmp_path / "run", val=[shards[1]], teacher=teacher, overrides=few, device="cpu"
+    )
+    out = capsys.readouterr().out
+    line = f"note: its teacher is not evaluated: {teacher}: computes features of the shape [5, 192], not one vector"
+    assert line in out and not re.search(r"^its teacher  ", out, re.M)
+    assert outcome.finished and outcome.export.is_dir() and final_evaluation.TEACHER not in outcome.results["knn"]
 
 
 @pytest.mark.slow

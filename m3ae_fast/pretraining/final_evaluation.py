@@ -59,33 +59,41 @@ def stage(device: Device | None) -> Iterator[Session]:
 def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict[str, Any]] | None:
     """Evaluate the run and its baselines, and return the results by task and by model; return None if a task was
     stopped. The weights from which the run started and its teacher, if it has them, are evaluated too. Results of an
-    earlier call for the same weights are reused. `train.probe` must be set. Raises UserError if a task fails."""
+    earlier call for the same weights are reused. `train.probe` must be set. Raises UserError if a task fails; if it
+    fails for the teacher, which may read other images or compute no vector per image, the teacher is left out."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
     out = {(task, whose): run / RESULTS / f"{task}{suffix}" for task in _TASKS for whose, suffix in _SUFFIXES.items()}
     models = _models(config)
-    for whose, model in models.items():
+    for whose, model in [*models.items()]:
         missing = [task for task in _TASKS if not (out[task, whose] / RESULT_FILE).exists()]
         if not missing:
             continue
-        with stage(device) as session:
-            shared = SharedFeatures()
-            for task in missing:
-                if session.stop.requested:
-                    break
-                print(f"{_TASKS[task]} of {whose}:", flush=True)
-                evaluate(
-                    task,
-                    model,
-                    train=shard_names(probe.train),
-                    val=shard_names(probe.val),
-                    labels=probe.labels,
-                    out=out[task, whose],
-                    baselines=whose == RUN,
-                    session=session,
-                    shared=shared,
-                )
+        try:
+            with stage(device) as session:
+                shared = SharedFeatures()
+                for task in missing:
+                    if session.stop.requested:
+                        break
+                    print(f"{_TASKS[task]} of {whose}:", flush=True)
+                    evaluate(
+                        task,
+                        model,
+                        train=shard_names(probe.train),
+                        val=shard_names(probe.val),
+                        labels=probe.labels,
+                        out=out[task, whose],
+                        baselines=whose == RUN,
+                        session=session,
+                        shared=shared,
+                    )
+        except UserError as error:
+            if whose != TEACHER:
+                raise
+            print(f"note: {whose} is not evaluated: {error}", flush=True)
+            del models[whose]
+            continue
         if session.stop.requested or not all((out[task, whose] / RESULT_FILE).exists() for task in missing):
             return None
     return {task: {whose: _result(out[task, whose] / RESULT_FILE) for whose in models} for task in _TASKS}

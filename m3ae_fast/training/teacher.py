@@ -71,7 +71,7 @@ class Teacher:
         given, own = config.model.channels, network.channels
         if given != own and {given, own} != {1, 3}:
             raise UserError(
-                f"loss.teacher {name}: reads images with {own} channels, but the images of the run have {given} "
+                f"loss.teacher: {name}: reads images with {own} channels, but the images of the run have {given} "
                 f"(model.channels); choose a teacher with {given} channels"
             )
         self.name, self.width, self.flops = name, network.width, network.flops
@@ -239,9 +239,12 @@ def width_of(name: str) -> int:
 
 
 def _network(name: str) -> _Network:
-    if name.startswith(TIMM_SOURCES):
-        raise UserError(f"loss.teacher {name}: write {TIMM}{name}")
-    return _timm(name) if name.startswith(TIMM) else _own(name)
+    try:
+        if name.startswith(TIMM_SOURCES):
+            raise UserError(f"{name}: write {TIMM}{name}")
+        return _timm(name) if name.startswith(TIMM) else _own(name)
+    except UserError as error:
+        raise UserError(f"loss.teacher: {error}") from None
 
 
 def _timm(name: str) -> _Network:
@@ -255,7 +258,7 @@ def _own(name: str) -> _Network:
     model = load_model(name)
     c = model.config
     if c.resize == "native":
-        raise UserError(f"loss.teacher {name}: has model.resize native; specify a teacher for square images")
+        raise UserError(f"{name}: has model.resize native; specify a teacher for square images")
     images = (c.image_size, c.channels, c.image_mean, c.image_std)
     return _Network("M3AE", _OwnMaps(model), *images, c.emb_dim, encoding_flops(c))
 
