@@ -49,7 +49,8 @@ def hog_targets(
 
 
 def check_hog(op: str, images: Tensor, patch_ids: Tensor, patch_size: int, std: Sequence[float] | None) -> list[float]:
-    """Check the image arguments, and return the factor of each channel in the sum that is the grey image.
+    """Check the image arguments, and return the weight of each channel in the grey image, which is a weighted sum of
+    the channels.
 
     Raises:
         TypeError, ValueError: the named argument is wrong.

@@ -141,7 +141,7 @@ def data_sheet(name: str) -> Peaks | None:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the peak FLOP/s for measuring utilisation: the data sheet's value for known GPUs in bf16, otherwise the
-    measured FLOP/s of a matmul, which is large unless it would take seconds on this CPU."""
+    measured FLOP/s of a matmul. The matrices are large, unless this would take seconds on this CPU."""
     if device.type == "cpu":
         small = _matmul_flops(128, device, dtype)
         return small if small < _SLOW else _matmul_flops(1024, device, dtype)

@@ -76,8 +76,8 @@ class Pace:
         Args:
             name: name of the pause.
             frequency: number of pauses with this name per unit; there is one more after the last unit.
-            counts: whether this is one of these pauses. If False, nothing was due, and the time to find that out is
-                only excluded.
+            counts: whether this is one of these pauses. If False, no pause was due; the time that it took to find that
+                out is excluded, but does not count as a pause.
         """
         began = self.now()
         yield

@@ -1,8 +1,8 @@
 """Every setting of a training run with its default: typed, strict sections whose fields have documented meanings.
 
 The defaults are the hyper-parameters of the official M3AE (arXiv 2205.14204 and its public code), except `masking.per`:
-the official code has one mask per device, and here, each sample has its own. The string below a field is
-its description; `python docs/write_settings.py` generates docs/config.md from these strings.
+the official code has one mask per device, whereas here, each sample has its own. The string below a field is its
+description; `python docs/write_settings.py` generates docs/config.md from these strings.
 """
 
 from __future__ import annotations
@@ -383,8 +383,8 @@ class OptimConfig(Section):
     layer_decay: float = Field(1.0, gt=0, le=1)
     """Layer-wise learning rates, for a run that starts from trained weights (`model.init_from`). Each layer of the
     encoder has this fraction of the learning rate of the layer above it; the lowest layer is that of the embeddings.
-    The encoder's final LayerNorm and the decoder have the full learning rate, which is logged as `lr`. 1: so do all
-    layers. Values below 1 cannot be combined with Muon."""
+    The encoder's final LayerNorm and the decoder have the full learning rate, which is logged as `lr`. 1: all layers
+    have the full learning rate. Values below 1 cannot be combined with Muon."""
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Schedule of the learning rate after the warm-up. `cosine`: cosine decay. `wsd` (warm-up, stable, decay): a
     constant learning rate until a decay at the end, so that a run can be extended from the checkpoint before the
@@ -508,8 +508,8 @@ class DeepSpeedConfig(Section):
     """Settings of ZeRO. On one rank, stages 0 to 2 without offloading have nothing to partition: plain torch then takes
     the same steps, and the other settings of the section have no effect."""
     communication_data_type: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which gradients are summed over ranks, by all-reduce, and at stage 3 by reduce-scatter, which sends half
-    as many bytes. `bf16` also halves the bytes, but rounds the sums."""
+    """Dtype in which gradients are summed over ranks. `bf16` halves the number of bytes that are sent, but rounds the
+    sums. The sum is computed by all-reduce or, at stage 3, by reduce-scatter, which sends half as many bytes."""
 
     def is_needed(self, ranks: int) -> bool:
         """Return whether DeepSpeed takes the steps on this number of ranks. A single rank has nothing to partition or

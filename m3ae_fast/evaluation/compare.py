@@ -391,8 +391,8 @@ def _encoded(
     job: Job, model: MultimodalEncoder, name: str, corpora: tuple[Corpus, Corpus], planned: tuple[ComputeCost, Pace]
 ) -> Encoded:
     """Move a model to the ranks' device, encode the samples with it in one pass, and return the features that the
-    missing probes read. There is one pooling; see `possible_pools`. Patch tokens are left out if their probe will be
-    trained online."""
+    missing probes read. The pooled features have one pooling; see `possible_pools`. Patch tokens are left out if their
+    probe will be trained online."""
     work, left = planned
     if not isinstance(model, FixedFeatures):
         set_images(model, job.config.model)

@@ -94,7 +94,7 @@ def _rows(x_THD: Tensor) -> Tensor:
 
 def _run(function, queries: Segments, keys: Segments, *, q: Tensor, lse: Tensor, **tensors: Tensor) -> None:
     """Compute all heads of all samples in as many Python threads as torch uses. These threads are synchronised only
-    once, and torch's threads would be synchronised after every op."""
+    once, whereas torch's threads would be synchronised after every op."""
     cu_queries, cu_keys = queries.cu_seqlens, keys.cu_seqlens
     samples, (rows, heads, dim) = len(cu_queries) - 1, q.shape
     tensors["q"] = q

@@ -39,7 +39,8 @@ def acc_type(dtype: torch.dtype) -> tl.dtype:
 def precision(dtype: torch.dtype) -> str:
     """Return the value of `input_precision` for `tl.dot`. For float32 on NVIDIA GPUs, this is "tf32" if torch's own
     matmuls may use TF32, and otherwise "tf32x3", which computes three TF32 products on the tensor cores and is about as
-    precise as float32. In all other cases, it is "ieee"; AMD's matrix cores support float32."""
+    precise as float32. In all other cases, it is "ieee", also on AMD GPUs, because their matrix cores support
+    float32."""
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul

@@ -34,15 +34,15 @@ _METADATA = tuple(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet
 
 
 class Folder(Records):
-    """Records of the images below a folder, which is searched recursively, sorted by path, with the splits and classes
-    that `folder_layout` detects. With a table, each row contains an image, its caption and other fields for the
-    sample's json. Without a table, or for a table without captions, captions come from .txt files next to the images.
-    The folder of masks may be inside `folder`. `ignored` counts ignored files.
+    """Records of the images in a folder and its sub-folders, sorted by path. `folder_layout` detects their splits and
+    classes. With a table, each row contains an image, its caption and other fields for the sample's json. Without a
+    table, or for a table without captions, captions come from .txt files next to the images. The folder of masks may be
+    inside `folder`. `ignored` counts ignored files.
 
     Raises:
-        UserError: a folder cannot be listed, there is no image, no image has a mask although there is a folder of
-            masks, the table cannot be read, has no captions or mostly names images that do not exist, split folders and
-            other folders are mixed at one level, the folders do not fit the given classes, or a library that is needed
+        UserError: a folder cannot be listed; there is no image; no image has a mask although there is a folder of
+            masks; the table cannot be read, has no captions or mostly names images that do not exist; split folders and
+            other folders are mixed at one level; the folders do not fit the given classes; or a library that is needed
             to read the images is missing.
     """
 
