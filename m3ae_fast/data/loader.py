@@ -104,7 +104,7 @@ def eval_loader(
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
     """Return a loader that yields every sample once, or `samples` evenly spaced samples, in file order. Images are
-    cropped to the central square unless they are native, and the masks are the same in each evaluation. See
+    cropped to the central square unless they have native aspect ratio. The masks are the same in each evaluation. See
     `train_loader` for the arguments and errors; `share.accumulation` is ignored."""
     order = FileOrder(corpus.sizes, samples)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)

@@ -63,8 +63,8 @@ def matrix_elements(config: Config, model: M3AE) -> int:
 
 def peak_bytes(state: float, activations: float, matrices: int, stage: int, world: int) -> float:
     """Return the peak memory per GPU in bytes, given the bytes of the state and of the activations. Because activations
-    are freed before an update by Muon, the sum includes the larger of the two; see `muon_bytes` for the other
-    arguments."""
+    are freed before an update by Muon, the sum includes only the larger of the activations and the memory for this
+    update; see `muon_bytes` for the other arguments."""
     return state + max(activations, muon_bytes(matrices, stage, world))
 
 

@@ -1,4 +1,4 @@
-"""Metrics of a classification task that small classes influence as much as large ones, computed from
+"""Metrics of a classification task in which small classes count as much as large ones, computed from
 predictions.parquet.
 
 Shapes: N samples, K classes that occur among them.

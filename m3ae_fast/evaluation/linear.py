@@ -1,7 +1,7 @@
 """Linear probe: a linear classifier on the frozen encoder's pooled features, trained as in the official code. Each step
 encodes random crops.
 
-Shapes: S samples of a step on this rank, D encoder width, H heads of a stack, which is 1.
+Shapes: S samples of a step on this rank, D encoder width, H heads of a stack (here, H = 1).
 """
 
 from __future__ import annotations

@@ -39,9 +39,9 @@ class Native:
 
     def grid(self, height: float, width: float, area: float | None = None) -> Grid:
         """Return the patch grid of an image of height x width pixels. The candidates are the grids whose sides are the
-        exact ones, rounded up or down. Of the candidates within the bounds, the one that is nearest in aspect ratio and
-        number of patches is chosen. `area`: number of pixels of the whole image, on which the number of patches of a
-        crop depends; None: height x width."""
+        exact numbers of patches, rounded up or down. Of the candidates within the bounds, the one that is nearest in
+        aspect ratio and number of patches is chosen. `area`: number of pixels of the whole image, on which the number
+        of patches of a crop depends; None: height x width."""
         patches = min(max((area or height * width) / self.patch_size**2, self.least), self.most)
         patches = min(patches, self.longest**2 * min(height / width, width / height))
         high, wide = (_around(math.sqrt(patches * ratio)) for ratio in (height / width, width / height))

@@ -16,8 +16,8 @@ _log = logging.getLogger(__name__)
 
 
 def profiler(run_dir: Path | None) -> AbstractContextManager[torch.profiler.profile | None]:
-    """Return a context manager that yields a profiler, whose `step()` must be called after every step, and writes
-    run_dir/trace.json.gz. Without `run_dir`, it yields None."""
+    """Return a context manager that yields a profiler and writes run_dir/trace.json.gz. The profiler's `step()` must be
+    called after every step. Without `run_dir`, the context manager yields None."""
     if run_dir is None:
         return nullcontext()
     return torch.profiler.profile(

@@ -334,8 +334,9 @@ class Trainer:
         self.log.print(f"stopped at step {self.step} ({reason}){saved}; {how_to_resume()} continues")
 
     def _complete(self) -> None:
-        """If the run had taken its last step before this call, but its record does not state that it is finished, an
-        earlier call was killed after its last checkpoint: draw the figures and start the record again."""
+        """Complete a run that an earlier call has trained to its last step, but whose record does not state that it is
+        finished, because that call was killed after the last checkpoint: draw the figures and start the record
+        again."""
         if self.record.is_finished():
             return
         if self.after_save:
