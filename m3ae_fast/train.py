@@ -120,7 +120,7 @@ def train(
         device: "cpu" or "cuda" (one GPU per rank); None: a GPU if there is one, otherwise the CPU.
 
     Raises:
-        UserError: the config is invalid, data, weights or a library are missing or do not fit it, or the run cannot be
+        UserError: the config is invalid; data, weights or a library are missing or do not fit it; or the run cannot be
             written.
     """
     from m3ae_fast.evaluation.knn_during_training import knn_probe

@@ -41,9 +41,9 @@ _LEVELS = 100
 
 def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[OneImage]:
     """Return the images as a sequence; a single image becomes a list of one. A tensor or an array with four dimensions
-    is treated as several images. If `channels` is 1, so is an array with three dimensions, unless one of them can be
-    that of the channels. Raises ValueError for any other array with three dimensions that is not [H, W, channels],
-    because it may be one image with its channels first."""
+    is treated as several images. If `channels` is 1, an array with three dimensions is also treated as several images,
+    unless one of its dimensions can be that of the channels. Raises ValueError for any other array with three
+    dimensions that is not [H, W, channels], because it may be one image with its channels first."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):

@@ -51,9 +51,9 @@ class EncodeConfig(Section):
 
     pool: Pool | None = Field(
         None,
-        description=f"Pooling of the output tokens, after the final LayerNorm: {described('`')}. null: the tasks `knn` "
-        "and `logistic` use the pooling with which logistic regression is most accurate on held-out training samples, "
-        "of those with at most 4,096 features; the other tasks use the model's own pooling, `model.pool`.",
+        description=f"Pooling of the output tokens, after the final LayerNorm: {described('`')}. null: of the poolings "
+        "with at most 4,096 features, the tasks `knn` and `logistic` use the one with which logistic regression is "
+        "most accurate on held-out training samples; the other tasks use the model's own pooling, `model.pool`.",
     )
     batch: Batch = 64
     """Number of samples per forward pass."""
@@ -290,8 +290,8 @@ def evaluation_config(given: dict[str, Any], overrides: Iterable[str], reader: s
 
 
 def _require_used(section: str, key: str, reader: str, uses: Uses) -> None:
-    """Raise UserError if the reader does not use a setting. If there is no such setting in a section that the reader
-    uses, or no such section, `parse` reports that, unless another section has a setting of this name."""
+    """Raise UserError if the reader does not use a setting. An unknown section, or an unknown setting of a section that
+    the reader uses, is left to `parse`, unless another section has a setting of this name."""
     used = uses.keys(section) if section in EvaluationConfig.model_fields else []
     meant = [name for name in settings_called(EvaluationConfig, key) if name in uses]
     if key in used or not (meant or section in EvaluationConfig.model_fields):

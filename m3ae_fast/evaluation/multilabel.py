@@ -1,4 +1,4 @@
-"""The tasks `knn` and `logistic` for lists of labels, that is for samples that belong to any number of classes. Each
+"""The tasks `knn` and `logistic` for lists of labels, that is, for samples that belong to any number of classes. Each
 class has its own scores of the held-out samples; the metric is the mean of the classes' average precisions (mAP).
 
 Shapes: N training samples, M held-out samples, R of them on this rank, L different lists of labels, C classes, D width,

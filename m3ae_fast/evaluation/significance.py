@@ -126,7 +126,8 @@ def difference(first_N: np.ndarray, second_N: np.ndarray, clusters_N: np.ndarray
 
 def mcnemar(first_N: np.ndarray, second_N: np.ndarray, clusters_N: np.ndarray | None = None) -> float:
     """Return the p-value of McNemar's exact two-sided test. It counts the samples that only one of two classifiers
-    classifies correctly: if both are equally good, which of the two it is corresponds to the toss of a fair coin.
+    classifies correctly. If both classifiers are equally good, either of them is the correct one with the same
+    probability, as in the toss of a fair coin.
 
     With clusters, one coin is tossed for each cluster. It decides the sign of the difference between the numbers of
     correct samples of the two classifiers: this is Fisher's randomisation test (Fisher 1935, "The Design of

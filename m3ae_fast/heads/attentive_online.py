@@ -39,8 +39,8 @@ _DIGEST = 1 << 64
 
 
 def is_held_out(key: str) -> bool:
-    """Return whether a training sample belongs to the tenth that is held out to choose the learning rate, which a hash
-    of its key decides."""
+    """Return whether a training sample belongs to the tenth that is held out to choose the learning rate. A hash of its
+    key decides this."""
     return int.from_bytes(key_digest(key)[:8], "big") < _HELD_OUT * _DIGEST
 
 

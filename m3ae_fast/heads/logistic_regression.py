@@ -66,11 +66,11 @@ class Tried(NamedTuple):
 def fit_chosen(
     bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None, tried: Tried | None = None
 ) -> tuple[LinearHeads, float]:
-    """Fit one classifier to labels. The strongest penalty is used whose accuracy on a held-out tenth of the samples is
-    within one standard error of the highest; see `within_error`. If this tenth is smaller than _ENOUGH, the penalty
+    """Fit one classifier to labels. The penalty is the strongest one whose accuracy on a held-out tenth of the samples
+    is within one standard error of the highest; see `within_error`. If this tenth is smaller than _ENOUGH, the penalty
     with the highest accuracy is used; in a tie, the one with the lowest loss. The inverse strength is USUAL if there
-    are fewer than ten samples, or if no held-out sample is classified correctly, for example because each class has
-    one sample. Every rank must call it.
+    are fewer than ten samples, or if no held-out sample is classified correctly, for example because each class has one
+    sample. Every rank must call it.
 
     Args:
         bank: the features.

@@ -9,7 +9,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.recipes import METHODS, Recipe, as_overrides, check_name
 from m3ae_fast.pretraining.automatic_settings import assumed_config
 
-# without --recipe, the first of these recipes is used that can be combined with the user's settings
+# without --recipe, `pretrain` uses the first of these recipes that can be combined with the user's settings
 PREFERRED: tuple[Recipe, ...] = ("hog", "fast", "official")
 _LINES: dict[Recipe, str] = {
     "fast": "recipe: fast (cross-attention decoder, a third of the masked tokens predicted, Muon)",

@@ -65,7 +65,7 @@ def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats) -> tuple[bool
 
 def _keep_store(ranks: Ranks) -> None:
     """Let the process of rank 0, which hosts the store, wait at its exit until the other ranks have ended, because they
-    read in the store why they end. It waits after it has printed its message."""
+    read in the store why the program ends. Rank 0 waits after it has printed its message."""
     if ranks.world > 1 and ranks.is_main:
         atexit.register(await_ends, ranks.store, ranks.world)
 

@@ -40,13 +40,13 @@ class _Place(NamedTuple):
 def split_images(images_N: np.ndarray, wanted: int, seed: int = 0) -> np.ndarray:
     """Return a mask of the samples to hold out, bool [N]; either all samples of an image are held out, or none.
 
-    Every image is held out with the same probability, whatever its number of samples. An exception are images with more
-    than `wanted` samples, which are never held out, because each of them is larger than the held-out set. The images
-    are drawn by systematic sampling (Cochran 1977, "Sampling Techniques", chapter 8) in the order of their numbers of
-    samples, and in random order among images with equal numbers. Therefore, the expected number of held-out samples is
-    `wanted`, except that the number of images is rounded. The actual number differs from it by less than the number of
-    samples of the largest image that can be held out. At least one image is held out: the one with the fewest samples
-    if all images have too many.
+    Every image is held out with the same probability, whatever its number of samples. The exceptions are images with
+    more than `wanted` samples, which are never held out, because each of them is larger than the held-out set. The
+    images are drawn by systematic sampling (Cochran 1977, "Sampling Techniques", chapter 8) in the order of their
+    numbers of samples, and in random order among images with equal numbers. Therefore, the expected number of held-out
+    samples is `wanted`, except that the number of images is rounded. The actual number differs from it by less than the
+    number of samples of the largest image that can be held out. At least one image is held out: the one with the fewest
+    samples if all images have too many.
 
     Args:
         images_N: image number of each sample, int64, N >= 1. Only their equality matters.

@@ -133,8 +133,8 @@ def _join(
     folder: Path, paths: Sequence[str], table: Path, rows: Sequence[Row]
 ) -> tuple[list[list[TableSample]], list[str]]:
     """Return the samples of each image, and a list with a note about the rows whose image does not exist, if there are
-    any. Each caption of each row of the table is a sample. Raises ImagesMissing if these are at least half of the
-    rows."""
+    any. Each caption of each row of the table is a sample. Raises ImagesMissing if the images of at least half of the
+    rows do not exist."""
     samples: dict[str, list[TableSample]] = {path: [] for path in paths}
     missing = []
     for row in rows:
