@@ -66,7 +66,7 @@ def draw_sheet(path: Path, rows: Sequence[Sequence[Cell]], titles: Sequence[str]
 
 def levels(image: Tensor, model: ModelConfig, channels: Sequence[int] | None = None) -> Tensor:
     """Return a model input [C, H, W] as an image for display: uint8, with the displayed channels. 8-bit levels are
-    unchanged. Pixels of other dtypes often cover only a small part of their range: black is two standard deviations
+    unchanged. Pixels of other dtypes often cover only a small part of their range, so black is two standard deviations
     below the mean, and white is two above it.
 
     Args:

@@ -42,8 +42,10 @@ def _lines(table: Path) -> Generator[str, None, None]:
             yield from parts
 
 
-def _csv(table: Path) -> Rows: separator = max(_SEPARATORS, key=lambda each: _count_columns(table, each))  # in a tie,
-the first one with closing(_lines(table)) as lines: yield from _quoted(lines, separator)
+def _csv(table: Path) -> Rows:
+    separator = max(_SEPARATORS, key=lambda each: _count_columns(table, each))  # in a tie, the first one
+    with closing(_lines(table)) as lines:
+        yield from _quoted(lines, separator)
 
 
 def _count_columns(table: Path, separator: str) -> int:
