@@ -96,10 +96,14 @@ class Job(Generic[T_co]):
         return self.config.run.dir
 
     @property
+    def encoder(self) -> MultimodalEncoder:
+        """Return the model, or the encoder of a classifier."""
+        return getattr(self.model, "backbone", self.model)
+
+    @property
     def encode_config(self) -> EncodeConfig:
         """Return the settings of the encoding, with the pooling of the model if they contain none."""
-        config, texts = getattr(self.model, "backbone", self.model).config, self.modality != "image"
-        return self.config.encode.of_model(config, texts=texts)
+        return self.config.encode.of_model(self.encoder.config, texts=self.modality != "image")
 
     def open(self, sources: Sequence[SourceConfig]) -> Corpus:
         """Open the samples of the sources, whether or not they have labels. Raises UserError as `open_corpus` does."""
@@ -117,7 +121,7 @@ class Job(Generic[T_co]):
         `open_corpus` does."""
         train, val = self.open(self.config.data.train), self.open(self.config.data.val)
         if self.model is not None:
-            self.warn_of_colours(train, getattr(self.model, "backbone", self.model).config.channels)
+            self.warn_of_colours(train, self.encoder.config.channels)
         if shared := val.shared_with(train):
             parts = f"{len(shared):,} of its shards {'is' if len(shared) == 1 else 'are'}"
             self.print(
@@ -160,8 +164,7 @@ class Job(Generic[T_co]):
     @property
     def preparation(self) -> Preparation:
         """Return the preparation of samples for the encoder, without masking."""
-        encoder = getattr(self.model, "backbone", self.model)  # the model may be a classifier
-        return Preparation(encoder.geometry, UNMASKED, encoder.tokenizer, self.config.run.seed)
+        return Preparation(self.encoder.geometry, UNMASKED, self.encoder.tokenizer, self.config.run.seed)
 
     def batches(
         self,
