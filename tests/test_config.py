@@ -21,7 +21,7 @@ from m3ae_fast.base import hardware
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.config import Config, DeepSpeedConfig, ModelConfig, OptimConfig, TrainConfig, follow, load_config, parse
 from m3ae_fast.config.recipes import with_recipe
-from m3ae_fast.data import ShardStore, open_corpus, open_data, split_batch
+from m3ae_fast.data import ShardStore, Share, open_corpus, open_data, split_batch
 from m3ae_fast.data.manifest import KINDS, rows_of, write
 from m3ae_fast.engine.memory_estimate import zero_bytes
 from m3ae_fast.engine.muon import orthogonalisation_flops
@@ -253,7 +253,7 @@ def test_deepspeed_sections_avoid_synchronisation_and_sum_gradients_in_float32(s
 
     config = DeepSpeedConfig(zero_optimization={"stage": stage})
     found = {
-        dtype: deepspeed_section(config, OptimConfig(clip_grad=clip_grad), dtype, 3, 5)
+        dtype: deepspeed_section(config, OptimConfig(clip_grad=clip_grad), dtype, Share(15, accumulation=5))
         for dtype in (torch.float32, torch.bfloat16)
     }
     for section in found.values():

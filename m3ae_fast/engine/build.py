@@ -84,5 +84,4 @@ def make_engine(
         return engine
     from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 
-    parts = (share.micro_batch, share.accumulation)
-    return DeepSpeedEngine(model, groups, config.deepspeed, optim, dtype, ranks, *parts, train.ema)
+    return DeepSpeedEngine(model, groups, config.deepspeed, optim, dtype, ranks, share, train.ema)

@@ -34,6 +34,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.memory import out_of_memory
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
+from m3ae_fast.data import Share
 from m3ae_fast.engine.fragments import Fragment, Fragments, cut
 from m3ae_fast.engine.interface import Read
 from m3ae_fast.engine.muon import Muon
@@ -70,8 +71,7 @@ class DeepSpeedEngine:
         optim: OptimConfig,
         dtype: torch.dtype,
         ranks: Ranks,
-        micro_batch: int,
-        accumulation: int,
+        share: Share,
         ema: float | None = None,
     ) -> None:
         """Move the model to the ranks' device and initialise DeepSpeed.
@@ -83,8 +83,7 @@ class DeepSpeedEngine:
             optim: settings of the optimiser.
             dtype: dtype of matmuls.
             ranks: the ranks of the run.
-            micro_batch: maximum number of samples in a micro-batch.
-            accumulation: number of micro-batches per step.
+            share: split of each step's batch into micro-batches.
             ema: decay of the weights' moving average; None: no average.
 
         Raises:
@@ -108,7 +107,7 @@ class DeepSpeedEngine:
             groups, optim, dtype, ema, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3
         )
         self.optimizer_name = name_of(optimizer)
-        section = deepspeed_section(config, optim, dtype, micro_batch, accumulation)
+        section = deepspeed_section(config, optim, dtype, share)
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints the memory of the machine
                 self.ds, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=section)
@@ -238,17 +237,15 @@ class DeepSpeedEngine:
             safe_set_local_optimizer_state(p, padded, kind)
 
 
-def deepspeed_section(
-    config: DeepSpeedConfig, optim: OptimConfig, dtype: torch.dtype, micro_batch: int, accumulation: int
-) -> dict[str, Any]:
+def deepspeed_section(config: DeepSpeedConfig, optim: OptimConfig, dtype: torch.dtype, share: Share) -> dict[str, Any]:
     """Return the `deepspeed` section, completed with values from the rest of the config. Defaults that would
-    synchronise with the GPU or reduce the precision are overridden. `dtype`: dtype of matmuls; `micro_batch`: samples
-    per micro-batch; `accumulation`: micro-batches per step."""
+    synchronise with the GPU or reduce the precision are overridden. `dtype`: dtype of matmuls; `share`: split of each
+    step's batch into micro-batches."""
     section = config.model_dump(exclude_none=True)
     section["zero_optimization"] |= {"overlap_comm": True, "stage3_param_persistence_threshold": PERSISTENT}
     section |= {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": share.micro_batch,
+        "gradient_accumulation_steps": share.accumulation,
         "gradient_clipping": optim.clip_grad or 0.0,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,  # required for apex's FusedAdam

@@ -28,6 +28,7 @@ from m3ae_fast import checkpoint
 from m3ae_fast.checkpoint import resuming, state_files, writing
 from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.config import DeepSpeedConfig, OptimConfig
+from m3ae_fast.data import Share
 from m3ae_fast.engine.deepspeed_engine import DeepSpeedEngine
 from m3ae_fast.engine.fragments import Fragments, cut
 from m3ae_fast.engine.interface import ModelEngine
@@ -65,7 +66,8 @@ def build(zero: int | None, ranks: Ranks, seed: int) -> ModelEngine:
     if zero is None:
         return TorchEngine(net, groups, optim, torch.bfloat16, ranks, EMA)
     config = DeepSpeedConfig.model_validate({"zero_optimization": {"stage": zero}})
-    return DeepSpeedEngine(net, groups, config, optim, torch.bfloat16, ranks, 4, 1, EMA)
+    share = Share(4 * ranks.world, world=ranks.world)
+    return DeepSpeedEngine(net, groups, config, optim, torch.bfloat16, ranks, share, EMA)
 
 
 def probe(engine: ModelEngine) -> Tensor:

@@ -177,7 +177,7 @@ def build_deepspeed(model: M3AE, config: Config, ranks: Ranks) -> ModelEngine:
     share = split_batch(config.train, ranks.world)
     return DeepSpeedEngine(
         model, optimizer_groups(model, config.optim), config.deepspeed, config.optim, dtype_of(config.train.precision),
-        ranks, share.micro_batch, share.accumulation, config.train.ema,
+        ranks, share, config.train.ema,
     )  # fmt: skip
 
 
