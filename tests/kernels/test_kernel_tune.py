@@ -186,7 +186,7 @@ def tuned(tmp_path, monkeypatch):
 
 
 def trials_of(tuned, kernel="rows") -> list[tuple]:
-    return [(r["ms"], r["kept"], r["verdict"]) for r in search.read(tuned.trials) if r["kernel"] == kernel]
+    return [(r["ms"], r["kept"], r["verdict"]) for r in search.read(tuned.trials) if r.get("kernel") == kernel]
 
 
 def test_tuning_keeps_the_fastest_setting_and_can_be_resumed(tuned):
@@ -205,7 +205,7 @@ def test_tuning_keeps_the_fastest_setting_and_can_be_resumed(tuned):
 def test_attention_has_an_entry_for_each_head_dimension_and_length_and_its_backward_pass_is_tuned_first(tuned):
     sizes = replace(ODD, samples=2, grid=12, visible=20, encoder=64, decoder=32)
     assert tuned.run(sizes=sizes) == 0
-    order = [kernel for kernel, _ in search.busiest(CpuDevice(), sizes, torch.float32)]
+    order = [kernel for kernel, _ in search.busiest(CpuDevice(), sizes, torch.float32, [], tuned.trials)]
     assert order[:4] == ["attention_backward"] * 2 + ["attention"] * 2
     entries = json.loads((tuned.folder / "interpreter.json").read_text())["attention_backward"]
     assert entries["32, D=64, up to 128 keys"]["num_warps"] == 3
@@ -229,6 +229,39 @@ def test_a_setting_that_breaks_the_device_is_not_tried_again(tuned, monkeypatch)
     tuned.table["rows"]["32"] = START
     assert tuned.run() == 0
     assert trials_of(tuned) == [(10.0, False, "ok"), (None, False, "under way"), (5.0, True, "ok")]
+
+
+def test_an_op_that_ends_its_process_before_the_search_costs_only_this_op(tuned, monkeypatch, capsys):
+    """The op ends the first process, or makes it hang until it is killed. Without it, rows is tuned in another op."""
+    clock = search.kernel_ms
+
+    def ends(device, work, repeats=0):
+        if work.name == "scatter_tokens, encoder":
+            raise KeyboardInterrupt
+        return clock(device, work, repeats)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "kernel_ms", ends)
+        with pytest.raises(KeyboardInterrupt):
+            tuned.run(only=["rows"])
+    assert [row["op"] for row in search.read(tuned.trials)] == ["scatter_tokens, encoder"]
+    assert tuned.run(only=["rows"]) == 0
+    assert "scatter_tokens, encoder is left out: it ended an earlier process" in capsys.readouterr().out
+    assert trials_of(tuned) == [(2.0, False, "ok"), (None, False, "out of resources"), (1.0, True, "ok")]
+
+
+def test_an_unchecked_setting_is_not_kept_if_its_check_ends_the_process(tuned, monkeypatch):
+    def ends(work):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "check_timed", ends)
+        with pytest.raises(KeyboardInterrupt):
+            tuned.run(only=["rows"])
+    tuned.table["rows"]["32"] = START
+    assert tuned.run(only=["rows"]) == 0
+    assert trials_of(tuned) == [(10.0, True, "ok"), (None, False, "out of resources"), (5.0, False, "under way")]
+    assert tuned.table["rows"]["32"] == START
 
 
 def test_the_fastest_setting_is_not_kept_if_it_is_wrong(tuned, monkeypatch):

@@ -88,18 +88,29 @@ def kernel_ms(device: Device, work: Workload, repeats: int | None = None) -> dic
     return {kernel: statistics.median(r[kernel] for r in rounds) for kernel in rounds[0]}
 
 
-def busiest(device: Device, sizes: Sizes, dtype: torch.dtype) -> dict[tuple[str, str], str]:
+def busiest(
+    device: Device, sizes: Sizes, dtype: torch.dtype, rows: list[Trial], trials: Path
+) -> dict[tuple[str, str], str]:
     """Return for each kernel and class of samples the op in which it takes the most time. Ops that raise errors are
-    left out."""
+    left out. An op under way is recorded in `rows` and in the file `trials`, so that the next process leaves it out if
+    it ends this process."""
     most: dict[tuple[str, str], tuple[float, str]] = {}
     for name in OPS:
+        row: Trial = {"op": name, "dtype": str(dtype), "kept": False, "verdict": "under way"}
+        if row in rows:
+            print(f"{name} is left out: it ended an earlier process, or did not end", flush=True)
+            continue
+        rows.append(row)
+        save(trials, rows)
+        times: dict[str, float] = {}
         try:
             work = make(name, sizes, dtype, device.device)
             times = kernel_ms(device, work, repeats=1)
         except Exception as error:
             print(f"{name} is left out: {_first_line(error)}", flush=True)
             _raise_if_broken(device, error)
-            continue
+        rows.remove(row)
+        save(trials, rows)
         for kernel, ms in times.items():
             entry = kernel, work.samples
             most[entry] = max(most.get(entry, (0.0, name)), (ms, name))
@@ -129,7 +140,7 @@ def tune(
     for row in rows:
         if row["kept"] and row["arch"] == arch:
             table[row["kernel"]][row["entry"]] = row["settings"]
-    for (kernel, samples), op in busiest(device, sizes, dtype).items():
+    for (kernel, samples), op in busiest(device, sizes, dtype, rows, trials).items():
         if only and kernel not in only:
             continue
         entry = tuning.entry(width, samples)
@@ -197,8 +208,10 @@ class _Search:
             row["verdict"] = _first_line(error)
             save(self.trials, self.rows)
             _raise_if_broken(self.device, error)
-        if self._keep() is row is not self.tried[0] and (problems := check_timed(self.work).problems):
-            row["verdict"] = "; ".join(problems)
+        if self._keep() is row is not self.tried[0]:
+            row |= {"verdict": "under way", "kept": False}  # in case the check ends this process
+            save(self.trials, self.rows)
+            row["verdict"] = "; ".join(check_timed(self.work).problems) or "ok"
             self._keep()
 
     def _keep(self) -> Trial | None:
