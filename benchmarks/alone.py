@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 # do not use large pages, because they free and allocate memory all the time and would become slower by a tenth.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 ENGINE = {"THP_MEM_ALLOC_ENABLE": "1"}
+LIMIT_S = 1800.0  # maximum time of a step, or of the compilation and the first two steps
 
 
 class Alone:
@@ -57,9 +59,14 @@ class Alone:
         return self._answer()
 
     def _answer(self):
+        began = time.monotonic()
+        late = threading.Timer(LIMIT_S, self._process.kill)  # a kernel may hang
+        late.start()
         line = self._process.stdout.readline()
+        late.cancel()
         if not line:
-            raise RuntimeError(f"the process ended with exit code {self._process.wait()}")
+            slow = f" because it did not answer within {LIMIT_S:g} s" if time.monotonic() - began > LIMIT_S else ""
+            raise RuntimeError(f"the process ended with exit code {self._process.wait()}{slow}")
         return json.loads(line)
 
     def __enter__(self) -> Alone:

@@ -16,3 +16,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from benchmarks import workload
 
         workload.IMAGE_SIZE = size  # before the benchmarks import it
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the tables. During the tests, pytest would not show them."""
+    from benchmarks import results
+
+    for path, table in results.WRITTEN:
+        terminalreporter.write_line(f"\n{table}written to {path}")

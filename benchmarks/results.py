@@ -22,6 +22,7 @@ from m3ae_fast.base.hardware import this_cpu
 RESULTS = Path(__file__).parent / "results"  # contains a file per machine
 Row = dict[str, str | int | float | None]
 Table = dict[str, Any]  # title, about and rows
+WRITTEN: list[tuple[Path, str]] = []  # the tables of this process in Markdown, with the files in which they are stored
 
 
 def about() -> dict[str, str | float]:
@@ -58,13 +59,13 @@ def read(path: Path) -> dict[str, Table]:
 
 
 def write(name: str, title: str, rows: Sequence[Row], path: Path | None = None) -> None:
-    """Print a table, and store it in the file of the machine (`path`; None: this machine), whose other tables stay. All
-    rows must have the same columns."""
+    """Store a table in the file of the machine (`path`; None: this machine), whose other tables stay, and in `WRITTEN`.
+    All rows must have the same columns."""
     path = path or here()
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {"title": title, "about": about(), "rows": list(rows)}
     write_text_atomically(path, json.dumps(read(path) | {name: table}, indent=1) + "\n")
-    print("\n" + markdown(table))
+    WRITTEN.append((path, markdown(table)))
 
 
 def markdown(table: Table) -> str:

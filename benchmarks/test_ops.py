@@ -13,6 +13,7 @@ from m3ae_kernels.tuning.workloads import LARGE, OPS, Sizes, Workload, make
 
 from benchmarks import results
 from benchmarks.alone import peak_above
+from benchmarks.apart import measured
 from benchmarks.baselines import baselines
 from benchmarks.limit import least_ms
 from benchmarks.measure import measure
@@ -60,7 +61,12 @@ def runs(work: Workload, module: object) -> bool:
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_op(benchmark, name):
+def test_op(name):
+    ROWS.append(measured(row_of, name))
+
+
+def row_of(name: str) -> results.Row:
+    """Measure an op, and return its row of the table."""
     work, modules = case(name)
     learned = [work.tensors[name] for name in work.learned]
     outs = {name: work.call(modules[name]) for name in ("engine", "eager")}
@@ -85,6 +91,4 @@ def test_op(benchmark, name):
     outs.clear()
     for name, column in (("engine", "peak memory, MB"), ("eager", "peak memory, eager torch, MB")):
         row[column] = peak_above(partial(both, name), DEVICE.device) / 1e6
-    ROWS.append(row)
-    benchmark.pedantic(both, ("engine",), rounds=3)
-    benchmark.extra_info |= row
+    return row

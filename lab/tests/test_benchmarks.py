@@ -2,7 +2,7 @@
 
 import json
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from m3ae_kernels.tuning.devices import CpuDevice
 
-from benchmarks import baselines, limit, results, table, test_attention, test_ops, test_step
+from benchmarks import alone, apart, baselines, limit, results, table, test_attention, test_ops, test_step
 from benchmarks.alone import Alone
 from benchmarks.measure import measure
 from benchmarks.reference import ReferenceM3AE, ReferenceTrainer
@@ -194,6 +194,30 @@ def test_an_implementation_is_measured_in_its_own_process():
         assert process.step() > 0
 
 
+def test_an_implementation_that_hangs_ends(monkeypatch):
+    monkeypatch.setattr(alone, "LIMIT_S", 0.01)  # before torch is imported
+    with pytest.raises(RuntimeError, match=r"exit code -9 because it did not answer within 0\.01 s"):
+        Alone("reference", TINY.model_dump(mode="json"), 2)
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("return {'op': name}", ""),
+        ("raise ValueError('no ' + name)", "(?s)the process of gather ended with exit code 1.*no gather"),
+        ("os.abort()", "the process of gather was ended by SIGABRT"),
+        ("ctypes.PyDLL(None).sleep(60)", "the process of gather did not end within 15 s and was killed"),
+    ],
+)
+def test_a_measurement_that_fails_crashes_or_hangs_ends_only_its_process(tmp_path, monkeypatch, end, message):
+    (tmp_path / "stand_in.py").write_text(f"import ctypes, os\n\ndef row_of(name):\n    {end}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(apart, "LIMIT_S", 15 if "sleep" in end else 120)
+    row_of = SimpleNamespace(__module__="stand_in", __name__="row_of")
+    with pytest.raises(RuntimeError, match=message) if message else nullcontext():
+        assert apart.apart(row_of, "gather") == {"op": "gather"}
+
+
 def without_a_driver(**_):
     raise RuntimeError("0 active drivers ([]). There should only be one.")
 
@@ -215,12 +239,11 @@ def tiny_ops(monkeypatch):
 @pytest.mark.parametrize("name", ["masked_token_loss", "gather_tokens", "packed_attention, loss rows"])
 def test_a_row_of_the_op_table_has_every_column(tiny_ops, name):
     """The columns of libraries that do not run here are empty."""
-    pedantic = SimpleNamespace(pedantic=lambda *_, **__: None, extra_info={})
-    test_ops.test_op(pedantic, name)
+    test_ops.test_op(name)
     (row,) = tiny_ops
     columns = {"both passes, ms", "both passes, eager torch, ms", "peak memory, MB", "peak memory, eager torch, MB"}
     assert row["limit of both passes by FLOPs and bytes, ms"] > 0
-    assert row.keys() == pedantic.extra_info.keys() >= columns | {"op"}
+    assert row.keys() >= columns | {"op"}
     found = {rival: row[f"both passes, {rival}, ms"] is not None for rival in test_ops.RIVALS}
     theirs = name == "masked_token_loss" and hasattr(torch.nn.functional, "linear_cross_entropy")
     assert found["torch.compile"] and found["matmuls alone"] == (name == "masked_token_loss")
@@ -231,7 +254,6 @@ def test_attention_is_timed_with_every_kernel_that_runs(tiny_ops, monkeypatch):
     rows: list[results.Row] = []
     monkeypatch.setattr(test_attention, "SIZES", test_ops.SIZES)
     monkeypatch.setattr(test_attention, "ROWS", rows)
-    pedantic = SimpleNamespace(pedantic=lambda *_, **__: None, extra_info={})
-    test_attention.test_attention(pedantic, "packed_attention, encoder")
+    test_attention.test_attention("packed_attention, encoder")
     assert [row["kernel"] for row in rows] == ["engine", "eager", "SDPA"]
     assert all(row["part"] == "encoder" and row["ms"] > 0 and row["limit, ms"] > 0 for row in rows)
