@@ -51,7 +51,7 @@ ROUNDS = 3
 # is an upper bound.
 IMAGENET, IMAGENET_WIDTH, IMAGENET_QUERIES = 1_281_167, 768, 2048
 # The peak memory of an online attentive probe is compared for two numbers of training images. MOST_GROWTH is the
-# maximum ratio of the two peaks, the larger number of images to the smaller one.
+# maximum ratio of the peak with more images to the peak with fewer images.
 IMAGES, MOST_GROWTH = (2_000, 20_000), 1.05
 RATES, LAYERS, CLASSES, STEPS, BATCH = 13, (9, 10, 11, 12), 1000, 4, 32
 # numbers of training samples, test samples and classes in the comparison with scikit-learn

@@ -90,7 +90,7 @@ def label_corpus(
 
     Raises:
         UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed, a
-            class has no training sample, or there is only one class. Also raised by `read_labels`.
+            class has no training sample, or there is only one class; also as in `read_labels`.
     """
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
     # the shards of a manifest are indexed first, because labels are read from each of them

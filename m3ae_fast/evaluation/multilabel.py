@@ -37,7 +37,7 @@ _CHANCE = "chance"  # name of uninformative scores
 
 def run(job: Job[WithGrid], score: Score) -> dict[str, Any]:
     """Run a task and return its result. `score`: the classifier of the task. Raises UserError if there are options of a
-    grid or a sample has no list of labels, and the errors of `Job.open`."""
+    grid or a sample has no list of labels. Also raises the errors of `Job.open`."""
     if job.options.is_grid:
         raise UserError(
             f"labels {job.options.labels}: are lists, for which layers, pools and shots are not supported; leave these "

@@ -186,7 +186,7 @@ def _normal_distributions(bank: FeatureBank, ids_R: Tensor, classes: int) -> tup
 
 def run(job: Job[Ood]) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if the training samples do not have the classes of the
-    classifier, or if `encode.pool` is not the pooling of its head, and the errors of `Job.open_labelled`."""
+    classifier, or if `encode.pool` is not the pooling of its head. Also raises the errors of `Job.open_labelled`."""
     if isinstance(job.model, Classifier):
         _check_pool(job.model, job.config.encode)
     labelled, held_out, classes = job.open_labelled()

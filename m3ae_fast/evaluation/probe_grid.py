@@ -82,7 +82,7 @@ def run_probes(job: Job[WithGrid]) -> Probed:
     samples of the main case. Baselines use k-NN if the task does, and otherwise logistic regression.
 
     Raises:
-        UserError: a layer does not exist, a class has too few samples, or the memory is too small, and the errors of
+        UserError: a layer does not exist, a class has too few samples, or the memory is too small; also as in
             `Job.open_labelled` and `encode_types`.
     """
     options, task = job.options, job.options.name()

@@ -59,7 +59,7 @@ def _pools(value: Any) -> Any:
 
 
 def named_sets(given: Any) -> Any:
-    """Return the shards by the name of their set: of a mapping, or of the arguments of each --ood. The name of a single
+    """Return the shards by the name of their set, given a mapping, or the arguments of each --ood. The name of a single
     set may be "". Raises UserError if one of several sets has no name, or if two have the same name."""
     if isinstance(given, Mapping):
         return {name: names(shards) for name, shards in given.items()}
@@ -379,7 +379,7 @@ class Attentive(WithGrid, WithBaselines, WithTraining):
     The patch features of all images are stored: all ranks together need samples x layers x patches x width x 2 bytes,
     which the program prints before the task begins. If that much memory is not free, the probe is trained online: each
     step encodes a batch of newly sampled crops and discards its features, so that the memory does not grow with the
-    dataset. `attentive.online` selects one of the two. With `--shots`, the features are always stored.
+    dataset. `attentive.online` overrides this choice. With `--shots`, the features are always stored.
     """
 
     uses = Uses(("encode", "attentive", *CROPS))

@@ -355,7 +355,7 @@ class MultimodalEncoder(nn.Module):
         precision: str,
     ) -> Iterator[PackedBatch]:
         """Return an iterator over unmasked batches on the model's device. Raises ValueError if the batch size or the
-        precision is invalid, and the errors of `unmasked_sample`."""
+        precision is invalid. Also raises the errors of `unmasked_sample`."""
         if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(f"batch_size {batch_size!r}: must be an integer of at least 1")
         if precision not in ("auto", "bf16", "fp32"):

@@ -257,9 +257,9 @@ class Blocks(nn.Module):
         number of samples per micro-batch. It becomes part of the key of torch's cache of compiled graphs, because sums
         over rows are tuned for the number of rows of the first batch, and torch's own key does not contain that number.
 
-        Without `keep_activations`, the backward pass recomputes GELU and LayerNorm outputs, which are 6 of the 16
-        values that a block with mlp_ratio 4 otherwise keeps per row and unit of its width (2 of 12 with the op in
-        `m3ae_kernels.cpu.mlp`, which never keeps the output of GELU). On a CPU, the recomputation takes no measurable
+        Without `keep_activations`, the backward pass recomputes GELU and LayerNorm outputs. A block with mlp_ratio 4
+        then keeps 10 values per row and unit of its width instead of 16, or instead of 12 with the op in
+        `m3ae_kernels.cpu.mlp`, which never keeps the output of GELU. On a CPU, the recomputation takes no measurable
         time, because it is fused with the ops that read its results; on a GPU, the results are written to memory again.
         """
         budget = 1.0 if keep_activations else MEMORY_BUDGET

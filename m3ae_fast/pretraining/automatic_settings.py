@@ -215,7 +215,7 @@ def teacher_settings(teacher: str | None) -> list[str]:
     """Return overrides of the settings of a run with this teacher; none if it is None. Paths become absolute."""
     if teacher is None:
         return []
-    # the width may be that of the former teacher of a run, which is refused by its name when the run resumes
+    # `target_width` may be the width of a run's former teacher; a change of the teacher is refused when the run resumes
     return [
         'model.image_targets="features"',
         f"loss.teacher={json.dumps(_absolute(teacher))}",
@@ -236,7 +236,7 @@ def _absolute(teacher: str) -> str:
 def check_overrides(overrides: Sequence[str], start_from: str | None = None, teacher: str | None = None) -> Config:
     """Return the result of `assumed_config` for the user's overrides, for a run that starts from the weights
     `start_from` (None: from random weights) and has a `teacher` (None: none). Raises UserError if an override sets a
-    value for which `pretrain` has an option, and the errors of `assumed_config`."""
+    value for which `pretrain` has an option. Also raises the errors of `assumed_config`."""
     for override in overrides:
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):

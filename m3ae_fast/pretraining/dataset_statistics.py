@@ -124,9 +124,8 @@ def inspect(
 
 
 def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]:
-    """Return a list with a note if only one of the two, the weights from which the run starts or the samples, includes
-    text; otherwise an empty list. Raises UserError if both include text, but the tokenizer of the weights is
-    missing."""
+    """Return a list with a note if only the weights from which the run starts, or only the samples, include text;
+    otherwise an empty list. Raises UserError if both include text, but the tokenizer of the weights is missing."""
     vocab_size = set_to(overrides, "model.vocab_size", None)
     if not continues(overrides) or vocab_size is None:
         return []
