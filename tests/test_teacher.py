@@ -152,6 +152,14 @@ def test_a_folder_or_a_repository_of_timm_is_a_teacher(tmp_path, monkeypatch, na
     assert asked == {("owner/name", None), ("owner/name", "v1")}
 
 
+def test_a_network_whose_modules_receive_a_parameter_is_a_teacher(tmp_path):
+    """Counting the FLOPs of such a network fails if the parameter requires a gradient."""
+    network = timm.create_model("cait_xxs24_224", img_size=32, depth=1)
+    timm.models.save_for_hf(network, str(tmp_path), safe_serialization=True)
+    config, opened = config_of(f"timm:local-dir:{tmp_path}")
+    assert opened.features(images_of(config)).shape == (3, 16, 192)
+
+
 def test_incomplete_or_hostile_weights_of_timm_are_refused_in_one_line(tmp_path):
     class Hostile:
         def __reduce__(self):

@@ -67,7 +67,7 @@ def open_timm_model(name: str) -> TimmModel:
     if wanted not in (None, side) and hasattr(network, "set_input_size"):
         _try(lambda: network.set_input_size(img_size=wanted), name, wanted)
     images = wanted or side, channels, tuple(about["mean"]), tuple(about["std"])
-    return TimmModel(network.eval(), about["architecture"], *images)
+    return TimmModel(network.eval().requires_grad_(False), about["architecture"], *images)
 
 
 def output_of(model: TimmModel, forward: Callable[[Tensor], Tensor], where: str) -> Tensor:
