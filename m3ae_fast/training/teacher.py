@@ -78,14 +78,9 @@ class Teacher:
         self._network, self._student, self._views = network, config.model, config.data.repeats
         self._precision = "bf16" if in_bf16(config) else "fp32"
         self._maps = network.maps.requires_grad_(False).eval()
-        self.parameters = sum(each.numel() for each in self._maps.parameters())
+        self.bytes = sum(each.nbytes for each in self._maps.parameters())
         side, digest = network.side, weights_digest(self._maps.state_dict())
         self.identity = f"{network.kind}, images of {side} x {side} pixels, weights {digest}"
-
-    @property
-    def bytes(self) -> int:
-        """Return the bytes of the weights, which are float32."""
-        return 4 * self.parameters
 
     def pass_bytes(self, samples: int, parts: int = 1) -> float:
         """Return the estimated bytes that a step requires in addition to the weights: for the activations of a pass,
