@@ -42,7 +42,7 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
 
 def _is_literal(pattern: str) -> bool:
     """Return whether braces and colons in a pattern are part of the name of an existing file, or of a folder. For
-    speed, the disk is not accessed if the pattern contains neither."""
+    speed, the disk is not accessed if the pattern contains no braces and no colons."""
     if is_remote(pattern) or not ("{" in pattern or "::" in pattern):
         return False
     path = _local_path(pattern)

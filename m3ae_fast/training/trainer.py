@@ -334,9 +334,9 @@ class Trainer:
         self.log.print(f"stopped at step {self.step} ({reason}){saved}; {how_to_resume()} continues")
 
     def _complete(self) -> None:
-        """Complete a run that an earlier call has trained to its last step, but whose record does not state that it is
-        finished, because that call was killed after the last checkpoint: draw the figures and start the record
-        again."""
+        """Draw the figures of a run that an earlier call has trained to its last step, and start its record again. Do
+        nothing if the record states that the run is finished; it does not if the earlier call was killed after the
+        last checkpoint."""
         if self.record.is_finished():
             return
         if self.after_save:
