@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.arguments import CommaList, Labels, Option, WithSettings, names, output
 from m3ae_fast.evaluation.tasks import Modality
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, MODEL_HELP
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, MODEL_HELP, TIMM_HELP, is_network
 
 Column = Literal["path", "class", "caption"]
 
@@ -27,7 +27,8 @@ class EmbedOptions(WithSettings):
 
     # in Python, the model may also be an object, a MultimodalEncoder
     model: Annotated[Any, BeforeValidator(_model), Option("model", metavar="MODEL")] = Field(
-        description=f"{MODEL_HELP}; or, for shards, {', '.join(IMAGE_FEATURES)}: features without a network"
+        description=f"{MODEL_HELP}; {TIMM_HELP}; or, for shards, {', '.join(IMAGE_FEATURES)}: features without a "
+        "network"
     )
     source: Annotated[
         Sequence[str], BeforeValidator(names), Field(min_length=1), Option("source", nargs="+", metavar="SOURCE")
@@ -50,12 +51,8 @@ class EmbedOptions(WithSettings):
     def _has_patches(self) -> EmbedOptions:
         if self.patches and self.modality == "text":
             raise UserError("patches: texts have no patches; choose another modality")
-        if self.is_image_features and (self.patches or self.modality != "image"):
+        one_vector = isinstance(self.model, str) and not is_network(self.model)
+        if one_vector and (self.patches or self.modality != "image"):
             wrong = "patches" if self.patches else f"modality {self.modality}"
             raise UserError(f"{wrong}: {self.model} has one vector of features for each image; leave it out")
         return self
-
-    @property
-    def is_image_features(self) -> bool:
-        """Return whether the features are computed from the images without a network."""
-        return isinstance(self.model, str) and self.model in IMAGE_FEATURES

@@ -35,8 +35,9 @@ from m3ae_fast.data.loader import collate
 from m3ae_fast.data.rank_share import MicroBatches
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
-from m3ae_fast.evaluation.image_features import open_image_features
+from m3ae_fast.evaluation.image_features import input_config, open_image_features
 from m3ae_fast.evaluation.model_images import set_images
+from m3ae_fast.evaluation.timm_features import open_timm
 from m3ae_fast.heads.encoding import Batches, corpus_batches, encode_types
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.images.suffixes import is_image, listed_suffixes
@@ -45,7 +46,7 @@ from m3ae_fast.process.how_to_resume import AGAIN, effect_of_resuming, resumed_b
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
-from m3ae_fast.weights.model_name import IMAGE_FEATURES
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, TIMM
 from m3ae_fast.weights.open_model import open_model
 
 PARQUET, NPZ = ".parquet", ".npz"
@@ -86,7 +87,7 @@ def embed(model: str | os.PathLike[str] | MultimodalEncoder, source: Source, **o
         images = ranks.broadcast(lambda: _image_files(given.source))
         config = ranks.broadcast(lambda: _settings(given, images))
         ranks.on_main(lambda: _check_out(given.out))
-        with _on_device(given.model, config, ranks, given.modality) as opened:
+        with _on_device(given, config, ranks, is_files=images is not None) as opened:
             arrays = _arrays(opened, config, ranks, images, given)
         if (out := given.out) is not None:
             ranks.on_main(lambda: _write(out, arrays))
@@ -126,7 +127,7 @@ def _settings(options: EmbedOptions, images: tuple[str, list[str]] | None) -> Ev
     if images and (modality != "image" or options.columns):
         argument = "columns" if options.columns else f"modality {modality}"
         raise UserError(f"{argument}: images that are not in shards have neither captions nor columns; leave it out")
-    if images and options.is_image_features:
+    if images and options.model in IMAGE_FEATURES:
         raise UserError(f"{options.model}: needs shards; m3ae-fast shards make writes shards of a folder of images")
     shards = _tars(names[0]) if len(names) == 1 and os.path.isdir(names[0]) else names
     s3_and_gs.require(*shards)
@@ -141,12 +142,13 @@ def _check_out(out: Path | None) -> None:
 
 @contextmanager
 def _on_device(
-    model: str | MultimodalEncoder, config: EvaluationConfig, ranks: Ranks, modality: str
+    options: EmbedOptions, config: EvaluationConfig, ranks: Ranks, *, is_files: bool
 ) -> Iterator[MultimodalEncoder]:
     """Yield the model on the device, as a context manager. A model that was passed as an object is moved back at the
-    end."""
+    end. `is_files`: whether the source consists of image files."""
+    model = options.model
     if isinstance(model, MultimodalEncoder):
-        before = model.encoder_input.cls_token.device
+        before = next(model.parameters()).device
         try:
             yield model.to(ranks.device)
         finally:
@@ -155,10 +157,15 @@ def _on_device(
     if model in IMAGE_FEATURES:
         yield open_image_features([model], config.data, ranks)[model]
         return
-    text, tokenizer = modality != "image", config.data.tokenizer
-    opened = open_model(model, text=text, tokenizer=tokenizer, seed=config.run.seed).to(ranks.device).eval()
+    opened: MultimodalEncoder
+    if model.startswith(TIMM):
+        reading = None if is_files else ranks.broadcast(lambda: input_config(config.data))
+        opened = ranks.main_first(lambda: open_timm(model, reading))
+    else:
+        text, tokenizer = options.modality != "image", config.data.tokenizer
+        opened = open_model(model, text=text, tokenizer=tokenizer, seed=config.run.seed)
     set_images(opened, config.model)
-    yield opened
+    yield opened.to(ranks.device).eval()
 
 
 def _arrays(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,23 +172,15 @@ def input_config(data: DataConfig, image_size: int = _SIZE, patch_size: int = _P
     channels, dtype, value_range = _reading(part_of(train, "train", "", None, _INSPECTED).kinds)
     statistics = collect(train, _INSPECTED, 0, channels, value_range, None, None, dtype)
     mean, std = statistics.mean_and_std()
-    return ModelConfig.model_validate(
-        {
-            "size": None,
-            "emb_dim": 64,
-            "depth": 1,
-            "num_heads": 1,
-            "vocab_size": 0,
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "channels": channels,
-            "image_dtype": dtype,
-            "value_range": value_range,
-            "image_mean": mean,
-            "image_std": std,
-        },
-        strict=False,
-    )
+    given = {"channels": channels, "image_dtype": dtype, "value_range": value_range}
+    return default_input(image_size=image_size, patch_size=patch_size, image_mean=mean, image_std=std, **given)
+
+
+def default_input(**given: Any) -> ModelConfig:
+    """Return the input of an encoder that reads images of 8 bits per channel with three channels, unless settings of
+    the section `model` are given."""
+    network = {"size": None, "emb_dim": 64, "depth": 1, "num_heads": 1, "vocab_size": 0}
+    return ModelConfig.model_validate(network | given, strict=False)
 
 
 def _reading(kinds: Sequence[Kind]) -> tuple[int, str, Range | None]:

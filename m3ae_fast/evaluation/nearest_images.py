@@ -19,7 +19,9 @@ from m3ae_fast.config.arguments import accepts
 from m3ae_fast.drawing.figures import Cell, draw_sheet, levels
 from m3ae_fast.evaluation.embedding import embed, images_in
 from m3ae_fast.evaluation.neighbours_options import NeighboursOptions
+from m3ae_fast.evaluation.timm_features import open_timm
 from m3ae_fast.process.launchers import is_first_rank
+from m3ae_fast.weights.model_name import TIMM
 from m3ae_fast.weights.open_model import load_model
 
 _COLUMNS = 6  # images in a row of the figure
@@ -40,7 +42,7 @@ def neighbours(
     over the folder is subtracted first, because what is common to all images does not distinguish them.
 
     Args:
-        model: the name of a model (see `model_name.MODEL_HELP`).
+        model: the name of a model (see `NeighboursOptions.model`).
         image: path of the image.
         folder: folder whose images are searched, including those in sub-folders. The image itself is left out.
         options: the fields of `NeighboursOptions`.
@@ -54,7 +56,7 @@ def neighbours(
     paths = [path for path in images_in(given.folder) if not _same(path, given.image)]
     if not paths:
         raise UserError(f"{given.folder}: contains no images other than {given.image}")
-    opened = load_model(given.model)
+    opened = open_timm(given.model) if given.model.startswith(TIMM) else load_model(given.model)
     _checked(given.image, opened.config)
     found = embed(opened, [given.image, *paths], overrides=given.all_overrides, device=given.device)
     keys, features_ND = found["keys"].tolist(), torch.from_numpy(found["features"]).double()

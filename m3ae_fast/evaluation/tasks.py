@@ -35,7 +35,14 @@ from m3ae_fast.config.arguments import (
 )
 from m3ae_fast.config.evaluation import CROPS, FINETUNE, LINEAR, SHOWN, Uses
 from m3ae_fast.config.poolings import POOLS, Pool
-from m3ae_fast.weights.model_name import CLASSIFIER_HELP, FEATURES_HELP, IMAGE_FEATURES, MODEL_HELP, RANDOM, TIMM
+from m3ae_fast.weights.model_name import (
+    CLASSIFIER_HELP,
+    FEATURES_HELP,
+    IMAGE_FEATURES,
+    MODEL_HELP,
+    RANDOM,
+    is_network,
+)
 
 DRAWS = 5  # number of draws for each number of shots
 
@@ -141,10 +148,6 @@ class Task(WithSettings):
         s3_and_gs.require(*self.shards)
 
 
-def _is_image_features(model: str) -> bool:
-    return model in IMAGE_FEATURES or model.startswith(TIMM)
-
-
 class OneModel(Task):
     """A task that evaluates one model."""
 
@@ -158,7 +161,7 @@ class OneModel(Task):
         models = _model_names(value)
         if len(models) != 1:
             raise UserError(f"{cls.name()} evaluates one model, not {len(models)}; to compare several, use compare")
-        if _is_image_features(models[0]) and not cls.TAKES_IMAGE_FEATURES:
+        if not is_network(models[0]) and not cls.TAKES_IMAGE_FEATURES:
             *others, last = (name for name, task in TASKS.items() if getattr(task, "TAKES_IMAGE_FEATURES", False))
             raise UserError(
                 f"{models[0]}: {cls.name()} needs a network; {', '.join(others)} and {last} accept {models[0]} "
@@ -170,7 +173,7 @@ class OneModel(Task):
     def is_image_features(self) -> bool:
         """Return whether the model is one of IMAGE_FEATURES or a timm model, whose features have no layers and
         poolings."""
-        return _is_image_features(self.model)
+        return not is_network(self.model)
 
 
 class WithTraining(Task):

@@ -1,12 +1,14 @@
-"""Features of timm's vision models, which `compare` accepts as `timm:NAME` and `timm:NAME=FILE`."""
+"""Features of timm's vision models, by their names on the command line: `timm:NAME` and `timm:NAME=FILE`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.evaluation.image_features import ImageFeatures
+from m3ae_fast.evaluation.image_features import ImageFeatures, default_input
 from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.weights.timm_model import open_timm_model, output_of
@@ -41,12 +43,12 @@ class TimmFeatures(ImageFeatures):
         return found_SD
 
 
-def open_timm(name: str, config: ModelConfig) -> TimmFeatures:
+def open_timm(name: str, config: ModelConfig | None = None) -> TimmFeatures:
     """Return a timm model on the CPU, in evaluation mode.
 
     Args:
         name: as in `open_timm_model`.
-        config: how the image files are read; see `image_features.input_config`.
+        config: how the image files are read; see `image_features.input_config`. None: as `default_input`.
 
     Raises:
         UserError: as in `open_timm_model`, or if the model does not accept images of its size, or does not compute one
@@ -55,8 +57,9 @@ def open_timm(name: str, config: ModelConfig) -> TimmFeatures:
     opened = open_timm_model(name)
     side = opened.side
     patch = max(each for each in range(1, min(side, _LARGEST_PATCH) + 1) if side % each == 0)
-    changes = {"image_size": side, "patch_size": patch, "channels": opened.channels}
-    given = config.model_copy(update=changes | {"image_mean": opened.mean, "image_std": opened.std})
+    changes: dict[str, Any] = {"image_size": side, "patch_size": patch, "channels": opened.channels}
+    changes |= {"image_mean": opened.mean, "image_std": opened.std}
+    given = (config or default_input()).model_copy(update=changes)
     found_SD = output_of(opened, opened.network, name)
     if found_SD.ndim != 2:
         raise UserError(f"{name}: computes features of the shape {[*found_SD.shape[1:]]}, not one vector per image")

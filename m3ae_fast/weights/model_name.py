@@ -11,8 +11,17 @@ MODEL_HELP = (
     "a run folder (its last checkpoint is used, with the averaged weights if train.ema is set), a checkpoint, an "
     "export folder, a name on the Hub, or random:MODEL for the same network with random weights"
 )
+TIMM_HELP = (
+    "timm:NAME for a timm model, or timm:NAME=FILE for its weights in a file; NAME@SIDE is NAME for images of SIDE x "
+    "SIDE pixels"
+)
 FEATURES_HELP = (  # what `compare` also accepts
-    "an .npz file of features (keys, features and, optionally, shards, as written by embed), timm:NAME for a timm "
-    "model, or timm:NAME=FILE for its weights in a file; NAME@SIDE is NAME for images of SIDE x SIDE pixels"
+    f"an .npz file of features (keys, features and, optionally, shards, as written by embed), or {TIMM_HELP}"
 )
 CLASSIFIER_HELP = "the OUT folder of a logistic, linear or finetune task"
+
+
+def is_network(model: str) -> bool:
+    """Return whether a name denotes an M3AE, which has layers, poolings and patch tokens, and not features without a
+    network or a timm model, which are one vector for each image."""
+    return model not in IMAGE_FEATURES and not model.startswith(TIMM)
