@@ -177,8 +177,8 @@ def input_config(data: DataConfig, image_size: int = _SIZE, patch_size: int = _P
 
 
 def default_input(**given: Any) -> ModelConfig:
-    """Return the input of an encoder that reads images of 8 bits per channel with three channels, unless settings of
-    the section `model` are given."""
+    """Return the input of an encoder that reads images with three channels of 8 bits. `given`: settings of the section
+    `model` that differ from this."""
     network = {"size": None, "emb_dim": 64, "depth": 1, "num_heads": 1, "vocab_size": 0}
     return ModelConfig.model_validate(network | given, strict=False)
 

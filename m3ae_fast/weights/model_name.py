@@ -22,6 +22,6 @@ CLASSIFIER_HELP = "the OUT folder of a logistic, linear or finetune task"
 
 
 def is_network(model: str) -> bool:
-    """Return whether a name denotes an M3AE, which has layers, poolings and patch tokens, and not features without a
-    network or a timm model, which are one vector for each image."""
+    """Return whether a name denotes an M3AE, which has layers, poolings and patch tokens. It is False for timm models
+    and for features without a network, which have one vector for each image."""
     return model not in IMAGE_FEATURES and not model.startswith(TIMM)
