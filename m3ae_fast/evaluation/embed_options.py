@@ -51,8 +51,12 @@ class EmbedOptions(WithSettings):
     def _has_patches(self) -> EmbedOptions:
         if self.patches and self.modality == "text":
             raise UserError("patches: texts have no patches; choose another modality")
-        one_vector = isinstance(self.model, str) and not is_network(self.model)
-        if one_vector and (self.patches or self.modality != "image"):
+        if self.has_one_vector and (self.patches or self.modality != "image"):
             wrong = "patches" if self.patches else f"modality {self.modality}"
             raise UserError(f"{wrong}: {self.model} has one vector of features for each image; leave it out")
         return self
+
+    @property
+    def has_one_vector(self) -> bool:
+        """Return whether the model has one vector of features for each image, and neither poolings nor patch tokens."""
+        return isinstance(self.model, str) and not is_network(self.model)

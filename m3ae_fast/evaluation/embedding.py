@@ -132,7 +132,10 @@ def _settings(options: EmbedOptions, images: tuple[str, list[str]] | None) -> Ev
     shards = _tars(names[0]) if len(names) == 1 and os.path.isdir(names[0]) else names
     s3_and_gs.require(*shards)
     given: dict = {"data": {"train": [{"shards": shards, "modality": modality}]}}
-    return evaluation_config(given, options.all_overrides, "embed", Uses())
+    config = evaluation_config(given, options.all_overrides, "embed", Uses())
+    if options.has_one_vector and config.encode.pool:
+        raise UserError(f"override encode.pool: {options.model} has one vector for each image; leave it out")
+    return config
 
 
 def _check_out(out: Path | None) -> None:

@@ -73,6 +73,7 @@ def test_user_errors_are_reported_in_one_line(network, photos):
     for options, message in (
         ({"patches": True}, f"patches: {name} has one vector of features for each image; leave it out"),
         ({"modality": "text"}, f"modality text: {name} has one vector"),
+        ({"overrides": {"encode.pool": "grid2"}}, f"override encode.pool: {name} has one vector"),
     ):
         with pytest.raises(UserError) as error:
             embed(name, photos, **options)
