@@ -197,7 +197,8 @@ class FeatureBank:
         assert self.ranks and self.keys == other.keys and torch.equal(self.own, other.own)
         both = Rows(len(self.own), self.ranks, folder)
         for start in range(0, max(len(self.own), 1), _MEASURED):
-            parts = (bank.take(slice(start, start + _MEASURED)).float() for bank in (self, other))
+            # one of the banks may be on the device, and the other in host memory
+            parts = [bank.take(slice(start, start + _MEASURED)).to(self.ranks.device).float() for bank in (self, other)]
             both.append(torch.cat([F.normalize(part_SD, dim=1) for part_SD in parts], 1))
         return replace(self, stored_SD=both.tensor(), at_R=None, patches_SLD=None, types=())
 
