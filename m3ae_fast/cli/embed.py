@@ -1,10 +1,9 @@
 """Encode every sample of shards, or every image of a folder, and write a table of the features.
 
 m3ae-fast embed runs/large 'imagenet/val-*.tar' --out val.parquet
-m3ae-fast embed runs/large photos/ --out photos.parquet
+m3ae-fast embed run/export photos/ --out photos.parquet
 m3ae-fast embed out/ 'shards/*.tar' --out captions.npz --modality text --set encode.pool=cls
-m3ae-fast embed hog 'shards/*.tar' --out hog.parquet      # histograms of oriented gradients: no network
-m3ae-fast embed timm:vit_small_patch16_224.augreg_in21k photos/ --out public.parquet
+m3ae-fast embed hog 'shards/*.tar' --out hog.parquet       # or timm:NAME: a public model
 
 FILE contains these arrays or columns:
   keys      [N], keys of the samples, or paths of the images
