@@ -106,8 +106,9 @@ class Saver:
         self._finite_evaluation = step
 
     def step_was_not_finite(self, step: int) -> str:
-        """Mark the checkpoint right before `step` as failed, and return a message about it for the user. Every rank
-        must call it."""
+        """Mark the checkpoint right before `step` as failed, once it is complete, and return a message about it for the
+        user. Every rank must call it. Raises the same errors as `save`."""
+        self.wait()
         return self.ranks.broadcast(lambda: judge(self.run_dir, step))
 
     def _copy(self, step: int, constants: Fragments) -> Fragments:
