@@ -1,8 +1,8 @@
 """The features of the model and HOG side by side, whose result is reported beside that of the model."""
 
 import json
+import re
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,22 +15,26 @@ from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.pretraining.final_evaluation import RUN, table, verdict
 from m3ae_fast.process.ranks import join_ranks
 from tests.evaluation.conftest import settings
+from tests.helpers.trainer import ROOT
 
-
-def _unit(features_ND):
-    return features_ND / np.linalg.norm(features_ND, axis=1, keepdims=True)
+GUIDE = ROOT / "docs/guide/comparing.md"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["knn", "logistic"])
-def test_the_result_is_that_of_the_embedded_features_side_by_side(transfer, run, shards, tmp_path, task, capsys):
+def test_the_result_is_that_of_the_file_that_the_guide_makes(
+    transfer, run, shards, tmp_path, monkeypatch, task, capsys
+):
     result = transfer(task, baselines=True)
     together, output = result[WITH_HOG], capsys.readouterr().out
     pool = settings(f"encode.pool={result['pool']}")[1::2]
-    model, hog = embed(run, shards, overrides=pool), embed("hog", shards)
-    assert np.array_equal(model["keys"], hog["keys"])
-    both = np.concatenate([_unit(model["features"]), _unit(hog["features"])], 1)
-    np.savez(tmp_path / "both.npz", keys=model["keys"], shards=model["shards"], features=both)
+    embed(run, shards, overrides=pool, out=tmp_path / "model.npz")
+    embed("hog", shards[::-1], out=tmp_path / "hog.npz")  # in another order
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(
+        r"^## A model with HOG\n.*?^```python\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE
+    )
+    exec(code, {})  # writes both.npz
     compared = transfer("compare", "--probes", task, "--seeds", "1", model=tmp_path / "both.npz", out="compared")
     (row,) = (row for row in compared["rows"] if row["model"] == "both.npz")
     assert {key: together[key] for key in ("top1", "top1_se")} == {key: row[key] for key in ("top1", "top1_se")}
