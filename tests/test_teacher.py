@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -160,6 +161,50 @@ def test_a_network_whose_modules_receive_a_parameter_is_a_teacher(tmp_path):
     assert opened.features(images_of(config)).shape == (3, 16, 192)
 
 
+def with_config(source, folder, **changed):
+    """Copy a folder of timm with other values in its config."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= changed
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_the_normalisation_is_a_part_of_the_identity(tmp_path):
+    """The identity of a run's teacher is compared when the run resumes."""
+    timm.models.save_for_hf(timm.create_model(VIT), str(tmp_path / "0"), safe_serialization=True)
+    for number, changed in enumerate(({}, {"mean": [0.5, 0.5, 0.4]}, {"std": [0.5, 0.5, 0.4]}), 1):
+        with_config(tmp_path / "0", tmp_path / str(number), **changed)
+    found = [config_of(f"timm:local-dir:{tmp_path / str(number)}")[1].identity for number in range(4)]
+    assert found[0] == found[1] and len(set(found)) == 3
+    pattern = r"normalisation (\w{12}), weights (\w{12})$"
+    scales, digests = zip(*(re.search(pattern, each).groups() for each in found))
+    assert len(set(scales)) == 3 and len(set(digests)) == 1
+
+
+def test_a_part_of_a_run_or_an_export_is_refused_with_the_folder_to_specify(tmp_path):
+    M3AE(TINY).save_pretrained(tmp_path / "own")
+    saved = checkpoint.step_folder(tmp_path / "run", 1)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/metrics.jsonl").touch()
+    saved.mkdir(parents=True)
+    for name in ("state.json", "state.safetensors"):
+        (saved / name).touch()
+    cases = {
+        "run/checkpoints": f"specify the run folder, {tmp_path}/run, or one of the checkpoints in ",
+        "run/checkpoints/step-00000001/state.safetensors": f"is one file of .*; specify its folder, {saved}$",
+        "own/model.safetensors": f"is one file of a checkpoint or an export; specify its folder, {tmp_path}/own$",
+        "new": "this run has no checkpoint yet; continue the run, or specify another model",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=f"^loss.teacher: {tmp_path}/{name}: {message}"):
+            open_teacher(config_of_name(tmp_path / name))
+    for damage, reason in ((b"text", "model.safetensors cannot be read: "), (None, "contains no model.safetensors")):
+        file = tmp_path / "own/model.safetensors"
+        file.write_bytes(damage) if damage else file.unlink()
+        with pytest.raises(UserError, match=rf"own: is not an exported M3AE \(it.* {reason}.*; create one with m3ae-f"):
+            open_teacher(config_of_name(tmp_path / "own"))
+
+
 def test_incomplete_or_hostile_weights_of_timm_are_refused_in_one_line(tmp_path):
     class Hostile:
         def __reduce__(self):
@@ -177,7 +222,25 @@ def test_incomplete_or_hostile_weights_of_timm_are_refused_in_one_line(tmp_path)
     (tmp_path / "other/config.json").write_text('{"model_type": "vit"}')
     (tmp_path / "list/config.json").write_text("[]")
     (tmp_path / "text.safetensors").write_text("text")
+    for name, wrong in (
+        ("two", {"mean": [0.5, 0.5]}),
+        ("no", {"mean": None}),
+        ("words", {"std": "one"}),
+        ("zero", {"std": [1, 0, 1]}),
+    ):
+        with_config(tmp_path / "whole", tmp_path / name, **wrong)
     cases = {
+        f"timm:local-dir:{tmp_path / 'two'}": r"mean .* with a number for each of its 3 channels, not \[0.5, 0.5\]",
+        f"timm:local-dir:{tmp_path / 'no'}": "mean .* for each of its 3 channels, not None",
+        f"timm:local-dir:{tmp_path / 'words'}": "std .* for each of its 3 channels, not 'one'",
+        f"timm:local-dir:{tmp_path / 'zero'}": r"std in its config is \[1.0, 0.0, 1.0\], but must be positive",
+        f"timm:={tmp_path / 'text.safetensors'}": "there is no name of a model after timm:",
+        f"timm:test_vitt={tmp_path / 'text.safetensors'}": "Unknown model .test_vitt.*; did you mean timm:test_vit",
+        str(
+            tmp_path / "text.safetensors"
+        ): "is not an exported M3AE, which is a folder, but a file; .* write timm:NAME=",
+        str(tmp_path): r"is not an exported M3AE \(it contains no config.json\)",
+        "resnet50": "specify an export, a model on the Hub as owner/name, or, .* timm:NAME",
         f"timm:local-dir:{tmp_path / 'pickle'}": "posix.mkdir",
         f"timm:{VIT}={tmp_path / 'hostile.pth'}": "it refers to posix.mkdir, which is not loaded for security reasons",
         f"timm:local-dir:{tmp_path / 'lacks'}": r"Missing key\(s\) in state_dict: \"blocks.1.norm1.weight\"",
@@ -412,6 +475,23 @@ def test_loss_curves_equal_those_of_plain_torch_on_any_number_of_ranks(tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_mistakes_are_refused_once_on_all_ranks(trainer, ranks):
+    """Nothing is written. A run with captions alone would not use its teacher."""
+    vit = weights(trainer.folder, VIT)
+    damaged = trainer.folder / "damaged.safetensors"
+    damaged.write_bytes(Path(vit.partition("=")[2]).read_bytes()[:5000])
+    cases = [
+        ([*options(vit), "--set", "data.train.0.modality=text"], "data.train: no sample has an image, so the teacher"),
+        (options(f"timm:{VIT}={damaged}"), "loss.teacher: .*damaged.safetensors: cannot be read"),
+    ]
+    for words, message in cases:
+        out = trainer("run", *words, *zero(None), code=2, ranks=ranks)
+        assert len(re.findall(message, out)) == 1 and "Traceback" not in out
+        assert not (trainer.folder / "run/checkpoints").exists() and not (trainer.folder / "run/metrics.jsonl").exists()
+
+
+@pytest.mark.slow
 def test_a_run_learns_records_its_teacher_and_resumes_bitwise(trainer):
     """It has a moving average of the weights, and several views of each sample."""
     teacher = weights(trainer.folder, CNN)
@@ -426,9 +506,8 @@ def test_a_run_learns_records_its_teacher_and_resumes_bitwise(trainer):
     info = checkpoint.read_info(last)
     assert info.config["loss"]["teacher"] == teacher and info.config["model"]["target_width"] == 96
     identity = info.stream["loss.teacher"]
-    assert identity.startswith("timm's test_resnet, images of 160 x 160 pixels, weights ") and identity in out.replace(
-        "\n", " "
-    )
+    assert re.match(r"timm's test_resnet, images of 160 x 160 pixels, normalisation \w{12}, weights \w{12}$", identity)
+    assert identity in out.replace("\n", " ")
     for path in checkpoint.saved_steps(trainer.folder / "run"):
         if path.name != "step-00000003":
             shutil.rmtree(path)
@@ -439,7 +518,7 @@ def test_a_run_learns_records_its_teacher_and_resumes_bitwise(trainer):
     other = weights(trainer.folder, CNN, seed=1)
     longer = ["--set", "train.steps=7", "--resume", "auto"]
     out = trainer("run", *words, *longer, "--set", f"loss.teacher={other}", code=2)
-    assert "was made with loss.teacher = timm's test_resnet, images of 160 x 160 pixels, weights" in out
+    assert "was made with loss.teacher = timm's test_resnet, images of 160 x 160 pixels, normalisation" in out
     out = trainer("run", *words, *longer, "--set", "model.image_targets=hog", "--set", "loss.teacher=null", code=2)
     assert "was made with model.image_targets = features, but the config has hog" in out
     assert "Traceback" not in out

@@ -52,7 +52,10 @@ def find_folder(source: str | Path) -> Path:
     if path.exists():
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
-        raise UserError(f"{source}: no such file or folder; specify an export, or a model on the Hub as owner/name")
+        raise UserError(
+            f"{source}: no such file or folder; specify an export, a model on the Hub as owner/name, or, where timm "
+            "models are accepted, timm:NAME"
+        )
     try:
         cached, files = not hub_answers(str(source)), list(FILES)
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=files, local_files_only=cached))

@@ -46,8 +46,9 @@ class Source:
 
     @property
     def has_images(self) -> bool:
-        """Return whether a shard has images."""
-        return any(shard.summary.images for shard in self.shards)
+        """Return whether a shard has images that are used for training."""
+        shards = zip(self.shards, self.modalities)
+        return any(shard.summary.images for shard, modality in shards if modality != "text")
 
     @property
     def has_captions(self) -> bool:
@@ -124,6 +125,11 @@ class Corpus:
         """Return the weights of the sources; None if they are in proportion to the sizes of the sources."""
         given = [source.weight for source in self.sources if source.weight is not None]
         return given or None  # the config gives weights to all sources or to none
+
+    @property
+    def has_images(self) -> bool:
+        """Return whether a source has images that are used for training."""
+        return any(source.has_images for source in self.sources)
 
     @property
     def has_captions(self) -> bool:

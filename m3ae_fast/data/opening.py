@@ -42,6 +42,11 @@ def open_data(config: DataConfig, model: ModelConfig, *, progress: bool = False)
                 if shard := source.shard_with_captions:
                     where = f"data.{name}.{number}"
                     raise UserError(f"model.vocab_size is 0, but {shard} has captions; set {where}.modality=image")
+    if model.image_targets == "features" and not train.has_images:
+        raise UserError(
+            "data.train: no sample has an image, so the teacher would not be used; set model.image_targets=pixels and "
+            "loss.teacher=null"
+        )
     data = Data(train, val, open_tokenizer(config, model), open_image_tokenizer(config, model))
     check_tokenizer(data.tokenizer, train.has_captions or (val is not None and val.has_captions))
     return data

@@ -33,6 +33,7 @@ from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.model.widening import widened
 
 M = TypeVar("M", bound=nn.Module)
+C = TypeVar("C")
 # prefixes of the weights in a file without a decoder; such a file lacks all other weights
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
 _NORM_PIX = "norm_pix"  # key of loss.norm_pix in config.json, next to the settings of the model
@@ -111,17 +112,19 @@ def read_pretrained(source: str | Path) -> Pretrained:
     """Read a folder written by `write_pretrained`, or a model from the Hub by its name. Raises UserError if there is no
     such folder or model, or if a file is missing or damaged."""
     folder = find_folder(source)
-    try:
-        data = read_json(folder / CONFIG_FILE)
-        state = read_tensors(folder / MODEL_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{source}: is not an exported M3AE ({error}); create one with m3ae-fast convert") from None
+    if folder.is_file():
+        raise UserError(
+            f"{source}: is not an exported M3AE, which is a folder, but a file; if it contains the weights of a timm "
+            f"model, write timm:NAME={source} where timm models are accepted"
+        )
+    data = _content(source, folder / CONFIG_FILE, read_json)
     if isinstance(data, dict) and "architecture" in data:
         name = f"timm:{'local-dir' if Path(source).exists() else 'hf-hub'}:{source}"
         raise UserError(
             f"{source}: is not an exported M3AE but a timm model; convert it with m3ae-fast convert, or, where timm "
             f"models are accepted, write {name}"
         )
+    state = _content(source, folder / MODEL_FILE, read_tensors)
     norm_pix = data.pop(_NORM_PIX, None) if isinstance(data, dict) else None
     if not isinstance(norm_pix, bool | None):
         raise UserError(f"{folder / CONFIG_FILE}: {_NORM_PIX}: must be true or false")
@@ -130,6 +133,17 @@ def read_pretrained(source: str | Path) -> Pretrained:
     if config.vocab_size and path.is_file():
         tokenizer = load_tokenizer(str(path), config.text_length, config.vocab_size, label="tokenizer")
     return Pretrained(config, state, tokenizer, norm_pix)
+
+
+def _content(source: str | Path, file: Path, read: Callable[[Path], C]) -> C:
+    """Return the content of a file of the folder `source`. Raises UserError if the file is missing or damaged."""
+    try:
+        return read(file)
+    except FileNotFoundError:
+        reason = f"it contains no {file.name}"
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = f"its {file.name} cannot be read: {error}"
+    raise UserError(f"{source}: is not an exported M3AE ({reason}); create one with m3ae-fast convert")
 
 
 def start_for(config: ModelConfig, found: Pretrained, *, norm_pix: bool) -> Pretrained:

@@ -70,7 +70,7 @@ def inspect(
     """
     store = ShardStore()
     train = open_corpus([SourceConfig(shards=shards.train)], store, progress=True)
-    if not any(source.has_images for source in train.sources):
+    if not train.has_images:
         raise UserError(f"none of the {train.samples:,} training samples has an image, and pretrain needs images")
     val = open_corpus([SourceConfig(shards=shards.val)], store, progress=True) if shards.val else None
     classes, note = _classes(shards, store, labels)

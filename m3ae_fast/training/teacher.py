@@ -80,7 +80,8 @@ class Teacher:
         self._maps = network.maps.requires_grad_(False).eval()
         self.bytes = sum(each.nbytes for each in self._maps.parameters())
         side, digest = network.side, weights_digest(self._maps.state_dict())
-        self.identity = f"{network.kind}, images of {side} x {side} pixels, weights {digest}"
+        scale = weights_digest({"mean": torch.tensor(network.mean), "std": torch.tensor(network.std)})
+        self.identity = f"{network.kind}, images of {side} x {side} pixels, normalisation {scale}, weights {digest}"
 
     def pass_bytes(self, samples: int, parts: int = 1) -> float:
         """Return the estimated bytes that a step requires in addition to the weights: for the activations of a pass,

@@ -17,15 +17,13 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import find_folder
-from m3ae_fast.base.metrics_file import METRICS_FILE
-from m3ae_fast.base.output_folder import MODEL_FILE, read_folder_config, read_tensors
+from m3ae_fast.base.output_folder import MODEL_FILE, read_tensors
 from m3ae_fast.base.untrusted_file import open_regular
-from m3ae_fast.checkpoint import INFO_FILE, checkpoints_dir
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import Pretrained, check_weights, read_pretrained
 from m3ae_fast.weights.from_mae_or_timm import ViTOptions, from_vit
 from m3ae_fast.weights.from_official_code import read_jax_checkpoint
-from m3ae_fast.weights.open_model import is_run, run_weights, saved_run
+from m3ae_fast.weights.open_model import is_run, refuse_part, run_weights, saved_run
 from m3ae_fast.weights.timm_folder import is_timm_folder, read_timm_folder
 
 _ZIP, _OLD_TORCH = b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
@@ -51,9 +49,7 @@ def _recognise(source: str, heads: ViTOptions) -> Pretrained:
     path = find_folder(source)
     if path.is_dir():
         return _read_folder(path, source, heads)
-    ours = (path.parent / INFO_FILE).is_file() or "emb_dim" in read_folder_config(path.parent)
-    if ours and path.suffix in (".json", ".safetensors"):
-        raise UserError(f"{source}: is one file of a checkpoint or an export; specify its folder, {path.parent}")
+    refuse_part(path, source)
     try:
         with open_regular(path) as file:
             head = file.read(len(_OLD_TORCH))
@@ -78,11 +74,7 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
         return read_timm_folder(path, heads)
     if (path / MODEL_FILE).is_file():
         return read_pretrained(source)
-    if is_run(path.parent):
-        checkpoints = checkpoints_dir(path.parent)
-        raise UserError(f"{source}: specify the run folder, {path.parent}, or one of the checkpoints in {checkpoints}")
-    if (path / METRICS_FILE).is_file() or "run" in read_folder_config(path):
-        raise UserError(f"{source}: this run has no checkpoint yet; continue the run, or specify another model")
+    refuse_part(path, source)
     raise UserError(f"{source}: the folder contains neither checkpoints nor an exported model")
 
 

@@ -14,6 +14,8 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import uses_gpu
+from m3ae_fast.base.metrics_file import METRICS_FILE
+from m3ae_fast.base.output_folder import MODEL_FILE, read_folder_config
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import LossConfig, ModelConfig, parse
 from m3ae_fast.model.m3ae import M3AE
@@ -36,6 +38,23 @@ class SavedRun:
 def is_run(path: Path) -> bool:
     """Return whether `path` is a checkpoint, or a run folder with one."""
     return (path / checkpoint.INFO_FILE).is_file() or bool(checkpoint.saved_steps(path))
+
+
+def refuse_part(path: Path, source: str) -> None:
+    """Raise UserError, with what to specify instead, if `path` is a file of a checkpoint or an export, a folder inside
+    a run that contains no model, or a run without a checkpoint. `source`: the user's name of it."""
+    if path.is_file():
+        ours = (path.parent / checkpoint.INFO_FILE).is_file() or "emb_dim" in read_folder_config(path.parent)
+        if ours and path.suffix in (".json", ".safetensors"):
+            raise UserError(f"{source}: is one file of a checkpoint or an export; specify its folder, {path.parent}")
+    elif path.is_dir() and not (path / MODEL_FILE).is_file():
+        if is_run(path.parent):
+            checkpoints = checkpoint.checkpoints_dir(path.parent)
+            raise UserError(
+                f"{source}: specify the run folder, {path.parent}, or one of the checkpoints in {checkpoints}"
+            )
+        if (path / METRICS_FILE).is_file() or "run" in read_folder_config(path):
+            raise UserError(f"{source}: this run has no checkpoint yet; continue the run, or specify another model")
 
 
 def saved_run(run: Path) -> SavedRun:
@@ -149,6 +168,7 @@ def _opened(name: str, seed: int) -> tuple[M3AE, str | None]:
         else:
             model = untrained(run.config, run.loss, seed)
     else:
+        refuse_part(Path(source), source)
         own, model = None, M3AE.from_pretrained(source)
         if source != name:
             model, trained = untrained(model.config, model.loss_config, seed), model

@@ -4,7 +4,9 @@ written: `local-dir:FOLDER` or `hf-hub:OWNER/NAME`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import torch
@@ -51,23 +53,39 @@ def open_timm_model(name: str) -> TimmModel:
         raise UserError(f"{name}: the size of the images, {wanted} pixels, must be from 1 to {_LARGEST:,}")
     if equals and not file:  # for example, the value of a shell variable that is not set
         raise UserError(f"{name}: there is no file after =; to download the weights, write {name[:-1]}")
+    if not own:
+        raise UserError(f"{name}: there is no name of a model after {TIMM}; timm.list_models() returns all names")
     try:
         # With num_classes=0, timm would ignore that weights are missing.
         network = timm.create_model(own, pretrained=not file)
     except Exception as error:  # timm and the libraries for downloads raise many kinds of errors
-        raise UserError(f"{name}: timm cannot open the model {own} ({_reason(error)})") from None
+        near = [] if ":" in own or timm.is_model(own) else get_close_matches(own, timm.list_models(), n=1)
+        meant = f"; did you mean {TIMM}{near[0]}?" if near else ""
+        raise UserError(f"{name}: timm cannot open the model {own} ({_reason(error)}){meant}") from None
     if hasattr(network, "reset_classifier"):  # otherwise, it has no classifier
         network.reset_classifier(0)
     if file:
         _load(network, read_weights(file), name)
     about: dict[str, Any] = network.pretrained_cfg
     channels, side, columns = about["input_size"]
+    mean, std = (_by_channel(about.get(key), channels, f"{name}: {key} in its config") for key in ("mean", "std"))
+    if min(std) <= 0:
+        raise UserError(f"{name}: std in its config is {[*std]}, but must be positive")
     if side != columns:
         raise UserError(f"{name}: its images of {side} x {columns} pixels are not square, which is not supported")
     if wanted not in (None, side) and hasattr(network, "set_input_size"):
         _try(lambda: network.set_input_size(img_size=wanted), name, wanted)
-    images = wanted or side, channels, tuple(about["mean"]), tuple(about["std"])
+    images = wanted or side, channels, mean, std
     return TimmModel(network.eval().requires_grad_(False), about["architecture"], *images)
+
+
+def _by_channel(value: Any, channels: int, what: str) -> tuple[float, ...]:
+    """Return a value of a timm config as one finite number per channel. Raises UserError, whose message begins with
+    `what`, if it is something else."""
+    is_list = isinstance(value, list | tuple) and all(isinstance(each, int | float) for each in value)
+    if not is_list or len(value) != channels or not all(map(math.isfinite, value)):
+        raise UserError(f"{what} must be a list with a number for each of its {channels} channels, not {value!r}")
+    return tuple(map(float, value))
 
 
 def output_of(model: TimmModel, forward: Callable[[Tensor], Tensor], where: str) -> Tensor:

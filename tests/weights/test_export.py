@@ -185,7 +185,7 @@ def test_a_run_is_uploaded_to_the_hub_and_loaded_from_it(run, tmp_path, hub, cap
             "me/other",
             r"me/other: no such file or folder, and the Hub cannot be reached \(no network in tests second line\)",
         ),
-        ("nowhere", "nowhere: no such file or folder; specify an export, or a model on the Hub as owner/name"),
+        ("nowhere", "nowhere: no such file or folder; specify an export, a model on the Hub as owner/name, or, where"),
         ("a/b/c", "no such file or folder"),
     ],
 )
