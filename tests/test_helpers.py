@@ -39,7 +39,7 @@ def test_the_stack_trace_of_a_hanging_rank_is_shown(tmp_path, monkeypatch):
 
 
 def test_no_test_starts_a_thread_that_could_keep_pytest_from_exiting():
-    """Only daemons do not have to end before Python exits. `helpers/threads.py` starts such threads."""
+    """Python waits for all threads except daemons before it exits. `helpers/threads.py` starts daemons."""
     root = Path(__file__).parents[1]
     files = [
         path for part in ("tests", "lab", "examples", "benchmarks") for path in sorted(root.glob(f"{part}/**/*.py"))

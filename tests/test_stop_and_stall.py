@@ -18,7 +18,7 @@ from tests.helpers.waiting import has_ended, until
 
 pytestmark = pytest.mark.slow
 
-STUCK = "pipe:sleep 100; cat /nowhere"  # a shard with which the start never ends
+STUCK = "pipe:sleep 100; cat /nowhere"  # a shard that blocks the start for ever
 
 
 def in_main(code: str) -> str:
@@ -176,7 +176,7 @@ def test_the_first_signal_requests_a_stop_and_a_later_ctrl_c_exits_at_once():
     process = program(code)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)  # the signal that a launcher sends for the same key
+    process.send_signal(signal.SIGINT)  # Ctrl-C reaches the program twice: a launcher forwards it
     assert process.stdout.readline() == "SIGINT\n"
     time.sleep(2.1)
     assert process.poll() is None
@@ -259,7 +259,7 @@ def test_a_process_without_a_launcher_outlives_its_shell():
     shell = program(code)
     child = psutil.Process(int(shell.stdout.readline()))
     shell.communicate()
-    time.sleep(1)  # four checks of its parent
+    time.sleep(1)  # the child checks four times whether its parent is alive
     assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
     child.terminate()
     child.wait(20)

@@ -19,12 +19,12 @@ from m3ae_fast.config.settings import DataConfig, DeepSpeedConfig, ModelConfig, 
 from m3ae_fast.config.value_range import Range, check_range
 
 _COMMON = ("run", "data", "model")  # sections of which every task reads at least some settings
-_ALWAYS = (  # what every task reads of them
+_ALWAYS = (  # the settings of these sections that every task reads
     *("run", "model", "data.train", "data.val", "data.tokenizer", "data.workers", "data.cache_dir", "data.cache_gb"),
     "data.max_bad_fraction",
 )
-CROPS = ("data.crop_scale", "data.flip", "data.repeats", "data.shuffle_shards", "data.lanes")  # of random crops
-SHOWN = "data.show_channels"  # of figures with images of samples
+CROPS = ("data.crop_scale", "data.flip", "data.repeats", "data.shuffle_shards", "data.lanes")  # for random crops
+SHOWN = "data.show_channels"  # for figures that show images
 
 
 class ImageConfig(Section):

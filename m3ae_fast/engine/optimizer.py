@@ -159,8 +159,8 @@ def _set_step(counter: dict, step: int) -> None:
 def collect(
     model: nn.Module, kind: str, kinds: Kinds, whole: Callable[[nn.Parameter, str], Tensor]
 ) -> dict[str, Tensor]:
-    """Return the results of `whole(parameter, kind)`, complete tensors, by parameter name, as float32 copies on the
-    CPU, for all parameters that have a state of this kind (for "model": all parameters)."""
+    """Return complete tensors of one kind of state by parameter name, as float32 copies on the CPU: the results of
+    `whole(parameter, kind)` for all parameters that have this kind of state (for "model", all parameters)."""
     return {
         name: whole(p, kind).detach().to("cpu", torch.float32, copy=True)
         for name, p in model.named_parameters()

@@ -189,7 +189,7 @@ def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcom
     if results:
         print("\n".join(table(results)))
     write_report(outcome.run, outcome.report)
-    # without labels, or if the user has set another pooling than the usual one, the export has the run's own pooling
+    # without labels, or if the user has set a pooling that is not the default, the export keeps the run's pooling
     chosen = next((found[RUN].get("pool") for found in results.values()), None)
     is_usual = config.model.pool == usual_pool(config.model.emb_dim)
     exported = convert(outcome.run, outcome.export, pool=chosen if is_usual else None)

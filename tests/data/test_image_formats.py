@@ -69,7 +69,7 @@ def skip_without_avif(case: Case) -> None:
 @pytest.mark.parametrize("case", READ, ids=label)
 def test_decoded_pixels_differ_by_at_most_one_8_bit_value_from_the_true_colours(case):
     """The pixels are the same whether the file or the opened image is given. Models with one and with four channels
-    read the same colours. A value range is required if the picture has one."""
+    read the same colours. A format with a value range is refused without one."""
     skip_without_avif(case)
     data = case.make()
     colour, grey, alpha = (decode_image(data, channels, case.range).float() for channels in (3, 1, 4))

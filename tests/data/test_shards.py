@@ -203,7 +203,7 @@ def test_a_blocked_download_does_not_delay_other_shards(server, tmp_path, store,
         assert samples(write_tar(tmp_path / "local.tar", members(range(4))), store) == 4
         assert index.is_alive()
         connection.close()
-        index.join()  # otherwise, it would use what later tests patch
+        index.join()  # otherwise, this thread would see the patches of later tests
     assert len(lost) == 1
 
 

@@ -34,8 +34,8 @@ SCRIPT = str(ROOT / "m3ae_fast/train.py")
 STEPS = 60
 RUNS, STARTS = 6, 14  # maximum numbers of disturbed runs, and of starts of a run
 LIMIT_S = 600.0  # time limit of a start in seconds
-STARTING_S = 6.0  # seconds in which a trainer has not yet taken a step
-LEAVING_S = 40.0  # seconds in which processes must exit after their launcher
+STARTING_S = 6.0  # a trainer takes its first step later than this, in seconds
+LEAVING_S = 40.0  # time limit in seconds for processes to exit after their launcher
 CONFIG = {
     "run": {"stall_timeout": 10},
     "model": {
@@ -223,8 +223,8 @@ class Soak:
         trajectory, _ = self._outcome(name)
         for found, wanted in itertools.zip_longest(trajectory, expected.trajectory):
             if found != wanted:
-                return f"logged {found} for {wanted}"
-        return "another last checkpoint"
+                return f"logged {found} instead of {wanted}"
+        return "the last checkpoint differs"
 
 
 def _step(run_dir: Path) -> int:

@@ -67,7 +67,7 @@ static inline void stream(bf16 *dst, __m512 left, __m512 right) {
     _mm512_stream_si512((void *)dst, (__m512i)_mm512_cvtne2ps_pbh(right, left));
 }
 
-/* PLAIN: out is the product plus the bias. BEFORE_GELU: the same, and y is GELU of out. THROUGH_GELU: out is the product
+/* PLAIN: out is the product plus the bias. BEFORE_GELU: the same, and y is GELU(out). THROUGH_GELU: out is the product
    times the derivative of GELU at h, and y is GELU of h. */
 enum { PLAIN, BEFORE_GELU, THROUGH_GELU };
 
