@@ -121,7 +121,7 @@ def test_a_hard_limit_of_open_files_that_is_too_low_is_reported_in_one_line(tmp_
 
 
 def on_nodes(what, folder):
-    """Run ranks, each two of which simulate a separate node. Rank 3 asks the others to stop, stalls or is killed."""
+    """Run ranks that simulate nodes of two ranks each. Rank 3 asks the others to stop, stalls or is killed."""
     rank = int(os.environ["RANK"])
     ranks.node_name = lambda: f"node {rank // 2}"
     with program.joined_program() as (joined, stop, heartbeats):
@@ -275,7 +275,7 @@ def test_counts_are_summed_exactly_and_the_first_reported_error_is_kept():
 
 @pytest.fixture
 def join(monkeypatch):
-    """Let programs join as rank 1 of two. The argument states whether it is the first rank with an error."""
+    """Return a function that lets programs join as rank 1 of two. `first`: whether it is the first rank to fail."""
 
     def pretend(first: bool) -> None:
         store = dist.HashStore()

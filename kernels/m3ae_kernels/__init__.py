@@ -1,4 +1,4 @@
-"""Fused ops for masked autoencoders over images and text. Requires torch, and Triton on a GPU."""
+"""Fused ops for masked autoencoders over images and text. Requires torch, numpy and, on a GPU, Triton."""
 
 from .attention import packed_attention
 from .bias_gelu import bias_gelu

@@ -59,8 +59,7 @@ class BadSamples:
         return self._named < NAMED
 
     def report(self, skipped: Sequence[Skipped], log: bool = True) -> None:
-        """Log bad samples by name. If `log` is False, the samples are only counted as logged, because another process
-        logs them."""
+        """Log bad samples by name. `log`: False if another process logs them; they then only count towards NAMED."""
         for item in skipped:
             self._latest = item
             self._named += 1

@@ -155,7 +155,7 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
         corpus.counted.append((len(lost), len(lost) + len(shards)))
         for shard in shards:
             if shard.summary.damage:
-                where = f" (its cached copy is {store.copy(shard.shard)})" if store.is_cached(shard.shard) else ""
+                where = f" (its cached copy is {store.copy(shard.shard)})" if store.must_be_copied(shard.shard) else ""
                 reason = f"the tar{where} {shard.summary.damage}; {shard.summary.samples} of its samples are used"
                 corpus.damaged.append(Skipped(shard.shard, "", reason))
         if not shards:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 CONNECTIONS = 16
 _CHECK_S = 0.1  # seconds between checks of the schedule
 _RETRY_S = 60.0  # seconds until a failed download is retried
-_forks = multiprocessing.get_context("fork")  # independent of this Python's default start method
+_forks = multiprocessing.get_context("fork")  # the default start method depends on the version of Python
 
 
 class FetcherOfNode:

@@ -57,7 +57,9 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
 def written(corpus: Corpus) -> str:
     """Return the time at which the newest local shard was written, and a hash of the modification times of all local
     shards in whole seconds. The modification times of remote shards are unknown."""
-    local = [shard for source in corpus.sources for shard in source.indexed if not corpus.store.is_cached(shard.shard)]
+    local = [
+        shard for source in corpus.sources for shard in source.indexed if not corpus.store.must_be_copied(shard.shard)
+    ]
     seconds = [shard.summary.mtime_ns // 10**9 for shard in local]
     newest = datetime.fromtimestamp(max(seconds, default=0), timezone.utc)
     return f"{newest:%Y-%m-%d %H:%M:%S} UTC, {_hash(seconds)}"

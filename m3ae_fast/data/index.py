@@ -171,18 +171,18 @@ def index_shards(
 def _file(shard: str, store: ShardStore) -> Path:
     """Return the file to index. For a shard on a network file system, this is the original, because only headers are
     read."""
-    return store.path(shard) if store.is_cached(shard) else Path(shard)
+    return store.path(shard) if store.must_be_copied(shard) else Path(shard)
 
 
 def _sidecars(shard: str, store: ShardStore) -> list[Path]:
     in_cache = store.cache_dir / "index" / (store.name(shard) + INDEX_SUFFIX)
-    return [in_cache] if store.is_cached(shard) else [Path(shard + INDEX_SUFFIX), in_cache]
+    return [in_cache] if store.must_be_copied(shard) else [Path(shard + INDEX_SUFFIX), in_cache]
 
 
 def _load(shard: str, store: ShardStore) -> IndexedShard | None:
     """Return the shard's entry if there is a valid sidecar, otherwise None. Raises OSError if the shard cannot be
     read."""
-    status = None if store.is_cached(shard) else os.stat(shard)
+    status = None if store.must_be_copied(shard) else os.stat(shard)
     for sidecar in _sidecars(shard, store):
         try:
             with open_regular(sidecar) as file:
@@ -199,11 +199,11 @@ def _make(shard: str, path: Path, store: ShardStore) -> IndexedShard:
     """Index a shard and return its entry. `path`: the file that contains the shard. A damaged cached copy is downloaded
     again, once. Raises OSError if the shard cannot be read, and UserError if no sidecar can be written."""
     status, members, damage = os.stat(path), *scan_tar(path)
-    if damage and store.is_cached(shard):
+    if damage and store.must_be_copied(shard):
         path = store.refetch(shard)
         status, members, damage = os.stat(path), *scan_tar(path)
     with open_regular(path) as file:
-        table, ignored = _tabulate(members, file.fileno(), store.is_cached(shard))
+        table, ignored = _tabulate(members, file.fileno(), store.must_be_copied(shard))
     has_image, has_caption = (table[name] != MISSING for name in ("image_offset", "text_offset"))
     images, captions, paired = (int(each.sum()) for each in (has_image, has_caption, has_image & has_caption))
     kinds = (len(table), images, captions, paired)

@@ -212,7 +212,7 @@ def prepare(
     """
     names = [] if is_manifest(patterns) else expand(patterns)
     path = cached(names, store)
-    if not any(map(store.is_cached, names)):
+    if not any(map(store.must_be_copied, names)):
         return
     with waiting():
         held = ranks.gather(_held(path))  # nodes may have counted at different times or in different runs

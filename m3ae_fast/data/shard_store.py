@@ -89,14 +89,14 @@ class ShardStore:
         return all((folder.expanduser() / name).is_dir() for name in _FOLDERS)
 
     @staticmethod
-    def is_cached(shard: str) -> bool:
+    def must_be_copied(shard: str) -> bool:
         """Return whether the shard must be copied to the cache folder before it can be read."""
         return is_remote(shard) or shard.endswith((".gz", ".tgz"))
 
     def is_staged(self, shard: str) -> bool:
         """Return whether samples are read from a cached copy. This includes shards on a network file system, which
         would otherwise be read a few KB at a time."""
-        if self.is_cached(shard):
+        if self.must_be_copied(shard):
             return True
         folder = os.path.dirname(os.path.abspath(shard))
         if self.staging and folder not in self._far:

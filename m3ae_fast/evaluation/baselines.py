@@ -16,7 +16,7 @@ from m3ae_fast.weights.model_name import HOG, IMAGE_FEATURES, RANDOM
 MODEL = "the model"  # name of the evaluated model in comparisons with its baselines
 UNTRAINED, LARGEST = "random weights", "the largest class"
 BASELINES = "baselines"  # key of the baselines' results in result.json
-TOGETHER = "the model with HOG"  # name of the features of both together
+TOGETHER = "the model with HOG"  # name of the model's features concatenated with HOG
 WITH_HOG = "with_hog"  # key of the results of TOGETHER in result.json
 WARNINGS = "warnings"  # key of the list of warnings in result.json, which is missing if there are none
 PROBE = "probe"  # key of the description of a baseline's classifier, if it differs from the classifier of the model

@@ -168,7 +168,7 @@ class LabelledTask(ABC):
     def warnings(self, trainer: Trainer) -> list[str]:
         """Return the warnings about the reliability of the result, one line each. Main rank only."""
         lines = []
-        with suppress(UserError):  # raised if the metrics have been removed
+        with suppress(UserError):  # raised if the user has removed the file of metrics
             lines = read_metrics(trainer.config.run.dir)
         official = OFFICIAL[self.job.options.name()]
         return training_warnings(

@@ -47,7 +47,7 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
         )
     store = data.train.store
     if (kind := network_file_system(store.cache_dir)) and any(
-        store.is_cached(shard.shard) for source in data.train.sources for shard in source.shards
+        store.must_be_copied(shard.shard) for source in data.train.sources for shard in source.shards
     ):
         notes.append(
             f"data.cache_dir {store.cache_dir} is on a network file system ({kind}): shards are transferred twice; "
@@ -117,7 +117,7 @@ def enlarged_images(config: Config, corpus: Corpus) -> str:
     available locally; otherwise ""."""
     sides = []
     for source in corpus.sources:
-        if source.indexed and source.has_images and not corpus.store.is_cached(source.indexed[0].shard):
+        if source.indexed and source.has_images and not corpus.store.must_be_copied(source.indexed[0].shard):
             reader = Reader(source, corpus.store.in_place())
             for row in range(min(source.indexed[0].summary.samples, _INSPECTED)):
                 with contextlib.suppress(BadSample, OSError):

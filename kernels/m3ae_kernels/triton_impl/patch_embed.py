@@ -23,8 +23,9 @@ from .common import (
     up,
 )
 
-# For the gradient of the weight, the rows are split so that there are at least this number of program instances, which
-# fill the largest GPUs twice. The number is the same on every GPU, so the order of summation depends only on the sizes.
+# For the gradient of the weight, the rows are split so that there are at least this number of program instances, two
+# for each multiprocessor of an H100. The number is the same on every GPU, so the order of summation depends only on the
+# sizes.
 TARGET_PROGRAMS = 264
 
 
