@@ -60,7 +60,7 @@ def neighbours(
     _checked(given.image, opened.config)
     found = embed(opened, [given.image, *paths], overrides=given.all_overrides, device=given.device)
     keys, features_ND = found["keys"].tolist(), torch.from_numpy(found["features"]).double()
-    nearest = most_similar(keys[1:], features_ND[0], features_ND[1:], given.k)
+    nearest = most_similar(keys[1:], features_ND[0], features_ND[1:], given.pictures)
     if given.out is not None and is_first_rank():
         _draw(given.out, given.image, nearest, opened.config)
     return nearest

@@ -22,5 +22,5 @@ class NeighboursOptions(WithSettings):
     """folder whose images are searched, including those in its sub-folders"""
     out: Annotated[Annotated[Path, BeforeValidator(output(".png"))] | None, Option(metavar="FILE.png")] = None
     """draw the image and its neighbours to this file"""
-    k: Annotated[int, Field(ge=1)] = 12
+    pictures: Annotated[int, Field(ge=1)] = 12
     """number of neighbours"""

@@ -35,7 +35,7 @@ def test_images_are_ordered_by_the_cosine_similarity_of_centred_features():
 
 def test_the_command_prints_and_draws_similar_images_without_the_image_itself(run, photos, tmp_path, capsys):
     out = tmp_path / "out.png"
-    options = ["--out", str(out), "--k", "5", "--set", "data.workers=0"]
+    options = ["--out", str(out), "--pictures", "5", "--set", "data.workers=0"]
     assert main([str(run), str(photos / "a/0.png"), str(photos), *options]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     paths = [line.split("  ")[1] for line in lines]
@@ -58,5 +58,5 @@ def test_user_errors_are_reported_in_one_line(run, photos, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             neighbours(run, image, folder)
-    with pytest.raises(UserError, match=r"k 0: must be greater than or equal to 1"):
-        neighbours(run, tmp_path / "alone/0.png", photos, k=0)
+    with pytest.raises(UserError, match=r"pictures 0: must be greater than or equal to 1"):
+        neighbours(run, tmp_path / "alone/0.png", photos, pictures=0)
