@@ -48,7 +48,7 @@ DECODER, WIDEST = 32, 128  # head dimension of M3AE-Large's decoder, and the lar
 # Architectures for which kernels are compiled only on request: they use the settings of sm_89, and the results are the
 # same as for sm_89.
 AS_OTHERS = ("sm_86",)
-MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|UTC\w*MMA|HMMA|DMMA|v_mfma)")
+MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma|tcgen05\.mma|mma\.sync|v_mfma)")  # in PTX and in AMD's assembly
 
 # Sizes of M3AE-Large, which are constants in the kernels.
 DIM, PATCHES = 512, {"P": 16, "C": 3, "H": 256, "W": 256, "PLANAR": True, "NORMALISE": True, "table": None}
@@ -249,11 +249,11 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
         return report
     report.shared_bytes = compiled.metadata.shared
     if amd:
-        assembly = _read_amd(report, compiled.asm["amdgcn"])
+        _read_amd(report, compiled.asm["amdgcn"])
     else:
-        assembly = _read_nvidia(report, compiled.asm["cubin"], case.matmul)
-    found = MATRIX_INSTRUCTION.search(assembly)
-    report.instruction = found.group(1).upper().removeprefix("V_") if found else "-"
+        _read_nvidia(report, compiled.asm["cubin"])
+    found = MATRIX_INSTRUCTION.search(compiled.asm["amdgcn" if amd else "ptx"])
+    report.instruction = found.group(1) if found else "-"
     problems = []
     if report.spills > MOST_SPILLS or (report.local_bytes and not report.spills):
         problems.append(f"{report.spills} spills, {report.local_bytes} bytes of local memory per thread")
@@ -281,9 +281,9 @@ def _on_torch(arch: str) -> bool:
     return arch.startswith("sm_") and _capability(arch) < tuning.OLDEST
 
 
-def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
-    """Return the assembly; an empty string if it need not be checked, because disassembling a small kernel would take
-    as long as everything else."""
+def _read_nvidia(report: Report, cubin: bytes) -> None:
+    """Fill in the resources that a kernel uses. Only a kernel with local memory can have spills, so only such kernels
+    are disassembled, which takes half a second each."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -297,17 +297,15 @@ def _read_nvidia(report: Report, cubin: bytes, matmul: bool) -> str:
         numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump("-res-usage")))
         report.registers = int(numbers["REG"])
         report.local_bytes = int(numbers["STACK"]) + int(numbers["LOCAL"])
-        assembly = dump("-sass") if matmul or report.local_bytes else ""
-    report.spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
-    return assembly
+        if report.local_bytes:
+            report.spills = len(re.findall(r"\b(?:STL|LDL)\b", dump("-sass")))
 
 
-def _read_amd(report: Report, assembly: str) -> str:
+def _read_amd(report: Report, assembly: str) -> None:
     numbers = {name: int(value) for name, value in re.findall(r"^\s*\.(\w+):\s*(\d+)\s*$", assembly, re.M)}
     report.registers = numbers["vgpr_count"]
     report.spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
     report.local_bytes = numbers["private_segment_fixed_size"]
-    return assembly
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -346,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
     work = [(case, arch, dtype) for case, arch, dtype in grid if args.full or case.compiled(arch, dtype)]
     if not work:
         return 0
-    form = "{:21} {:7} {:5} {:40} {:>4} {:>6} {:>6} {:>7}  {:8} {}"
+    form = "{:21} {:7} {:5} {:40} {:>4} {:>6} {:>6} {:>7}  {:11} {}"
     print(form.format("kernel", "arch", "dtype", "settings", "regs", "spills", "local", "shared", "matrix", ""))
     bad = 0
     with ProcessPoolExecutor(max(1, args.jobs)) as pool:

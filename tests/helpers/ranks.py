@@ -37,7 +37,8 @@ _IMPORTED = (
 _LATE = (
     "m3ae_fast.engine.deepspeed_engine",
     "torch._inductor.compile_fx",
-)  # modules that a ZeRO engine imports when it is created
+    "torch.utils.tensorboard",
+)  # modules that a ZeRO engine or a logger imports when it is created
 _forks.set_forkserver_preload(["pytest", *_IMPORTED, *_LATE, __name__])
 
 

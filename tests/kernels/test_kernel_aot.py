@@ -25,7 +25,10 @@ CASE = {case.kernel: case for case in reversed(CASES)}
 SPILLING = {"BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
 
-@pytest.mark.parametrize("arch, instruction", [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("gfx942", "MFMA")])
+@pytest.mark.parametrize(
+    "arch, instruction",
+    [("sm_80", "mma.sync"), ("sm_90", "wgmma.mma"), ("sm_100", "tcgen05.mma"), ("gfx942", "v_mfma")],
+)
 def test_matmul_kernel_is_sound(arch, instruction):
     report = compile_case(CASE["pixel_error"], arch, "bf16")
     assert report.problems == ()
