@@ -23,11 +23,10 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
-from torchvision.io import encode_jpeg
 
 from benchmarks import results
 from benchmarks.alone import peak_above, peak_of
-from benchmarks.shards import make_shards
+from benchmarks.shards import jpeg, make_shards
 from benchmarks.workload import IMAGE_SIZE
 from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.config import DataConfig, LossConfig, ModelConfig, SourceConfig
@@ -148,7 +147,7 @@ def test_knn_of_imagenet():
 
 def test_memory_of_an_online_attentive_probe(tmp_path):
     """Each probe runs in its own process. If patch tokens were stored, the larger probe would need 1 GB more memory."""
-    files = [encode_jpeg(torch.randint(256, (3, 64, 64), dtype=torch.uint8)).numpy().tobytes() for _ in range(20)]
+    files = [jpeg(torch.randint(256, (3, 64, 64), dtype=torch.uint8), 75) for _ in range(20)]
     paths = {count: tmp_path / f"{count}.tar" for count in (*IMAGES, 200)}
     for count, path in paths.items():
         with tarfile.open(path, "w") as tar:

@@ -8,10 +8,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from simplejpeg import decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from m3ae_fast.base.bad_samples import BadSample
+from m3ae_fast.images import decoding
 from m3ae_fast.images.crops import centre_crop, draw_box, random_crop, resize
 from m3ae_fast.images.decoding import decode_image
 from tests.helpers.shards import picture
@@ -81,6 +83,36 @@ def test_exif_orientation_is_applied(fmt, mode):
     exif[0x0112] = 6  # to be rotated clockwise
     data = encode(gradient(mode), fmt, exif=exif, quality=100)
     close(decode_image(data, 3), gradient().rotate(-90, expand=True), 20)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_orientation_in_xmp_is_applied(mode):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encode(gradient(mode), "JPEG", xmp=xmp, quality=100)
+    close(decode_image(data, 3), gradient(mode).convert("RGB").rotate(-90, expand=True), 12)
+
+
+def test_damaged_metadata_of_a_jpeg_are_ignored():
+    data = encode(gradient(), "JPEG", exif=b"Exif\0\0damaged", quality=100)
+    close(decode_image(data, 3), gradient(), 12)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(1, 1), (33, 65), (200, 160)])
+def test_pillow_returns_the_pixels_of_simplejpeg(monkeypatch, channels, mode, size):
+    """Without simplejpeg, which has no wheels for some versions of Python, Pillow decodes JPEGs."""
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), np.uint8)).convert(mode)
+    forms = [{"quality": 30}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"restart_marker_rows": 1}]
+    files = [encode(image, "JPEG", **form) for form in forms]
+    files += [data[:-2] + b"extra" + data[-2:] for data in files]  # read by Pillow in both cases
+    read = []
+    monkeypatch.setattr(decoding, "decode_jpeg", lambda *arguments: (read.append(1), decode_jpeg(*arguments))[1])
+    found = [decode_image(data, channels) for data in files]
+    assert len(read) == len(files)
+    monkeypatch.setattr(decoding, "decode_jpeg", None)
+    for data, pixels in zip(files, found):
+        assert torch.equal(decode_image(data, channels), pixels)
 
 
 def test_the_first_frame_of_an_animation_is_decoded():
