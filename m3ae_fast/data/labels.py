@@ -1,7 +1,7 @@
 """Labels of samples: reading them from shards, validation, and conversion to class ids.
 
-A label is an integer in a sample's `.cls` member, or an integer or text in a field of its `.json` member. Integers are
-class ids, and -1 excludes the sample. Texts are class names, which are numbered in sorted order.
+A label is an integer in a sample's `.cls` member, or an integer or text in a field of its `.json` member; -1 excludes
+the sample. The labels of the training samples are the classes. They are numbered in sorted order.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def label_corpus(
     define the classes.
 
     Raises:
-        UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed, a
-            class has no training sample, or there is only one class; also as in `read_labels`.
+        UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,
+            or there is only one class; also as in `read_labels`.
     """
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
     # the shards of a manifest are indexed first, because labels are read from each of them
@@ -203,20 +203,14 @@ def _define_classes(used: set[Label], where: str, field: str) -> Classes:
         )
     if names:
         return names
-    numbers = {label for label in used if isinstance(label, int)}
-    low, high = min(numbers), max(numbers)
+    numbers = sorted(label for label in used if isinstance(label, int))
+    low, high = numbers[0], numbers[-1]
     if low < 0 or high >= MAX_CLASSES:
         raise UserError(
             f"{where}: the label {low if low < 0 else high} ({field}) is out of range; class ids must be from 0 to "
             f"{MAX_CLASSES - 1}, or -1 to exclude a sample"
         )
-    empty = next((number for number in range(high) if number not in numbers), None)
-    if empty is not None:
-        raise UserError(
-            f"{where}: the highest label ({field}) is {high}, but no sample has the label {empty}; number classes from "
-            "0 without gaps, or use names"
-        )
-    return range(high + 1)
+    return numbers
 
 
 def select_labelled(source: Source, ids: np.ndarray) -> Source:

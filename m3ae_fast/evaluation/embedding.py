@@ -5,6 +5,7 @@ Shapes: N samples, L patches, D encoder width.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,7 @@ from m3ae_fast.process.workers import Loader, allow_open_files, default_workers,
 from m3ae_fast.weights.model_name import IMAGE_FEATURES, TIMM
 from m3ae_fast.weights.open_model import open_model
 
+_log = logging.getLogger(__name__)
 PARQUET, NPZ = ".parquet", ".npz"
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -65,7 +67,7 @@ def embed(model: str | os.PathLike[str] | MultimodalEncoder, source: Source, **o
             Without `out`, no file is written. Settings of the sections encode, data and run can be overridden.
 
     Returns:
-        Arrays by name. Samples that cannot be read are left out.
+        Arrays by name. Samples that cannot be read are left out, with a warning.
             `keys` [N]: keys of the samples; for image files, their paths, relative to the folder if `source` is one.
             `shards` [N]: the shard of each sample, if `source` consists of shards.
             `features`: float32 [N, D].
@@ -206,6 +208,8 @@ def _encoded(
     """Return the pooled features of all samples, and the arrays of features of the result."""
     kind, tokens = (FeatureType(model.config.depth, pool) for pool in (encode.fixed_pool, None))
     (bank,) = encode_types([model], [[kind, tokens] if patches else [kind]], batches, encode, ranks)
+    if ranks.is_main and (skipped := bank.skipped):
+        _log.warning("%d of %d samples are left out, for example %s", len(skipped), batches.samples, skipped[0])
     found = bank.of(kind).gathered()
     arrays = {"features": found.features_RD.numpy()}
     if patches:

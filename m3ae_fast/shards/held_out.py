@@ -67,6 +67,21 @@ def split_images(images_N: np.ndarray, wanted: int, seed: int = 0) -> np.ndarray
     return np.isin(image_N, fitting[places])
 
 
+def without_whole_classes(held_N: np.ndarray, images_N: np.ndarray, classes_N: np.ndarray) -> np.ndarray:
+    """Return the mask of held-out samples, bool [N], without the images of classes of which all samples are held out,
+    because a class without a training sample cannot be evaluated. If nothing else is held out, the mask is returned
+    unchanged.
+
+    Args:
+        held_N: mask of the samples that were drawn, as from `split_images`.
+        images_N: image number of each sample.
+        classes_N: name of the class of each sample.
+    """
+    lost_N = held_N & ~np.isin(classes_N, classes_N[~held_N])
+    kept_N = held_N & ~np.isin(images_N, images_N[lost_N])
+    return kept_N if kept_N.any() else held_N
+
+
 def shared_images(train: Sequence[str], val: Sequence[str]) -> dict[str, set[int]]:
     """Return, for each held-out shard, the offsets of its images that also occur, byte for byte, in a training shard.
     Raises UserError if a shard cannot be read."""

@@ -39,7 +39,7 @@ from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shard_names import INDEX_SUFFIX
 from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.shards.duplicate_images import join
-from m3ae_fast.shards.held_out import split_images
+from m3ae_fast.shards.held_out import split_images, without_whole_classes
 from m3ae_fast.shards.options import ShardOptions
 from m3ae_fast.shards.output_claim import CLASSES, MANIFEST, claimed
 from m3ae_fast.shards.problem_counts import REDUCED, REFUSED, Tally
@@ -163,6 +163,8 @@ def _plan(records: Records, settings: Settings) -> tuple[list[Shard], list[str]]
         images = images[order]
         wanted = max(1, round(len(order) * settings.held_out))
         held = split_images(images, wanted)
+        if classes := records.classes_of(split):
+            held = without_whole_classes(held, images, np.array([name or "" for name in classes])[order])
         what = "image" if settings.group is None else f"image or {settings.group}"
         if abs(int(held.sum()) - wanted) > wanted / 2:
             notes.append(

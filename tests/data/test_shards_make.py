@@ -28,7 +28,7 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards import making, writer
 from m3ae_fast.shards.duplicate_images import join
-from m3ae_fast.shards.held_out import split_images
+from m3ae_fast.shards.held_out import split_images, without_whole_classes
 from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.huggingface import HuggingFace
@@ -230,7 +230,10 @@ def test_captions_are_read_from_a_table(tmp_path, pictures, kind):
 
 
 def _different_images(split, samples):
-    return SimpleNamespace(splits={split: samples}, images=lambda _: np.arange(samples), rows=lambda _: samples)
+    numbers = np.arange(samples)
+    return SimpleNamespace(
+        splits={split: samples}, images=lambda _: numbers, rows=lambda _: samples, classes_of=lambda _: None
+    )
 
 
 @pytest.mark.parametrize("keep_order", [False, True])
@@ -610,6 +613,22 @@ def test_images_are_held_out_with_equal_probability_whatever_their_number_of_cop
 def test_an_image_with_too_many_samples_is_held_out_only_if_all_have_too_many():
     assert not any(split_images(np.repeat([0, 1, 2], [11, 9, 9]), 10, seed)[:11].any() for seed in range(50))
     assert (split_images(np.repeat([0, 1], [60, 40]), 10) == np.repeat([False, True], [60, 40])).all()
+
+
+def test_a_class_of_which_all_images_would_be_held_out_is_only_trained_on(tmp_path):
+    """An evaluation needs training samples of each class; every second image is held out."""
+    for number, name in enumerate(["cat"] * 12 + [f"rare{i}" for i in range(12)]):
+        (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name / f"{number}.jpg").write_bytes(picture(number))
+    assert make(tmp_path / "in", tmp_path / "out", "--held-out", 0.5) == 0
+    train, val = (
+        [int(sample["cls"]) for sample in contents(tmp_path / "out", f"{split}-*.tar")] for split in ("train", "val")
+    )
+    assert {*train} == {*range(13)} and {*val} == {0} and len(train) + len(val) == 24
+    held, images = np.array([True, True, False, False]), np.array([0, 1, 2, 3])
+    assert without_whole_classes(held, images, np.array(["a", "b", "c", "c"])).tolist() == held.tolist()
+    held, images = np.array([True, True, True, False]), np.array([0, 0, 1, 2])  # copies of an image in two classes
+    assert without_whole_classes(held, images, np.array(["a", "b", "b", "b"])).tolist() == [False, False, True, False]
 
 
 def test_groups_and_identical_images_are_joined_and_stay_in_one_split(tmp_path, pictures, capsys):

@@ -27,12 +27,13 @@ def features(run, tmp_path):
     return make
 
 
-def test_the_table_of_features_contains_keys_features_and_labels(features, tmp_path, run):
+def test_the_table_of_features_contains_keys_features_and_labels(features, tmp_path, run, caplog):
     files = dict(labelled_members(range(5), {3: None}))
     files["00001.png"] = b"broken"
     first = write_tar(tmp_path / "a.tar", files.items())
     second = labelled_tar(tmp_path / "b.tar", range(5, 8))
     file = np.load(features([first, second], "out.npz", "--set", "data.max_bad_fraction=0.2"))
+    assert f"1 of 8 samples are left out, for example {first}/00001: " in caplog.text
     assert sorted(file) == ["features", "keys", "labels", "shards"]
     assert file["keys"].tolist() == [f"{i:05d}" for i in (0, 2, 3, 4, 5, 6, 7)]
     assert file["shards"].tolist() == [first] * 4 + [second] * 3

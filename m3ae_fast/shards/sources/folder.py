@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -144,12 +143,9 @@ class Folder(Records):
         samples = ((row, sample) for row in self._rows[split][:_INSPECTED] for sample in self._samples[row])
         return ["folder", *dict.fromkeys(name for row, sample in samples for name in self._about(row, sample))]
 
-    def class_counts(self, split: str) -> Counter[str]:
-        found: Counter[str] = Counter()
-        for row in self._rows[split]:
-            if name := self._class_names[os.path.dirname(self._paths[row])]:
-                found[name] += len(self._samples[row])
-        return found
+    def classes_of(self, split: str) -> list[str | None]:
+        names = [(self._class_names[os.path.dirname(self._paths[row])], row) for row in self._rows[split]]
+        return [name for name, row in names for _ in self._samples[row]]
 
     def images(self, split: str) -> np.ndarray:
         """Return image numbers; see `interface.Records`. Files with equal bytes, or with names that differ only in the

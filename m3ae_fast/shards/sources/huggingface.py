@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +96,13 @@ class HuggingFace(Records):
             image = write_npy(np.asarray(image, dtype=self._dtype))
         return Record(_image(image), caption, label, about)
 
-    def class_counts(self, split: str) -> Counter[str]:
-        found: Counter[str] = Counter()
-        if self.label:
-            counts = Counter(self._data[split][self.label])
-            for label, count in counts.items():
-                if isinstance(label, int) and label >= 0:
-                    found[self.classes[label] if self.classes else str(label)] += count
-        return found
+    def classes_of(self, split: str) -> list[str | None]:
+        rows = super().images(split).tolist()
+        if not self.label:
+            return [None] * len(rows)
+        labels = [label if isinstance(label, int) and label >= 0 else None for label in self._data[split][self.label]]
+        names = [None if label is None else self.classes[label] if self.classes else str(label) for label in labels]
+        return [names[row] for row in rows]
 
     def values(self, split: str, field: str) -> list[Any]:
         rows, name = self._whole[split], field.removeprefix("json.")

@@ -52,10 +52,15 @@ class Records(ABC):
     def read(self, split: str, number: int) -> Record:
         """Return a sample. Raises BadSample if it cannot be used."""
 
-    def class_counts(self, split: str) -> Counter[str] | None:
-        """Return the number of samples of each class by name; None if it is unknown until all samples have been
-        read."""
+    def classes_of(self, split: str) -> list[str | None] | None:
+        """Return the name of the class of each sample, None for a sample without a class; None if the classes are
+        unknown until all samples have been read."""
         return None
+
+    def class_counts(self, split: str) -> Counter[str] | None:
+        """Return the number of samples of each class by name; None if it is unknown."""
+        classes = self.classes_of(split)
+        return None if classes is None else Counter(name for name in classes if name is not None)
 
     def place(self, split: str, number: int) -> tuple[int, int]:
         """Return the row of a sample, and its number within the row."""
