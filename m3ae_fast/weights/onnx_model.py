@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
-from m3ae_fast.config import GRIDS, ModelConfig
+from m3ae_fast.config import GRIDS, POOLINGS, POOLS, ModelConfig
 from m3ae_fast.model.pooling import means_of_cells
 from m3ae_fast.weights.timm_folder import model_arguments, timm_weights
 
@@ -63,10 +63,13 @@ def input_dtype(config: ModelConfig) -> np.dtype:
 
 def write_onnx(out: str | Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Write the image encoder to a file. `state`: weights by parameter name. Raises UserError if `out` is not the name
-    of an ONNX file, a library is missing, or the file cannot be written."""
+    of an ONNX file, the pooling cannot be exported, a library is missing, or the file cannot be written."""
     out = Path(out)
     if out.suffix != SUFFIX:
         raise UserError(f"{out}: must end in {SUFFIX}")
+    possible = [pool for pool in POOLS if pool in GRIDS or POOLINGS[pool].timm]
+    if config.pool not in possible:
+        raise UserError(f"pool {config.pool}: cannot be exported as ONNX; choose one of {', '.join(possible)}")
     require_libraries(NEEDS)
     encoder = ImageEncoder(config, {name: tensor.float() for name, tensor in state.items()}).eval()
     with atomic_write(out) as partial:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+import m3ae_fast
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.convert import main as convert
+from m3ae_fast.config import POOLINGS
 from m3ae_fast.weights import onnx_model
 from tests.helpers.trainer import ROOT
 from tests.weights.test_timm import CASES as OF_TIMM
@@ -53,6 +55,16 @@ def test_an_onnx_model_computes_the_features_of_encode(tmp_path, name, capsys, c
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert f"written to {tmp_path}/encoder.onnx\n" in output
     assert {path.name for path in tmp_path.iterdir()} == {"model", "encoder.onnx"}
+
+
+def test_a_pooling_that_neither_timm_nor_a_grid_has_is_refused(tmp_path, monkeypatch):
+    """It would otherwise be exported as the mean."""
+    monkeypatch.setitem(POOLINGS, "cls", POOLINGS["cls"]._replace(timm=None))
+    model, _, _ = make(pool="cls")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="pool cls: cannot be exported as ONNX; choose one of mean, grid2, grid4"):
+        m3ae_fast.convert(tmp_path / "model", tmp_path / "encoder.onnx", format="onnx")
+    assert not (tmp_path / "encoder.onnx").exists()
 
 
 @pytest.mark.parametrize("name", ["a.onnx.bak", "a", "a.onnxx"])
