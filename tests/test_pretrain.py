@@ -52,7 +52,7 @@ from m3ae_fast.pretraining.automatic_settings import (
 )
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES
-from m3ae_fast.pretraining.source_shards import find_shards, overlap
+from m3ae_fast.pretraining.source_shards import overlap
 from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE
 from m3ae_fast.shards.held_out import shared_images, write_without
@@ -65,6 +65,7 @@ from tests.helpers.checkpoints import save
 from tests.helpers.labelled import tiny_run
 from tests.helpers.ranks import environment
 from tests.helpers.shards import members, picture, write_tar
+from tests.helpers.source_shards import find_shards
 from tests.helpers.trainer import SHORT, TINY
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 180, 40), "red": (200, 40, 40)}

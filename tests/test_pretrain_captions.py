@@ -9,9 +9,9 @@ from PIL import Image
 from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.pretrain import main
 from m3ae_fast.pretraining.dataset_statistics import inspect
-from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards.sources.columns import NO_CAPTIONS
 from tests.helpers.shards import members, write_tar
+from tests.helpers.source_shards import find_shards
 
 
 @pytest.fixture
@@ -52,17 +52,19 @@ def test_the_columns_of_a_table_can_be_named(tmp_path, photos):
     table, run = write_table(tmp_path / "t.csv", "photo", "sku", "product_title", separator=";"), tmp_path / "run"
     with pytest.raises(UserError, match=r"has the columns photo, sku, product_title; specify one .*--image-column$"):
         find_shards(str(photos), run, table, [])
-    shards = find_shards(str(photos), run, table, [], columns=("photo", "product_title"))
+    shards = find_shards(str(photos), run, table, [], image_column="photo", caption_column="product_title")
     assert f"fields of {table} for --labels: json.sku" in shards.notes and captions_in(shards, run)
-    shards = find_shards(str(photos), tmp_path / "fields", table, [], columns=("photo", NO_CAPTIONS))
+    shards = find_shards(str(photos), tmp_path / "fields", table, [], image_column="photo", caption_column=NO_CAPTIONS)
     assert not captions_in(shards, run)
     table.rename(photos / "t.csv")
-    shards = find_shards(str(photos), tmp_path / "found", None, [], columns=("photo", "product_title"))
+    shards = find_shards(
+        str(photos), tmp_path / "found", None, [], image_column="photo", caption_column="product_title"
+    )
     assert captions_in(shards, run)
     mistakes = {("photo", "tittle"): "--caption-column tittle: .* no such", ("foto", "sku"): "--image-column foto: "}
     for wrong, message in mistakes.items():
         with pytest.raises(UserError, match=message):
-            find_shards(str(photos), tmp_path / "wrong", None, [], columns=wrong)
+            find_shards(str(photos), tmp_path / "wrong", None, [], image_column=wrong[0], caption_column=wrong[1])
 
 
 def test_a_note_says_that_a_table_in_the_folder_has_no_captions(tmp_path, photos):
@@ -70,7 +72,7 @@ def test_a_note_says_that_a_table_in_the_folder_has_no_captions(tmp_path, photos
     shards = find_shards(str(photos), tmp_path / "run", None, [])
     named = rf"no captions.* {re.escape(str(table))}: .*\(image, sku, product_title\).*--caption-column"
     assert re.search(named, shards.notes[0])
-    shards = find_shards(str(photos), tmp_path / "fields", None, [], columns=(None, NO_CAPTIONS))
+    shards = find_shards(str(photos), tmp_path / "fields", None, [], caption_column=NO_CAPTIONS)
     assert shards.notes[0] == f"fields are read from {table}"
 
 
@@ -115,16 +117,16 @@ def test_tables_in_sub_folders_are_refused_instead_of_ignored(tmp_path, photos, 
 
 def test_columns_are_refused_where_there_is_no_table(tmp_path, photos):
     with pytest.raises(UserError, match=r"--caption-column: names a column of a table, but .* has no table; specify"):
-        find_shards(str(photos), tmp_path / "run", None, [], columns=(None, "title"))
+        find_shards(str(photos), tmp_path / "run", None, [], caption_column="title")
     tar = write_tar(tmp_path / "a.tar", members(range(4)))
     with pytest.raises(UserError, match=r"--image-column and --caption-column cannot be used: .* consists of shards"):
-        find_shards(str(tar), tmp_path / "run", None, [], columns=("image", None))
+        find_shards(str(tar), tmp_path / "run", None, [], image_column="image")
 
 
 def test_a_corrected_table_replaces_the_shards_of_a_dry_run(tmp_path, photos):
     table, run = write_table(tmp_path / "t.csv", "image", "sku", "product_title"), tmp_path / "run"
-    assert not captions_in(find_shards(str(photos), run, table, [], columns=(None, NO_CAPTIONS)), run)
-    assert captions_in(find_shards(str(photos), run, table, [], columns=(None, "product_title")), run)
+    assert not captions_in(find_shards(str(photos), run, table, [], caption_column=NO_CAPTIONS), run)
+    assert captions_in(find_shards(str(photos), run, table, [], caption_column="product_title"), run)
 
 
 def test_rows_whose_image_is_missing_are_left_out_and_named_unless_they_are_half_of_the_rows(tmp_path, photos):

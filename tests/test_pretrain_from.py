@@ -17,12 +17,12 @@ from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.given_weights import FOLDER, given_weights
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES
 from m3ae_fast.pretraining.size_and_length import Budget
-from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.training.throughput_estimate import ThroughputEstimate
 from m3ae_fast.weights.converting import convert
 from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run
 from tests.helpers.mae import MAE
 from tests.helpers.shards import write_tar
+from tests.helpers.source_shards import find_shards
 from tests.test_model import TINY as SMALL
 
 SHARDS = Shards(["a.tar"], ["b.tar"], [])

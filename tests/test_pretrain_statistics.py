@@ -25,12 +25,12 @@ from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.image_settings import range_of
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES
 from m3ae_fast.pretraining.size_and_length import Budget, _lines
-from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards.problem_counts import Tally
 from m3ae_fast.shards.tokenizer_training import caption_texts
 from m3ae_fast.training.throughput_estimate import ThroughputEstimate
 from tests.helpers.labelled import labelled_members
 from tests.helpers.shards import caption, members, picture, write_tar
+from tests.helpers.source_shards import find_shards
 
 RANDOM = np.random.RandomState(0)
 

@@ -22,6 +22,7 @@ from m3ae_fast.data.shard_names import expand, is_remote
 from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.pretraining.automatic_settings import Shards
 from m3ae_fast.pretraining.image_settings import range_of, require_similar_values
+from m3ae_fast.pretraining.options import PretrainOptions
 from m3ae_fast.shards.held_out import shared_images, write_without
 from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.output_claim import MANIFEST, manifest_text
@@ -40,30 +41,20 @@ _FRACTION, _MOST_HELD_OUT = 0.1, 5000
 
 
 def find_shards(
-    source: str,
-    out: Path,
-    captions: Path | None,
-    val: Sequence[str],
+    options: PretrainOptions,
     value_range: Range | None = None,
+    *,
     kept: Sequence[str] = (),
-    columns: tuple[str | None, str | None] = (None, None),
-    group: str | None = None,
     start_range: Range | None = None,
 ) -> Shards:
     """Return the shards of a source. If the source does not consist of shards, they are created in the run folder.
 
     Args:
-        source: a folder of images or of shards, the names of shards as in a config, an HDF5 file in the layout of the
-            official code, or a Hugging Face dataset: a name, or a folder with its files.
-        out: the run folder.
-        captions: for a folder of images, the file of the caption table; None: a table in the folder is used or, if
-            there is none, the .txt files next to the images.
-        val: if the source consists of shards, the held-out shards; empty: the shards whose names contain the name of a
+        options: the options of `pretrain`: the source, the run folder, the captions, the columns, the group, and `val`:
+            if the source consists of shards, the held-out shards; empty: the shards whose names contain the name of a
             held-out split or, if there are none, the last shards.
         value_range: values of black and white in images with more than 8 bits per channel; None: detected.
-        kept: the training shards of an existing run in `out`; empty: there is no such run.
-        columns: names of the column of images and of the column of captions; None: detected.
-        group: name of a field; samples with equal values of this field are in the same split; see `Records.values`.
+        kept: the training shards of an existing run in the run folder; empty: there is no such run.
         start_range: value range of the weights from which the run starts; it is used if `value_range` is None. None:
             the run starts from random weights, or its weights have no value range.
 
@@ -71,12 +62,13 @@ def find_shards(
         UserError: the source does not exist, cannot be used, or is not the source of the existing run; or the pixel
             values of its images do not suit `start_range`.
     """
+    source, out, captions, val, group = options.source, options.out, options.captions, options.val, options.group
     folder = Path(source)
     tars = sorted(str(path.resolve()) for path in folder.glob("*.tar")) if folder.is_dir() else []
     if tars or (_names_shards(source) and not folder.is_dir()):
         if captions:
             raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
-        if columns != (None, None):
+        if (options.image_column, options.caption_column) != (None, None):
             raise UserError(f"--image-column and --caption-column cannot be used: {source} consists of shards")
         if group is not None:
             raise UserError(
@@ -95,10 +87,8 @@ def find_shards(
             f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
             "choose a folder outside SOURCE"
         )
-    records, notes = _open(source, captions, columns)
-    made = _made(
-        records, source, out, [*notes, *records.notes, *records.ignored.lines()], value_range, group, start_range
-    )
+    records, notes = _open(options)
+    made = _made(records, options, [*notes, *records.notes, *records.ignored.lines()], value_range, start_range)
     return replace(made, unlabelled=records.unlabelled)
 
 
@@ -119,18 +109,18 @@ def _names_shards(source: str) -> bool:
     return source.endswith(".tar") or ".tar" in source.rpartition("/")[2] or is_remote(source) or is_manifest(source)
 
 
-def _open(source: str, captions: Path | None, columns: tuple[str | None, str | None]) -> tuple[Records, list[str]]:
+def _open(options: PretrainOptions) -> tuple[Records, list[str]]:
     """Return the records of a source that does not consist of shards, and notes about them. If no caption table is
     given and a folder of images contains one, the captions and fields are read from this table. If it has no column of
-    captions, only the fields are read. `columns`: as in `find_shards`."""
+    captions, only the fields are read."""
+    source, captions, image, caption = options.source, options.captions, options.image_column, options.caption_column
     kind = kind_of_source(source)
     if captions and kind != "folder":
         raise UserError(f"--captions {captions}: can be used only if SOURCE is a folder of images; {source} is not")
-    image, caption = columns
 
     def records(captions: Path | None = None, caption_column: str | None = caption) -> Records:
-        options = SourceOptions(captions=captions, image_column=image, caption_column=caption_column)
-        return open_source(source, options, kind)
+        read = SourceOptions(captions=captions, image_column=image, caption_column=caption_column)
+        return open_source(source, read, kind)
 
     if captions or kind != "folder":
         return records(captions), []
@@ -144,11 +134,11 @@ def _open(source: str, captions: Path | None, columns: tuple[str | None, str | N
     try:
         return _with_table(records, table, caption)
     except NoColumns as error:
-        if columns != (None, None):
+        if (image, caption) != (None, None):
             raise
         note = f"{table} is not used: none of its columns ({error.columns}) has a usual name such as file_name"
     except ImagesMissing as error:
-        if error.has_captions or columns != (None, None):
+        if error.has_captions or (image, caption) != (None, None):
             raise
         note = f"{table} is not used: {str(error).partition(': ')[2]}"
     return records(), [note]
@@ -262,17 +252,16 @@ def _samples(shared: dict[str, set[int]]) -> str:
 
 def _made(
     source: Records,
-    name: str,
-    out: Path,
+    options: PretrainOptions,
     notes: list[str],
     value_range: Range | None,
-    group: str | None,
     start_range: Range | None,
 ) -> Shards:
     """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
     shards were created, all shards are replaced. Raises UserError if a run has already begun with the old shards, or if
     `pretrain` has not made them. A source counts as unchanged if the same shards would be created from it, whatever the
     modification times of its files."""
+    name, out = options.source, options.out
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))
     kinds = [kind for part in parts for kind in part.kinds]
@@ -280,7 +269,7 @@ def _made(
         require_similar_values(kinds, start_range)  # before the values are converted to 8 bits
         value_range = start_range
     value_range = value_range or range_of(kinds)
-    settings = _settings(source, value_range, group)
+    settings = _settings(source, value_range, options.group)
     now = manifest_of(source, settings)
     if before is None:
         show(name, parts)

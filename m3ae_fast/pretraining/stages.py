@@ -72,11 +72,6 @@ class _Call(PretrainOptions):
     began: float  # value of `time.monotonic` at the beginning of the call
 
     @property
-    def columns(self) -> tuple[str | None, str | None]:
-        """Return the names of the columns of images and of captions."""
-        return self.image_column, self.caption_column
-
-    @property
     def config_file(self) -> Path:
         return self.out / CONFIG
 
@@ -206,7 +201,7 @@ def _kept_config(call: _Call) -> Config | None:
     _follow(call.config_file)
     config = call.load_config()
     kept, value_range = shard_names(config.data.train), config.model.value_range
-    find_shards(call.source, call.out, call.captions, call.val, value_range, kept, call.columns, call.group)
+    find_shards(call, value_range, kept=kept)
     if not call.continues:
         print(f"note: {call.source} or --group has changed, so the settings are chosen again", flush=True)
         return None
@@ -230,16 +225,8 @@ def _chosen_config(call: _Call, value_range: Range | None) -> Config | None:
     if call.start_from is not None:
         weights = given_weights(call.start_from, call.out, overrides)
         overrides = [*weights.overrides, *overrides]
-    shards = find_shards(
-        call.source,
-        call.out,
-        call.captions,
-        call.val,
-        value_range,
-        columns=call.columns,
-        group=call.group,
-        start_range=weights.config.value_range if weights.config else None,
-    )
+    start_range = weights.config.value_range if weights.config else None
+    shards = find_shards(call, value_range, start_range=start_range)
     preferred = PREFERRED if call.teacher is None else PREFERRED[1:]  # HOG targets cannot be combined with a teacher's
     method = choose_recipe(call.recipe, overrides, preferred) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None

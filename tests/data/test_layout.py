@@ -8,13 +8,13 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.images.image_kind import Kind
-from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards import overview
 from m3ae_fast.shards.options import SourceOptions
 from m3ae_fast.shards.sources.folder import Folder
 from m3ae_fast.shards.sources.folder_layout import split_of_file
 from tests.data.test_shards_make import contents, make
 from tests.helpers.shards import members, picture, write_tar
+from tests.helpers.source_shards import find_shards
 
 
 def tree(root, *paths):

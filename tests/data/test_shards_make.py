@@ -25,7 +25,6 @@ from m3ae_fast.base.errors import UserError, exit_cleanly
 from m3ae_fast.cli.shards import main
 from m3ae_fast.data.shard_names import INDEX_SUFFIX
 from m3ae_fast.images.decoding import decode_image
-from m3ae_fast.pretraining.source_shards import find_shards
 from m3ae_fast.shards import making, writer
 from m3ae_fast.shards.duplicate_images import join
 from m3ae_fast.shards.held_out import split_images, without_whole_classes
@@ -35,6 +34,7 @@ from m3ae_fast.shards.sources.huggingface import HuggingFace
 from m3ae_fast.shards.sources.interface import to_int
 from m3ae_fast.shards.sources.registry import kind_of_source
 from tests.helpers.shards import caption, picture
+from tests.helpers.source_shards import find_shards
 
 
 @pytest.fixture(autouse=True)
