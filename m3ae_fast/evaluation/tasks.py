@@ -295,7 +295,9 @@ class PooledProbe(WithGrid, WithBaselines, WithModality, WithTraining):
     The field given by `--labels` may contain a list of numbers or names for each sample, such as
     `"tags": ["dog", "beach"]`. An empty list means that the sample has none of the classes. `logistic` then fits a
     logistic regression for each class, with scikit-learn's default penalty, and writes no classifier. With `knn`, each
-    of the `knn.k` nearest training samples (20 by default) votes for all of its labels. These metrics are reported:
+    of the `knn.k` nearest training samples (20 by default) votes for all of its labels. The pooling is `encode.pool`,
+    by default the model's own, and the options of layers, poolings and few samples cannot be used. These metrics are
+    reported:
 
     - `map`: mean average precision, averaged over the classes that occur in the held-out samples;
     - `per_class`: number of samples and average precision of each class;
@@ -420,8 +422,8 @@ class Segment(WithBaselines, WithTraining):
     Samples without a mask are left out. With `segment.head=linear`, the default, a BatchNorm and a linear layer are
     trained for `segment.steps` steps; the target of a patch is the distribution of the classes among its pixels. With
     `segment.head=knn`, nothing is trained: the nearest of `segment.bank_patches` training patches vote with their class
-    distributions, as in `knn`. The scores of the patches are upsampled bilinearly to the resolution of the image. These
-    metrics are reported:
+    distributions, as in `knn`. The scores of the patches are upsampled bilinearly to the resolution of the image. There
+    is no pooling, because each patch is classified by its own features. These metrics are reported:
 
     - `miou`: intersection over union of each class, computed over the pixels of all held-out images, and averaged over
       the classes;
@@ -436,7 +438,7 @@ class Segment(WithBaselines, WithTraining):
     the baselines.
     """
 
-    uses = Uses(("encode", "segment", "knn", SHOWN))
+    uses = Uses(("encode.batch", "encode.precision", "segment", "knn", SHOWN))
 
 
 class Robustness(OneModel, WithLabels):

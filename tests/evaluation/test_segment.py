@@ -332,6 +332,7 @@ def test_user_errors_are_reported_in_one_line(transfer, masked, tmp_path):
         ([], rotated, r"is invalid \(the mask has 48 x 40 pixels, but the image has 40 x 48\); repair or remove it"),
         ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel of class ids\); repair"),
         (["--set", "model.resize=native"], masked[0], "segment needs images of one size; add --set model.resize=sq"),
+        (["--set", "encode.pool=cls"], masked[0], "segment does not use this setting; of encode, it uses only batch"),
         (
             ["--set", "train.steps=3"],
             masked[0],
