@@ -7,7 +7,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from m3ae_fast.config import GRIDS
+from m3ae_fast.config import GRIDS, POOLINGS
 from m3ae_fast.config import POOLS as ALL
 from m3ae_fast.config.poolings import candidates
 from m3ae_fast.evaluation import task_features
@@ -89,7 +89,7 @@ def test_grids_are_candidates_for_images_and_up_to_4096_features():
     assert candidates(260, is_image=True) == [pool for pool in ALL if pool != "grid4"]
     others = [pool for pool in ALL if pool not in GRIDS]
     assert candidates(2048, is_image=True) == candidates(5000, is_image=True) == others
-    assert candidates(64, is_image=False) == others
+    assert candidates(64, is_image=False) == [pool for pool in ALL if not POOLINGS[pool].needs_images]
 
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
