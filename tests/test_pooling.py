@@ -79,6 +79,7 @@ def test_grid_features_are_means_of_patch_features(pool, native):
     assert found.shape == (len(images), side**2 * 24)
     for own, image in zip(found, images):
         patches_BHWD = model.patch_features([image], precision="fp32")
+        assert patches_BHWD.any(-1).all()
         torch.testing.assert_close(own, _by_area(patches_BHWD[0], side).flatten(), rtol=1e-4, atol=1e-5)
 
 
