@@ -71,8 +71,8 @@ def baselines(tests: Sequence[str], result: dict[str, Any]) -> list[str]:
 
 
 def mean_and_error(values: Sequence[dict[str, float]]) -> str:
-    """Return the mean over seeds in percent with its standard error, given the values of a test. All seeds share the
-    test samples, so that the error over samples does not shrink with their number."""
+    """Return the mean over seeds in percent with its standard error, given the values of a test. All seeds use the
+    same test samples, so the error over samples does not shrink when seeds are added."""
     over_seeds = stdev(each["value"] for each in values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     over_samples = fmean(each.get("standard_error", 0.0) for each in values)
     return f"{100 * fmean(each['value'] for each in values):.1f} ± {100 * math.hypot(over_seeds, over_samples):.1f}"

@@ -1,5 +1,4 @@
-"""Every setting that the deepspeed section accepts keeps the curves, checkpoints and resumed runs of a run without
-it."""
+"""No setting of the deepspeed section changes the loss curves, the checkpoints, or how a run resumes."""
 
 import json
 from importlib import import_module
@@ -26,9 +25,9 @@ def test_every_deepspeed_setting_has_a_test_case():
 
 
 def test_a_run_with_any_deepspeed_setting_resumes_on_other_ranks_and_in_plain_torch(tmp_path):
-    """Three ranks save a checkpoint, from which two ranks and one rank continue. The losses and gradient norms are
-    those of the uninterrupted run, and of a run without other settings: in float32 except for rounding errors, and with
-    larger rounding errors if gradients are reduced in bf16."""
+    """Three ranks save a checkpoint, from which two ranks and one rank continue. The losses and gradient norms equal
+    those of the uninterrupted run and those of a run with an empty section, except for rounding errors, which are
+    larger if gradients are reduced in bf16."""
     curves = {}
     for what, ranks in (("save", 3), ("resume", 2), ("resume-plain", 1)):
         code, out = run_ranks("tests.helpers.option_cases", [what, str(tmp_path)], ranks, tmp_path / f"{what}.log")

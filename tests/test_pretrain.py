@@ -103,7 +103,7 @@ STAGES = {
     "k-NN": (knn, "run"), "logistic regression": (logistic_regression, "fit_chosen"),
     "report": (stages, "write_report"), "export": (stages, "convert"),
 }
-HEEDED = ("training", "end of training")  # by what is going on
+HEEDED = ("training", "end of training")  # stages in which the program itself handles the signal
 
 def stop_in(stage):
     place, name = STAGES[stage]
@@ -122,7 +122,7 @@ for stage in [*STAGES, None]:
     child = os.fork()
     if not child:
         os.setpgid(0, 0)
-        gc.unfreeze()  # a program of its own: what is left at its end is collected
+        gc.unfreeze()  # the child acts as a separate program, so objects that remain at its exit must be collected
         os.dup2(1, 2)
         print("---", stage, flush=True)
         if stage:
@@ -142,7 +142,9 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     monkeypatch.setattr(stages, "pre_train", lambda *_, **options: trained.append(options) or 0.0)
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
     monkeypatch.setattr(stages, "unused_gpus", lambda world, device: 3)
-    monkeypatch.setattr(stages, "evaluate_run", lambda *args: seen.append(args))  # returns that it was stopped
+    monkeypatch.setattr(
+        stages, "evaluate_run", lambda *args: seen.append(args)
+    )  # returns None, which means that the evaluation was stopped
     overrides = ["train.probe.k=7", 'optim={"clip_grad": 2}']  # the other settings of the section are kept
     assert not pretrain(shards, run, val=[shards], overrides=overrides, device="cpu").finished
     train = config.train.model_copy(update={"probe": config.train.probe.model_copy(update={"k": 7})})
@@ -553,7 +555,9 @@ def test_duplicate_images_in_folders_and_tables_are_in_the_same_split(tmp_path):
     for i in range(10):
         shutil.copy(photos / f"{i}.jpg", photos / f"copy of {i}.jpg")
         (photos / f"{i + 10}.png").write_bytes(picture(i, fmt="PNG"))
-    shutil.copy(photos / "10.png", photos / "copy of 11.jpg")  # which joins what has its content and what has its name
+    shutil.copy(
+        photos / "10.png", photos / "copy of 11.jpg"
+    )  # which has the content of one image and the name of another, so that both belong to one group
     shutil.copy(photos / "11.jpg", photos / "copy of 11.png")
     find_shards(str(photos), tmp_path / "other", None, [])
     train, val = (_paths(tmp_path / "other/shards", part) for part in ("train", "val"))
@@ -869,7 +873,8 @@ def test_steps_and_batch_size_fit_the_data_and_the_time():
 @example(samples=3, pace=0.001, seconds=1e6)
 def test_batch_size_and_steps_are_the_largest_within_their_bounds(samples, pace, seconds):
     def fits(batch):
-        """Return whether a batch fits: one with 24 steps per epoch, or a small one with 4."""
+        """Return whether a batch size is allowed: an epoch must have at least 24 steps or, with a small batch, at least
+        4."""
         return batch == 1 or (batch <= 1024 and batch * (24 if batch > 64 else 4) <= samples)
 
     batch = batch_of(samples)
@@ -1210,7 +1215,8 @@ def test_the_time_of_an_update_is_not_scaled_with_the_batch_size(monkeypatch, li
     ],
 )
 def test_size_batch_and_length_take_the_time_of_an_update_into_account(monkeypatch, update, samples, size, batch):
-    """All sizes but the smallest need 20 epochs in 30 hours. The batch is halved until there are 1,000 steps."""
+    """Every size except the smallest is chosen only if it can train for 20 epochs in 30 hours. The batch is halved
+    until there are 1,000 steps."""
     simulated(monkeypatch, update, lambda width: 0.094 * width / 384)
     statistics, shards = small(samples=samples), Shards(["a.tar"], ["b.tar"], [])
     found = size_and_length.choose(statistics, shards, Path("r"), 30.0, "cls", [], one_rank(), 0.0)
@@ -1230,7 +1236,7 @@ def test_throughput_is_printed_with_its_standard_error():
     assert ThroughputEstimate(1 / 5.23, 8, 24, 0.02).rate(64) == "5.23 ± 0.10 samples/s, measured over 24 steps"
     assert ThroughputEstimate(1 / 5.23, 8, 1).rate(64) == "5.23 samples/s, measured over 1 steps"
     assert ThroughputEstimate(0.01, 8, 1, update=0.5).rate(50) == "50 samples/s, measured over 1 steps"
-    # the error is that of the other half of the step
+    # the update takes half of the step, and the error applies only to the other half
     assert ThroughputEstimate(0.01, 8, 24, 0.2, update=0.5).rate(50) == "50 ± 5 samples/s, measured over 24 steps"
 
 

@@ -323,7 +323,8 @@ def test_wandb_without_an_account_is_reported_in_one_line(tmp_path):
 
 
 def test_the_log_line_names_the_nodes_with_the_longest_data_wait_and_computation():
-    """For each rank, the sums contain its waiting time and the time of its forward passes."""
+    """The ranks exchange these times in one sum, in which each rank has entries for its waiting time and its forward
+    passes."""
     for hosts, own, wait, where in (
         (["a", "c", "b"], 0.2, 0.4, {"data_wait": "b", "forward_s": "c"}),
         (["a", "c", "b"], 0.5, 0.5, {"data_wait": "a", "forward_s": "a"}),

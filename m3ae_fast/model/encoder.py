@@ -190,8 +190,8 @@ class MultimodalEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the features of `pooled_of_layers` and the patch tokens [S, K, L, D] after each of K blocks, with the
         final LayerNorm, in one forward pass. All samples must have an image. L is the number of patches of the largest
-        image; smaller images are padded with zeros. The features have at least float32, and the patch tokens the dtype
-        in which the encoder computes. `layers`, `pools`: as in `pooled_of_layers`."""
+        image; smaller images are padded with zeros. The features have at least float32 precision, and the patch tokens
+        have the dtype in which the encoder computes. `layers`, `pools`: as in `pooled_of_layers`."""
         norm, found = self.encoder.norm, {}
         for layer, x_TD in self._after(layers, batch):
             features_SKD = pool_rows(pools, x_TD, batch.encoder, batch, norm, self.config)

@@ -215,7 +215,8 @@ class _UpdateTimer:
         self._updates = [*self._updates[-1:], (self._began, self._clock.now())]
 
     def last(self) -> float:
-        """Return the seconds of the last update that is complete after the gradients of a step have been computed. On a
-        GPU, this is the update of the previous step; before the second step, the result is 0."""
+        """Return the duration in seconds of the last update that has finished. Call this after the gradients of a step
+        have been computed. On a GPU, this is the update of the previous step; before the second step, the result is
+        0."""
         complete = self._updates[:-1] if self._clock.on_gpu else self._updates[-1:]
         return sum(self._clock.seconds(began, ended) for began, ended in complete)

@@ -184,8 +184,8 @@ def test_lanes_begin_their_shards_at_different_times():
 
 
 def test_a_step_mixes_more_shards_than_without_lanes():
-    """Without lanes, one pair of samples in 16 is from the same shard, in a step of 4096 samples. With 64 lanes, 128
-    shards are read at a time."""
+    """In a step of 4,096 samples without lanes, one of 16 pairs of samples comes from the same shard. With 64 lanes,
+    128 shards are read at a time."""
     sizes = corpus("12 M")
     ends = np.cumsum(sizes)
 

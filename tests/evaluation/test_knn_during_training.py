@@ -80,7 +80,7 @@ def test_a_stop_request_ends_the_pass_between_two_batches(pretrain, shards, monk
 
 
 def test_the_probe_encodes_the_mean_of_the_tokens_in_the_precision_of_the_run(monkeypatch):
-    """A pass that a stop request ends is cut short."""
+    """If a stop request ends the encoding, the trainer is told that the pass was cut short."""
     encoded, cut = [], []
 
     def encode(model, batches, config, *more, **others):
@@ -140,8 +140,8 @@ def test_invalid_labels_end_the_run_before_training(pretrain, shards, tmp_path):
 
 
 def test_the_k_nn_curve_of_a_partitioned_model_is_the_same(trainer, shards):
-    """With ZeRO-3 on three ranks, partitioned weights are gathered even if ranks have no sample, in an evaluation of
-    three samples, for figures, and at the end of the probe's samples."""
+    """With ZeRO-3 on three ranks, every rank takes part in gathering the partitioned weights, even if it has no sample
+    left. This occurs in an evaluation of three samples, for figures, and in the last batches of the probe."""
     options = [*settings("train.steps=3", "data.workers=0", "train.eval_samples=3", "train.pictures=2")]
     options += [*probe(shards), "--set", "train.eval_every=1"]
     split, curves = {"zero_optimization": {"stage": 3}}, []

@@ -192,7 +192,9 @@ def test_float64_runs_on_torch_on_every_gpu(gpu, case, impl):
 
     for dtype, expected in ((torch.float32, "triton"), (torch.float64, "torch")):
         inputs = make(case, dtype)
-        if case.startswith("attend"):  # attention decides inside the op; in float32, "auto" is torch too
+        if case.startswith(
+            "attend"
+        ):  # attention chooses inside the op, so it is checked separately; in float32, "auto" also selects torch
             found = kernel_for(impl, device, dtype, 2, 16, 9).name
             assert found == ("triton" if (impl, expected) == ("triton", "triton") else "padded matmuls")
             continue
@@ -223,8 +225,8 @@ def test_an_architecture_on_torch_is_not_compiled(capsys):
 
 
 def test_pointers_with_different_alignments_compile_once():
-    """Ids and values per row come from callers or from the middle of a tensor. Whether they are aligned to 16 bytes
-    changes from step to step, and must not cause another compilation."""
+    """Ids and values per row come from callers or from the middle of a tensor. Their alignment to 16 bytes can change
+    from step to step, and such a change must not cause another compilation."""
     anywhere = {
         "ids", "rows", "places", "src", "fill_ids", "table_ids", "targets", "order", "unit_weight", "row_loss",
         "correct", "cu_queries", "cu_keys",
