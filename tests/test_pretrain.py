@@ -142,9 +142,8 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     monkeypatch.setattr(stages, "pre_train", lambda *_, **options: trained.append(options) or 0.0)
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
     monkeypatch.setattr(stages, "unused_gpus", lambda world, device: 3)
-    monkeypatch.setattr(
-        stages, "evaluate_run", lambda *args: seen.append(args)
-    )  # returns None, which means that the evaluation was stopped
+    # it returns None, which means that the evaluation was stopped
+    monkeypatch.setattr(stages, "evaluate_run", lambda *args: seen.append(args))
     overrides = ["train.probe.k=7", 'optim={"clip_grad": 2}']  # the other settings of the section are kept
     assert not pretrain(shards, run, val=[shards], overrides=overrides, device="cpu").finished
     train = config.train.model_copy(update={"probe": config.train.probe.model_copy(update={"k": 7})})
@@ -555,9 +554,8 @@ def test_duplicate_images_in_folders_and_tables_are_in_the_same_split(tmp_path):
     for i in range(10):
         shutil.copy(photos / f"{i}.jpg", photos / f"copy of {i}.jpg")
         (photos / f"{i + 10}.png").write_bytes(picture(i, fmt="PNG"))
-    shutil.copy(
-        photos / "10.png", photos / "copy of 11.jpg"
-    )  # which has the content of one image and the name of another, so that both belong to one group
+    # the copy has the content of one image and the name of another, so that both belong to one group
+    shutil.copy(photos / "10.png", photos / "copy of 11.jpg")
     shutil.copy(photos / "11.jpg", photos / "copy of 11.png")
     find_shards(str(photos), tmp_path / "other", None, [])
     train, val = (_paths(tmp_path / "other/shards", part) for part in ("train", "val"))

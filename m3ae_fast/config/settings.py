@@ -338,7 +338,8 @@ class DataConfig(Section):
     image_tokenizer: NamedPath | None = None
     """Folder of the converted VQGAN whose token ids are the image targets (`model.image_targets: vqgan`)."""
     image_tokens: Literal["device", "workers"] = "device"
-    """Where the image token ids are computed: on the training device, or in the data-loader workers."""
+    """Process that computes the image token ids. `device`: the training process, on its device. `workers`: the
+    data-loader workers."""
     max_bad_fraction: float = Field(0.1, ge=0, le=1)
     """Maximum fraction of unusable samples. If it is exceeded, the run stops with an error."""
 

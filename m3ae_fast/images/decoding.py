@@ -41,7 +41,6 @@ _OTHERS = {
 # colour spaces in which simplejpeg returns JPEGs of the Pillow modes L and RGB, by number of channels
 _COLOUR_SPACES = {1: "GRAY", 3: "RGB"}
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_TURNING = ("exif", "xmp")  # keys of `Image.info` that may contain the orientation
 _UPRIGHT = 1  # EXIF orientation of an image that is neither rotated nor mirrored
 _ON_A_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # by Pillow's raw mode: factors that convert the levels of a 2-bit or 4-bit PNG to 8-bit levels
@@ -92,7 +91,7 @@ def _plain_jpeg(data: bytes, header: Image.Image, channels: int) -> Tensor | Non
     """Return the pixels, uint8 [C, H, W], of a JPEG that needs neither a conversion of colours nor a rotation; None if
     Pillow must read the image."""
     is_plain = header.format == "JPEG" and header.mode in ("L", "RGB") and channels in _COLOUR_SPACES
-    if decode_jpeg is None or not is_plain or _is_turned(header):
+    if decode_jpeg is None or not is_plain or _orientation(header) != _UPRIGHT:
         return None
     try:
         levels = decode_jpeg(data, _COLOUR_SPACES[channels])  # [H, W, C]
@@ -101,14 +100,12 @@ def _plain_jpeg(data: bytes, header: Image.Image, channels: int) -> Tensor | Non
     return torch.from_numpy(levels).permute(2, 0, 1)
 
 
-def _is_turned(header: Image.Image) -> bool:
-    """Return whether an image's metadata contain an orientation other than upright."""
-    if header.info.keys().isdisjoint(_TURNING):
-        return False
+def _orientation(header: Image.Image) -> int:
+    """Return the EXIF orientation of an image, which is 1 (upright) if its metadata contain none or are damaged."""
     try:
-        return header.getexif().get(ExifTags.Base.Orientation, _UPRIGHT) != _UPRIGHT
+        return header.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
     except Exception:  # Pillow raises many kinds of errors on damaged metadata
-        return False
+        return _UPRIGHT
 
 
 def format_of(data: bytes) -> str:
@@ -143,7 +140,7 @@ def upright_size_of(data: bytes) -> tuple[int, int]:
     height, width = size_of(data)
     if not bands.is_npy(data):
         with suppress(BadSample):  # Pillow does not read some TIFFs
-            if header_of(data).getexif().get(ExifTags.Base.Orientation) in _ON_A_SIDE:
+            if _orientation(header_of(data)) in _ON_A_SIDE:
                 return width, height
     return height, width
 

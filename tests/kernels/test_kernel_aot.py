@@ -192,9 +192,8 @@ def test_float64_runs_on_torch_on_every_gpu(gpu, case, impl):
 
     for dtype, expected in ((torch.float32, "triton"), (torch.float64, "torch")):
         inputs = make(case, dtype)
-        if case.startswith(
-            "attend"
-        ):  # attention chooses inside the op, so it is checked separately; in float32, "auto" also selects torch
+        # attention chooses inside the op, so it is checked separately; in float32, "auto" also selects torch
+        if case.startswith("attend"):
             found = kernel_for(impl, device, dtype, 2, 16, 9).name
             assert found == ("triton" if (impl, expected) == ("triton", "triton") else "padded matmuls")
             continue
