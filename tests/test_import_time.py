@@ -73,6 +73,11 @@ def test_importing_the_package_imports_no_large_library():
     assert not names & {"torch", "numpy", "pydantic", "rich", "m3ae_kernels"}
 
 
+def test_evaluation_imports_no_library_that_takes_longer_than_torch():
+    names, _ = imported("-c", "import m3ae_fast.evaluation.knn")
+    assert "torch" in names and not names & {"torch._dynamo", "torchvision", "timm", "tensorboard"}
+
+
 def test_help_of_every_program_and_its_commands_does_not_import_torch():
     modules = MODULES.values()
     _, output = imported("-c", HELP_OF_ALL, *modules)

@@ -12,7 +12,6 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
@@ -287,6 +286,8 @@ def summary(result: dict[str, Any]) -> str:
 
 def show_result(out: Path, result: dict[str, Any]) -> None:
     """Write the numbers of a result, and the figures in `out`, to TensorBoard's event files."""
+    from torch.utils.tensorboard import SummaryWriter  # takes a quarter of a second
+
     with SummaryWriter(str(out / "tensorboard")) as board:
         for name, value in numbers_of(result).items():
             board.add_scalar(f"result/{name}", value)

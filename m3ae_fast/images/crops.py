@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from m3ae_fast.images.patch_grid import Native
 
@@ -94,7 +93,9 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
         return resize(image.float(), height, width).round_().clamp_(0, 65535).to(torch.uint16)
     if image.is_floating_point() and width == 1 < height:  # torch 2.13 resizes incorrectly to one column
         return resize(image.mT, width, height).mT
-    return F.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    if image.shape[-2:] == (height, width):
+        return image
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True)[0]
 
 
 def _mirrored(image: Tensor) -> Tensor:

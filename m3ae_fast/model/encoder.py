@@ -6,10 +6,10 @@ Shapes: T encoder rows, N visible patches, D width, L patches of an image, V voc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from m3ae_kernels import PatchEmbed, scatter_tokens
@@ -45,8 +45,14 @@ _ELSEWHERE = {
     "get_image_features": "images",
     "get_text_features": "texts=texts",
 }
-_pack = torch.compiler.disable(pack)  # runs NumPy on the host and must not be traced
-_check_values = torch.compiler.disable(check_values)  # depends on the values of the data and must not be traced
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _untraced(function: _Function) -> _Function:
+    """Return a function that reads values or runs NumPy in a form that torch.compile does not trace. Nothing is changed
+    outside torch.compile, because torch.compiler.disable imports torch._dynamo, which takes longer than importing
+    torch."""
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 def pixel_options(config: ModelConfig) -> dict[str, Any]:
@@ -370,7 +376,7 @@ class MultimodalEncoder(nn.Module):
         count = len(images if images is not None else texts or [])
         starts = range(0, count, batch_size)
         return (
-            _pack([sample(i) for i in range(start, min(start + batch_size, count))], self.geometry).to(device)
+            _untraced(pack)([sample(i) for i in range(start, min(start + batch_size, count))], self.geometry).to(device)
             for start in starts
         )
 
@@ -423,7 +429,7 @@ class MultimodalEncoder(nn.Module):
         if text is not None:
             self._check_ids(text, padding_mask)
         if images is not None and images.is_floating_point():
-            _check_values([images], value_range, self.config)
+            _untraced(check_values)([images], value_range, self.config)
             if value_range is not None and not isinstance(value_range, str):
                 images = from_unit(in_unit(images, value_range), self.config.image_mean, self.config.image_std)
         lengths = [math.prod(self.geometry.grid(image)) for image in images] if images is not None else [0] * size
@@ -445,7 +451,7 @@ class MultimodalEncoder(nn.Module):
             samples.append(sample)
             real_rows.append(real)
         device = self.encoder_input.cls_token.device
-        encoded_TD = self.forward_encoder(_pack(samples, self.geometry).to(device))
+        encoded_TD = self.forward_encoder(_untraced(pack)(samples, self.geometry).to(device))
         flat = torch.stack(real_rows).flatten().nonzero()[:, 0].to(device)
         out = encoded_TD.new_zeros(size * len(real_rows[0]), encoded_TD.shape[1]).index_copy(0, flat, encoded_TD)
         return out.unflatten(0, (size, -1))
