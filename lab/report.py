@@ -39,7 +39,8 @@ def write(trial_list: TrialList, out: Path) -> None:
 def _head(about: dict[str, Any]) -> str:
     return (
         f"{about['device']}, one thread, torch {about['torch']}, m3ae_fast {about['m3ae_fast']}, {about['date']}. "
-        "Values in %: mean over seeds ± standard error, which covers seeds and, where the test has one, test samples."
+        "Values are means over seeds in %, with standard errors. An error includes the spread over seeds and, if the "
+        "test reports one, the standard error over the test samples."
     )
 
 

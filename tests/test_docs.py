@@ -124,7 +124,7 @@ def test_the_recipes_are_linked_at_the_top_of_the_readme():
 def test_a_page_of_the_guide_is_short(page):
     """A page answers one question; evidence belongs to lab/ and benchmarks/, and reasons to docstrings."""
     appendix = page.name == "image-formats.md"  # a table
-    assert appendix or len(TEXT[page.name].split()) <= (520 if page.parent.name == "recipes" else 1500)
+    assert appendix or len(TEXT[page.name].split()) <= (500 if page.parent.name == "recipes" else 1500)
 
 
 def test_the_address_of_the_repository_is_in_one_place():

@@ -128,16 +128,19 @@ def test_a_complete_run_tells_how_to_extend_it(schedule, hours, total, advice):
 @pytest.mark.parametrize(
     ("length", "advice"),
     [
-        ({"hours": 0.31}, "add --set train.hours=N, where N is the total, now 0.31"),
-        ({"steps": 5000, "hours": None}, "add --set train.steps=N, where N is the total, now 5000"),
-        ({"steps": None, "epochs": 7.5, "hours": None}, "add --set train.epochs=N, where N is the total, now 7.5"),
+        ({"hours": 0.31}, "increase the total number of hours, now 0.31: --set train.hours=N"),
+        ({"steps": 5000, "hours": None}, "increase the total number of steps, now 5000: --set train.steps=N"),
+        (
+            {"steps": None, "epochs": 7.5, "hours": None},
+            "increase the total number of epochs, now 7.5: --set train.epochs=N",
+        ),
     ],
 )
 def test_a_repeated_pretrain_command_tells_how_to_train_longer(length, advice):
     """When a run with a cosine schedule is finished, its learning rate has fallen."""
     assert how_to_train_longer(configured(**length)) == f"to train longer, {advice}"
     limited = how_to_train_longer(configured("cosine", **length))
-    assert limited.startswith(f"to train longer, {advice}, before the run is finished; ")
+    assert limited.startswith(f"to train longer, {advice}; do this before the run is finished, ")
     assert limited.endswith("only if it began with --set optim.schedule=wsd")
 
 

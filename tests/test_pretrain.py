@@ -154,7 +154,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "note: 3 more GPUs of this machine are not used: pretrain runs as a single process" in out
     assert "config.json already exists: its settings are kept" in out
-    assert "\nto train longer, add --set train.steps=N, where N is the total, now 9, before the run is finished" in out
+    assert "\nto train longer, increase the total number of steps, now 9: --set train.steps=N; do this before" in out
     other = write_tar(tmp_path / "b.tar", members(range(3), "image"))
     with pytest.raises(UserError, match=r"b\.tar: the run in .* has another SOURCE"):
         pretrain(other, run, val=[shards], device="cpu")
@@ -1393,8 +1393,8 @@ def test_automatic_settings_yield_to_and_fit_the_settings_of_the_user():
         (
             {"tiny": 1e-3, "mini": 1.0},
             "tiny",
-            '"mini" is too slow: in the available time, it would see 3,322 images (3.3 epochs), but a larger model '
-            "needs at least 20,000 images and 20 epochs",
+            '"mini" is too slow: in the available time, it would see 3,322 images (3.3 epochs), but must see at least '
+            "20,000 images and 20 epochs to be chosen",
         ),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from safetensors.torch import save_file
 
 from m3ae_fast.__main__ import MODULES
@@ -98,7 +99,11 @@ def test_the_recipe_for_the_paper_runs_with_two_ranks_and_a_folder_with_classes(
         probe = ["--set", "train.steps=2", "--set", "train.global_batch=4", "--set", "data.workers=0"]
         return [*words, *(probe if "linear" in words else [])]
 
-    table, make, plan, hours, m3ae, mae, probe, second, compare = lines(RECIPES / "cc12m.md")
+    table, make, plan, hours, m3ae, probe, compare = lines(RECIPES / "cc12m.md")
+    (changed,) = re.findall(r"replace `([^`]*)` with\s`([^`]*)`", (RECIPES / "cc12m.md").read_text(encoding="utf-8"))
+    mae = shlex.split(shlex.join(m3ae).replace(*changed))
+    assert mae[-4:] == ["--out", "runs/mae", "--resume", "auto"] and "model.vocab_size=0" in mae
+    second = [word.replace("m3ae", "mae") if "/" in word else word for word in probe]
     output = run(tmp_path, table, make, plan)
     assert "GB per GPU" in output and (tmp_path / "data/imagenet/train-00000.tar").is_file()
     for words in (hours, m3ae, mae, probe, second):
@@ -119,13 +124,53 @@ def test_the_recipe_for_fused_ops_runs_as_printed():
     names: dict = {}
     for code in codes(RECIPES / "fused-ops.md"):
         exec(code, names)
-    weights = [names["mask_token"], names["decoder_pred"].weight, names["vit"].blocks[0].attn.qkv.weight]
-    assert all(weight.grad.abs().sum() > 0 for weight in (*weights, names["embed"].weight))
+    weights = [names["mask_token"], names["vit"].blocks[0].attn.qkv.weight]
+    layers = (names["embed"], names["decoder_pred"], names["lm_head"])
+    assert all(weight.grad.abs().sum() > 0 for weight in (*weights, *(layer.weight for layer in layers)))
 
 
-def test_the_loader_runs_in_one_process_as_contributing_shows(monkeypatch):
+def test_the_results_of_the_recipe_for_fused_ops_are_those_of_the_code_that_they_replace():
+    names: dict = {}
+    exec(codes(RECIPES / "fused-ops.md")[0], names)
+    B, L, K, D = (names[name] for name in "BLKD")
+    vit, images, restore = names["vit"], names["images"], names["ids_restore"]
+    assert names["visible"].shape == (B, K) and names["masked"].shape == (B, L - K)
+    mean, std = (torch.tensor(names["norm"][name])[:, None, None] for name in ("mean", "std"))
+    pixels = (images / 255 - mean) / std
+    with torch.no_grad():
+        patches = vit.patch_embed(pixels) + vit.pos_embed[:, 1:]
+        x = vit.blocks[:2](patches.gather(1, names["ids_keep"][..., None].expand(-1, -1, D)))
+        every = torch.cat((x, names["mask_token"].expand(B, L - K, D)), 1)
+        y = vit.blocks[2](every.gather(1, restore[..., None].expand(-1, -1, D)) + names["positions"])
+        targets = pixels.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1).reshape(B, L, -1)
+        targets = (targets - targets.mean(-1, keepdim=True)) / (targets.var(-1, keepdim=True) + 1e-6).sqrt()
+        hidden = y[restore >= K]
+        loss = (names["decoder_pred"](hidden) - targets[restore >= K]).square().mean()
+        words = torch.nn.functional.cross_entropy(names["lm_head"](names["hidden"]).mT, names["targets"])
+    torch.testing.assert_close(names["x"], x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(names["y"], y, rtol=1e-4, atol=1e-4)
+    assert names["hidden"].shape == (B, L - K, D)
+    torch.testing.assert_close(names["loss"].detach(), loss + words, rtol=1e-4, atol=1e-4)
+
+
+def test_the_recipe_for_fused_ops_computes_attention_of_packed_rows():
+    names: dict = {}
+    for code in codes(RECIPES / "fused-ops.md"):
+        exec(code, names)
+    starts, qkv = names["starts"].tolist(), names["qkv"]
+    assert qkv.shape == (starts[-1], 3, 3, 64) and names["out"].shape == (starts[-1], 3, 64)
+    first = qkv[: starts[1]].transpose(0, 2)  # [heads, 3, rows, width] of the first image
+    expected = torch.nn.functional.scaled_dot_product_attention(*first.unbind(1))
+    torch.testing.assert_close(names["out"][: starts[1]], expected.transpose(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_loader_reads_the_batch_of_one_step_as_contributing_shows(monkeypatch):
     monkeypatch.chdir(ROOT)
     names: dict = {}
     (code,) = codes(ROOT / "CONTRIBUTING.md")
     exec(code, names)
     assert names["loader"].num_workers == 0 and len(names["batch"].keys) == 64
+    config, data, share = names["config"], names["data"], names["split_batch"](names["config"].train, 1)
+    _, _, third = names["train_loader"](config.data, data.train, names["preparation"], share, range(3))
+    exec(code.replace("N = 1", "N = 3"), names)
+    assert names["batch"].keys == third.keys and torch.equal(names["batch"].images, third.images)

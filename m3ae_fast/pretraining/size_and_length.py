@@ -252,8 +252,8 @@ def _too_slow(size: ModelSize, seen: float, statistics: DatasetStatistics) -> st
     epochs = seen / statistics.samples
     return (
         f'"{size.name}" is too slow: in the available time, it would see {seen:,.0f} images '
-        f"({epochs:,.{0 if epochs >= 10 else 1}f} epochs), but a larger model needs at least "
-        f"{automatic_settings.SEEN:,} images and {automatic_settings.EPOCHS} epochs"
+        f"({epochs:,.{0 if epochs >= 10 else 1}f} epochs), but must see at least "
+        f"{automatic_settings.SEEN:,} images and {automatic_settings.EPOCHS} epochs to be chosen"
     )
 
 

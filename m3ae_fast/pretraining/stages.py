@@ -270,12 +270,12 @@ def how_to_train_longer(config: Config) -> str:
     """Return advice on how to train a run of this config for longer than its current length."""
     train = config.train
     name = next(name for name in ("hours", "steps", "epochs") if getattr(train, name))
-    advice = f"to train longer, add --set train.{name}=N, where N is the total, now {getattr(train, name)}"
+    advice = f"to train longer, increase the total number of {name}, now {getattr(train, name)}: --set train.{name}=N"
     if config.optim.decay is not None:
         return advice
     return (
-        f"{advice}, before the run is finished; a finished run can be extended without a jump of the learning rate "
-        "only if it began with --set optim.schedule=wsd"
+        f"{advice}; do this before the run is finished, because a finished run can be extended without a jump of the "
+        "learning rate only if it began with --set optim.schedule=wsd"
     )
 
 
