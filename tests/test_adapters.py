@@ -84,7 +84,7 @@ CHANGES = [adapt, subclass, replace_forward, parametrise, add_hook, add_pre_hook
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Let every machine use the fused path, which requires AVX-512. Return the calls."""
+    """Let every machine use the fused path, which requires AVX-512. Return a list of the inputs of all calls."""
     calls: list[Tensor] = []
 
     def mlp(x: Tensor, weight_HI: Tensor, bias_H: Tensor, weight_OH: Tensor, bias_O: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def test_a_change_of_a_linear_layer_changes_the_loss(fused, kind: str, name: str
 
 @pytest.mark.parametrize(("kind", "name"), LAYERS)
 def test_an_adapter_that_adds_nothing_changes_nothing(fused, kind: str, name: str):
-    """Rows that are selected before a plain layer are selected after an adapter."""
+    """Where rows are selected before a plain layer, they are selected after a layer with an adapter."""
     model = built(kind)
     before = loss(model)
     adapt(model, name)

@@ -96,8 +96,8 @@ def test_a_leaving_rank_waits_for_the_others_for_a_limited_time(monkeypatch):
 @pytest.mark.parametrize("failing", [set(), {0}, {2}, {0, 1}, {1, 2}])
 @pytest.mark.parametrize("bugs", [set(), {0, 1, 2}, {1}])
 def test_an_error_of_any_rank_ends_all_of_them(failing, bugs):
-    """A bug is raised on its own rank, and a user error on all others. If all errors are bugs, the other ranks receive
-    the first one."""
+    """A rank with a bug raises its own error. All other ranks raise the first user error or, if there is none, an error
+    that names the first bug."""
 
     def work(own):
         def part():

@@ -14,7 +14,7 @@ from tests.helpers.threads import map_threads
 
 
 def main(arguments):
-    """Run a program with one rank that never ends."""
+    """Run a program of which one rank never ends."""
     if os.environ["RANK"] == "1":
         wait_here()
     return 0

@@ -122,7 +122,7 @@ def test_one_command_of_an_installed_wheel_trains_a_model_and_writes_a_report(si
         for found in (result, *result["baselines"].values()):
             assert f" {100 * found['top1']:.1f} ± {100 * found['top1_se']:.1f}" in done.stdout
             assert 0 <= found["top1"] <= 1
-    share = re.escape(f"{100 * result['chance']:.1f}")  # of six samples, drawn from three classes of equal size
+    share = re.escape(f"{100 * result['chance']:.1f}")  # of six random samples; the three classes have the same size
     assert result["chance"] >= 1 / 3
     assert re.search(rf"\nthe largest class +{share} +{share}   \(6 samples\)\n", done.stdout)
     page = (run / "report.html").read_text()

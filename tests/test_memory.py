@@ -84,7 +84,8 @@ def test_an_allocation_that_is_too_large_ends_the_command_with_one_line(main, ca
 
 def test_other_errors_are_not_reported_as_out_of_memory(monkeypatch):
     def wrong():
-        raise RuntimeError("Resource temporarily unavailable")  # for a thread, if processes are limited
+        # as for a new thread, if the number of processes is limited
+        raise RuntimeError("Resource temporarily unavailable")
 
     with pytest.raises(RuntimeError, match="temporarily"):
         exit_cleanly(wrong)

@@ -17,10 +17,10 @@ from m3ae_fast.engine.memory_estimate import (
 from m3ae_fast.model.m3ae import M3AE
 from tests.helpers.trainer import TINY
 
-# 4 of 4 x 4 patches are visible, and 1 of 5 text tokens (at most 16): 6 encoder rows and 22 decoder rows with cls
+# 4 of 16 patches and 1 of 5 text tokens are visible: with the cls token, 6 encoder rows and 22 decoder rows
 SIZES = {"emb_dim": 32, "dec_emb_dim": 48, "depth": 3, "dec_depth": 2}
 BLOCKS = 3 * 6 * 32 + 2 * 22 * 48
-KEPT = 8 + 2 * 4  # number of values of a row that a block keeps, with an MLP of four times the width
+KEPT = 8 + 2 * 4  # values that a block keeps for a row, divided by the width; the MLP is four times as wide
 
 
 def config(stage=None, **train) -> Config:

@@ -387,7 +387,7 @@ def test_a_run_refuses_a_source_whose_images_have_changed(tmp_path):
     assert pretrain(copied, tmp_path / "run", overrides=["train.steps=3"]).finished  # only the times have changed
     assert checkpoint.locate(tmp_path / "run").name == "step-00000003"
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run/shards").iterdir() if path in before}
-    (photos / "red/0.txt").write_text("a red picture number 9")  # as long as before
+    (photos / "red/0.txt").write_text("a red picture number 9")  # as many characters as before
     with pytest.raises(UserError, match=r"has changed since the run in .* began; choose another --out"):
         pretrain(photos, tmp_path / "run")
     shutil.rmtree(photos)
@@ -513,8 +513,8 @@ def test_existing_shards_are_used_unchanged(tmp_path):
     given = find_shards(f"{tmp_path}/0.tar", tmp_path / "run", None, [f"{tmp_path}/1.tar"])
     assert given.val == [f"{tmp_path}/1.tar"]
     (tmp_path / "3.tar").rename(tmp_path / "val-3.tar")
-    (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # is not a test split
-    write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # and this one is not a validation split
+    (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # this name does not mean a test split
+    write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # nor this one a validation split
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     statistics, notes = inspect(given, tmp_path, "cls")
     assert statistics.classes == 0 and "k-NN accuracy and logistic regression are not computed: " in notes[0]
@@ -636,7 +636,7 @@ def test_duplicate_images_in_shards_are_in_the_same_split(tmp_path):
     assert find_shards(source, out, None, []) == shards and os.stat(shards.val[0]).st_mtime_ns == before
     write_tar(tmp_path / "1.tar", [("3-1.jpg", picture(3)), ("6-1.jpg", picture(6))])
     with tarfile.open(find_shards(source, out, None, []).val[0]) as tar:
-        assert tar.getnames() == ["5-2.jpg", "7-2.jpg"]  # the image is also in a training shard
+        assert tar.getnames() == ["5-2.jpg", "7-2.jpg"]  # 6 is also in a training shard
     write_tar(tmp_path / "1.tar", [(f"{i}-1.jpg", picture(i)) for i in images[1]])
     write_tar(tmp_path / "2.tar", [("8-2.jpg", picture(8)), ("5-2.jpg", picture(5))])
     os.utime(tmp_path / "2.tar", ns=(before + 10**9, before + 10**9))
@@ -927,7 +927,8 @@ def test_automatic_settings_equal_those_of_the_rules_computed_by_hand():
     assert (few.train.eval_samples, few.data.val, few.data.tokenizer, few.train.probe.every) == (1, [], None, 10)
     assert chosen(samples=5000, steps=5).train.eval_every == 5
     assert automatic_settings.peak_rate(4096, 768) == 1.5e-4  # the learning rate of MAE
-    assert automatic_settings.peak_rate(1024, 384) == 3e-4  # of half the square root, for a quarter of the batch
+    # a quarter of the batch has half of the rate, which is twice the rate when it is stated for a batch of 256
+    assert automatic_settings.peak_rate(1024, 384) == 3e-4
     assert chosen(samples=6400, steps=9, size=2).optim.peak_lr == 1.2e-3 == automatic_settings.peak_rate(64, 383) / 4
 
 
@@ -1113,8 +1114,9 @@ def test_throughput_is_computed_from_the_second_half_of_the_steps(monkeypatch):
 def test_throughput_is_measured_until_it_is_stable(monkeypatch):
     """Measuring ends when the later half of the steps has a constant pace, or when the time is used up."""
     calm = [9.0, 9.0, *[0.001] * 1000]
-    assert paced(monkeypatch, calm).steps == 19  # of 40 steps; the first two are not counted
-    assert paced(monkeypatch, calm, seconds=74.0).steps > 200  # a quarter of the time passes in 18 s and 500 steps
+    assert paced(monkeypatch, calm).steps == 19  # the later half of 40 steps, of which the first two are not counted
+    # measuring uses a quarter of the time: 18 s for two slow steps, and the rest for 500 fast ones
+    assert paced(monkeypatch, calm, seconds=74.0).steps > 200
     falling = [9.0, 9.0, *(0.5 / (each + 1) for each in range(40)), *[0.01] * 1000]
     assert paced(monkeypatch, falling).sample == pytest.approx(0.01 / 4, rel=0.1)
     noisy = [9.0, 9.0, *np.random.RandomState(0).exponential(0.01, 10_000)]
@@ -1376,7 +1378,8 @@ def test_automatic_settings_yield_to_and_fit_the_settings_of_the_user():
 
     config = chosen("model.size=small", "train.epochs=3")
     assert config.model.emb_dim == 384 and config.train.epochs == 3 and config.train.steps is None
-    assert chosen().optim.peak_lr == pytest.approx(4 * config.optim.peak_lr)  # the learning rate of a narrow model
+    # narrow models have four times the learning rate
+    assert chosen().optim.peak_lr == pytest.approx(4 * config.optim.peak_lr)
     twice = chosen("model.image_size=64", "model.image_size=48").model  # the last value counts
     assert (twice.image_size, twice.patch_size) == (48, 4)
     assert chosen("train.global_batch=256").optim.peak_lr == pytest.approx(chosen().optim.peak_lr / 2)
@@ -1464,8 +1467,8 @@ def test_the_hours_include_preparation_and_evaluation(monkeypatch):
 
 
 def test_the_time_for_regressions_grows_with_samples_and_classes_and_is_short_on_a_gpu():
-    """Two networks choose among 4,000 features with at most 5,000 samples, and use 2,000 of them with all samples.
-    There are 1,500 other features, and 3,000 of the run and HOG together."""
+    """Two networks choose a pooling with 4,000 features and at most 5,000 samples; the chosen pooling then has 2,000
+    features and all samples. Other models have 1,500 features, and the run and HOG together have 3,000."""
 
     def seconds(samples, classes, **more):
         return size_and_length.Budget(small(classes, samples), True, 1.0, 0.0, **more).regressions()

@@ -87,7 +87,7 @@ def test_a_run_killed_at_any_point_resumes_bitwise_identically(trainer):
     ("number", "options"),
     [
         (signal.SIGINT, ["data.workers=0"]),
-        # nearly always during an evaluation
+        # the signal nearly always arrives during an evaluation
         (signal.SIGTERM, ["data.workers=3", "train.eval_every=1", "train.eval_samples=1000"]),
         (signal.SIGUSR1, ["data.workers=1", "train.save_every=1"]),
         (signal.SIGHUP, ["data.workers=1"]),
@@ -136,7 +136,7 @@ def test_an_evaluation_interrupted_by_a_stop_is_repeated_when_the_run_is_resumed
     assert train.main(trainer.arguments("run", *options)) == 0
     assert f"the evaluation after step {step} was interrupted" in capsys.readouterr().out
     monkeypatch.undo()
-    for _ in range(2):  # once is enough
+    for _ in range(2):  # the second call has nothing to repeat
         trainer("run", *options, "--resume", "auto")
     names = ("val_image_loss", "val_text_loss")
     found = [trainer.lines(name, *names) for name in ("whole", "run")]
@@ -398,7 +398,7 @@ def test_rewritten_shards_of_equal_size_are_reported_and_moved_shards_are_not(tm
 
 
 def test_resuming_does_not_loop_on_weights_with_a_non_finite_loss(trainer):
-    """The first update gives weights that are finite but give no finite loss. They are saved before this can be
+    """After the first update, the weights are finite, but the loss is not. The weights are saved before this can be
     detected."""
     options = ["--set", "train.save_every=1", "--set", "train.keep=1", "--set", "optim.clip_grad=null"]
     trainer("run", *options, "--set", "train.steps=3")
@@ -450,7 +450,7 @@ def test_resume_auto_skips_failed_checkpoints(tmp_path):
     assert resuming.find(tmp_path, "auto") == two
     assert len(resuming.skipped_checkpoints(tmp_path)) == 1 and str(three) in resuming.skipped_checkpoints(tmp_path)[0]
     checkpoint.mark(tmp_path, 2, checkpoint.GOOD, "")
-    assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # this checkpoint is not the cause
+    assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # it is good, so it is not marked as failed
     assert resuming.find(tmp_path, "auto") == two
     assert resuming.find(tmp_path, str(three)) == three
     checkpoint.mark(tmp_path, 1, checkpoint.FAILED, "")
@@ -520,7 +520,7 @@ def test_a_partly_deleted_checkpoint_is_ignored(tmp_path, lost):
     assert resuming.find(tmp_path, "auto") == one
     assert resuming.skipped_checkpoints(tmp_path) == [f"{two} is skipped: some of its files are missing"]
     shutil.rmtree(one)
-    assert len(resuming.skipped_checkpoints(tmp_path)) == 1  # also if the run starts from the beginning
+    assert len(resuming.skipped_checkpoints(tmp_path)) == 1  # also if no other checkpoint is left
     _save(tmp_path, 1)
     assert _save(tmp_path, 2) == two
     assert resuming.skipped_checkpoints(tmp_path) == []

@@ -164,7 +164,7 @@ def test_a_run_folder_renamed_during_training_is_reported_with_a_suggested_fix(t
     process.join(60)
     note = f"run.dir {run} was renamed to {renamed}: metrics are still written there, but checkpoints are "
     assert process.exitcode == 0 and trainer.log("run").read_text().count(note) == 1
-    for path in checkpoint.saved_steps(run):  # follows the message
+    for path in checkpoint.saved_steps(run):  # as the message suggests
         path.rename(renamed / "checkpoints" / path.name)
     last = checkpoint.step_of(checkpoint.saved_steps(renamed)[-1])
     trainer("renamed", "--set", f"train.steps={last + 1}", "--resume", "auto")
@@ -290,7 +290,8 @@ def test_tensorboard_keeps_events_before_the_resumed_step_and_purges_later_ones(
             for step in range(start + 1, last + 1):
                 log.log(step, {"loss": value})
         (written,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*.*")
-        written.rename(tmp_path / f"tensorboard/events.out.tfevents.{start}")  # files are read by their seconds
+        # the files are read in the order of the seconds in their names
+        written.rename(tmp_path / f"tensorboard/events.out.tfevents.{start}")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(point.step, point.value) for point in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]

@@ -63,8 +63,8 @@ class Recorder:
     batches: list = field(default_factory=list)
     counts: list = field(default_factory=list)
     lrs: list = field(default_factory=list)
-    bad: dict = field(default_factory=dict)  # loss to return in place of the true one, by step, from 1
-    held_out: float | None = None  # image loss to return from evaluations in place of the true one
+    bad: dict = field(default_factory=dict)  # by number of a step, from 1: the loss to return in place of the true one
+    held_out: float | None = None  # the image loss that evaluations return in place of the true one
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
@@ -405,7 +405,7 @@ def test_work_ends_before_the_next_batch_if_any_rank_requests_a_stop():
             done.append(batch)
             stop.requested = batch == 2
     assert done == [0, 1, 2]
-    other = argparse.Namespace(sum=lambda values: [values[0] + 1])  # the partner asks to stop
+    other = argparse.Namespace(sum=lambda values: [values[0] + 1])  # the other rank asks to stop
     with pytest.raises(Stopped):
         next(until_stopped(range(5), other, argparse.Namespace(requested=False)))
 
@@ -502,7 +502,7 @@ def saver(ranks, folder, log=print) -> Saver:
 
 
 def test_the_earliest_failed_step_of_all_ranks_is_reported():
-    """A step fails on the rank that has the sample. The next steps of the other ranks fail because of its gradients."""
+    """A step fails on the rank that has the bad sample. Its gradients make the next step of the other ranks fail."""
     judged = []
     for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
         trainer = argparse.Namespace(
@@ -552,7 +552,7 @@ def test_mfu_is_not_logged_if_the_run_does_not_compute_what_the_official_code_co
 
 
 def test_utilisation_includes_newton_schulz_iterations(monkeypatch):
-    """With data parallelism, each rank orthogonalises all matrices; from ZeRO stage 1 on, its part of them."""
+    """With data parallelism, each rank orthogonalises all matrices; from ZeRO stage 1 on, only its part of them."""
     given = {"train": TINY["train"] | {"global_batch": 8}}
     muon = given | {"optim": TINY["optim"] | {"name": "muon"}}
     sections = (given, muon, muon | {"deepspeed": {"zero_optimization": {"stage": 1}}})
@@ -572,8 +572,8 @@ def test_utilisation_includes_newton_schulz_iterations(monkeypatch):
 
 @pytest.mark.parametrize(("name", "zero"), [("adamw", {}), ("muon", {}), ("muon", {"stage": 1})])
 def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch, tmp_path, mixed, name, zero):
-    """The rank is one of two. Without ZeRO, each of them orthogonalises all matrices. The other rank is not
-    required."""
+    """The rank is alone, or one of two, of which the other one does not run. Without ZeRO, each rank orthogonalises all
+    matrices."""
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
     sections = {"deepspeed": {"zero_optimization": zero}} if zero else {}
@@ -626,8 +626,9 @@ class RankWithPartner(OneOfTwo):
 
 
 def _verdict(tmp_path, finite_through, busy=(False, False)):
-    """Return whether two ranks, whose losses are known to be finite through these steps, mark the checkpoint of step 4
-    as good before the next step and before they evaluate."""
+    """Return whether two ranks mark the checkpoint of step 4 as good before the next step, and before an evaluation.
+    `finite_through`: last step of each rank whose loss is known to be finite; `busy`: whether each rank still writes
+    its part of the checkpoint."""
     found = []
     for way in ("next", "evaluation"):
         folder = tmp_path / f"{way} {finite_through} {busy}"
@@ -666,7 +667,7 @@ def _verdict(tmp_path, finite_through, busy=(False, False)):
             main.ranks.other = other.ranks.own
             next(Trainer.inputs(main))
         else:
-            working.set()  # the write is awaited
+            working.set()  # ends the write, for which stop_if_diverged waits
             Trainer.stop_if_diverged(main)
         good = checkpoint.is_good(*checkpoint.saved_steps(folder))
         assert (main.saver.unjudged is None) == good

@@ -27,7 +27,7 @@ from tests.cuda_path.fake_cuda import CUDA, FakeCuda
 from tests.cuda_path.stand_ins import BrokenAdam, FusedAdam, install
 from tests.helpers.trainer import CLIPART
 from tests.helpers.zero_cases import TINY, samples
-from tests.test_attention import (  # noqa: F401  # also on this path
+from tests.test_attention import (  # noqa: F401  # these tests also run on the CUDA path
     test_a_resumed_run_keeps_its_attention_kernels_if_they_are_available,
     test_one_rank_chooses_the_attention_kernel_for_all_ranks,
     trials,

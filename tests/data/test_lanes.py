@@ -67,7 +67,7 @@ def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
     assert sorted(owned) == list(range(sum(sizes)))
 
 
-@pytest.mark.parametrize("scale", [1, 10])  # lanes of less than a block, and lanes that begin in one of several
+@pytest.mark.parametrize("scale", [1, 10])  # 1: lanes are shorter than a block; 10: lanes begin within blocks
 def test_an_epoch_contains_every_sample_of_every_source_once(scale):
     """The sizes of the sources are multiples of the number of lanes."""
     sizes = [[scale * samples for samples in source] for source in ([40, 24], [8], [16, 16, 16])]
@@ -180,11 +180,11 @@ def test_lanes_begin_their_shards_at_different_times():
     firsts = Counter(int(order._lane(lane).sources[0]._epoch(0)[1][1]) for lane in range(16))
     assert len(firsts) > 4 and set(firsts) <= set(range(1, 9))
     epochs = {int(order._lane(0).sources[0]._epoch(epoch)[1][1]) for epoch in range(9)}
-    assert len(epochs) > 3  # and the waits differ between epochs
+    assert len(epochs) > 3  # the times also differ between epochs
 
 
 def test_a_step_mixes_more_shards_than_without_lanes():
-    """In a step of 4,096 samples without lanes, one of 16 pairs of samples comes from the same shard. With 64 lanes,
+    """In a step of 4,096 samples without lanes, one in 16 pairs of samples comes from the same shard. With 64 lanes,
     128 shards are read at a time."""
     sizes = corpus("12 M")
     ends = np.cumsum(sizes)

@@ -88,7 +88,7 @@ def test_the_sample_stream_does_not_depend_on_world_size_accumulation_or_workers
     for world, accumulation in ((2, 1), (1, 3), (2, 3), (4, 1), (12, 1)):
         micro_batch = 12 // world // accumulation
         assert by_step(load, paired, 4, world=world, accumulation=accumulation, micro_batch=micro_batch) == reference
-    for world, accumulation in ((5, 1), (7, 2), (8, 3)):  # parts differ by one sample, or are empty
+    for world, accumulation in ((5, 1), (7, 2), (8, 3)):  # the ranks' parts differ by one sample, or some are empty
         options = {"world": world, "accumulation": accumulation, "global_batch": 12}
         assert by_step(load, paired, 4, micro_batch=1, **options) == reference
     for workers in (1, 2):
@@ -320,7 +320,8 @@ def test_training_predicts_a_fraction_of_the_masked_tokens_and_evaluations_predi
 
 
 def test_samples_that_share_a_mask_select_the_predicted_tokens_separately(load, paired):
-    """The selection depends only on the sample: among the masked patches, it is the same as with a mask per sample."""
+    """Each sample selects some of its masked patches. The selected positions in the list of masked patches are the same
+    as with a mask per sample."""
     selected = {}
     for per in ("sample", "batch"):
         masking = MaskingConfig(image_predicted=0.25, per=per)
@@ -377,7 +378,8 @@ def test_a_batch_may_contain_samples_of_sources_of_all_modalities(load, tmp_path
         assert batch.counts == (16, 14)
     weighted = [source.model_copy(update={"weight": weight}) for source, weight in zip(sources, (1, 2, 1))]
     keys = [key for batch in load(weighted, micro_batch=10, steps=8) for key in batch.keys]
-    assert [sum(f"/{name}.tar/" in key for key in keys) for name in "pit"] == [20, 40, 20]  # four epochs of both lanes
+    # in proportion to the weights
+    assert [sum(f"/{name}.tar/" in key for key in keys) for name in "pit"] == [20, 40, 20]
 
 
 def test_sources_with_the_same_samples_use_different_random_numbers(load, tmp_path):
@@ -445,7 +447,7 @@ def views_of(batches):
 
 
 def test_views_with_one_crop_differ_only_in_their_masks(load, paired, monkeypatch):
-    """The batch contains the crop once. It is that of a run without repeats."""
+    """The batch contains the crop once. It is the same crop as in a run without repeats."""
     resized = []
     monkeypatch.setattr("m3ae_fast.data.dataset.random_crop", lambda *a: resized.append(1) or random_crop(*a))
     once = list(load(paired, micro_batch=6, steps=6))

@@ -123,11 +123,11 @@ def test_the_same_input_gives_bitwise_identical_shards(tmp_path, pictures):
 
 
 def test_progress_within_a_shard_is_shown_with_several_workers(tmp_path, pictures, monkeypatch):
-    """A shard may have ten thousand samples."""
+    """A shard may have ten thousand samples, so finished shards are not enough to show progress."""
     out, seen, gate, shrink = tmp_path / "out", [], tmp_path / "gate", writer.as_member
 
     def held_up(*arguments):
-        if len(written := list((tmp_path / "counts").iterdir())) == 4:  # four of ten
+        if len(written := list((tmp_path / "counts").iterdir())) == 4:  # four of ten samples are written
             for _ in range(200):
                 if gate.exists():
                     break
@@ -196,7 +196,7 @@ def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures, monkeypatch)
             return super().submit(*work)
 
     monkeypatch.setattr(writer, "ProcessPoolExecutor", Pool)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever handler other tests have left
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # other tests may have left another handler
     try:
         assert make(pictures, tmp_path / "out", "--samples-per-shard", "5", workers=2) == 130
     finally:
@@ -596,7 +596,7 @@ def test_the_type_of_a_source_is_recognised(tmp_path, pictures):
 
 
 def test_images_are_held_out_with_equal_probability_whatever_their_number_of_copies():
-    """100 samples have different images, and 5 images have 4 to 16 copies each; a tenth of all samples is wanted."""
+    """100 samples have different images, and 5 images have 4 to 16 copies each. A tenth of the samples is held out."""
     copies = np.repeat(np.arange(100, 105), [4, 6, 8, 10, 16])
     images = np.random.default_rng(0).permutation(np.concatenate([np.arange(100), copies]))
     wanted, draws = 17, 3000
@@ -633,7 +633,7 @@ def test_a_class_of_which_all_images_would_be_held_out_is_only_trained_on(tmp_pa
 
 def test_groups_and_identical_images_are_joined_and_stay_in_one_split(tmp_path, pictures, capsys):
     """The families are joined through identical images: cat/I.jpg and dog/I.jpg are copies of one image."""
-    families = {"cat": "aabcd", "dog": "eeebf"}  # joined: cat 0 to 2 and 3 with dog 0 to 3; cat 4 with dog 4
+    families = {"cat": "aabcd", "dog": "eeebf"}  # images 0 to 3 of both are joined, and separately images 4
     rows = [f"{name}/{i}.jpg,{families[name][i]}" for name in families for i in range(5)]
     (pictures / "table.csv").write_text("\n".join(["image,family", *rows]))
     options = ("--captions", pictures / "table.csv", "--caption-column", "", "--flat", "--held-out", 0.3)

@@ -20,13 +20,13 @@ def settings(*overrides):
 
 
 def finetune_settings(**values):
-    """Return `--set` options of settings of fine-tuning, given without their sections."""
+    """Return `--set` options for settings of fine-tuning. The names of the settings are given without their section."""
     sections = {key: section for section in ("finetune", "optim", "train") for key in FINETUNE.keys(section)}
     return settings(*(f"{sections[key]}.{key}={json.dumps(value)}" for key, value in values.items()))
 
 
 def figure_names(folder):
-    """Return the names of the figures in the folder of a result, which must also be in TensorBoard's files."""
+    """Return the names of the figures in the folder of a result. Require that TensorBoard's files contain them too."""
     names = sorted(path.stem for path in folder.glob("*.png"))
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -36,7 +36,7 @@ def figure_names(folder):
 
 def same_as_baseline(transfer, folder, task, *options, **more):
     """Evaluate the tiny run with its baselines, and random weights alone. Return the sentence of `compare` about the
-    two, and the sentence that the first result contains about its baseline with random weights."""
+    two results, and the sentence of the first result about its baseline with random weights."""
     options = [*options, *settings("run.seed=0")]  # the seed of the bootstrap of `compare`
     result = transfer(task, *options, out="one", baselines=True, **more)
     transfer(task, *options, out="other", model=f"random:{result['model']}", **more)

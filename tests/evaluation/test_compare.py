@@ -153,7 +153,8 @@ def test_each_seed_of_an_online_probe_has_samples_in_another_order(compared, run
 
 
 def _found(**correct):
-    """Return the comparison for one probe, given which samples each model classifies correctly, with a row per seed."""
+    """Return the comparison for one probe. `correct`: for each model, a row per seed, which says for each sample
+    whether it is classified correctly."""
     found, keys = ComparedPredictions([0, 1]), [str(i) for i in range(100)]
     for model, rows in correct.items():
         for seed, right in enumerate(rows):
@@ -165,7 +166,7 @@ def _found(**correct):
 def test_a_sample_that_is_correct_for_half_of_the_seeds_counts_for_neither_model():
     even, other = np.full(20, 0.5), np.arange(20) % 2 == 0
     assert difference(even, other).p == difference(other, even).p == 1.0  # both models are right equally often
-    mixed = np.where(np.arange(20) < 9, 1.0, even)  # nine more; the other has every second one
+    mixed = np.where(np.arange(20) < 9, 1.0, even)  # correct on nine samples, five of which `other` has too
     assert difference(mixed, other).p == difference(other, mixed).p == stats.binomtest(0, 4).pvalue
 
 
@@ -187,7 +188,7 @@ def test_significance_tests_are_paired_by_sample_on_means_over_seeds():
     assert "- knn: good is better than poor" in found.page()
     assert "- knn: good is worse than the largest class: -1" in found.page()
     assert found.result()["rows"][1]["top1"] == pytest.approx(good.mean())
-    assert found.result()["chance"] == 1.0  # all samples belong to one of the two classes
+    assert found.result()["chance"] == 1.0  # all samples belong to the same class
     assert "the largest class has 100.0 % of the samples" in found.page()
 
 

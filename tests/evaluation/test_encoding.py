@@ -253,8 +253,8 @@ def test_the_error_for_a_16_bit_array_names_value_range(model, tmp_path):
 
 
 def test_float_images_that_may_be_normalised_are_accepted(model):
-    """Neither a constant image nor one bright image among others identifies a range. With mean 0 and standard deviation
-    1, both meanings are the same."""
+    """Neither a constant image nor one bright image among others shows whether images are normalised. With mean 0 and
+    standard deviation 1, normalised images are the same as others."""
     bright = images(1) / 255
     for floats in (torch.zeros(1, 3, 32, 32), torch.full((2, 3, 32, 32), 0.5), torch.cat((bright, -bright))):
         assert torch.equal(model.encode(floats), model.encode(floats, value_range="normalised"))

@@ -178,7 +178,7 @@ def shown_by(names=(), corpora=()):
 
 
 def on_a_circle(angles: torch.Tensor) -> torch.Tensor:
-    """Return features [N, 2] in these directions, as a FeatureBank. Their lengths are arbitrary, because only
+    """Return features [N, 2] in these directions. Their lengths are arbitrary, because only
     directions matter."""
     return torch.stack((angles.cos(), angles.sin()), 1) * torch.arange(1, len(angles) + 1)[:, None]
 

@@ -69,4 +69,4 @@ def test_evaluations_of_several_layers_or_of_pixels_save_no_classifier(transfer,
     result = transfer("logistic", *([] if options == ["pixels"] else options), model=model)
     assert not (tmp_path / "out/classifier.json").exists()
     assert ("results" in result) == (options != ["pixels"])
-    assert ("inverse_strength" in result) == ("--shots" not in options)  # each draw has its own
+    assert ("inverse_strength" in result) == ("--shots" not in options)  # with --shots, each draw has its own

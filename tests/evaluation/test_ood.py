@@ -47,7 +47,7 @@ def test_auroc_and_fpr_equal_those_of_the_roc_curve():
     assert area == pytest.approx((inside[:, None] > outside).mean())
     fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate((inside, outside)), drop_intermediate=False)
     assert passed == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
-    coarse = inside.round(), outside.round()  # many of these scores are equal, also to the threshold
+    coarse = inside.round(), outside.round()  # many of these scores are equal, and some equal the threshold
     fpr, tpr, _ = roc_curve(np.repeat([1, 0], [200, 300]), np.concatenate(coarse), drop_intermediate=False)
     assert auroc_and_fpr(*coarse)[1] == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
     assert auroc_and_fpr(np.arange(30.0), np.arange(30.0))[1] == 29 / 30  # 95 % are 28.5 samples, so 29 are accepted
@@ -223,7 +223,7 @@ def test_ood_scores_equal_those_of_scikit_learn_and_of_sorted_similarities():
     unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, train)]
     sorted_MN = np.sort(np.linalg.norm(unit[0][:, None] - unit[1][None], axis=2), axis=1)
     np.testing.assert_allclose(found["knn"], -sorted_MN[:, 3], rtol=1e-4)
-    # with fewer than k samples, the last one replaces the k-th
+    # with fewer than k samples, the farthest sample replaces the k-th
     few = Scores(_bank(train[:6], labels[:6]), 50)(_bank(queries))["knn"]
     farthest_M = np.linalg.norm(unit[0][:, None] - unit[1][None, :6], axis=2).max(1)
     np.testing.assert_allclose(few, -farthest_M, rtol=1e-4)
@@ -236,7 +236,7 @@ def test_ood_scores_equal_those_of_scikit_learn_and_of_sorted_similarities():
 
 
 def test_each_auroc_is_computed_from_the_score_and_the_samples_of_its_column(transfer, shards, tmp_path, monkeypatch):
-    """In-distribution samples come first, and each number is that of the score in its column."""
+    """`auroc_and_fpr` receives the in-distribution scores first, and each result has the name of its score."""
     given = []
     monkeypatch.setattr(ood, "auroc_and_fpr", lambda inside, outside: (given.append((inside, outside)), (0, 0))[1])
     other = write_tar(tmp_path / "other.tar", members(range(20), "image"))

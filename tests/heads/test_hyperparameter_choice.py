@@ -77,7 +77,7 @@ def test_each_learning_rate_is_tried_in_an_independent_training():
 
 
 def test_a_trial_has_the_result_of_training_with_its_learning_rate():
-    """The training has weight decay, and the statistics of all steps are compared."""
+    """The training has weight decay. The running statistics of BatchNorm are compared through the logits."""
     bank = _bank(200)
     train, held_out = (bank.rows(rows) for rows in split(bank))
     given = {"batch": 16, "steps": 20, "weight_decay": 0.3}

@@ -36,7 +36,7 @@ def _of_scikit_learn(features, labels, queries):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Return a list that grows with each pass over all samples by the number of penalty strengths evaluated in it."""
+    """Return a list to which each pass over all samples appends the number of penalty strengths that it evaluates."""
     seen, real = [], logistic_regression._Objective.__call__
     monkeypatch.setattr(
         logistic_regression._Objective, "__call__", lambda self, w, at: seen.append(len(at)) or real(self, w, at)
@@ -58,7 +58,7 @@ def test_logistic_regression_equals_that_of_scikit_learn_in_few_iterations(monke
     for number in range(2):
         expected = _of_scikit_learn(features.double(), lists[:, number], queries.double())
         torch.testing.assert_close(found[:, number], expected.float(), rtol=0.02, atol=0.02)
-    assert len(found[:, 2].unique()) == len(found[:, 3].unique()) == 1  # no sample, and all samples, have the label
+    assert len(found[:, 2].unique()) == len(found[:, 3].unique()) == 1  # labels that no sample and all samples have
 
 
 def test_wide_features_are_classified_as_by_scikit_learn_although_few_eigenvalues_are_computed(monkeypatch, passes):

@@ -70,7 +70,8 @@ def test_a_ramp_votes_for_the_two_nearest_orientations(degrees):
     votes = torch.zeros(9, dtype=torch.float64)
     votes[int(place) % 9], votes[(int(place) + 1) % 9] = 1 - place % 1, place % 1
     shares = (votes / 20 / (3 * votes.norm() / 20 + 0.01)).clamp(max=0.2)
-    found = hog_targets(ramp, torch.tensor([14]), patch_size=2)[0]  # at the border, gradients are half as long
+    # an inner patch, because gradients are halved at the border
+    found = hog_targets(ramp, torch.tensor([14]), patch_size=2)[0]
     torch.testing.assert_close(found.double(), (shares - 0.06) / 0.07, rtol=0, atol=1e-4)
 
 

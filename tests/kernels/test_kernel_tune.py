@@ -71,7 +71,7 @@ def test_a_reference_computed_in_chunks_equals_the_reference(name):
 
 
 def test_the_results_of_timed_code_are_checked():
-    """The check also covers code for which the odd sizes are too small."""
+    """The sizes that are timed also reach code that smaller odd sizes do not reach."""
 
     def wrong(images, patch_ids, **options):
         out = m3ae_kernels.patch_embed(images, patch_ids, **options)
@@ -198,7 +198,7 @@ def test_tuning_keeps_the_fastest_setting_and_can_be_resumed(tuned):
     assert {row["op"] for row in search.read(tuned.trials)} == {"scatter_tokens, encoder"}
     tuned.table["rows"]["32"] = START
     assert tuned.run(only=["rows"]) == 0
-    assert tuned.asked == list(OPS)  # nothing is timed except to find the op in which a kernel takes the most time
+    assert tuned.asked == list(OPS)  # each op once, to find the one in which the kernel takes the most time
     assert tuned.table["rows"]["32"] == BEST and trials_of(tuned) == expected
 
 
@@ -232,7 +232,7 @@ def test_a_setting_that_breaks_the_device_is_not_tried_again(tuned, monkeypatch)
 
 
 def test_an_op_that_ends_its_process_before_the_search_costs_only_this_op(tuned, monkeypatch, capsys):
-    """The op ends the first process, or makes it hang until it is killed. Without it, rows is tuned in another op."""
+    """The op ends the first process, or makes it hang until it is killed. The kernel is then tuned in another op."""
     clock = search.kernel_ms
 
     def ends(device, work, repeats=0):

@@ -22,7 +22,7 @@ from tests.weights.test_timm import make
 pytestmark = pytest.mark.slow
 
 
-CASES = OF_TIMM | {  # cells of 3 x 3 patches have parts of patches
+CASES = OF_TIMM | {  # images have 3 x 3 patches, so the cells of these grids contain parts of patches
     "grid2": {"pool": "grid2"},
     "grid4, a norm of the means": {"pool": "grid4", "mean_pool": "before_norm"},
 }
@@ -58,7 +58,7 @@ def test_an_onnx_model_computes_the_features_of_encode(tmp_path, name, capsys, c
 
 
 def test_a_pooling_that_neither_timm_nor_a_grid_has_is_refused(tmp_path, monkeypatch):
-    """It would otherwise be exported as the mean."""
+    """Otherwise, it would be exported as the mean."""
     monkeypatch.setitem(POOLINGS, "cls", POOLINGS["cls"]._replace(timm=None))
     model, _, _ = make(pool="cls")
     model.save_pretrained(tmp_path / "model")
