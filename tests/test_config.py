@@ -373,7 +373,7 @@ def test_a_dry_run_shows_that_a_step_of_the_fast_recipe_needs_fewer_flops_and_le
 
 @pytest.mark.parametrize(("stage", "parts"), [(0, 1), (1, 8)])
 def test_a_dry_run_prints_the_flops_of_a_step_and_its_shortest_time_on_each_gpu(capsys, stage, parts):
-    """From stage 1 on, each rank orthogonalises its part of the matrices."""
+    """From stage 1 on, each rank orthogonalises only its part of the matrices."""
     settings = ["--set", f"deepspeed.zero_optimization.stage={stage}"]
     out, step, muon, rows = _plan(capsys, "--config", "small", "--recipe", "fast", *settings)
     per_sample = 1e9 * float(re.search(r"([\d.]+) G in this engine", out)[1])
@@ -633,7 +633,7 @@ def test_the_page_of_settings_lists_the_allowed_values(key, allowed):
 def test_each_type_of_config_section_is_explained_once():
     pages = [[line for line in page.splitlines() if line.startswith("## ")] for page in SETTINGS.values()]
     assert all(len(headings) == len(set(headings)) for headings in pages)
-    assert {*pages[0]} & {*pages[1]} == {"## model"}  # of this section, an evaluation has other settings
+    assert {*pages[0]} & {*pages[1]} == {"## model"}  # evaluations have other settings in this section
     assert "## data.train" in pages[0] and "## data.val" not in pages[0]
     assert "| finetune | deepspeed | all settings (`null`, which is plain torch) |" in SETTINGS["evaluation-config.md"]
 

@@ -95,7 +95,7 @@ def test_gelu_accepts_any_strides():
 def test_weight_gradient_equals_float64(products, rows, outputs, inputs, threads):
     torch.manual_seed(0)
     grad = torch.randn(rows, outputs).to(BF16)
-    x = torch.randn(rows, inputs + 8).to(BF16)[:, :inputs]  # rows that are apart
+    x = torch.randn(rows, inputs + 8).to(BF16)[:, :inputs]  # with gaps between the rows
     results = []
     for count in (1, 3):
         threads(count)
@@ -119,7 +119,7 @@ def test_the_weight_gradient_of_transposed_rows_equals_float64(products):
 @pytest.mark.parametrize(("rows", "depth", "width"), [(577, 96, 64), (1, 32, 32), (32, 2080, 288), (300, 640, 1312)])
 def test_products_equal_float64(products, rows, depth, width, transposed, dtype, threads):
     torch.manual_seed(0)
-    x = torch.randn(rows, depth + 8).to(BF16)[:, :depth]  # rows that are apart
+    x = torch.randn(rows, depth + 8).to(BF16)[:, :depth]  # with gaps between the rows
     weight = torch.randn((width, depth) if transposed else (depth, width)).to(dtype)
     bias, hidden = torch.randn(width), 2 * torch.randn(rows, width).to(BF16)
     results = []

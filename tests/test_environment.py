@@ -1,4 +1,5 @@
-"""Environment variables must be set before libraries read them: the home folder, and torch's waiting and allocation."""
+"""Environment variables must be set before libraries read them: the home folder, how torch's threads wait, and how it
+allocates memory."""
 
 import json
 import subprocess

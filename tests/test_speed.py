@@ -54,7 +54,7 @@ def _segments(lengths: list[int]) -> Segments:
     return Segments(torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32), max(lengths), sum(lengths))
 
 
-# samples of equal lengths share a matmul; a sample without queries; no samples at all
+# some samples of equal lengths, which share a matmul; a sample without queries; one sample; no queries at all
 @pytest.mark.parametrize(
     ("queries", "keys"),
     [([5, 5, 3, 5, 1], [5, 5, 3, 5, 1]), ([2, 0, 4, 2, 2], [7, 3, 9, 7, 6]), ([1], [1]), ([0, 0], [2, 3])],

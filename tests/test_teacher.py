@@ -110,7 +110,7 @@ def expected(teacher, images, grid, side=None):
 )
 @pytest.mark.parametrize("size", [16, 32])
 def test_the_targets_are_the_standardised_features_of_the_last_map(tmp_path, name, width, size):
-    """They are computed in evaluation mode and without gradients, for each image by itself."""
+    """The teacher computes features in evaluation mode and without gradients, for each image by itself."""
     given = weights(tmp_path, name.partition("@")[0])
     teacher = given.replace(name.partition("@")[0], name, 1)
     config, opened = config_of(teacher, image_size=size)
@@ -127,7 +127,7 @@ def test_the_targets_are_the_standardised_features_of_the_last_map(tmp_path, nam
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("name", [VIT, CNN])
 def test_a_folder_or_a_repository_of_timm_is_a_teacher(tmp_path, monkeypatch, name, safe):
-    """It is the same teacher as the network with the same weights in a file."""
+    """The targets are the same as those of a network whose weights are in a single file."""
     teacher, folder = weights(tmp_path, name), tmp_path / "folder"
     network = timm.create_model(name, checkpoint_path=teacher.partition("=")[2])
     timm.models.save_for_hf(network, str(folder), safe_serialization=safe)
@@ -265,7 +265,7 @@ def test_incomplete_or_hostile_weights_of_timm_are_refused_in_one_line(tmp_path)
 
 
 def test_an_own_model_is_a_teacher(tmp_path):
-    """Its targets are the patch features of the export, standardised. Neither the decoder nor captions are used."""
+    """The targets are the standardised patch features of the exported model. Its decoder and captions are not used."""
     torch.manual_seed(0)
     own = M3AE(TINY.model_copy(update={"image_size": 24, "drop_path": 0.5}))
     own.save_pretrained(tmp_path / "own")
@@ -314,8 +314,8 @@ def test_grey_and_coloured_images_are_converted_for_the_teacher(tmp_path):
 @pytest.mark.parametrize("attention", ["self", "cross"])
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_the_loss_is_the_squared_error_at_masked_patches(tmp_path, attention, per):
-    """It is averaged over the patches of each image and then over images, or over all patches. Padding does not count,
-    and neither do the features of visible patches."""
+    """The loss is averaged over the patches of each image and then over images, or over all patches. Neither padding
+    nor the features of visible patches count."""
     config, opened = config_of(weights(tmp_path, VIT), dec_attention=attention)
     torch.manual_seed(0)
     model = M3AE(config.model, config.loss.model_copy(update={"per": per})).eval()
@@ -460,7 +460,7 @@ def options(teacher, *settings):
 
 @pytest.mark.slow
 def test_loss_curves_equal_those_of_plain_torch_on_any_number_of_ranks(tmp_path):
-    """At every ZeRO stage; sixteen samples are split over one, two and three ranks."""
+    """The curves are equal at every ZeRO stage. Sixteen samples are split over one, two and three ranks."""
     torch.manual_seed(0)
     M3AE(TINY.model_copy(update={"image_size": 24})).save_pretrained(tmp_path / "teacher")
     curves = []
@@ -493,7 +493,7 @@ def test_mistakes_are_refused_once_on_all_ranks(trainer, ranks):
 
 @pytest.mark.slow
 def test_a_run_learns_records_its_teacher_and_resumes_bitwise(trainer):
-    """It has a moving average of the weights, and several views of each sample."""
+    """The run has a moving average of the weights, and several views of each sample."""
     teacher = weights(trainer.folder, CNN)
     settings = ["train.keep=9", "train.eval_every=3", "train.ema=0.9", "data.repeats=2"]
     words = [*options(teacher, *settings, "train.pictures=2"), *zero(None)]
@@ -633,7 +633,7 @@ def test_the_teacher_is_evaluated_and_this_is_planned(tmp_path):
 
 
 def test_an_encoder_continues_with_a_teacher(tmp_path):
-    """The decoder of other targets is not loaded. That of a model with the same targets is."""
+    """A decoder is loaded only if it was trained with the same targets."""
     config, _ = config_of(weights(tmp_path, VIT))
     pixels, features = M3AE(TINY), M3AE(config.model, config.loss)
     for model in (pixels, features):

@@ -61,9 +61,8 @@ def test_shards_on_a_network_file_system_are_read_from_complete_cached_copies(ne
     assert not copies(ShardStore(network_folder / "cache"))  # a copy in this folder would not be any closer
     assert captions(store, network_folder) == expected
     assert len(copies(store)) == SHARDS
-    write_tar(
-        network_folder / "0.tar", members(range(30), "text")
-    )  # a larger shard, for which the old copy is not used
+    # a larger shard, for which the old copy is not used
+    write_tar(network_folder / "0.tar", members(range(30), "text"))
     with pytest.raises(OSError, match="differs from the indexed shard"):
         Reader(corpus.sources[0], store).read(0, 0)
 

@@ -60,7 +60,7 @@ def test_scan_reads_binary_sizes(tmp_path):
 
 def test_a_tar_truncated_after_a_member_lacks_only_its_end_mark(tmp_path):
     info = tarfile.TarInfo("a.jpg")
-    info.size = 1024  # whole blocks
+    info.size = 1024  # a multiple of tar's block size, so no padding follows
     path = tmp_path / "a.tar"
     path.write_bytes(info.tobuf() + bytes(1024))
     found, damage = scan_tar(path)

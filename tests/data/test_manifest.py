@@ -196,7 +196,7 @@ def test_nodes_count_samples_together_and_each_stores_the_manifest(tmp_path, rem
     pattern, fetched = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     work = lambda ranks, node: manifest.prepare(pattern, stores[node], ranks)  # noqa: E731
-    for _ in range(2):  # once is enough
+    for _ in range(2):  # the second call counts nothing
         assert together(4, 2, work) == [None] * 4
         assert fetched() == {str(i): 1 for i in range(6)}
     for store in stores:

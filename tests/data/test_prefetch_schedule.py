@@ -61,7 +61,7 @@ def test_the_span_reaches_from_the_slowest_rank_to_the_prefetched_end_of_the_fas
     for steps, span in (
         ([0, 0], Span(25, 35, False)),  # no rank has begun: (10 + 1 + 3) * 2.5
         ([10, 14], Span(25, 45, False)),
-        ([11, 14], Span(27, 45, True)),  # from 27.5, of which the first position is half read
+        ([11, 14], Span(27, 45, True)),  # step 11 begins at 27.5, within position 27
         ([13, 13], Span(32, 43, True)),  # up to position 42.5
         ([12, 18], Span(30, 50, True)),  # the run ends
     ):

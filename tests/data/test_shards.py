@@ -250,7 +250,7 @@ def test_a_cached_shard_with_a_changed_byte_is_downloaded_once_more(server, stor
     for _ in range(3):
         with pytest.raises(OSError, match=r"cannot fetch|differs from the indexed shard"):
             reader.read(0, 2)
-    assert requests["/a.tar"] == 4  # it is not requested each time
+    assert requests["/a.tar"] == 4  # only the first attempt requests the shard again
     assert reader.read(0, 1) == intact[1]
 
 
@@ -461,7 +461,7 @@ def serve_equal_shards(url, folder, count=20):
 
 @pytest.mark.parametrize("limit", [None, 5])
 def test_a_download_inspects_few_cached_shards_regardless_of_their_number(server, tmp_path, monkeypatch, limit):
-    """Both if the cache has enough space, and if the oldest copies have to be removed."""
+    """The cache has enough space or, with a limit, the oldest copies have to be removed."""
     url, folder, _ = server
     names, size = serve_equal_shards(url, folder)
     store = ShardStore(tmp_path / "cache", limit and (300 + limit) * size / 1e9)
@@ -538,7 +538,7 @@ def test_the_cached_shards_needed_last_are_evicted(server, tmp_path):
     store = ShardStore(tmp_path / "limited", 3 * size / 1e9)
     for name in names[:3]:
         store.path(name)
-    store.keep([names[1], names[4], names[0]])  # names[2]: not at all
+    store.keep([names[1], names[4], names[0]])  # in the order in which they are needed; names[2] is not needed
     store.path(names[3])
     assert [store.copy(name).exists() for name in names] == [True, True, False, True, False]
     store.path(names[4])

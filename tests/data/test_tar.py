@@ -13,8 +13,9 @@ from m3ae_fast.data.tar import BLOCK, scan_tar
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 KINDS = [tarfile.REGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE]
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), min_size=1, max_size=120)
-paths = st.lists(st.text("abü.", min_size=20, max_size=60), min_size=2, max_size=5).map("/".join)  # what USTAR splits
-names = st.one_of(texts, paths).filter(lambda name: not name.endswith("/"))  # of which tarfile makes folders
+# long paths, which USTAR splits into two fields
+paths = st.lists(st.text("abü.", min_size=20, max_size=60), min_size=2, max_size=5).map("/".join)
+names = st.one_of(texts, paths).filter(lambda name: not name.endswith("/"))  # tarfile would read folders
 files = st.lists(st.tuples(names, st.integers(0, 1500), st.sampled_from(KINDS)), max_size=6)
 relaxed = settings(
     max_examples=40, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

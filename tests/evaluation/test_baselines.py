@@ -166,7 +166,7 @@ def test_image_features_read_the_channels_and_values_of_the_files(tmp_path):
     assert (found.image_mean, found.image_std) == ((0.5,), (0.5,))
 
     values = [np.full((48, 48), 1000.0 + number, np.float32) for number in range(20)]
-    values[7][3, 4], values[9][0, 0] = 1e6, -1e6  # the range is not that of one outlier
+    values[7][3, 4], values[9][0, 0] = 1e6, -1e6  # a single value does not determine the range
     found = _input_of(tmp_path, {f"{number}.npy": write_npy(each) for number, each in enumerate(values)})
     assert found.value_range == (1000, 1019)
 
@@ -206,7 +206,7 @@ def test_a_baseline_without_its_library_is_left_out_with_a_warning(transfer, tmp
 
 @pytest.mark.slow
 def test_samples_that_the_model_cannot_read_are_left_out_of_the_baselines(transfer, tmp_path):
-    """A grey model does not read arrays with three channels. Both are compared on the same samples."""
+    """A grey model does not read arrays with three channels. The baselines are evaluated on the same samples as it."""
     grey = tiny_run(tmp_path / "grey", channels=1, image_mean=[0.7], image_std=[0.4], vocab_size=0)
     shards = {}
     for name, numbers in (("train", range(24)), ("val", range(100, 118))):
@@ -334,7 +334,7 @@ def test_baselines_have_the_results_of_their_separate_evaluations(
 def test_baselines_of_trained_heads_and_of_grids_use_logistic_regression(
     transfer, run, tmp_path, task, options, alone, capsys
 ):
-    """They have the results of logistic regression (of k-NN for k-NN) on the same training samples."""
+    """The baselines of k-NN use k-NN instead. The training samples are those of the task."""
     result = transfer(task, *options, baselines=True)
     output = capsys.readouterr().out
     assert [*result["baselines"]] == [UNTRAINED, *FEATURES]

@@ -99,7 +99,7 @@ def test_the_standard_error_of_the_auroc_depends_on_the_numbers_of_positives_and
             areas.append(metrics.auroc(own["good"], own["bad"]))
             if draw % 10 == 0:
                 labels = np.repeat([*own], [*sizes.values()])
-                second = np.concatenate([*own.values()]) / 100 + 0.2  # a share
+                second = np.concatenate([*own.values()]) / 100 + 0.2  # probability of the second class
                 predictions = np.where(second > 0.5, "good", "bad")
                 _table(tmp_path, labels.tolist(), predictions.tolist(), np.maximum(second, 1 - second))
                 found = class_metrics(tmp_path, ["bad", "good"], ["bad", "good"], {})

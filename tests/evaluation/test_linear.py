@@ -112,7 +112,7 @@ def test_a_resumed_probe_has_the_result_of_an_uninterrupted_one(transfer, run, t
             transfer("linear", *options, "--resume", "auto", *settings(other), out="cut")
     with pytest.raises(UserError, match=r"was made with task\.weights = .*, but the config has"):
         transfer("linear", *options, "--resume", "auto", model=f"random:{run}", out="cut")
-    same = run.parent / "." / run.name / "checkpoints" / ".."  # another path of the same weights
+    same = run.parent / "." / run.name / "checkpoints" / ".."  # another path to the same weights
     resumed = transfer("linear", *options, "--resume", "auto", model=same, out="cut")
     assert resumed["top1"] == whole["top1"]
     states = [checkpoint.saved_steps(tmp_path / name)[-1] / "state.safetensors" for name in ("whole", "cut")]

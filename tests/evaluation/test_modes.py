@@ -119,7 +119,7 @@ def test_the_prediction_for_a_sample_does_not_depend_on_the_other_samples(transf
                  train=None, val=shard, out=f"b{batch}")
         for batch in (6, 1)
     )  # fmt: skip
-    assert whole["top1"] == single["top1"] and whole["val_samples"] == single["val_samples"] == 6  # all of them
+    assert whole["top1"] == single["top1"] and whole["val_samples"] == single["val_samples"] == 6
 
 
 @pytest.mark.parametrize("task", TASKS)

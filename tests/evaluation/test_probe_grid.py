@@ -170,7 +170,8 @@ def test_few_shot_accuracies_equal_those_of_k_nn_computed_by_hand(transfer, run,
             expected = judge.predict(queries)
             own = table[(table.shots == shots) & (table.draw == draw)]
             assert own.prediction.tolist() == expected.tolist()
-            np.testing.assert_allclose(own.score, judge.predict_proba(queries).max(1), rtol=1e-3)  # differ by draw
+            # other draws have other scores
+            np.testing.assert_allclose(own.score, judge.predict_proba(queries).max(1), rtol=1e-3)
             accuracies.append((expected == np.arange(100, 118) % 3).mean())
         row = next(row for row in rows if row["shots"] == shots)
         assert row["top1"] == pytest.approx(np.mean(accuracies))

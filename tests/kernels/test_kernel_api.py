@@ -255,8 +255,8 @@ def test_images_and_rows_may_begin_at_any_offset(offset):
 
 
 def test_correct_predictions_are_counted_with_separate_weights():
-    """Without weights of the count, the weights of the loss are used. The weights of the count never have a
-    gradient."""
+    """The number of correct predictions can be weighted separately from the loss; by default, the weights of the loss
+    are used. The weights of the count never have a gradient."""
     torch.manual_seed(0)
     head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
     image_head = m3ae_kernels.MaskedTokenLoss(12, 5, reduction="sum")
@@ -776,7 +776,7 @@ def test_torch_precision_settings_are_used():
 
 
 def test_the_older_precision_setting_is_used_if_there_is_no_newer_one(monkeypatch):
-    """torch 2.8 is an example."""
+    """For example, torch 2.8 has only the older one."""
     from m3ae_kernels.triton_impl import common
 
     for allowed, expected in ((True, "tf32"), (False, "tf32x3")):

@@ -14,8 +14,8 @@ SHAPES = ((16, 64, 70), (16, 32, 277))  # heads, head dimension and rows of a sa
 
 
 def assert_correct(name: str, device: torch.device, sizes: Sizes | None = None, module=m3ae_kernels) -> None:
-    """Compare an op with float64 at small odd sizes in every dtype or, given `sizes`, with float32 at these sizes in
-    bf16. It must not wait for the GPU, and two runs must be bitwise identical."""
+    """Without `sizes`, compare an op in every dtype with float64, at small odd sizes. With `sizes`, compare it in bf16
+    with float32, at these sizes. The op must not wait for the GPU, and two runs must be bitwise identical."""
     if sizes is None:
         checks = [check_small(name, dtype, device, module=module) for dtype in DTYPES]
     else:

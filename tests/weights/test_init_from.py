@@ -144,7 +144,7 @@ def test_a_run_is_not_resumed_with_another_activation_function(run):
 
 
 def test_every_setting_of_a_model_affects_its_weights_or_is_compared():
-    """A setting that does not change the names or shapes of weights, but their use, must be equal for
+    """Settings that change neither the names nor the shapes of weights, but how the weights are used, must be equal for
     `model.init_from`."""
     base = {
         **TINY["model"],
@@ -163,8 +163,8 @@ def test_every_setting_of_a_model_affects_its_weights_or_is_compared():
         "value_range": [0, 4095],
     }  # fmt: skip
     free = {"size", "drop_path", "init_from", "pool"}
-    # sin-cos positions fit any size; the codebook size and the width of a teacher show in the weights if they are used;
-    # the bit depth may be higher
+    # Sin-cos positions fit any size, and the bit depth may be higher. The codebook size and the width of a teacher
+    # change the shapes of weights if they are used.
     adapted = {"image_size", "text_length", "codebook_size", "target_width", "image_dtype"}
     adapted |= {"resize", "max_patches", "min_patches", "native_positions"}
     assert ModelConfig.model_fields.keys() == others.keys() | compared.keys() | free | adapted

@@ -82,7 +82,7 @@ CC12M, IMAGENET = (0.5762, 0.5503, 0.5213, 0.3207, 0.3169, 0.3307), (0.485, 0.45
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [
-        ({}, (24, 7, 3, 2, *CC12M)),  # the flags of a script without this flag
+        ({}, (24, 7, 3, 2, *CC12M)),  # the script has no flag for the normalisation
         ({"data.image_normalization": "cc12m"}, (24, 7, 3, 2, *CC12M)),
         ({"data.image_normalization": "imagenet"}, (24, 7, 3, 2, *IMAGENET)),
         ({"data.image_normalization": "none"}, (24, 7, 3, 2, 0, 0, 0, 1, 1, 1)),
