@@ -92,7 +92,7 @@ def test_only_an_extended_run_resumes_from_before_its_decay(key, now, decay, lon
 
 
 def test_a_run_that_is_only_resumed_keeps_its_schedule(monkeypatch):
-    """The same holds for a shorter run, and for an extended run that has no checkpoint before its decay."""
+    """A shorter run, and an extended run that has no checkpoint before its decay, keep their schedules too."""
     _, info = stopped_at(monkeypatch, configured(), 800)
     changes = (*map(tuple, info.changes),)
     for step, hours in ((800, 1.0), (800, 0.9), (900, 1.0), (900, 2.0)):

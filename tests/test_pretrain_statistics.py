@@ -231,7 +231,7 @@ def _written(folder, config):
 
 
 def test_every_automatic_setting_has_a_test_of_its_override():
-    """Settings that are arguments are an exception."""
+    """Settings that follow from the arguments of the command are an exception."""
     config = _chosen().model_dump(exclude_unset=True)
     chosen = {f"{section}.{key}" for section in config if config[section] for key in config[section]}
     assert chosen - {override.partition("=")[0] for override in SETTINGS} == {"run.dir", "data.train", "train.hours"}
@@ -333,7 +333,7 @@ def test_unusable_samples_are_reported(tmp_path):
 
 @pytest.mark.slow
 def test_missing_labels_that_were_requested_end_the_command_before_training(tmp_path):
-    """For labels that the user did not request, only a note is printed; see above."""
+    """For labels that the user did not request, only a note is printed."""
 
     def labelled(name):
         files = [

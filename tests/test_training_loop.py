@@ -133,7 +133,7 @@ def test_the_training_loop_passes_learning_rates_and_counts_to_the_engine(monkey
     )
     engine, finished = run(monkeypatch, config)
     scale = 26 / 256
-    by_hand = [0.0, 0.64, 1.28, 1.92]  # each step rises by a quarter of the warm-up
+    by_hand = [0.0, 0.64, 1.28, 1.92]  # the warm-up has four steps
     by_hand += [0.128 + (2.56 - 0.128) * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert engine.lrs == pytest.approx([lr * scale for lr in by_hand])
     logged = [line for line in lines(config) if "loss" in line]

@@ -54,9 +54,8 @@ def test_ops_with_the_shipped_tiles_equal_the_reference(case, dtype, monkeypatch
 @pytest.mark.parametrize("other", [False, True], ids=["whole", "queries of some rows"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_attention_is_correct_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F811
-    """The numbers of rows of samples are those of a tile, one less, one more and two tiles, and such that the last tile
-    is half full, or has one row more. This holds for keys and for queries.
-    """
+    """Samples have half a tile of rows; one tile, also with one row less or more; one and a half tiles, also with one
+    row more; or two tiles. There are such samples for the tiles of keys and of queries."""
     rows = {side: attention.as_rows(tuning.config("attention_backward", CPU, dtype), 16)[side] for side in SIDES}
     edges = sorted({n for b in rows.values() for n in (b // 2, b - 1, b, b + 1, b + b // 2, b + b // 2 + 1, 2 * b)})
     inputs = packed_attention(dtype, edges, 1, 16, queries=[*edges[1:], edges[0]] if other else None)
