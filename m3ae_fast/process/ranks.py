@@ -39,7 +39,7 @@ _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 _OTHER_FILES = 200  # maximum number of further open files, such as those of libraries, shards and logs
 _ENDED_KEY = "ended"  # key in the store; its value: the number of ranks that have ended with an error or a stop
 # maximum seconds to wait until the other ranks record their end; heartbeats notify them of the error in less time
-_OTHERS_S = 3.0
+_OTHERS_S = 10.0
 TIMEOUT = timedelta(minutes=30)  # maximum time until the last rank joins
 CONTROL_TIMEOUT = timedelta(days=1)  # indexing may take hours; `Heartbeats` ends a run that stalls
 

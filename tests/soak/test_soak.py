@@ -15,14 +15,21 @@ from tests.soak.faults import DAMAGES, FAULTS, FREEZE, FULL_DISK
 from tests.soak.runs import CLIPART, LAYOUTS, Soak
 from tests.soak.server import faulty_server
 
+# Faults that affect other ranks or divided checkpoints. All others are injected into a single rank, which starts
+# fastest.
+OF_SEVERAL_RANKS = {
+    "2 ranks": [FREEZE, "a rank is killed", "a rank gets SIGTERM", "the launcher is killed"],
+    "2 ranks with ZeRO-3": ["all processes get SIGINT", "the launcher gets SIGTERM", "the last checkpoint is damaged"],
+}
+
 
 def faults_of(layout: str) -> list[str]:
-    """Return the faults that are injected into the runs of a layout, so that each occurs in exactly one layout. A
-    single rank is not frozen, because no other rank could notice it."""
-    everything = [fault for fault in (*FAULTS, *DAMAGES, FULL_DISK) if fault != FREEZE]
-    random.Random(0).shuffle(everything)
-    number = [*LAYOUTS].index(layout)
-    return everything[number :: len(LAYOUTS)] + ([FREEZE] if layout == "2 ranks" else [])
+    """Return the faults that are injected into the runs of a layout, in random order except that files are damaged
+    first, because that is possible only after a fault has ended a run. Each fault occurs in one layout."""
+    elsewhere = [fault for faults in OF_SEVERAL_RANKS.values() for fault in faults]
+    others = [fault for fault in (*FAULTS, *DAMAGES, FULL_DISK) if fault not in elsewhere]
+    faults = OF_SEVERAL_RANKS.get(layout, others)
+    return sorted(random.Random(0).sample(faults, len(faults)), key=lambda fault: fault not in DAMAGES)
 
 
 @pytest.mark.slow
