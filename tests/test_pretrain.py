@@ -56,6 +56,7 @@ from m3ae_fast.pretraining.source_shards import overlap
 from m3ae_fast.process.stoppable_loop import Stopped
 from m3ae_fast.shards.duplicate_images import PIECE
 from m3ae_fast.shards.held_out import shared_images, write_without
+from m3ae_fast.shards.sources.columns import NO_CAPTIONS
 from m3ae_fast.train import main as start
 from m3ae_fast.training import device_clock, throughput_estimate
 from m3ae_fast.training.run_lock import LOCK_FILE
@@ -564,6 +565,31 @@ def test_duplicate_images_in_folders_and_tables_are_in_the_same_split(tmp_path):
     assert len(val) == 4 and not {image[name] for name in train} & {image[name] for name in val}
 
 
+def test_samples_with_the_only_label_of_their_kind_are_trained_on_and_a_run_keeps_its_labels(tmp_path, monkeypatch):
+    photos, out = tmp_path / "photos", tmp_path / "run"
+    photos.mkdir()
+    for number in range(40):
+        (photos / f"{number}.jpg").write_bytes(picture(number))
+    find_shards(str(photos), tmp_path / "without", None, [])
+    drawn = {int(Path(name).stem) for name in _paths(tmp_path / "without/shards", "val")}
+    assert len(drawn) == 4
+    rare, *_ = sorted(drawn)
+    rows = [f"{number}.jpg,{'rare' if number == rare else 0}" for number in range(40)]
+    (photos / "table.csv").write_text("\n".join(["image,kind", *rows]))
+
+    def held_out(**options):
+        found = find_shards(str(photos), out, None, [], **options)
+        return found, {int(Path(name).stem) for name in _paths(out / "shards", "val")}
+
+    options = {"labels": "json.kind", "caption_column": NO_CAPTIONS}
+    assert held_out(**options)[1] == drawn - {rare}
+    monkeypatch.setattr(source_shards.checkpoint, "saved_steps", lambda _: [1])
+    assert held_out(**options | {"labels": "cls"})[1] == drawn - {rare}
+    monkeypatch.undo()
+    found, images = held_out(**options | {"labels": "cls"})
+    assert "--group or --labels has changed" in "\n".join(found.notes) and images == drawn
+
+
 def test_groups_of_images_are_in_the_same_split_and_a_run_keeps_its_groups(tmp_path, monkeypatch):
     photos, out = tmp_path / "photos", tmp_path / "run"
     for number in range(20):
@@ -574,7 +600,7 @@ def test_groups_of_images_are_in_the_same_split_and_a_run_keeps_its_groups(tmp_p
     assert len({os.path.dirname(name) for name in _paths(out / "shards", "val")}) == 1
     assert "1 of 21 images are copies of another image" in find_shards(str(photos), out, None, [], group="folder").notes
     (out / "config.json").write_text("{}")
-    assert "or --group has changed" in find_shards(str(photos), out, None, []).notes[-2]
+    assert "--group or --labels has changed" in find_shards(str(photos), out, None, []).notes[-2]
     assert len(_paths(out / "shards", "val")) == 2
     monkeypatch.setattr(source_shards.checkpoint, "saved_steps", lambda _: [1])
     with pytest.raises(UserError, match="or --group: has changed since the run in"):
@@ -1423,7 +1449,7 @@ def test_the_largest_model_size_that_fits_the_time_is_chosen(tmp_path, monkeypat
 
 def test_a_tenth_of_the_samples_but_at_most_5000_are_held_out():
     for samples, held_out in ((100, 10), (50_000, 5000), (100_000, 5000)):
-        settings = source_shards._settings(SimpleNamespace(splits={"train": samples}), None)
+        settings = source_shards._settings(SimpleNamespace(splits={"train": samples}), None, None, None)
         assert settings.held_out * samples == pytest.approx(held_out)
 
 

@@ -269,12 +269,16 @@ def _made(
         require_similar_values(kinds, start_range)  # before the values are converted to 8 bits
         value_range = start_range
     value_range = value_range or range_of(kinds)
-    settings = _settings(source, value_range, options.group)
+    begun = bool(checkpoint.saved_steps(out))
+    labels = None if options.labels == "cls" else options.labels
+    if begun and _is_of_run(before):
+        labels = before["settings"].get("labels")  # --labels has no effect after a run has begun
+    settings = _settings(source, value_range, options.group, labels)
     now = manifest_of(source, settings)
     if before is None:
         show(name, parts)
     changed = before is not None and before != json.loads(json.dumps(now))
-    if changed and checkpoint.saved_steps(out):
+    if changed and begun:
         if not are_reproduced(source, folder, settings):
             raise UserError(
                 f"{name} or --group: has changed since the run in {out} began; choose another --out, or continue with "
@@ -286,7 +290,7 @@ def _made(
             raise UserError(f"{folder}: contains shards that pretrain has not made; choose another --out")
         shutil.rmtree(folder)
         (out / "config.json").unlink(missing_ok=True)  # there is none after a dry run
-        notes = [*notes, f"{name} or --group has changed, so the shards are created again"]
+        notes = [*notes, f"{name}, --group or --labels has changed, so the shards are created again"]
         show(name, parts)
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
     train, held, apart = _roles({path.name.rpartition("-")[0] for path in made.shards})
@@ -324,7 +328,7 @@ def _roles(splits: Collection[str]) -> tuple[str, str | None, list[str]]:
     return others[0], held, [split for split in others[1:] if split != held]
 
 
-def _settings(source: Records, value_range: Range | None, group: str | None = None) -> Settings:
+def _settings(source: Records, value_range: Range | None, group: str | None, labels: str | None) -> Settings:
     """Return the settings for creating shards: a part is held out if the source has only one split. Raises UserError if
     it has several splits, but none to train on, or if it has splits and `group` is set."""
     if len(source.splits) > 1 and all(split in HELD_OUT for split in source.splits):
@@ -335,7 +339,9 @@ def _settings(source: Records, value_range: Range | None, group: str | None = No
     if group is not None and len(source.splits) > 1:
         raise UserError(f"--group {group}: SOURCE is already split ({', '.join(source.splits)}); leave out --group")
     held_out = min(_FRACTION, _MOST_HELD_OUT / samples) if alone else 0.0
-    return Settings(held_out=held_out, group=group if alone else None, value_range=value_range, of_run=True)
+    return Settings(
+        held_out=held_out, group=group if alone else None, value_range=value_range, of_run=True, labels=labels
+    )
 
 
 def _manifest(folder: Path) -> Any:

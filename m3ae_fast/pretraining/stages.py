@@ -203,7 +203,7 @@ def _kept_config(call: _Call) -> Config | None:
     kept, value_range = shard_names(config.data.train), config.model.value_range
     find_shards(call, value_range, kept=kept)
     if not call.continues:
-        print(f"note: {call.source} or --group has changed, so the settings are chosen again", flush=True)
+        print(f"note: {call.source}, --group or --labels has changed, so the settings are chosen again", flush=True)
         return None
     config = call.load_config()
     print(

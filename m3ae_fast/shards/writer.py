@@ -58,6 +58,8 @@ class Settings(ShardOptions):
     """JPEG quality"""
     of_run: bool = False
     """whether the shards are made by a run of `pretrain`, which may replace them"""
+    labels: str | None = None
+    """field "json.NAME" with the classes that the run evaluates; None: the classes of the source"""
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,8 @@ def _plan(records: Records, settings: Settings) -> tuple[list[Shard], list[str]]
         images = images[order]
         wanted = max(1, round(len(order) * settings.held_out))
         held = split_images(images, wanted)
-        if classes := records.classes_of(split):
-            held = without_whole_classes(held, images, np.array([name or "" for name in classes])[order])
+        if classes := _classes(records, split, settings.labels):
+            held = without_whole_classes(held, images, np.array(classes)[order])
         what = "image" if settings.group is None else f"image or {settings.group}"
         if abs(int(held.sum()) - wanted) > wanted / 2:
             notes.append(
@@ -183,12 +185,32 @@ def _plan(records: Records, settings: Settings) -> tuple[list[Shard], list[str]]
     return shards, notes
 
 
+def _classes(records: Records, split: str, field: str | None) -> list[str]:
+    """Return the name of the class of each sample, "" for a sample without a class. The list is empty if the classes
+    are unknown, or if the samples have lists of labels. Raises UserError if the source has no such field."""
+    if field is None:
+        return [name or "" for name in records.classes_of(split) or ()]
+    values = _values(records, split, field, "--labels")
+    if any(isinstance(value, list) for value in values):
+        return []
+    return ["" if value is None else str(value) for value in values]
+
+
+def _values(records: Records, split: str, field: str, option: str) -> list[Any]:
+    """Return the value of a field for each sample; None for a sample without it. Raises UserError, which names the
+    option, if the source has no such field."""
+    try:
+        return records.values(split, field)
+    except UserError as error:
+        raise UserError(f"{option} {error}") from None
+
+
 def _groups(records: Records, split: str, field: str) -> np.ndarray:
     """Return group numbers, int64 [samples]: samples with equal values of a field have the same number. Raises
     UserError if a sample does not have the field."""
     seen: dict[str, int] = {}
     numbers = []
-    values = records.values(split, field)
+    values = _values(records, split, field, "--group")
     if all(value is None for value in values) and (known := records.fields(split)):
         raise UserError(f"--group {field}: no sample has this field; choose from {', '.join(known)}")
     for number, value in enumerate(values):
