@@ -32,7 +32,7 @@ m3ae-fast evaluate ood runs/finetune --train 't.tar' --val 'v.tar' --ood svhn='s
 SHARED: dict[str, type[Arguments]] = {  # sections that describe what several tasks have in common
     "Baselines": tasks.WithBaselines,
     "Layers, poolings and few samples": tasks.WithGrid,
-    "Lists of labels": tasks.PooledProbe,
+    "Lists of labels": tasks.WithLists,
 }
 SIZES = (1_000, 10_000, 50_000, IMAGENET)
 RULE = """## Default hyper-parameters by dataset size

@@ -53,8 +53,7 @@ class EncodeConfig(Section):
         None,
         description=f"Pooling of the output tokens, after the final LayerNorm: {described('`')}. null: of the poolings "
         "with at most 4,096 features, the tasks `knn` and `logistic` use the one with which logistic regression is "
-        "most accurate on held-out training samples; for lists of labels, and in all other tasks, it is the model's "
-        "own pooling, `model.pool`.",
+        "most accurate on held-out training samples; in all other tasks, it is the model's own pooling, `model.pool`.",
     )
     batch: Batch = 64
     """Number of samples per forward pass."""

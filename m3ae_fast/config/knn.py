@@ -14,8 +14,8 @@ class KnnConfig(Section):
 
     k: int | None = Field(None, gt=0)
     """Number of neighbours that vote. null: the tasks `knn` and `compare` try 1 and 20, both with and without
-    standardising the features, and use what is most accurate on held-out training samples; for lists of labels, and in
-    all other tasks, the number is 20, and features are not standardised."""
+    standardising the features, and use what is most accurate on held-out training samples; in all other tasks, the
+    number is 20, and features are not standardised."""
     temperature: float = Field(0.07, gt=0)
     """Temperature of the votes: a neighbour's vote is exp(cosine similarity / temperature)."""
 

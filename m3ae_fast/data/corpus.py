@@ -75,6 +75,8 @@ class Corpus:
     damaged: list[Skipped] = field(default_factory=list)  # incomplete or unreadable shards
     # for each source: the number of unreadable shards and the number of all shards
     counted: list[tuple[int, int]] = field(default_factory=list)
+    # for lists of labels: whether the list whose id is the label contains each class, bool [lists, classes]
+    lists: np.ndarray | None = None
 
     @property
     def samples(self) -> int:

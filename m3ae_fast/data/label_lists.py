@@ -10,27 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.labels import Classes, Label, json_field, parse_label, read_members, select_labelled
 
 MOST_CLASSES = 1 << 14
-
-
-@dataclass(frozen=True)
-class LabelledLists:
-    """Samples with lists of labels."""
-
-    corpus: Corpus  # the samples; their labels are ids of lists
-    classes_LC: Tensor  # bool: whether a list contains a class
-    classes: Classes
-    unknown: int  # number of different labels that are ignored because they are not classes
 
 
 def are_lists(corpus: Corpus, field: str) -> bool:
@@ -43,8 +31,11 @@ def are_lists(corpus: Corpus, field: str) -> bool:
     return isinstance(next((value for value in found if value is not None), None), list)
 
 
-def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False) -> LabelledLists:
-    """Return the samples of a dataset with their lists of labels.
+def list_corpus(
+    corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False
+) -> tuple[Corpus, Classes, int]:
+    """Return the samples of a dataset with the ids of their lists as labels, the classes by id, and the number of
+    different labels that are ignored because they are not classes.
 
     Args:
         corpus: the dataset.
@@ -75,11 +66,11 @@ def list_corpus(corpus: Corpus, field: str, classes: Classes | None = None, *, p
         raise UserError(f"{where}: no list ({field}) contains a label that occurs in the training samples")
     numbers: dict[tuple[Label, ...], int] = {}
     found = [np.array([numbers.setdefault(each or (), len(numbers)) for each in own], dtype=np.int64) for own in lists]
-    classes_LC = torch.zeros(len(numbers), len(classes), dtype=torch.bool)
+    lists_LC = np.zeros((len(numbers), len(classes)), dtype=bool)
     for each, number in numbers.items():
-        classes_LC[number, [ids[label] for label in each if label in ids]] = True
+        lists_LC[number, [ids[label] for label in each if label in ids]] = True
     sources = [select_labelled(source, own) for source, own in zip(corpus.sources, found)]
-    return LabelledLists(replace(corpus, sources=sources), classes_LC, classes, len(used - ids.keys()))
+    return replace(corpus, sources=sources, lists=lists_LC), classes, len(used - ids.keys())
 
 
 def _define_classes(used: set[Label], where: str, field: str) -> Classes:

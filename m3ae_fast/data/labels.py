@@ -258,8 +258,7 @@ def _parse(data: bytes, field: str, where: str) -> Label | None:
     value = json_field(data, field, where)
     if isinstance(value, list):
         raise UserError(
-            f"{where}: {field} is a list; lists of labels are supported only by evaluate knn and logistic, without "
-            "--layers, --pools and --shots"
+            f"{where}: {field} is a list; lists of labels are supported only by evaluate knn, logistic and attentive"
         )
     return parse_label(value, field, where)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -162,15 +162,18 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], steps_per_ep
     _save(figure, path)
 
 
-def draw_accuracies(path: Path, lines: Mapping[str, Sequence[tuple[float, float, float]]], axis: str) -> None:
-    """Write a PNG of accuracies against x, with one line of points (x, accuracy, standard error) per name. `axis`:
-    label of the x axis."""
+def draw_accuracies(
+    path: Path, lines: Mapping[str, Sequence[tuple[float, float, float]]], axis: str, metric: Literal["top1", "map"]
+) -> None:
+    """Write a PNG of accuracies, or of mAP, against x, with one line of points (x, accuracy, standard error) per name.
+    `axis`: label of the x axis."""
     figure, (axes,) = _figure(5.6, 3.6)
     for name, points in lines.items():
         x, accuracy, error = zip(*points)
         axes.errorbar(x, accuracy, yerr=error, label=name, marker="o", markersize=3, capsize=2, linewidth=1.2)
-    axes.set(xlabel=axis, ylabel=_ACCURACY, xticks=sorted({point[0] for each in lines.values() for point in each}))
-    axes.set_title(f"Accuracy by {axis}", fontsize=10)
+    short, label = {"top1": ("Accuracy", _ACCURACY), "map": ("mAP", "mean average precision")}[metric]
+    axes.set(xlabel=axis, ylabel=label, xticks=sorted({point[0] for each in lines.values() for point in each}))
+    axes.set_title(f"{short} by {axis}", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, title=_ERRORS, title_fontsize=7)
     _save(figure, path)

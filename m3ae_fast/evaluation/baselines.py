@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3ae_fast.evaluation.significance import Difference, difference, interval, mean_accuracy
-from m3ae_fast.heads.predictions import Predictions
-from m3ae_fast.heads.standard_error import ERROR
+from m3ae_fast.evaluation.significance import Difference, difference, interval, mean_accuracy, resampled_difference
+from m3ae_fast.heads.predictions import ListPredictions, Predictions
+from m3ae_fast.heads.standard_error import ERROR, Resampled
 from m3ae_fast.weights.model_name import HOG, IMAGE_FEATURES, RANDOM
 
 MODEL = "the model"  # name of the evaluated model in comparisons with its baselines
@@ -93,12 +93,12 @@ def _together_entries(found: Mapping[str, Sequence[Predictions]]) -> dict[str, A
 
 
 def _accuracies(found: Sequence[Predictions]) -> dict[str, float]:
-    return {name: value for name, value in measured(found).items() if name.startswith("top")}
+    return {name: value for name, value in measured(found).items() if name not in ("draws", "low", "high")}
 
 
 def measured(found: Sequence[Predictions]) -> dict[str, Any]:
-    """Return the accuracies with their standard errors. For several draws, return the mean top-1 accuracy with its
-    standard error and 95 % confidence interval."""
+    """Return the accuracies, or the mAP, with their standard errors. For several draws, return the mean top-1 accuracy
+    with its standard error and 95 % confidence interval."""
     if len(found) == 1:
         return found[0].accuracies()
     correct_DN = np.stack([predictions.correct_N.numpy() for predictions in found])
@@ -113,11 +113,14 @@ def chosen_entries(found: Sequence[Predictions]) -> dict[str, Any]:
 
 
 def accuracy_difference(first: Sequence[Predictions], second: Sequence[Predictions]) -> Difference | None:
-    """Return the difference between two classifiers' mean accuracies over one or several trials, first minus second;
-    None if it cannot be estimated, because there is only one sample or the samples differ."""
+    """Return the difference between two classifiers' mean accuracies over one or several trials, or between their mAP,
+    first minus second; None if it cannot be estimated, for example because there is only one sample or the samples
+    differ."""
     keys = first[0].keys
     if len(keys) < 2 or second[0].keys != keys:
         return None
+    if isinstance(first[0], ListPredictions) and isinstance(second[0], ListPredictions):
+        return resampled_difference(first[0].resampled, second[0].resampled)
     first_N, second_N = (np.mean([each.correct_N.numpy() for each in trials], 0) for trials in (first, second))
     return difference(first_N, second_N, first[0].clusters_N)
 
@@ -160,3 +163,38 @@ def warning(metric: str, value: float, others: Mapping[str, float], name: str = 
     *first, last = others
     listed = f"{', '.join(first)} and {last}" if first else last
     return f"{name} is not significantly better than {listed}: {metric} {value:.1%}, {shown}"
+
+
+def against_chance(
+    name: str,
+    title: str,
+    model: Resampled,
+    chance: Resampled,
+    chance_name: str,
+    rule: str,
+    result: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the entries of result.json that compare a metric of a whole dataset with predictions that need no model:
+    "verdict" and, if the model is not significantly better than these and each baseline, or the errors cannot be
+    estimated, WARNINGS.
+
+    Args:
+        name: name of the metric in the result.
+        title: name of the metric for display.
+        model: the metric of the model.
+        chance: the metric of predictions that need no model.
+        chance_name: name of these predictions in the warning.
+        rule: description of these predictions in the verdict.
+        result: the model's result, which contains those of the baselines.
+    """
+    apart = resampled_difference(model, chance)
+    if apart is None:
+        return {
+            WARNINGS: [
+                f"the standard error of {title} cannot be estimated from these held-out samples; use more of them"
+            ]
+        }
+    others = ({} if apart.is_better else {chance_name: chance.value}) | not_better(result, name)
+    text = warning(title, model.value, others)
+    found = {"verdict": f"{title} {model.value:.1%}; difference from {rule} {apart.points()}"}
+    return found | ({WARNINGS: [text]} if text else {})

@@ -17,7 +17,7 @@ import numpy as np
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
-from m3ae_fast.evaluation import multilabel, segment
+from m3ae_fast.evaluation import segment
 from m3ae_fast.evaluation.baselines import (
     BASELINES,
     LARGEST,
@@ -30,10 +30,10 @@ from m3ae_fast.evaluation.baselines import (
 )
 from m3ae_fast.evaluation.ood import SCORES, VAL, auroc_and_fpr, bootstrap_areas
 from m3ae_fast.evaluation.probe_grid import Case, main_case
-from m3ae_fast.evaluation.resampling import Resampled
-from m3ae_fast.evaluation.significance import Difference, difference, middle, verdict
+from m3ae_fast.evaluation.significance import Difference, difference, middle, resampled_difference, verdict
+from m3ae_fast.heads.average_precision import resampled
 from m3ae_fast.heads.predictions import FILE, IMAGE_HASH, largest_share
-from m3ae_fast.heads.standard_error import image_clusters
+from m3ae_fast.heads.standard_error import Resampled, image_clusters
 
 Table = dict[str, list[Any]]
 _COLUMNS = ("key", "label", "prediction")
@@ -129,6 +129,7 @@ def _by_attack(result: Result) -> dict[str, Result]:
 
 def _compare_scores(one: Result, other: Result) -> Iterator[str]:
     """Yield a sentence about the mAP of the scores of two results on lists of labels."""
+    (one, _), (other, _) = _main_part(one), _main_part(other)
     other = one.matched(other, "key")
     truth_MC, others_MC = (np.array(each.table["truth"]) for each in (one, other))
     if not np.array_equal(truth_MC, others_MC):
@@ -136,9 +137,8 @@ def _compare_scores(one: Result, other: Result) -> Iterator[str]:
             f"{one.folder} and {other.folder}: the samples have different lists of labels; choose results with the "
             "same --labels and --train"
         )
-    scores = {name: np.array(each.table["scores"]) for name, each in (("one", one), ("other", other))}
-    found = multilabel.resampled(truth_MC, scores, 0, one.hashes)
-    yield _metrics_apart("mAP", (one, other), found["one"], found["other"])
+    found = [resampled(truth_MC, np.array(each.table["scores"]), one.hashes) for each in (one, other)]
+    yield _metrics_apart("mAP", (one, other), *found)
 
 
 def _compare_segmentations(one: Result, other: Result) -> Iterator[str]:
@@ -157,7 +157,7 @@ def _compare_segmentations(one: Result, other: Result) -> Iterator[str]:
 def _metrics_apart(metric: str, results: tuple[Result, Result], ours: Resampled, theirs: Resampled) -> str:
     """Return a sentence that states whether the values of a metric in two results differ significantly."""
     first, second = (str(each.folder) for each in results)
-    if apart := ours.minus(theirs):
+    if apart := resampled_difference(ours, theirs):
         return f"{metric}: {apart.words(first, second)}"
     same = verdict(first, second, 0.0, is_significant=False)
     return f"{metric}: {same}: no interval can be estimated; use more --val samples"
@@ -305,11 +305,8 @@ def _classified(result: Result, name: str = "") -> _Classified:
     are several layers, poolings or numbers of training samples, the main ones are used. `name`: name of the classifier;
     "": it is named by the folder and, if the table has several, by layer, pooling and number of training samples.
     Raises UserError unless the table has exactly one prediction for each sample and draw."""
-    folder, case = result.folder, ""
-    if result.table.keys() >= {*Case._fields}:
-        parts = {Case(*values): part for values, part in result.parts(*Case._fields).items()}
-        chosen = main_case([*parts])
-        result, case = parts[chosen], f" ({chosen.name(pools=True)})" if len(parts) > 1 else ""
+    folder = result.folder
+    result, case = _main_part(result)
     draws = [*result.parts("draw").values()] if "draw" in result.table else [result]
     keys = [each.table["key"] for each in draws if each.table.keys() >= {*_COLUMNS}]
     complete = keys and not any(None in result.table[column] for column in _COLUMNS)
@@ -322,6 +319,16 @@ def _classified(result: Result, name: str = "") -> _Classified:
     labels = dict(zip(keys[0], draws[0].table["label"]))
     right = dict(zip(keys[0], right_DN.mean(0).tolist()))
     return _Classified(name or f"{folder}{case}", labels, right, draws[0].hashes)
+
+
+def _main_part(result: Result) -> tuple[Result, str]:
+    """Return the rows of the main layer, pooling and number of training samples, and a description of these if there
+    are several."""
+    if not result.table.keys() >= {*Case._fields}:
+        return result, ""
+    parts = {Case(*values): part for values, part in result.parts(*Case._fields).items()}
+    chosen = main_case([*parts])
+    return parts[chosen], f" ({chosen.name(pools=True)})" if len(parts) > 1 else ""
 
 
 def _largest(labels: Iterable[Any]) -> Any:

@@ -25,10 +25,10 @@ from m3ae_fast.config import Pool, SourceConfig
 from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
 from m3ae_fast.data import Corpus, Layout, Preparation, ShardStore, Share, open_corpus, samples_of, train_loader
 from m3ae_fast.data.dataset import Transform
-from m3ae_fast.data.label_lists import are_lists
+from m3ae_fast.data.label_lists import are_lists, list_corpus
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
-from m3ae_fast.evaluation.tasks import Modality, Task, WithLabels
+from m3ae_fast.evaluation.tasks import Modality, Task, WithLabels, WithLists
 from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.logistic_regression import Tried
@@ -129,23 +129,27 @@ class Job(Generic[T_co]):
             )
         return train, val
 
-    @property
-    def has_lists(self: Job[WithLabels]) -> bool:
-        """Return whether the labels of the training samples are lists."""
-        return are_lists(self.corpora[0], self.options.labels)
-
     def open_labelled(self: Job[WithLabels]) -> tuple[Corpus, Corpus, Classes]:
-        """Return the training and held-out samples that have a class, and the classes by id. Sets `classes` and
-        `names`. Raises UserError as `open_corpus` and `label_corpus` do."""
+        """Return the training and held-out samples that have a class or, if the task supports them, lists of labels,
+        and the classes by id. Sets `classes` and `names`. Raises UserError as `open_corpus`, `label_corpus` and
+        `list_corpus` do."""
         field, progress = self.options.labels, self.ranks.is_main
+        has_lists = isinstance(self.options, WithLists) and are_lists(self.corpora[0], field)
         classes: Classes | None = None
         labelled = []
         for corpus in self.corpora:
-            found, classes = label_corpus(corpus, field, classes, progress=progress)
+            if has_lists:
+                found, classes, unknown = list_corpus(corpus, field, classes, progress=progress)
+                about = f"{found.samples:,} samples with lists of labels, {len(classes):,} classes"
+                if unknown:
+                    about += f"\nnote: {unknown:,} labels of --val have no training samples, and are left out"
+            else:
+                found, classes = label_corpus(corpus, field, classes, progress=progress)
+                about = f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes"
             labelled.append(found)
-            self.print(f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes")
+            self.print(about)
         assert classes is not None
-        self.classes, self.names = classes, class_names(labelled[0], classes)
+        self.classes, self.names = classes, [] if has_lists else class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 
     def warn_of_colours(self, corpus: Corpus, channels: int, name: str = "the model") -> None:

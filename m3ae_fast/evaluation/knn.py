@@ -6,13 +6,11 @@ Shapes: M held-out samples, K neighbours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
-from m3ae_fast.evaluation import multilabel
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.probe_grid import run_probes
 from m3ae_fast.evaluation.tasks import Knn
@@ -24,16 +22,12 @@ _SHOWN, _NEIGHBOURS = 8, 7  # number of queries in the figure, and of neighbours
 
 def run(job: Job[Knn]) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError as `run_probes` does."""
-    config = job.config.knn
-    if job.has_lists:
-        return multilabel.run(
-            job, partial(multilabel.neighbour_scores, k=config.fixed_k, temperature=config.temperature)
-        )
     entries, found, encoded = run_probes(job)
     if encoded and not job.options.is_grid:
         (bank,), (queries,) = encoded.train.values(), encoded.val.values()
-        shown, predicted_M = _shown(bank, queries), found.best_NK[:, 0]
-        job.pictures.append(lambda: _draw_neighbours(job, (bank, queries), shown, predicted_M))
+        if not bank.has_lists:
+            shown, predicted_M = _shown(bank, queries), found.best_NK[:, 0]
+            job.pictures.append(lambda: _draw_neighbours(job, (bank, queries), shown, predicted_M))
     return entries
 
 

@@ -26,12 +26,13 @@ from m3ae_fast.evaluation.baselines import (
 )
 from m3ae_fast.evaluation.image_features import FixedFeatures
 from m3ae_fast.evaluation.job import Encoded, Job, summary
+from m3ae_fast.evaluation.multilabel import list_metrics
 from m3ae_fast.evaluation.task_features import by_type, encode_by_each, possible_pools
 from m3ae_fast.evaluation.tasks import DRAWS, WithGrid
 from m3ae_fast.heads.attentive_online import passes, predict_online
 from m3ae_fast.heads.encoding import key_digest
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType, layers_of, missing_in_host_memory
-from m3ae_fast.heads.predictions import Predictions, stacked
+from m3ae_fast.heads.predictions import ListPredictions, Predictions, stacked
 from m3ae_fast.heads.probes import predict
 from m3ae_fast.heads.recipe import ATTENTIVE, Recipe
 from m3ae_fast.heads.standard_error import ERROR
@@ -82,13 +83,16 @@ def run_probes(job: Job[WithGrid]) -> Probed:
     samples of the main case. Baselines use k-NN if the task does, and otherwise logistic regression.
 
     Raises:
-        UserError: a layer does not exist, a class has too few samples, or the memory is too small; also as in
-            `Job.open_labelled` and `encode_types`.
+        UserError: a layer does not exist, a class has too few samples, the memory is too small, or an option does not
+            support lists of labels; also as in `Job.open_labelled` and `encode_types`.
     """
     options, task = job.options, job.options.name()
     types = _types(job)
     train, val, classes = job.open_labelled()
     streams = task == ATTENTIVE and not options.shots and trains_online(job, layers_of(types), [train, val])
+    if train.lists is not None and (options.shots or streams):
+        change = "leave out shots" if options.shots else "add --set attentive.online=false"
+        raise UserError(f"labels {options.labels}: lists support neither shots nor online training; {change}")
     if not streams:
         _print_plan(job, types, train)
     encoded = _encoded(job, types, (train, val), streams)
@@ -115,15 +119,18 @@ def run_probes(job: Job[WithGrid]) -> Probed:
     for name, other in encoded.items():
         found[name] = [each for _, _, each in _predictions(job, probe, other, main.shots, classes)]
     entries = accuracy_entries(found, "" if probe == task else LOGISTIC) | {"classes": len(classes)} | samples
-    entries[WARNINGS] = _warnings(made)
+    entries[WARNINGS], model = _warnings(made), found[MODEL][0]
+    if isinstance(model, ListPredictions):
+        more = list_metrics(model, classes, entries)
+        entries |= more | {WARNINGS: [*entries[WARNINGS], *more.get(WARNINGS, ())]}
     if options.is_grid:
         rows = _rows(made)
         entries |= {"draws": len(found[MODEL]), "results": rows}
         job.keep(stacked(((each, case._asdict() | {"draw": draw}) for case, draw, each in made), classes))
         job.pictures.append(lambda: _draw(job, rows))
     else:
-        job.keep(found[MODEL][0].columns(classes))
-    return Probed(entries, found[MODEL][0], own)
+        job.keep(model.columns(classes))
+    return Probed(entries, model, own)
 
 
 def _types(job: Job[WithGrid]) -> list[FeatureType]:
@@ -339,9 +346,10 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
 
 
 def _draw(job: Job, rows: Sequence[dict[str, Any]]) -> None:
-    """Plot the accuracy by layer, with a line for each pooling and number of shots; for a single layer, plot the
-    accuracy by number of shots."""
+    """Plot the accuracy, or the mAP, by layer, with a line for each pooling and number of shots; for a single layer,
+    plot the accuracy by number of shots."""
     layers, pools = ({row[name] for row in rows} for name in ("layer", "pool"))
+    metric = next(name for name in ("top1", "map") if name in rows[0])
     x, line = ("layer", "shots") if len(layers) > 1 else ("shots", "layer")
     if len({row[x] for row in rows}) == 1:
         return
@@ -349,6 +357,6 @@ def _draw(job: Job, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         name = f"layer {row[line]}" if line == "layer" else f"{row[line]} shots" if row[line] else "all samples"
         name = f"{row['pool'] or ATTENTION}, {name}" if len(pools) > 1 else name
-        points.setdefault(name, []).append((row[x], row["top1"], row[f"top1{ERROR}"]))
+        points.setdefault(name, []).append((row[x], row[metric], row.get(f"{metric}{ERROR}", 0.0)))
     titles = {"layer": ("depth.png", "layer"), "shots": ("shots.png", "number of training samples per class")}
-    draw_accuracies(job.out / titles[x][0], points, titles[x][1])
+    draw_accuracies(job.out / titles[x][0], points, titles[x][1], metric)

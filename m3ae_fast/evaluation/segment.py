@@ -30,17 +30,17 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.segmentation_masks import Masks, masked_corpus
 from m3ae_fast.drawing.figures import Cell, draw_sheet
 from m3ae_fast.engine.schedule import warmup_cosine
-from m3ae_fast.evaluation.baselines import LARGEST, MODEL
+from m3ae_fast.evaluation.baselines import LARGEST, MODEL, Baseline, against_chance, baseline_entries
 from m3ae_fast.evaluation.job import Job
-from m3ae_fast.evaluation.resampling import Resampled, bootstrap_weights, compared
-from m3ae_fast.evaluation.task_features import encode_with_baselines
+from m3ae_fast.evaluation.significance import resampled_difference
+from m3ae_fast.evaluation.task_features import encode_patches
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.fit_heads import HeadBatch, Stack, fit_heads, stored_steps
 from m3ae_fast.heads.modules import LinearHeads, LinearProbeHead
 from m3ae_fast.heads.nearest_neighbours import nearest
 from m3ae_fast.heads.predictions import IMAGE_HASH
 from m3ae_fast.heads.stacked_optimizers import AdamW
-from m3ae_fast.heads.standard_error import image_clusters
+from m3ae_fast.heads.standard_error import Resampled, bootstrap_weights, image_clusters
 from m3ae_fast.process.collectives import all_reduce
 from m3ae_fast.process.ranks import Ranks
 
@@ -158,7 +158,7 @@ def _open(job: Job, sources: Sequence[SourceConfig], name: str) -> tuple[Corpus,
 def _images(job: Job, opened: Mapping[str, tuple[Corpus, Masks]]) -> dict[str, tuple[Images, Images]]:
     """Return the training and the held-out images, encoded by the model and by each baseline, with the same masks."""
     (train, train_masks), (val, val_masks) = opened["train"], opened["val"]
-    encoded, size = encode_with_baselines(job, train, val, patches=True), job.model.config.image_size
+    encoded, size = encode_patches(job, train, val), job.model.config.image_size
     views = []
     for bank, masks in zip(encoded[MODEL], (train_masks, val_masks)):
         numbers = bank.labels[bank.own].tolist()  # the label of an image is the number of its mask
@@ -332,6 +332,13 @@ def measured(counts: Mapping[str, Counts], seed: int, hashes: Sequence[str] = ()
     model = counts[MODEL]
     found = resampled({**counts, LARGEST: model.largest()}, seed, hashes)
     chance = found.pop(LARGEST)
+    baselines = baseline_entries(
+        {
+            name: Baseline(each.entries("miou"), resampled_difference(found[MODEL], each))
+            for name, each in found.items()
+            if name != MODEL
+        }
+    )
     iou_C, truth_C, pixels = model.iou(), model.truth_MC.sum(0), int(model.truth_MC.sum())
     return {
         **found[MODEL].entries("miou"),
@@ -343,7 +350,10 @@ def measured(counts: Mapping[str, Counts], seed: int, hashes: Sequence[str] = ()
             for number in np.flatnonzero(~np.isnan(iou_C)).tolist()
         ],
         "classes": int((~np.isnan(iou_C)).sum()),
-        **compared("miou", "mIoU", found, chance, LARGEST, "always predicting the largest class"),
+        **baselines,
+        **against_chance(
+            "miou", "mIoU", found[MODEL], chance, LARGEST, "always predicting the largest class", baselines
+        ),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3ae_fast.heads.standard_error import error_of_accuracy
+from m3ae_fast.heads.standard_error import Resampled, error_of_accuracy
 
 _RESAMPLES = 10_000  # number of bootstrap samples
 _NORMAL = 1.959964  # half the length of a 95 % interval of a normal distribution, in standard deviations
@@ -105,6 +105,16 @@ def middle(values: np.ndarray) -> tuple[float, float]:
     """Return the ends of the interval that contains the middle 95 % of the values of bootstrap samples, [B]."""
     low, high = np.quantile(values, (LEVEL / 2, 1 - LEVEL / 2))
     return float(low), float(high)
+
+
+def resampled_difference(first: Resampled, second: Resampled) -> Difference | None:
+    """Return the difference between two metrics of the same samples; None if its interval cannot be estimated. The
+    interval is computed from bootstrap samples, whose bias is subtracted. For example, repeated samples raise an
+    average precision, so all values of bootstrap samples may be higher than the value of the original samples."""
+    if not (first.varies or second.varies):
+        return None
+    value, apart_B = first.value - second.value, first.values_B[1:] - second.values_B[1:]
+    return Difference(value, *middle(apart_B - apart_B.mean() + value))
 
 
 def difference(first_N: np.ndarray, second_N: np.ndarray, clusters_N: np.ndarray | None = None) -> Difference:

@@ -116,24 +116,22 @@ def _of_common_samples(found: Mapping[str, tuple[FeatureBank, ...]]) -> dict[str
     return {name: tuple(common(*each) for each in zip(banks, first)) for name, banks in found.items()}
 
 
-def encode_with_baselines(
-    job: Job, train: Corpus, val: Corpus, *, patches: bool = False
-) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-    """Return the features of the training and the held-out samples by the last block of the model and of each baseline,
-    with the pooling in the settings, or their patch tokens; the keys are MODEL and the names of the baselines."""
-    return _of_last_block(job, {MODEL: job.model, **job.open_baselines()}, "", train, val, patches=patches)
+def encode_patches(job: Job, train: Corpus, val: Corpus) -> dict[str, tuple[FeatureBank, FeatureBank]]:
+    """Return the patch tokens of the training and the held-out samples by the last block of the model and of each
+    baseline; the keys are MODEL and the names of the baselines."""
+    return _of_last_block(job, {MODEL: job.model, **job.open_baselines()}, None, "", (train, val))
 
 
 def encode_baselines(
     job: Job, train: Corpus, val: Corpus, stop: StopRequest
 ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-    """Return the features of `encode_with_baselines` by each baseline alone; empty if the task evaluates no baselines.
-    If a rank is asked to stop, the features are empty on all ranks, so that the task can still write the result of its
-    training."""
+    """Return the features of the training and the held-out samples by the last block of each baseline, with the pooling
+    in the settings; empty if the task evaluates no baselines. If a rank is asked to stop, the features are empty on all
+    ranks, so that the task can still write the result of its training."""
     if not (models := job.open_baselines()):
         return {}
     try:
-        return _of_last_block(job, models, "baselines: ", train, val, stop=stop)
+        return _of_last_block(job, models, job.encode_config.fixed_pool, "baselines: ", (train, val), stop)
     except Stopped:
         job.warn(f"the result is written without baselines: stopped ({stop.reason or BY_ANOTHER})")
         return {}
@@ -142,16 +140,13 @@ def encode_baselines(
 def _of_last_block(
     job: Job,
     models: Mapping[str, MultimodalEncoder],
+    pool: Pool | None,
     prefix: str,
-    train: Corpus,
-    val: Corpus,
-    *,
-    patches: bool = False,
+    corpora: tuple[Corpus, Corpus],
     stop: StopRequest | None = None,
 ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
     """Return the features of one type. `prefix`: prefix of the titles in the progress display."""
-    pool = None if patches else job.encode_config.fixed_pool
     last = {name: FeatureType(model.config.depth, pool) for name, model in models.items()}
-    corpora = {f"{prefix}encoding train": train, f"{prefix}encoding val": val}
-    found = encode_by_each(job, models, {name: [kind] for name, kind in last.items()}, corpora, stop=stop)
+    named = dict(zip((f"{prefix}encoding train", f"{prefix}encoding val"), corpora))
+    found = encode_by_each(job, models, {name: [kind] for name, kind in last.items()}, named, stop=stop)
     return {name: (banks[0].of(last[name]), banks[1].of(last[name])) for name, banks in found.items()}

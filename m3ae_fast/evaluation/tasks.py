@@ -249,14 +249,38 @@ class WithBaselines(OneModel):
         return self.baselines and modality == "image" and not is_baseline
 
 
-class WithGrid(OneModel, WithLabels):
+class WithLists(WithLabels):
+    """A task whose samples may have lists of labels.
+
+    The field given by `--labels` may contain a list of numbers or names for each sample, such as
+    `"tags": ["dog", "beach"]`. An empty list means that the sample has none of the classes. With `knn`, each neighbour
+    votes for all of its labels. `logistic` and `attentive` minimise a binary cross entropy for each class.
+
+    The pooling and the hyper-parameters are chosen as for single labels, but by the mean average precision in place of
+    the accuracy, and `logistic` uses the penalty with which this is highest. `logistic` writes no classifier, and
+    `--shots` cannot be used. `attentive` needs `attentive.online=false` if the patch tokens do not fit into memory.
+    These metrics are reported:
+
+    - `map`: mean average precision, averaged over the classes that occur in the held-out samples;
+    - `per_class`: number of samples and average precision of each class;
+    - `chance_map`: expected `map` of random scores: for each class, the fraction of samples that have it; averaged over
+      classes.
+
+    Labels that do not occur in the training samples are left out, with a note. The standard error of `map` and the
+    interval of its difference from `chance_map` are computed by a bootstrap over samples, corrected for its bias:
+    samples that are drawn repeatedly raise the average precision of rare labels. If the standard error and the interval
+    cannot be estimated, for example from one held-out sample, both are left out with a warning.
+    """
+
+
+class WithGrid(OneModel, WithLists):
     """A task that can train probes on the features of several layers and poolings, and on few samples.
 
     The options `--layers`, `--pools` and `--shots` can be combined. One pass over the images covers all layers,
     poolings and numbers of shots, and all heads are trained together. `results` in `result.json` has a row for each
-    combination of `layer`, `pool` and number of `shots`. The fields `top1` and `top5` outside `results` are the
-    accuracies for the last layer, the first pooling and the largest number of shots. A figure shows the accuracy by
-    layer or, for a single layer, by number of shots.
+    combination of `layer`, `pool` and number of `shots`. The metrics outside `results`, such as `top1`, are those for
+    the last layer, the first pooling and the largest number of shots. A figure shows the accuracy by layer or, for a
+    single layer, by number of shots.
 
     Features of earlier layers are those after the block, with the final LayerNorm applied. For each number of shots,
     the samples are drawn five times, and the mean accuracy is reported with its 95 % confidence interval.
@@ -290,25 +314,7 @@ class WithGrid(OneModel, WithLabels):
 
 
 class PooledProbe(WithGrid, WithBaselines, WithModality, WithTraining):
-    """A probe of pooled features, whose samples may have lists of labels.
-
-    The field given by `--labels` may contain a list of numbers or names for each sample, such as
-    `"tags": ["dog", "beach"]`. An empty list means that the sample has none of the classes. `logistic` then fits a
-    logistic regression for each class, with scikit-learn's default penalty, and writes no classifier. With `knn`, each
-    of the `knn.k` nearest training samples (20 by default) votes for all of its labels. The pooling is `encode.pool`,
-    by default the model's own, and the options of layers, poolings and few samples cannot be used. These metrics are
-    reported:
-
-    - `map`: mean average precision, averaged over the classes that occur in the held-out samples;
-    - `per_class`: number of samples and average precision of each class;
-    - `chance_map`: expected `map` of random scores: for each class, the fraction of samples that have it; averaged over
-      classes.
-
-    Labels that do not occur in the training samples are left out, with a note. The standard error of `map` and the
-    interval of its difference from `chance_map` are computed by a bootstrap over samples, corrected for its bias:
-    samples that are drawn repeatedly raise the average precision of rare labels. If the standard error and the interval
-    cannot be estimated, for example from one held-out sample, both are left out with a warning.
-    """
+    """A probe of pooled features."""
 
     TAKES_IMAGE_FEATURES = True
 

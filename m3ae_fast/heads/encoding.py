@@ -15,6 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -82,6 +83,7 @@ class Batches(NamedTuple):
     loader: DataLoader[PackedBatch]
     samples: int  # number of samples of all ranks, including unreadable ones
     max_bad_fraction: float  # maximum fraction of unreadable samples
+    lists: np.ndarray | None = None  # see `Corpus`
 
 
 def corpus_batches(
@@ -96,7 +98,7 @@ def corpus_batches(
     preparation = Preparation(model.geometry, UNMASKED, model.tokenizer, seed=0)
     share = Share(config.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     loader = eval_loader(data, corpus, preparation, share, pin_memory=pins_memory(ranks.device))
-    return Batches(loader, corpus.samples, data.max_bad_fraction)
+    return Batches(loader, corpus.samples, data.max_bad_fraction, corpus.lists)
 
 
 def encode_batches(
@@ -167,11 +169,14 @@ def encode_types(
     check_skipped([bad for one in each for bad in one.skipped], batches.samples, batches.max_bad_fraction)
     starts = list(accumulate((len(one.keys) for one in each), initial=0))
     own = [torch.arange(starts[batch], starts[batch + 1]) for batch in range(ranks.rank, len(each), ranks.world)]
+    labels_N = None if any(one.labels is None for one in each) else torch.cat([one.labels for one in each])
+    if batches.lists is not None:
+        labels_N = torch.from_numpy(batches.lists)[labels_N]
     banks = [
         FeatureBank(
             keys=[key for one in each for key in one.keys],
             stored_SD=pooled.tensor(),
-            labels_N=None if any(one.labels is None for one in each) else torch.cat([one.labels for one in each]),
+            labels_N=labels_N,
             patches_SLD=tokens.tensor() if has_tokens(own_types) and reduce is None else None,
             skipped=[bad for one in each for bad in one.skipped],
             grids=[grid for one in each for grid in one.grids],

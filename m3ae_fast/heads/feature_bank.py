@@ -95,7 +95,9 @@ class FeatureBank:
 
     keys: list[str]
     stored_SD: Tensor  # float32, or float16 for patch tokens; see `features_RD`
-    labels_N: Tensor | None  # int64 class ids, on the CPU; None for a dataset without labels
+    # on the CPU: int64 class ids or, for lists of labels, bool [N, C], whether a sample belongs to each class; None for
+    # a dataset without labels
+    labels_N: Tensor | None
     patches_SLD: Tensor | None = None  # float16
     skipped: list[Skipped] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)  # rows and columns of patches of the samples with an image
@@ -108,9 +110,14 @@ class FeatureBank:
 
     @property
     def labels(self) -> Tensor:
-        """Return the labels, int64 [N]; the dataset must have labels."""
+        """Return the labels, int64 [N] or bool [N, C]; the dataset must have labels."""
         assert self.labels_N is not None
         return self.labels_N
+
+    @property
+    def has_lists(self) -> bool:
+        """Return whether the samples have lists of labels."""
+        return self.labels.ndim == 2
 
     @property
     def own(self) -> Tensor:

@@ -36,7 +36,7 @@ class HeadBatch(NamedTuple):
     """This rank's part of a step."""
 
     inputs: Mapping[FeatureType, Tensor]  # features [S, D], or patch tokens [S, L, D]
-    targets: Tensor  # class ids [S], or the count of each class [S, K]
+    targets: Tensor  # one of the three kinds of `losses`
     samples: int  # number of samples of the step, over all ranks
 
 
@@ -74,7 +74,7 @@ class Stack:
 
         Args:
             x: features [S, D], or patch tokens [S, L, D].
-            targets: class ids [S], or the count of each class [S, K]; see `losses`.
+            targets: see `losses`.
             samples: number of samples of the step, over all ranks.
             lr: learning rate of the schedule.
         """
@@ -136,12 +136,18 @@ def logits(heads: Heads, bank: FeatureBank, number: int = 0) -> Tensor:
 
 @torch.no_grad()
 def judge(heads: Heads, bank: FeatureBank) -> list[tuple[float, float | None]]:
-    """Return the accuracy and the loss of each head on the samples of all ranks; (0, None) for a head that has
-    diverged. Every rank must call it."""
+    """Return the accuracy or, for lists of labels, the mAP of each head on the samples of all ranks, and its loss; (0,
+    None) for a head that has diverged. Every rank must call it."""
     totals_3H, labels_R = torch.zeros(3, len(heads.linear.bias), dtype=torch.float64), bank.labels[bank.own]
     for part, part_SHK in _logits(heads, bank):
         totals_3H += torch.stack(losses(part_SHK, labels_R[part].to(part_SHK.device))).double().sum(1).cpu()
-    return verdicts(totals_3H, len(bank.keys), bank.ranks)
+    judged = verdicts(totals_3H, len(bank.keys), bank.ranks)
+    if not bank.has_lists:
+        return judged
+    return [
+        (0.0, None) if loss is None else (bank.predictions(logits(heads, bank, number)).quality, loss)
+        for number, (_, loss) in enumerate(judged)
+    ]
 
 
 def verdicts(totals_3H: Tensor, samples: int, ranks: Ranks | None) -> list[tuple[float, float | None]]:
@@ -171,12 +177,18 @@ def losses(logits_SHK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
     Args:
         logits_SHK: the logits.
-        targets: class ids, int64 [S]; or the count of each class in a sample, float32 [S, K], such as the number of
-            pixels of a patch that belong to the class. The second result is then the count of the predicted class.
+        targets: one of three kinds. Class ids, int64 [S]. The count of each class in a sample, float32 [S, K], such as
+            the number of pixels of a patch that belong to the class; the second result is then the count of the
+            predicted class. Whether each sample belongs to each class, bool [S, K]; the first result is then the sum of
+            the binary cross entropies of the classes, and the prediction is correct if the sample belongs to it.
     """
     samples, heads, _ = logits_SHK.shape
     targets = targets[:, None].expand(samples, heads, *targets.shape[1:])
-    loss_SH = F.cross_entropy(logits_SHK.flatten(0, 1), targets.flatten(0, 1), reduction="none").view(samples, heads)
+    if targets.dtype == torch.bool:
+        loss_SH = F.binary_cross_entropy_with_logits(logits_SHK, targets.float(), reduction="none").sum(2)
+    else:
+        each = F.cross_entropy(logits_SHK.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+        loss_SH = each.view(samples, heads)
     best_SH, bad_SH = logits_SHK.argmax(2), ~logits_SHK.isfinite().all(2)
     right_SH = targets == best_SH if targets.ndim == 2 else targets.gather(2, best_SH[..., None])[..., 0]
     return loss_SH, right_SH.float(), bad_SH.float()

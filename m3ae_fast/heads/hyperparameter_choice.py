@@ -17,7 +17,7 @@ class Trial(NamedTuple):
     """A value of the hyper-parameter with its results on the held-out samples."""
 
     value: float
-    top1: float  # 0 if the training diverged
+    quality: float  # see `Predictions.quality`; 0 if the training diverged
     loss: float | None  # None if the training diverged
 
 
@@ -36,8 +36,8 @@ def split(bank: FeatureBank, most: int | None = None) -> tuple[list[int], list[i
 
 
 def best(tried: Sequence[Trial]) -> Trial:
-    """Return the value with the highest accuracy; in a tie, the one with the lowest loss."""
-    return max(tried, key=lambda each: (each.top1, -math.inf if each.loss is None else -each.loss))
+    """Return the value with the highest quality; in a tie, the one with the lowest loss."""
+    return max(tried, key=lambda each: (each.quality, -math.inf if each.loss is None else -each.loss))
 
 
 def within_error(tried: Sequence[Trial], held_out: int) -> list[Trial]:
@@ -48,8 +48,8 @@ def within_error(tried: Sequence[Trial], held_out: int) -> list[Trial]:
         tried: results of the values; not empty.
         held_out: number of held-out samples.
     """
-    top = best(tried).top1
-    return [each for each in tried if each.top1 >= top - standard_error(top, held_out)]
+    top = best(tried).quality
+    return [each for each in tried if each.quality >= top - standard_error(top, held_out)]
 
 
 def edge(tried: Sequence[Trial], peak_lr: float) -> list[str]:

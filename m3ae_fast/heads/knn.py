@@ -1,7 +1,7 @@
 """k-nearest-neighbour classification of frozen features.
 
 The voting scheme is that of Wu et al. (arXiv 1805.01978) and DINO: each of the k training samples with the highest
-cosine similarity s votes for its class with weight exp(s / temperature).
+cosine similarity s votes for its classes with weight exp(s / temperature).
 
 Shapes: N training samples, R samples to classify on this rank, K neighbours, C classes.
 """
@@ -24,10 +24,14 @@ _MOST_HELD_OUT = 10_000  # maximum number of held-out samples on which NUMBERS a
 
 def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, temperature: float) -> Tensor:
     """Return the votes of the k nearest training samples for each class, for this rank's queries: float32 [R, C], on
-    the CPU, in units of the vote of the nearest sample. Every rank must call it."""
+    the CPU, in units of the vote of the nearest sample or, for lists of labels, of all k votes. Every rank must call
+    it."""
     similarity_RK, number_RK = nearest(bank, queries, k)
     # Weights are relative to the weight of the nearest sample, which avoids overflow at low temperatures.
     weights_RK = ((similarity_RK.double() - similarity_RK[:, :1]) / temperature).exp()
+    if bank.has_lists:
+        shares_RK = weights_RK / weights_RK.sum(1, keepdim=True)
+        return sum(s_R[:, None] * bank.labels[number_R] for s_R, number_R in zip(shares_RK.T, number_RK.T)).float()
     votes_RC = weights_RK.new_zeros(len(weights_RK), classes).scatter_add(1, bank.labels[number_RK], weights_RK)
     return votes_RC.float()
 
@@ -35,7 +39,7 @@ def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, te
 def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig) -> Predictions:
     """Return the k-NN predictions of all queries, with neighbours from `bank`. Their `chosen` contains the number of
     neighbours, "k", and whether features were standardised, "standardised". If `config.k` is null, both are chosen by
-    the accuracy on a tenth of the samples of `bank`, with neighbours from the others; the number is one of NUMBERS. In
+    the quality on a tenth of the samples of `bank`, with neighbours from the others; the number is one of NUMBERS. In
     a tie, and if there are fewer than ten samples, features are not standardised, and the number is USUAL_K. Every rank
     must call it."""
     k, standardised = (config.k, False) if config.k else _chosen(bank, classes, config.temperature)
@@ -58,8 +62,7 @@ def _chosen(bank: FeatureBank, classes: int, temperature: float) -> tuple[int, b
     train, held_out = (bank.rows(numbers) for numbers in split(bank, _MOST_HELD_OUT))
     if not held_out.keys:
         return USUAL_K, False
-    top1 = {}
+    quality = {}
     for k, standardised in ((k, standardised) for standardised in (False, True) for k in NUMBERS):
-        found = _predictions(train, held_out, classes, k, standardised, temperature)
-        top1[k, standardised] = found.accuracies()["top1"]
-    return max(top1, key=lambda each: (top1[each], not each[1], each[0] == USUAL_K))
+        quality[k, standardised] = _predictions(train, held_out, classes, k, standardised, temperature).quality
+    return max(quality, key=lambda each: (quality[each], not each[1], each[0] == USUAL_K))

@@ -57,18 +57,19 @@ class Tried(NamedTuple):
     held_out: int  # number of held-out samples
     weight_HKP: Tensor | None  # None if there are no trials
 
-    def accuracy(self, ranks: Ranks | None) -> float:
-        """Return the highest accuracy; 0 without trials. Every rank must call it, and gets the same value."""
-        accuracy = best(self.trials).top1 if self.trials else 0.0
-        return ranks.from_main(accuracy) if ranks else accuracy
+    def quality(self, ranks: Ranks | None) -> float:
+        """Return the highest quality; 0 without trials. Every rank must call it, and gets the same value."""
+        quality = best(self.trials).quality if self.trials else 0.0
+        return ranks.from_main(quality) if ranks else quality
 
 
 def fit_chosen(
     bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None, tried: Tried | None = None
 ) -> tuple[LinearHeads, float]:
-    """Fit one classifier to labels. The penalty is the strongest one whose accuracy on a held-out tenth of the samples
-    is within one standard error of the highest; see `within_error`. If this tenth is smaller than _ENOUGH, the penalty
-    with the highest accuracy is used; in a tie, the one with the lowest loss. The inverse strength is USUAL if there
+    """Fit one classifier to labels, or one for each class to lists of labels. The penalty is the strongest one whose
+    accuracy on a held-out tenth of the samples is within one standard error of the highest; see `within_error`. If this
+    tenth is smaller than _ENOUGH, the penalty with the highest accuracy is used; in a tie, the one with the lowest
+    loss. For lists of labels, it is always the penalty with the highest mAP. The inverse strength is USUAL if there
     are fewer than ten samples, or if no held-out sample is classified correctly, for example because each class has one
     sample. Every rank must call it.
 
@@ -84,12 +85,13 @@ def fit_chosen(
     trials, held_out, tried_HKP = tried or try_strengths(bank, classes, heartbeats)
     strength, start_HKP = USUAL, None
     if tried_HKP is not None:
-        if best(trials).top1:
-            accurate = within_error(trials, held_out) if held_out >= _ENOUGH else [best(trials)]
+        if best(trials).quality:
+            is_error_known = held_out >= _ENOUGH and not bank.has_lists
+            accurate = within_error(trials, held_out) if is_error_known else [best(trials)]
             strength = min(each.value for each in accurate)
         strength = bank.ranks.from_main(strength) if bank.ranks else strength  # all ranks use the same value
         start_HKP = tried_HKP[[INVERSE_STRENGTHS.index(strength)]]
-    return _fit(bank, bank.labels, classes, [strength], heartbeats, start_HKP)[1], strength
+    return _fit(bank, classes, [strength], heartbeats, start_HKP)[1], strength
 
 
 def try_strengths(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> Tried:
@@ -98,7 +100,7 @@ def try_strengths(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None
     train, held_out = (bank.rows(numbers) for numbers in split(bank))
     if not held_out.keys:
         return Tried([], 0, None)
-    weight_HKP, heads = _fit(train, train.labels, classes, INVERSE_STRENGTHS, heartbeats)
+    weight_HKP, heads = _fit(train, classes, INVERSE_STRENGTHS, heartbeats)
     judged = zip(INVERSE_STRENGTHS, judge(heads, held_out))
     return Tried([Trial(each, *found) for each, found in judged], len(held_out.keys), weight_HKP)
 
@@ -114,47 +116,40 @@ def predict(
     classifier and, in `chosen`, its inverse strength, "inverse_strength". Every rank must call it."""
     heads, strength = fit_chosen(bank, classes, heartbeats, tried)
     found = held_out.predictions(logits(heads, held_out))
-    return replace(found, chosen={"inverse_strength": strength}, classifier=heads)
+    return replace(found, chosen={"inverse_strength": strength}, classifier=None if bank.has_lists else heads)
 
 
-def fit(bank: FeatureBank, targets: Tensor, classes: int, heartbeats: Heartbeats | None = None) -> LinearHeads:
-    """Return a classifier with the inverse strength USUAL, as a single head. Every rank must call it.
-
-    Args:
-        bank: the features.
-        targets: class ids, int64 [N], for a multinomial regression; or whether each sample belongs to each class, bool
-            [N, K], for one binary regression per class. The weights are 0 for a class to which all samples or no
-            samples belong.
-        classes: K, the number of classes.
-        heartbeats: heartbeats of this rank, which are marked in each iteration.
-    """
-    return _fit(bank, targets, classes, [USUAL], heartbeats)[1]
+def fit(bank: FeatureBank, targets: Tensor, classes: int) -> LinearHeads:
+    """Return a classifier with the inverse strength USUAL, as a single head. Every rank must call it. `targets`: labels
+    that replace those of the bank, of the same kinds; `classes`: number of classes."""
+    return _fit(replace(bank, labels_N=targets), classes, [USUAL])[1]
 
 
 def _fit(
     bank: FeatureBank,
-    targets: Tensor,
     classes: int,
     inverse_strengths: Sequence[float],
-    heartbeats: Heartbeats | None,
+    heartbeats: Heartbeats | None = None,
     start_HKP: Tensor | None = None,
 ) -> tuple[Tensor, LinearHeads]:
-    """Return the weights, float64, and a head for each strength. As in scikit-learn, the penalty that is added to the
-    mean loss is half the sum of the squared weights, divided by the inverse strength and by N. Biases are not
-    penalised. For two classes, scikit-learn has a single vector of weights, which is the difference of the two vectors
-    here. Its squared norm is twice the sum of their squared norms, so the penalty is doubled."""
-    features = Standardised(bank)
+    """Return the weights, float64, and a head for each strength: a multinomial regression or, for lists of labels, one
+    binary regression per class, whose weights are 0 for a class to which all or no samples belong. As in scikit-learn,
+    the penalty that is added to the mean loss is half the sum of the squared weights, divided by the inverse strength
+    and by N. Biases are not penalised. For two classes of a multinomial regression, scikit-learn has a single vector of
+    weights, which is the difference of the two vectors here. Its squared norm is twice the sum of their squared norms,
+    so the penalty is doubled."""
+    features, targets = Standardised(bank), bank.labels
     device, samples = features.device, len(bank.keys)
-    counts_K = (targets.sum(0) if targets.ndim == 2 else targets.bincount(minlength=classes)).double().to(device)
-    frequency_K = (counts_K + 0.5) / (samples + (1 if targets.ndim == 2 else classes / 2))
-    factor = 2 if targets.ndim == 1 and classes == 2 else 1
+    counts_K = (targets.sum(0) if bank.has_lists else targets.bincount(minlength=classes)).double().to(device)
+    frequency_K = (counts_K + 0.5) / (samples + (1 if bank.has_lists else classes / 2))
+    factor = 2 if not bank.has_lists and classes == 2 else 1
     penalty_H = factor / (samples * torch.tensor(inverse_strengths, dtype=torch.float64, device=device))
-    fixed_K = (counts_K == 0) | (counts_K == samples) if targets.ndim == 2 else torch.zeros_like(counts_K).bool()
+    fixed_K = (counts_K == 0) | (counts_K == samples) if bank.has_lists else torch.zeros_like(counts_K).bool()
     if start_HKP is None:
         start_HKP = torch.zeros(
             len(penalty_H), classes, bank.stored_SD.shape[-1] + 1, dtype=torch.float64, device=device
         )
-        start_HKP[..., -1] = frequency_K.logit() if targets.ndim == 2 else frequency_K.log()
+        start_HKP[..., -1] = frequency_K.logit() if bank.has_lists else frequency_K.log()
     weight_HKP = _minimise(
         _Objective(features, targets[bank.own], penalty_H, fixed_K),
         start_HKP,
@@ -162,7 +157,7 @@ def _fit(
         bank.ranks,
         heartbeats,
     )
-    if targets.ndim == 1:  # the softmax does not depend on the mean of the biases
+    if not bank.has_lists:  # the softmax does not depend on the mean of the biases
         weight_HKP[..., -1] -= weight_HKP[..., -1].mean(1, keepdim=True)
     heads = LinearHeads(bank.stored_SD.shape[-1], classes, [0] * len(penalty_H)).to(device).eval()
     heads.norm.mean.copy_(features.mean_D)

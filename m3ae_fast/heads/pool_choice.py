@@ -1,4 +1,4 @@
-"""Choice of an encoder's pooling by the accuracy of logistic regression on held-out training samples."""
+"""Choice of an encoder's pooling by logistic regression on held-out training samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MOST_SAMPLES = 5000  # number of training samples with which the candidates are 
 
 
 def best_type(bank: FeatureBank, classes: int, heartbeats: Heartbeats) -> tuple[FeatureType, Tried | None]:
-    """Return the type of pooled features with the highest accuracy on held-out samples, and the logistic regressions on
-    its features, or None in place of the regressions if they were fitted to only some of the samples. In a tie, or if
-    there are too few samples to hold some out, the first of the types is returned. Every rank must call it, and gets
-    the same type.
+    """Return the type of pooled features with the highest quality on held-out samples (the accuracy or, for lists of
+    labels, the mAP), and the logistic regressions on its features, or None in place of the regressions if they were
+    fitted to only some of the samples. In a tie, or if there are too few samples to hold some out, the first of the
+    types is returned. Every rank must call it, and gets the same type.
 
     Args:
         bank: features of the training samples, of all types that are compared; patch tokens are ignored.
@@ -26,6 +26,6 @@ def best_type(bank: FeatureBank, classes: int, heartbeats: Heartbeats) -> tuple[
         digests = [key_digest(key, "pool") for key in bank.keys]
         bank = bank.rows(sorted(sorted(range(len(digests)), key=digests.__getitem__)[:MOST_SAMPLES]))
     tried = {kind: try_strengths(bank.of(kind), classes, heartbeats) for kind in bank.types if not kind.is_tokens}
-    accuracies = {kind: found.accuracy(bank.ranks) for kind, found in tried.items()}
-    best = max(accuracies, key=accuracies.__getitem__)
+    quality = {kind: found.quality(bank.ranks) for kind, found in tried.items()}
+    best = max(quality, key=quality.__getitem__)
     return best, None if is_part else tried[best]

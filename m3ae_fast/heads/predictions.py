@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.labels import Classes
+from m3ae_fast.heads.average_precision import mean_average_precisions, resampled
 from m3ae_fast.heads.modules import LinearHeads
-from m3ae_fast.heads.standard_error import ERROR, error_of_accuracy, image_clusters
+from m3ae_fast.heads.standard_error import ERROR, Resampled, error_of_accuracy, image_clusters
 
 FILE = "predictions.parquet"
 IMAGE_HASH = "image_hash"  # column of the table; see `Sample.image_hash`
@@ -54,7 +56,7 @@ class Predictions:
     """Predictions of N samples, on the CPU, and how the classifier was found."""
 
     keys: list[str]
-    labels_N: Tensor  # int64 class ids
+    labels_N: Tensor  # as in `FeatureBank`
     best_NK: Tensor  # see `best_classes`
     scores_N: Tensor  # float32: scores of the best classes, from 0 to 1
     image_hashes: list[str] = field(default_factory=list)  # see `Sample.image_hash`; empty: they are unknown
@@ -72,10 +74,12 @@ class Predictions:
         votes: bool = False,
         image_hashes: Sequence[str] = (),
     ) -> Predictions:
-        """Return the predictions for floating-point class scores. By default, scores are logits, and their
-        softmax is stored. If `votes` is set, they are votes, and each class's fraction of the votes is stored. Raises
-        UserError as `best_classes` does."""
+        """Return the predictions for floating-point class scores, as ListPredictions for lists of labels. By default,
+        scores are logits, and their softmax is stored. If `votes` is set, they are votes, and each class's fraction of
+        the votes is stored. Raises UserError as `best_classes` does."""
         best_NK = best_classes(scores_NC)
+        if labels_N.ndim == 2:
+            return ListPredictions(list(keys), labels_N.cpu(), best_NK.cpu(), scores_NC.cpu(), list(image_hashes))
         shares_NC = scores_NC / scores_NC.sum(1, keepdim=True) if votes else scores_NC.float().softmax(1)
         scores_N = shares_NC.gather(1, best_NK[:, :1])[:, 0].float()
         return cls(list(keys), labels_N.cpu(), best_NK.cpu(), scores_N.cpu(), list(image_hashes))
@@ -85,7 +89,7 @@ class Predictions:
         """Return the concatenation of predictions."""
         tensors = [torch.cat([getattr(part, name) for part in parts]) for name in ("labels_N", "best_NK", "scores_N")]
         lists = [[*chain.from_iterable(getattr(part, name) for part in parts)] for name in ("keys", "image_hashes")]
-        return cls(lists[0], tensors[0], tensors[1], tensors[2], lists[1])
+        return type(parts[0])(lists[0], tensors[0], tensors[1], tensors[2], lists[1])
 
     @classmethod
     def read(cls, columns: Mapping[str, Sequence[Any]], classes: Classes) -> Predictions:
@@ -105,6 +109,11 @@ class Predictions:
         """Return the cluster of each sample, int64 [N]; see `image_clusters`."""
         return image_clusters(self.image_hashes or [""] * len(self.keys))
 
+    @property
+    def quality(self) -> float:
+        """Return the metric by which hyper-parameters are chosen: the accuracy or, for lists of labels, the mAP."""
+        return self.correct_N.double().mean().item()
+
     def accuracies(self) -> dict[str, float]:
         """Return the accuracies "top1" and, if there are more than 5 classes, "top5", from 0 to 1, with their standard
         errors, such as "top1_se"."""
@@ -120,6 +129,32 @@ class Predictions:
         columns = {name: [classes[number] for number in ids.tolist()] for name, ids in named.items()}
         images = {IMAGE_HASH: self.image_hashes} if self.image_hashes else {}
         return {"key": self.keys, **columns, "score": self.scores_N.tolist(), **images}
+
+
+@dataclass(frozen=True)
+class ListPredictions(Predictions):
+    """Predictions of samples with lists of labels. `scores_N` contains the scores of all classes, float32 [N, C]."""
+
+    @property
+    def quality(self) -> float:
+        return mean_average_precisions(self.labels_N.numpy(), self.scores_N.numpy()).item()
+
+    @cached_property
+    def resampled(self) -> Resampled:
+        """Return the mAP for the samples and for bootstrap samples."""
+        return resampled(self.labels_N.numpy(), self.scores_N.numpy(), self.image_hashes)
+
+    def accuracies(self) -> dict[str, float]:
+        """Return the mAP, "map", and its standard error, "map_se", if this can be estimated."""
+        return self.resampled.entries("map")
+
+    def columns(self, classes: Classes) -> dict[str, list[Any]]:
+        """Return the columns of the table: keys, the labels of each sample and, in the order of `classes`, whether it
+        belongs to the class, and its score."""
+        labels = [[str(classes[number]) for number in row_C.nonzero()[:, 0]] for row_C in self.labels_N]
+        images = {IMAGE_HASH: self.image_hashes} if self.image_hashes else {}
+        each = {"truth": [*self.labels_N.numpy()], "scores": [*self.scores_N.numpy()]}
+        return {"key": self.keys, "labels": labels, **each, **images}
 
 
 def stacked(parts: Iterable[tuple[Predictions, Mapping[str, Any]]], classes: Classes) -> dict[str, list[Any]]:

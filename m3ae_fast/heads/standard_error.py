@@ -1,22 +1,25 @@
-"""Standard errors of accuracies.
+"""Standard errors of accuracies and, by the bootstrap, of metrics of a whole dataset, such as mAP or mIoU.
 
 Samples with the same image form a cluster, because a model gives copies of an image the same features. The standard
 errors are the cluster-robust ones of a mean (Liang and Zeger 1986, "Longitudinal data analysis using generalized linear
 models"; for evaluations: Miller 2024, arXiv 2411.00640). If no image occurs twice, these are the usual formulas for
 independent samples.
 
-Shapes: N samples, C clusters.
+Shapes: N samples, C clusters, B weightings of the samples. In the first weighting, all weights are 1; each of the
+others is a bootstrap sample.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-ERROR = "_se"  # suffix of an accuracy's name that denotes its standard error
+ERROR = "_se"  # suffix of a metric's name that denotes its standard error
+_SAME = 1e-12  # largest difference between values that differ only by rounding
 
 
 def image_clusters(hashes: Sequence[str]) -> np.ndarray:
@@ -54,3 +57,35 @@ def standard_error(accuracy: float, samples: float) -> float:
     is used in its place, so that the standard error is not 0."""
     likely = accuracy if 0 < accuracy < 1 else (accuracy * samples + 1) / (samples + 2)
     return math.sqrt(likely * (1 - likely) / samples)
+
+
+def bootstrap_weights(clusters_N: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Return the weights of the samples, int64 [1 + resamples, N]: 1 in the first row, for the original samples, and
+    the weights of a bootstrap sample of their clusters in each further row. `clusters_N`: see `image_clusters`."""
+    clusters = int(clusters_N.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    return np.concatenate((np.ones((1, len(clusters_N)), np.int64), drawn[:, clusters_N]))
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A metric for each weighting of the same samples."""
+
+    values_B: np.ndarray  # float64
+
+    @property
+    def value(self) -> float:
+        """Return the metric of the original samples."""
+        return float(self.values_B[0])
+
+    @property
+    def varies(self) -> bool:
+        """Return whether the metric differs between bootstrap samples. If it does not, for example because there is
+        only one sample, its standard error cannot be estimated."""
+        return len(self.values_B) > 2 and bool(np.ptp(self.values_B[1:]) > _SAME)
+
+    def entries(self, name: str) -> dict[str, float]:
+        """Return the metric and, if it can be estimated, its standard error as entries of result.json. `name`: name of
+        the metric."""
+        error = {f"{name}{ERROR}": float(self.values_B[1:].std(ddof=1))} if self.varies else {}
+        return {name: self.value} | error

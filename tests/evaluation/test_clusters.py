@@ -8,10 +8,9 @@ import torch
 
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.evaluation.ood import auroc_interval
-from m3ae_fast.evaluation.resampling import bootstrap_weights
 from m3ae_fast.evaluation.significance import difference, mcnemar, mean_accuracy
 from m3ae_fast.heads.predictions import Predictions
-from m3ae_fast.heads.standard_error import effective_samples, error_of_accuracy, image_clusters
+from m3ae_fast.heads.standard_error import bootstrap_weights, effective_samples, error_of_accuracy, image_clusters
 from tests.helpers.labelled import labelled_members
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import write_tar

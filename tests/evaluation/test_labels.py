@@ -119,7 +119,10 @@ def test_the_error_for_a_missing_label_field_lists_the_existing_fields(opened):
     [
         (b"{", "not valid JSON"),
         (b'{"label": {}}', "must be an integer or text"),
-        (b'{"label": [1]}', "json.label is a list; lists of labels are supported only by evaluate knn and logistic"),
+        (
+            b'{"label": [1]}',
+            "json.label is a list; lists of labels are supported only by evaluate knn, logistic and attentive",
+        ),
         (
             b'{"label": 9223372036854775808}',
             "json.label is 9223372036854775808, which does not fit into a 64-bit integer",

@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,18 +12,22 @@ from sklearn.metrics import average_precision_score
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet
-from m3ae_fast.config import SourceConfig
+from m3ae_fast.config import KnnConfig, SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.label_lists import list_corpus
-from m3ae_fast.evaluation.baselines import MODEL
+from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
 from m3ae_fast.evaluation.difference import compare_results
-from m3ae_fast.evaluation.multilabel import average_precisions, measured, neighbour_scores, resampled
+from m3ae_fast.evaluation.multilabel import list_metrics
 from m3ae_fast.evaluation.significance import Difference
-from m3ae_fast.heads.feature_bank import FeatureBank
-from m3ae_fast.heads.fit_heads import logits
-from m3ae_fast.heads.logistic_regression import fit
+from m3ae_fast.heads.average_precision import average_precisions, mean_average_precisions, resampled
+from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
+from m3ae_fast.heads.fit_heads import judge, logits, losses
+from m3ae_fast.heads.knn import knn_predictions, knn_scores
+from m3ae_fast.heads.logistic_regression import fit, fit_chosen
+from m3ae_fast.heads.modules import LinearHeads
+from m3ae_fast.heads.pool_choice import best_type
+from m3ae_fast.heads.predictions import Predictions
 from tests.evaluation.conftest import same_as_baseline, settings
-from tests.helpers import task_cases
 from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.shards import write_tar
 
@@ -43,6 +49,17 @@ def tags_of(numbers):
     return {number: lists[number % 3] for number in numbers}
 
 
+def measured(truth, scores):
+    """Return the entries of result.json for these scores of samples, by name of the model."""
+    keys = [*map(str, range(len(truth)))]
+    found = {
+        name: [Predictions.of(keys, torch.from_numpy(truth), torch.from_numpy(each).float())]
+        for name, each in scores.items()
+    }
+    entries = accuracy_entries(found)
+    return entries | list_metrics(found[MODEL][0], [f"class {c}" for c in range(truth.shape[1])], entries)
+
+
 def corpus_of(tmp_path, tags):
     return open_corpus([SourceConfig(shards=[tagged_tar(tmp_path / "a.tar", tags)])], ShardStore(tmp_path))
 
@@ -57,7 +74,7 @@ def test_labels_determined_by_the_colour_are_predicted(transfer, tmp_path, task,
     assert [row["class"] for row in result["per_class"]] == ["blue", "cold", "green"]
     assert (result["train_samples"], result["val_samples"], result["skipped"]) == (45, 19, 0)
     output = capsys.readouterr().out
-    assert "note: 1 labels that occur in --val have no training samples, and are left out" in output
+    assert "note: 1 labels of --val have no training samples, and are left out" in output
     assert f"{task}: {result['verdict']}\n" in output and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in output
     table = read_parquet(tmp_path / "out/predictions.parquet")
     assert table["labels"][0] == ["blue", "cold"] and table["labels"][2] == []
@@ -65,12 +82,42 @@ def test_labels_determined_by_the_colour_are_predicted(transfer, tmp_path, task,
     assert result["per_class"][2]["average_precision"] == pytest.approx(average_precision_score(truth, scores))
 
 
+@pytest.fixture
+def tagged(tmp_path):
+    """Return options of tasks whose samples have lists of labels."""
+    train, val = tags_of(range(45)), tags_of(range(90, 108))
+    return {"train": tagged_tar(tmp_path / "train.tar", train), "val": tagged_tar(tmp_path / "val.tar", val)}
+
+
 @pytest.mark.slow
-def test_grids_of_probes_of_lists_of_labels_are_refused(transfer, tmp_path):
-    task_cases.write_data(tmp_path)
-    given = {"train": str(tmp_path / "train.tar"), "val": str(tmp_path / "val.tar")}
-    with pytest.raises(UserError, match=r"labels json\.tags: are lists, for which layers, pools and shots are not"):
-        transfer("knn", "--labels", "json.tags", "--layers", "1", **given)
+def test_lists_of_labels_have_grids_of_probes(transfer, tmp_path, tagged):
+    tagged["val"] = tagged_tar(tmp_path / "wrong.tar", tags_of(range(90, 108)) | {200: ["green"], 201: ["blue"]})
+    result = transfer("knn", "--labels", "json.tags", "--layers", "all", "--pools", "mean,cls", **tagged)
+    rows = [(row["layer"], row["pool"]) for row in result["results"]]
+    assert rows == [(1, "mean"), (1, "cls"), (2, "mean"), (2, "cls")] and (tmp_path / "out/depth.png").exists()
+    assert result["results"][2].items() >= {name: result[name] for name in ("map", "map_se", "k")}.items()
+    alone = transfer("knn", "--labels", "json.tags", *settings("encode.pool=mean"), out="alone", **tagged)
+    assert alone.items() >= {name: result[name] for name in ("map", "map_se", "k", "verdict", "per_class")}.items()
+    assert "mAP: " in compare_results([tmp_path / "out", tmp_path / "alone"])
+
+
+@pytest.mark.slow
+def test_attentive_probes_learn_lists_of_labels(transfer, tagged):
+    short = settings("attentive.steps=60", "attentive.batch=16")
+    result = transfer("attentive", "--labels", "json.tags", *short, **tagged)
+    assert result["map"] > 0.9 > 0.6 > result["chance_map"] and result["peak_lr"]
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("knn", ["--shots", "2"], "leave out shots"),
+        ("attentive", settings("attentive.online=true"), "add --set attentive.online=false"),
+    ],
+)
+def test_options_that_lists_of_labels_do_not_support_are_refused(transfer, tagged, task, options, message):
+    with pytest.raises(UserError, match=rf"json\.tags: lists support neither shots nor online training; {message}"):
+        transfer(task, "--labels", "json.tags", *options, **tagged)
 
 
 def test_two_results_on_lists_of_labels_are_compared_as_a_model_and_its_baseline(transfer, tmp_path):
@@ -92,8 +139,8 @@ def test_copies_of_an_image_are_drawn_together():
     scores = truth + random.normal(size=(50, 2))
     one, copied = ([np.repeat(each, times, 0) for each in (truth, scores)] for times in (1, 4))
     hashes = [str(number) for number in range(50) for _ in range(4)]
-    apart, together = (resampled(copied[0], {"a": copied[1]}, 0, own)["a"].values_B[1:].std() for own in ((), hashes))
-    alone = resampled(one[0], {"a": one[1]}, 0)["a"].values_B[1:].std()
+    apart, together = (resampled(*copied, own).values_B[1:].std() for own in ((), hashes))
+    alone = resampled(*one).values_B[1:].std()
     assert together == pytest.approx(alone) and apart < 0.7 * alone
 
 
@@ -111,12 +158,12 @@ def test_average_precisions_equal_those_of_scikit_learn():
 def test_scores_at_chance_level_have_a_warning():
     random = np.random.default_rng(0)
     truth = random.random((300, 4)) < (0.5, 0.2, 0.1, 0.0)
-    result = measured(truth, {MODEL: random.normal(size=(300, 4))}, np.ones(4, bool), [*"abcd"], 0)
+    result = measured(truth, {MODEL: random.normal(size=(300, 4))})
     assert result["chance_map"] == pytest.approx(truth[:, :3].mean()) and result["classes"] == 3
     assert result["warnings"][0].startswith("the model is not significantly better than chance: mAP")
-    assert "warnings" not in measured(truth, {MODEL: truth + 0.0}, np.ones(4, bool), [*"abcd"], 0)
+    assert "warnings" not in measured(truth, {MODEL: truth + 0.0})
     with pytest.raises(UserError, match="no readable sample has a label that also occurs"):
-        measured(truth, {MODEL: truth + 0.0}, np.array([False] * 3 + [True]), [*"abcd"], 0)
+        measured(truth[:, 3:], {MODEL: truth[:, 3:] + 0.0})
 
 
 def test_the_confidence_interval_contains_the_estimate_for_rare_labels():
@@ -124,7 +171,7 @@ def test_the_confidence_interval_contains_the_estimate_for_rare_labels():
     random = np.random.default_rng(0)
     truth = random.random((80, 200)) < 0.015
     scores = {MODEL: truth + random.normal(size=(80, 200))}
-    result = measured(truth, scores, np.ones(200, bool), [*map(str, range(200))], 0)
+    result = measured(truth, scores)
     low, high = (float(end) for end in re.search(r"interval (\S+) to (\S+)", result["verdict"]).groups())
     assert low < 100 * (result["map"] - result["chance_map"]) < high
 
@@ -133,7 +180,7 @@ def test_bootstrap_samples_that_lack_a_class_are_ignored_for_that_class():
     """With few samples, a bootstrap sample may contain no class. It then has neither an average precision nor a chance
     level."""
     truth = np.array([[True, False], [False, True], [False, False]])
-    result = measured(truth, {MODEL: np.zeros((3, 2))}, np.ones(2, bool), ["a", "b"], 0)
+    result = measured(truth, {MODEL: np.zeros((3, 2))})
     assert result["map"] == result["chance_map"] == pytest.approx(1 / 3)
     assert 0 < result["map_se"] < 1 and "interval +0.0 to +0.0" in result["verdict"] and "warnings" in result
 
@@ -142,9 +189,8 @@ def test_a_model_and_its_baseline_are_compared_on_the_same_bootstrap_samples():
     random = np.random.default_rng(0)
     truth = random.random((200, 2)) < 0.4
     good, poor = (truth + scale * random.normal(size=(200, 2)) for scale in (0.5, 1.5))
-    known, names = np.ones(2, bool), ["a", "b"]
-    result = measured(truth, {MODEL: good, "poor": poor, "same": good}, known, names, 0)
-    found, alone = result["baselines"], measured(truth, {MODEL: poor}, known, names, 0)
+    result = measured(truth, {MODEL: good, "poor": poor, "same": good})
+    found, alone = result["baselines"], measured(truth, {MODEL: poor})
     assert found["poor"].items() >= {name: alone[name] for name in ("map", "map_se")}.items()
     apart = Difference.read(found["poor"]["difference"])
     assert apart.value == pytest.approx(result["map"] - alone["map"]) and apart.is_better and apart.low < apart.value
@@ -154,7 +200,7 @@ def test_a_model_and_its_baseline_are_compared_on_the_same_bootstrap_samples():
 
 def test_the_standard_error_of_a_single_sample_is_undefined():
     truth = np.array([[True, False]])
-    result = measured(truth, {MODEL: np.array([[1.0, 0.0]])}, np.ones(2, bool), ["a", "b"], 0)
+    result = measured(truth, {MODEL: np.array([[1.0, 0.0]])})
     assert result["map"] == 1.0 and not {"map_se", "verdict"} & result.keys()
     assert re.search("mAP cannot be estimated .*use more", result["warnings"][0])
 
@@ -163,22 +209,62 @@ def test_k_nn_votes_and_logistic_regression_are_computed_per_class():
     generator = torch.Generator().manual_seed(0)
     train, queries = torch.randn(80, 5, generator=generator), torch.randn(9, 5, generator=generator)
     truth = torch.stack((train[:, 0] > 0, train[:, 1] > 0.5, torch.ones(80) > 0, torch.zeros(80) > 0), 1)
-    bank, asked = FeatureBank([*map(str, range(80))], train, None), FeatureBank([*"abcdefghi"], queries, None)
-    votes = neighbour_scores(bank, asked, truth, 80, 1e6)  # all votes have equal weight
+    bank, asked = FeatureBank([*map(str, range(80))], train, truth), FeatureBank([*"abcdefghi"], queries, None)
+    votes = knn_scores(bank, asked, 4, 80, 1e6)  # all votes have equal weight
     torch.testing.assert_close(votes, truth.float().mean(0).expand(9, 4))
     scores = logits(fit(bank, truth, 4), asked)
     assert (scores[:, :2].sign() == (queries[:, :2] - torch.tensor([0, 0.5])).sign()).float().mean() > 0.85
     assert len(scores[:, 2].unique()) == len(scores[:, 3].unique()) == 1
 
 
+def _tagged_bank(signal, samples=300, width=20):
+    """Return a bank with lists of two labels. The features have this strength of signal."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(samples, width, generator=generator)
+    truth = torch.rand(samples, 2, generator=generator) < torch.tensor([0.5, 0.2])
+    features[:, :2] += signal * truth
+    return FeatureBank([f"a.tar/{i:04}" for i in range(samples)], features, truth)
+
+
+def test_heads_are_judged_by_the_map_of_their_scores_and_the_binary_cross_entropy():
+    bank, heads = _tagged_bank(1.0), LinearHeads(20, 2, [0, 1, 2]).eval()
+    heads.linear.weight.data[:, :, 2] = torch.tensor([0.0, 0.0, torch.inf])[:, None]
+    (first, loss), _, diverged = judge(heads, bank)
+    scores = logits(heads, bank)
+    assert first == pytest.approx(average_precision_score(bank.labels.numpy(), scores.numpy()))
+    each = torch.nn.functional.binary_cross_entropy_with_logits(scores, bank.labels.float(), reduction="sum") / 300
+    assert loss == pytest.approx(each.item()) and diverged == (0.0, None)
+    right = losses(scores[:, None], bank.labels)[1][:, 0]
+    assert torch.equal(right, bank.labels[torch.arange(300), scores.argmax(1)].float())
+
+
+def test_pooling_penalty_and_number_of_neighbours_are_chosen_by_the_map():
+    """The features of the second pooling have the stronger signal. Features are noisy, so that a strong penalty and
+    many neighbours have the highest mAP."""
+    weak, strong = _tagged_bank(0.5, width=100), _tagged_bank(1.5, width=100)
+    types = [FeatureType(1, "mean"), FeatureType(1, "cls")]
+    both = replace(strong, stored_SD=torch.stack((weak.stored_SD, strong.stored_SD), 1), types=types)
+    assert best_type(both, 2, SimpleNamespace(mark=lambda what: None))[0] == types[1]
+    train, queries = strong.rows(range(200)), strong.rows(range(200, 300))
+    assert fit_chosen(train, 2)[1] <= 1e-2
+    found = knn_predictions(train, queries, 2, KnnConfig())
+    assert found.chosen["k"] == 20
+    expected = average_precision_score(queries.labels.numpy(), found.scores_N.numpy())
+    assert found.quality == pytest.approx(expected) == pytest.approx(found.accuracies()["map"])
+
+
+def test_the_map_of_samples_without_labels_is_zero():
+    assert mean_average_precisions(np.zeros((3, 2), bool), np.ones((3, 2))).tolist() == [0.0]
+
+
 def test_label_lists_become_class_ids(tmp_path):
-    found = list_corpus(corpus_of(tmp_path, {0: [3, 1, 1], 1: [], 2: [1, 3], 3: [1]}), "json.tags")
-    assert found.classes == [1, 3] and found.corpus.sources[0].labels.tolist() == [0, 1, 0, 2]
-    assert found.classes_LC.tolist() == [[True, True], [False, False], [True, False]]
-    other = list_corpus(found.corpus, "json.tags", [1, 2])
-    assert other.unknown == 1 and other.classes_LC.tolist() == [[True, False], [False, False], [True, False]]
+    corpus, classes, _ = list_corpus(corpus_of(tmp_path, {0: [3, 1, 1], 1: [], 2: [1, 3], 3: [1]}), "json.tags")
+    assert classes == [1, 3] and corpus.sources[0].labels.tolist() == [0, 1, 0, 2]
+    assert corpus.lists.tolist() == [[True, True], [False, False], [True, False]]
+    other, _, unknown = list_corpus(corpus, "json.tags", [1, 2])
+    assert unknown == 1 and other.lists.tolist() == [[True, False], [False, False], [True, False]]
     with pytest.raises(UserError, match=r"no list .* contains a label that occurs in the training samples"):
-        list_corpus(found.corpus, "json.tags", [2])
+        list_corpus(corpus, "json.tags", [2])
 
 
 @pytest.mark.parametrize(

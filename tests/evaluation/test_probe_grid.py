@@ -317,7 +317,7 @@ def test_an_online_probe_has_the_rate_with_the_best_results_on_the_held_out_tent
         labels = torch.tensor(held_out) % 3
         for number, tried in enumerate(one.tried):
             assert tried.value == ATTENTIVE_RATES[number]
-            assert tried.top1 == pytest.approx((tenth[:, number].argmax(1) == labels).double().mean().item())
+            assert tried.quality == pytest.approx((tenth[:, number].argmax(1) == labels).double().mean().item())
             assert tried.loss == pytest.approx(cross_entropy(tenth[:, number], labels).item(), rel=1e-2)
         assert one.number == one.tried.index(best(one.tried)) and result["results"][place]["peak_lr"] == one.peak_lr
         top1 = (val[:, one.number].argmax(1) == torch.arange(100, 118) % 3).double().mean().item()
@@ -376,8 +376,8 @@ def test_accuracies_are_plotted_by_depth_or_for_one_layer_by_shots(tmp_path, mon
         for of in shots
     ]
     probe_grid._draw(SimpleNamespace(out=tmp_path), rows)
-    assert [(path.name, points) for path, points, _ in drawn] == ([(file, lines)] if file else [])
+    assert [(path.name, points) for path, points, *_ in drawn] == ([(file, lines)] if file else [])
     drawn.clear()
     probe_grid._draw(SimpleNamespace(out=tmp_path), [*rows, *(row | {"pool": "cls"} for row in rows)])
     each = {f"{pool}, {name}": points for pool in ("mean", "cls") for name, points in (lines or {}).items()}
-    assert [points for _, points, _ in drawn] == ([each] if file else [])
+    assert [points for _, points, *_ in drawn] == ([each] if file else [])

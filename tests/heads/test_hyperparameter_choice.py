@@ -73,7 +73,7 @@ def test_each_learning_rate_is_tried_in_an_independent_training():
         assert _tried(_bank(9), _recipe(9, **given), ranks) == []
     assert tried == again and heartbeats.marks == 300
     assert [each.value for each in tried] == [*ATTENTIVE_RATES]
-    assert best(tried).top1 >= 0.8 and len({each.loss for each in tried}) == len(ATTENTIVE_RATES)
+    assert best(tried).quality >= 0.8 and len({each.loss for each in tried}) == len(ATTENTIVE_RATES)
 
 
 def test_a_trial_has_the_result_of_training_with_its_learning_rate():
@@ -88,7 +88,7 @@ def test_a_trial_has_the_result_of_training_with_its_learning_rate():
             found_MK = logits(trained.heads, held_out)
             found = torch.nn.functional.cross_entropy(found_MK, held_out.labels_N).item()
             assert each.loss == pytest.approx(found, rel=1e-5), each
-            assert each.top1 == pytest.approx((found_MK.argmax(1) == held_out.labels_N).double().mean().item())
+            assert each.quality == pytest.approx((found_MK.argmax(1) == held_out.labels_N).double().mean().item())
             with torch.no_grad():
                 torch.testing.assert_close(trained.heads.head(0)(held_out.features_RD), found_MK)
 
@@ -97,8 +97,8 @@ def test_heads_are_judged_on_all_samples_of_a_large_bank():
     """Samples are classified in parts."""
     bank, heads = _bank(600), LinearHeads(8, 3, [0, 1, 2]).eval()
     expected = [heads.linear(bank.features_RD / (1 + 1e-5) ** 0.5)[:, number] for number in range(3)]
-    for (top1, loss), logits_NK in zip(judge(heads, bank), expected):
-        assert top1 == pytest.approx((logits_NK.argmax(1) == bank.labels).double().mean().item())
+    for (quality, loss), logits_NK in zip(judge(heads, bank), expected):
+        assert quality == pytest.approx((logits_NK.argmax(1) == bank.labels).double().mean().item())
         assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits_NK, bank.labels).item(), rel=1e-5)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.evaluation.ood import Scores
 from m3ae_fast.evaluation.segment import Images, Neighbours, fit
-from m3ae_fast.heads import logistic_regression
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import logits
 from m3ae_fast.heads.knn import knn_scores
@@ -69,7 +68,7 @@ def regressions(bank: FeatureBank, queries: FeatureBank) -> dict[str, Tensor]:
     heads = {
         "chosen": fit_chosen(bank, CLASSES)[0],
         "one class": fit_chosen(replace(bank, labels_N=0 * bank.labels), 1)[0],
-        "lists": logistic_regression.fit(bank, lists_NC, 3),
+        "lists": fit_chosen(replace(bank, labels_N=lists_NC), 3)[0],
     }
     return {name: queries.complete(logits(head, queries)) for name, head in heads.items()}
 

@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "attentive": ("attentive", {"pools": "all", "overrides": _SHORT}),
     "logistic-lists": ("logistic", {"labels": "json.tags"}),
     "knn-lists": ("knn", {"labels": "json.tags"}),
+    "attentive-lists": ("attentive", {"labels": "json.tags", "overrides": _SHORT[:3]}),
     "segment": ("segment", {"overrides": ["segment.steps=9", "segment.batch=5", "segment.peak_lr=0.01"]}),
     "segment-knn": ("segment", {"overrides": ["segment.head=knn", "segment.bank_patches=200"]}),
     "finetune": (
