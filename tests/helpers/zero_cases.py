@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases CASES FILE
 
-CASES: matrix, unclipped, configs, uneven, muon, hog or features, with a teacher in the folder "teacher" next to FILE.
+CASES: matrix, unclipped, configs, uneven, muon, hog or features, with the teachers of TEACHERS next to FILE.
 Writes one line of JSON per case to FILE: its name, and (loss, gradient norm) of every step.
 """
 
@@ -38,6 +38,7 @@ TINY = {
 }  # fmt: skip
 SMALL_BUCKET = {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000}  # the model has about 70,000 weights
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
+TEACHERS = "teacher", "timm:test_vit=vit.safetensors", "timm:test_resnet=cnn.safetensors"
 Case = tuple[str, Config]
 
 
@@ -117,11 +118,11 @@ def hog(world: int) -> Iterator[Case]:
 
 
 def features(world: int) -> Iterator[Case]:
-    """Yield cases whose image targets are features of a teacher."""
-    for stage in (None, 0, 1, 2, 3):
-        zero, loss = SMALL_BUCKET if stage else {}, {"teacher": "teacher"}
+    """Yield cases whose image targets are features of a teacher: an own model, a ViT and a CNN of timm."""
+    for teacher, stage in itertools.product(TEACHERS, (None, 0, 1, 2, 3)):
+        zero, loss = SMALL_BUCKET if stage else {}, {"teacher": teacher}
         config = config_of(world, stage, 2, "fp32", zero, model={"image_targets": "features"}, loss=loss)
-        yield f"stage={stage}", with_target_width(config, open_teacher(config))
+        yield teacher, with_target_width(config, open_teacher(config))
 
 
 def configs(world: int) -> Iterator[Case]:
