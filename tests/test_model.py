@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from m3ae_kernels import bias_gelu, registry
 from m3ae_kernels.attention import op
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3ae_fast.batch.masking import draw_mask
@@ -283,6 +284,30 @@ def test_the_mlp_uses_the_op_for_bias_and_gelu_on_a_gpu_unless_gelu_is_recompute
     for got, want in zip(torch.autograd.grad(mlp(x).square().sum(), learned), expected):
         torch.testing.assert_close(got, want)
     assert len(calls) == keep
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pruned", [False, True])
+@torch._functorch.config.patch(activation_memory_budget=1.0)
+@torch.compiler.config.patch(cache_key_tag="")
+def test_blocks_that_keep_all_activations_are_compiled_as_two_graphs(pruned):
+    torch.manual_seed(0)
+    stack, x = Transformer(8, 1, 2), torch.randn(12, 8, requires_grad=True)
+    keys, draws = Segments(torch.tensor([0, 5, 12], dtype=torch.int32), 7, 12), torch.zeros(2, dtype=torch.int32)
+    rows = (torch.tensor([1, 6, 9]), Segments(torch.tensor([0, 1, 3], dtype=torch.int32), 2, 3)) if pruned else ()
+    learned = (x, *stack.blocks.parameters())
+
+    def results() -> list[torch.Tensor]:
+        out = stack(x, keys, draws, *rows)
+        return [out, *torch.autograd.grad(out.square().sum(), learned)]
+
+    expected = results()
+    torch._dynamo.reset()
+    counters.clear()
+    stack.compile_blocks(keep_activations=True)
+    for got, want in zip(results(), expected):
+        torch.testing.assert_close(got, want)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_drop_path_drops_whole_samples_except_padding():

@@ -167,6 +167,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads)
         self.norm2 = LayerNorm(dim, eps=EPS)
         self.mlp = MLP(dim, int(dim * mlp_ratio), gelu)
+        self.two_graphs = False  # whether attention and the MLP are compiled separately
 
     def forward(
         self,
@@ -182,6 +183,8 @@ class Block(nn.Module):
         attention_S, mlp_S = (None, None) if factors_2S is None else factors_2S.unbind()
         branch_RD = self.attn(self.norm1(x_TD), keys, rows_R, queries)
         x_RD = (x_TD if rows_R is None else gather_tokens(x_TD, rows_R)) + drop_path(branch_RD, queries, attention_S)
+        if self.two_graphs:
+            torch._dynamo.graph_break()
         return x_RD + drop_path(self.mlp(self.norm2(x_RD)), queries, mlp_S)
 
 
@@ -261,6 +264,10 @@ class Blocks(nn.Module):
         then keeps 10 values per row and unit of its width instead of 16, or instead of 12 with the op in
         `m3ae_kernels.cpu.mlp`, which never keeps the output of GELU. On a CPU, the recomputation takes no measurable
         time, because it is fused with the ops that read its results; on a GPU, the results are written to memory again.
+
+        With `keep_activations`, attention and the MLP of a block are compiled separately. In a single graph, torch's
+        compiler would compute the gradients of norm2's parameters together with those of norm1's, and for that read
+        their rows again (`kernels/TRIED.md`).
         """
         budget = 1.0 if keep_activations else MEMORY_BUDGET
         if budget != torch._functorch.config.activation_memory_budget:
@@ -271,6 +278,8 @@ class Blocks(nn.Module):
         for module in self.modules():
             if isinstance(module, MLP):
                 module.recomputed = not keep_activations
+            elif isinstance(module, Block):
+                module.two_graphs = keep_activations
         for block in self.blocks:
             block.compile(dynamic=True)
 
