@@ -215,10 +215,12 @@ def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | N
     shown = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_')}={v}" for k, v in tile.items())
     channels = (case.constants or {}).get("C")
     report = Report(case.kernel, arch, dtype, f"C={channels} {shown}" if channels else shown)
+    module = importlib.import_module(f".triton_impl.{case.module}", __package__)
+    if case.kernel == "patch_stats":
+        tile = module.whole_patches(tile, case.whole_rows)
     options = {name: tile.pop(name) for name in ("num_warps", "num_stages") if name in tile} | tuning.FUSE
     if "TILE" in tile:
         tile = {"BLOCK_M": max(1, tile.pop("TILE") // case.whole_rows), "BLOCK_D": case.whole_rows}
-    module = importlib.import_module(f".triton_impl.{case.module}", __package__)
     dim, rows = case.sample
     if dim:
         report.settings = f"D={dim} {shown}"

@@ -37,6 +37,12 @@ def test_matmul_kernel_is_sound(arch, instruction):
     assert report.shared_bytes > 0
 
 
+def test_statistics_of_a_patch_need_no_communication_between_warps():
+    """Warps communicate through shared memory. An RGB patch has one warp; 13 bands have several."""
+    rgb, bands = (case for case in CASES if case.kernel == "patch_stats")
+    assert compile_case(rgb, "sm_90", "bf16").shared_bytes == 0 < compile_case(bands, "sm_90", "bf16").shared_bytes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, problem",

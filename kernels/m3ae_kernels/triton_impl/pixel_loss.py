@@ -139,6 +139,15 @@ def pixel_error_kernel(
         tl.store(tile_bias + tile_m * K + n, tl.sum(error, 0), mask=n < K)
 
 
+def whole_patches(tile: dict[str, int], patch: int) -> dict[str, int]:
+    """Return the settings of `patch_stats` for patches of `patch` elements. A warp processes as many elements as in
+    `tile`, and a program instance has no more warps than a patch needs, because warps that share a patch have to wait
+    for each other."""
+    block_d = min(triton.next_power_of_2(patch), tile["TILE"])
+    of_warp = tile["TILE"] // tile.get("num_warps", 1)
+    return {"BLOCK_M": max(1, of_warp // block_d), "BLOCK_D": block_d, "num_warps": max(1, block_d // of_warp)}
+
+
 @launcher
 def pixel_loss(
     hidden: Tensor,
@@ -166,10 +175,7 @@ def pixel_loss(
     mean = rstd = unit_weight  # not used without norm_pix
     if norm_pix:
         mean, rstd = torch.empty_like(unit_weight), torch.empty_like(unit_weight)
-        tile = config("patch_stats", images.device, dtype)
-        elements = tile.pop("TILE")
-        block_d = min(triton.next_power_of_2(patch), elements)
-        tile = {"BLOCK_M": elements // block_d, "BLOCK_D": block_d} | tile
+        tile = whole_patches(config("patch_stats", images.device, dtype), patch)
         grid = (cdiv(count, tile["BLOCK_M"]),)
         patch_stats_kernel[grid](images, ids, mean, rstd, count, **pixels, EPS=NORM_PIX_EPS, **tile)
     tile = config("pixel_error", images.device, dtype)
