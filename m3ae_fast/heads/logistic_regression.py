@@ -34,6 +34,8 @@ INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, USUAL)  # inverse strengths that `f
 # the rule often selects a far too strong penalty. Compared with the most accurate strength, it cost 7 to 14 points of
 # accuracy with 50 training samples, 3 to 5 points with 100, and 1.2 +- 0.4 points with 800 (scikit-learn's digits as
 # pixels and as HOG, wine and breast cancer; 20 random splits each).
+# The rule is not used for lists of labels: with 1,200 samples of data/openclipart and its 40 most frequent keywords, it
+# cost 3.8, 0.7 and 2.0 points of mAP for HOG, pixels and colour histograms (means of 6 random subsets).
 _ENOUGH = 100
 _CONVERGED = 1e-7  # a fit has converged if its next step is expected to decrease the mean loss by less than this
 _MOST_ITERATIONS = 1000
