@@ -95,12 +95,12 @@ def test_the_recipe_for_the_paper_runs_with_two_ranks_and_a_folder_with_classes(
 
     def smaller(words: list[str]) -> list[str]:
         words = ["tiny.json" if word == "large" else word.replace("{00000..01241}", "00000") for word in words]
-        words = [word.replace("eval_every=5000", "eval_every=2") for word in words]
+        words = [word.replace("eval_every=5000", "eval_every=2").replace("epochs=160", "steps=2") for word in words]
         probe = ["--set", "train.steps=2", "--set", "train.global_batch=4", "--set", "data.workers=0"]
         return [*words, *(probe if "linear" in words else [])]
 
     table, make, plan, hours, m3ae, probe, compare = lines(RECIPES / "cc12m.md")
-    (changed,) = re.findall(r"replace `([^`]*)` with\s`([^`]*)`", (RECIPES / "cc12m.md").read_text(encoding="utf-8"))
+    (changed,) = re.findall(r"replace\s`([^`]*)` with\s`([^`]*)`", (RECIPES / "cc12m.md").read_text(encoding="utf-8"))
     mae = shlex.split(shlex.join(m3ae).replace(*changed))
     assert mae[-4:] == ["--out", "runs/mae", "--resume", "auto"] and "model.vocab_size=0" in mae
     second = [word.replace("m3ae", "mae") if "/" in word else word for word in probe]
