@@ -100,15 +100,17 @@ def test_a_comparison_has_a_bar_for_each_model_and_probe(drawn, tmp_path):
     assert set(line.get_ydata()) == {0.1}
 
 
-def test_plotted_accuracies_have_error_bars(drawn, tmp_path):
+@pytest.mark.parametrize(("metric", "label"), [("top1", "accuracy"), ("map", "mean average precision")])
+def test_plotted_accuracies_have_error_bars(drawn, tmp_path, metric, label):
     lines = {"one": [(1, 0.5, 0.125), (10, 0.75, 0.0625)], "two": [(1, 0.25, 0.25)]}
-    figures.draw_accuracies(tmp_path / "a.png", lines, "labels")
+    figures.draw_accuracies(tmp_path / "a.png", lines, "labels", metric)
     (axes,) = drawn[0].axes
     for group, points in zip(axes.containers, lines.values(), strict=True):
         assert group.lines[0].get_xydata().tolist() == [[x, y] for x, y, _ in points]
         ends = [segment[:, 1].tolist() for segment in group.lines[2][0].get_segments()]
         assert ends == [[y - error, y + error] for _, y, error in points]
     assert [group.get_label() for group in axes.containers] == ["one", "two"] and axes.get_xlabel() == "labels"
+    assert label in axes.get_ylabel().lower()
 
 
 def test_a_detection_figure_shows_both_distributions_in_different_colours(drawn, tmp_path):
