@@ -58,7 +58,7 @@ def run(folder: Path, gpu: bool) -> str:
     (folder / "test_gpu.py").write_text(TESTS)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
-    own = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "COLUMNS": "300"}  # for the summary
+    own = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))), "COLUMNS": "300"}  # wide summary
     return subprocess.run(command, cwd=folder, env=environment | own, capture_output=True, text=True).stdout
 
 

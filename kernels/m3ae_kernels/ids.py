@@ -56,7 +56,8 @@ def check_distinct(op: str, name: str, ids: Tensor) -> None:
 
 
 def without_padding(ids: Tensor) -> Tensor:
-    """Return ids [T] without the equal ids at their end, such as those of rows that pad a batch."""
+    """Return ids [T] without their last run of equal ids, such as those of rows that pad a batch. A single id at the
+    end is kept."""
     ends = (ids != ids[-1:]).nonzero()
     used = int(ends[-1]) + 1 if len(ends) else 0
     return ids if len(ids) - used == 1 else ids[:used]
@@ -68,7 +69,8 @@ def flat_ids(ids: Tensor, patches_per_image: int) -> Tensor:
 
     Args:
         ids: [B, ...] int32 or int64, from 0 to patches_per_image - 1; B images.
-        patches_per_image: number of patches of an image or, for `rows` of `gather_tokens`, of rows of x per image.
+        patches_per_image: number of patches of an image. For the argument `rows` of `gather_tokens`, this is the number
+            of rows of x per image.
 
     Returns:
         The ids with the shape and dtype of `ids`.

@@ -1,6 +1,7 @@
-"""Assignment of samples to ranks. A rank reads a part of each step's batch, and therefore only some lanes and shards.
+"""Assignment of samples to ranks. A rank reads a part of each step's batch, and therefore only some shards.
 
-`order.py` assigns shards to lanes. Within a rank, the workers of the DataLoader take micro-batches in turn.
+`order.py` splits the sample order into lanes, which take turns and have their own shards; a rank reads some of the
+lanes. Within a rank, the workers of the DataLoader take micro-batches in turn.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ DRAWS = 5  # number of draws for each number of shots
 Probe = Literal["knn", "logistic", "attentive"]  # probes that `compare` can use
 PROBE_NAMES: tuple[Probe, ...] = get_args(Probe)
 Modality = Literal["image", "text", "paired"]
-_IN_RESULT = ("model", "modality", "train", "val", "out")  # options in other fields of the result, or in its config
+_IN_RESULT = ("model", "modality", "train", "val", "out")  # recorded elsewhere in the result
 _NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)  # NAME=SHARDS, the first value of an option --ood
 
 
@@ -66,8 +66,9 @@ def _pools(value: Any) -> Any:
 
 
 def named_sets(given: Any) -> Any:
-    """Return the shards by the name of their set, given a mapping, or the arguments of each --ood. The name of a single
-    set may be "". Raises UserError if one of several sets has no name, or if two have the same name."""
+    """Return a dict from the name of each set to its shards. `given`: such a dict, or a list with the arguments of each
+    --ood. The name of a single set may be "". Raises UserError if one of several sets has no name, or if two have the
+    same name."""
     if isinstance(given, Mapping):
         return {name: names(shards) for name, shards in given.items()}
     if not isinstance(given, Sequence) or any(isinstance(each, str) for each in given):
@@ -165,7 +166,7 @@ class OneModel(Task):
             *others, last = (name for name, task in TASKS.items() if getattr(task, "TAKES_IMAGE_FEATURES", False))
             raise UserError(
                 f"{models[0]}: {cls.name()} needs a network; {', '.join(others)} and {last} accept {models[0]} "
-                f"(a folder of this name is ./{models[0]})"
+                f"(for a folder of this name, write ./{models[0]})"
             )
         return models[0]
 
@@ -223,8 +224,8 @@ class WithBaselines(OneModel):
       cells: 900 numbers. They need scikit-image (the extra `evaluate`); without it, they are left out with a warning.
 
     The last three are computed from the central square of each image, resized to 48 x 48, with the channels and the
-    value range of the training files, so that they are the same for all models. `segment` has only random weights and
-    the pixels of each patch.
+    value range of the training files, so that they are the same for all models. The only baselines of `segment` are
+    random weights and the pixels of each patch.
 
     A printed line shows the metrics of each baseline, and the paired difference between MODEL and the baseline;
     `baselines` in `result.json` contains both. A warning names the baselines that MODEL does not significantly
@@ -282,8 +283,8 @@ class WithGrid(OneModel, WithLists):
     the last layer, the first pooling and the largest number of shots. A figure shows the accuracy by layer or, for a
     single layer, by number of shots.
 
-    Features of earlier layers are those after the block, with the final LayerNorm applied. For each number of shots,
-    the samples are drawn five times, and the mean accuracy is reported with its 95 % confidence interval.
+    The features of an earlier layer are the output of its block, with the final LayerNorm applied. For each number of
+    shots, the samples are drawn five times, and the mean accuracy is reported with its 95 % confidence interval.
     """
 
     layers: Annotated[Layers, Option(metavar="all|N,N", group=_GRID)] = None
@@ -347,8 +348,8 @@ class Knn(PooledProbe):
 class Logistic(PooledProbe):
     """Fit logistic regression to frozen features, with one of five L2 penalties; the classifier is saved in OUT.
 
-    Each image is encoded once. A multinomial logistic regression with an L2 penalty is then fitted to the standardised
-    features by L-BFGS. This method has no learning rate and no random seed. It is usually at least as accurate as the
+    Each image is encoded once, and the features are standardised. L-BFGS then fits a multinomial logistic regression
+    with an L2 penalty. This method has no learning rate and no random seed. It is usually at least as accurate as the
     linear probe and takes only a fraction of the time.
 
     The inverse strength of the penalty (scikit-learn's `C`) is selected from 0.0001, 0.001, 0.01, 0.1 and 1, each of
@@ -365,10 +366,10 @@ class Linear(WithResume, WithBaselines, WithModality, WithTraining):
     saved in OUT.
 
     Each step encodes a batch of newly sampled crops. The head and the optimiser (LARS) are those of the official code.
-    At ImageNet's size, so are the hyper-parameters; they are adapted to smaller datasets (see below). Use this task to
-    compare a model with published results; otherwise, use `logistic`. The official code uses the cls token, so add
-    `--set encode.pool=cls` for such a comparison. If the linear probe is less accurate than `knn` on the same data, it
-    was probably trained for too few steps.
+    For a dataset of ImageNet's size, the hyper-parameters are also those of the official code; for smaller datasets,
+    they are adapted (see below). Use this task to compare a model with published results; otherwise, use `logistic`.
+    The official code uses the cls token, so add `--set encode.pool=cls` for such a comparison. If the linear probe is
+    less accurate than `knn` on the same data, it was probably trained for too few steps.
     """
 
     uses = LINEAR
@@ -383,9 +384,10 @@ class Attentive(WithGrid, WithBaselines, WithTraining):
     difference in accuracy between the attentive probe and these heads shows what the attention contributes.
 
     Five probes with different learning rates are trained simultaneously on nine tenths of the training samples, and the
-    learning rate with the highest accuracy on the remaining tenth is selected. With stored features, a new probe is
-    then trained with this learning rate on all training samples. With online training, the probe that was trained with
-    the selected learning rate is used. The batch size and the number of steps are those of `linear`.
+    learning rate with the highest accuracy on the remaining tenth is selected. If the features are stored (see the next
+    paragraph), a new probe is then trained with this learning rate on all training samples. With online training, the
+    probe that was trained with the selected learning rate is used. The batch size and the number of steps are those of
+    `linear`.
 
     The patch features of all images are stored: all ranks together need samples x layers x patches x width x 2 bytes,
     which the program prints before the task begins. If that much memory is not free, the probe is trained online: each

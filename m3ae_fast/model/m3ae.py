@@ -112,7 +112,8 @@ class M3AE(MultimodalEncoder):
         self.decoder_input = DecoderInput(config)
         if config.dec_attention == "cross" and (self.loss_config.image_all_tokens or self.loss_config.text_all_tokens):
             raise ValueError(
-                "a decoder with cross-attention predicts only masked tokens: the image loss cannot include all tokens"
+                "a decoder with cross-attention predicts only masked tokens: image_all_tokens and "
+                "text_all_tokens must be False"
             )
         decoder = CrossDecoder if config.dec_attention == "cross" else Transformer
         sizes = width, config.dec_depth, config.dec_num_heads, config.mlp_ratio
@@ -146,7 +147,7 @@ class M3AE(MultimodalEncoder):
 
     @property
     def geometry(self) -> Geometry:
-        """Return the geometry of the model's input and of its losses, which image decoding and `pack` require."""
+        """Return the properties of the model's input and losses that image decoding and `pack` require."""
         loss = self.loss_config
         return replace(
             super().geometry,

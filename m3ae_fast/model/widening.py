@@ -1,6 +1,7 @@
 """Weights of a model for more image channels than those with which it was trained.
 
-Shapes: C channels, N new channels, D width, K = P * P positions in a patch, E decoder width.
+Shapes: C channels of the given weights, N channels of the new model, D width, K = P * P positions in a patch, E decoder
+width.
 """
 
 from __future__ import annotations

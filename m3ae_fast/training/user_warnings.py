@@ -95,7 +95,10 @@ def open_options(config: Config) -> str:
     changed = [f"{name}={value}" for name, (value, *official) in values.items() if value not in official]
     if not changed:
         return ""
-    return f"Open: {', '.join(changed)}; without these settings the run is Closed, that is, equal to the official M3AE"
+    settings = ", ".join(changed)
+    return (
+        f"Open: {settings}; the run differs from the official M3AE, and is Closed (equal to it) without these settings"
+    )
 
 
 def _partly_predicted(config: Config) -> list[str]:

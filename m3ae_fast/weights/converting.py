@@ -1,4 +1,4 @@
-"""Conversion of weights of runs, exports and other programs to a folder for this library, for timm, or to an ONNX
+"""Conversion of weights, from runs, exports or other programs, to a folder for this library or for timm, or to an ONNX
 file."""
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def convert(
     pool: Pool | None = None,
     push: str | None = None,
 ) -> Pretrained | VQGAN:
-    """Write the float32 weights of a model in another format, and return them: a model, or the image tokenizer for a
-    .msgpack file.
+    """Write the weights of `source` in another format, in float32, and return what was written: a model or, if `source`
+    is a .msgpack file, an image tokenizer.
 
     Args:
         source: a run folder (its last checkpoint), a checkpoint, an export, or a file, folder or Hugging Face Hub name
@@ -54,8 +54,8 @@ def convert(
             `source`, if it has one.
         num_heads: number of attention heads of the encoder, or of encoder and decoder, for a .pth or .safetensors file
             whose width is not one of the published sizes.
-        pool: pooling of images that the written model uses by default (`model.pool`); None: that of `source`. For
-            timm, which has no grids, the mean takes their place.
+        pool: pooling of images that the written model uses by default (`model.pool`); None: that of `source`. timm
+            has no "grid2" and "grid4": with the format "timm", "mean" replaces them.
         push: name, OWNER/NAME, under which the folder is also uploaded to the Hugging Face Hub.
 
     Raises:

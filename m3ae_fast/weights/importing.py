@@ -87,15 +87,16 @@ def _read_vit(weights: dict[str, Tensor], args: dict[str, Any], heads: ViTOption
     if "decoder_embed.weight" in weights:
         trained = bool(args["norm_pix_loss"]) if "norm_pix_loss" in args else None
         norm_pix = "" if trained is None else f"loss.norm_pix={str(trained).lower()}"
-        wanted = norm_pix or "loss.norm_pix=true if MAE was trained with --norm_pix_loss"
+        wanted = norm_pix or "loss.norm_pix (true if MAE was trained with --norm_pix_loss, otherwise false)"
         notes.append(f"to continue training with MAE's loss, set loss.per=batch and {wanted}")
         kind = "MAE checkpoint"
     return Pretrained(config, state, norm_pix=trained, kind=kind, notes=tuple(notes))
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
-    """Return the weights and buffers, of any dtype, in a safetensors file, or in a torch file that can be read with
-    `weights_only`, by name. Raises UserError if the file cannot be read or contains no weights."""
+    """Return a dict from names to the weights and buffers of a file, in their own dtypes. `file`: a safetensors file,
+    or a torch file that can be read with `weights_only`. Raises UserError if the file cannot be read or contains no
+    weights."""
     try:
         open_regular(file).close()
         if file.endswith(".safetensors"):

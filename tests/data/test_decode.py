@@ -105,7 +105,7 @@ def test_pillow_returns_the_pixels_of_simplejpeg(monkeypatch, channels, mode, si
     image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), np.uint8)).convert(mode)
     forms = [{"quality": 30}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"restart_marker_rows": 1}]
     files = [encode(image, "JPEG", **form) for form in forms]
-    files += [data[:-2] + b"extra" + data[-2:] for data in files]  # read by Pillow in both cases
+    files += [data[:-2] + b"extra" + data[-2:] for data in files]  # Pillow reads these even if simplejpeg is installed
     read = []
     monkeypatch.setattr(decoding, "decode_jpeg", lambda *arguments: (read.append(1), decode_jpeg(*arguments))[1])
     found = [decode_image(data, channels) for data in files]
@@ -165,8 +165,7 @@ def test_decompression_bombs_are_refused(size):
 
 
 def test_random_crops_equal_those_of_torchvision():
-    """Crops have the same boxes and are resized in the same way as torchvision's, and the boxes have the same
-    distribution."""
+    """A crop equals torchvision's for the same box, and boxes have the same distribution as torchvision's."""
     image = decode_image(encode(gradient(size=(500, 400)), "JPEG"), 3)
     generator = torch.Generator()
     for seed in range(20):

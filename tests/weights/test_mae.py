@@ -135,7 +135,7 @@ def test_a_fine_tuned_mae_encoder_normalises_the_mean(tmp_path, capsys):
     [
         ({"norm_pix_loss": True}, "=true\n"),
         ({"norm_pix_loss": False}, "=false\n"),
-        ({"epochs": 800}, "=true if MAE was trained with --norm_pix_loss\n"),
+        ({"epochs": 800}, " (true if MAE was trained with --norm_pix_loss, otherwise false)\n"),
     ],
 )
 def test_the_conversion_prints_the_loss_settings_of_the_run(tmp_path, capsys, args, settings):

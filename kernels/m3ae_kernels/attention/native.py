@@ -88,7 +88,7 @@ def _backward(library: ctypes.CDLL, grad, q, k, v, out, lse, dq, dk, dv, queries
 
 
 def _rows(x_THD: Tensor) -> Tensor:
-    """Return `x_THD`, or a copy if its rows are not contiguous, as the kernels require."""
+    """Return `x_THD` if each of its rows is contiguous, as the kernels require; otherwise a contiguous copy."""
     return x_THD if x_THD.stride()[1:] == (x_THD.shape[2], 1) else x_THD.contiguous()
 
 

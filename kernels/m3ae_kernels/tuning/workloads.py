@@ -44,7 +44,7 @@ class Workload:
 
     @property
     def samples(self) -> str:
-        """The class of samples by which the tables of attention distinguish settings; empty for other ops."""
+        """The result of `samples_class`, which selects the settings of attention in the tables; empty for other ops."""
         if self.op != "packed_attention":
             return ""
         return samples_class(self.tensors["qkv"].shape[-1], self.options["max_seqlen"])
@@ -264,8 +264,8 @@ def _token(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
 
 
 def _lengths(s: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the number of rows of each sample in the encoder and in the decoder. The lengths of captions are uniform
-    within three fifths of their average."""
+    """Return the number of rows of each sample in the encoder and in the decoder. The lengths of captions are drawn
+    uniformly between 0.4 and 1.6 times their average."""
     words = torch.randint(2 * s.words // 5, 8 * s.words // 5 + 1, (s.samples,), device=device)
     return 1 + s.visible + words // 4, 1 + s.grid**2 + words
 

@@ -45,7 +45,7 @@ class Layout:
     names: dict[str, str | None]  # class of the images in each directory
     classes: list[str] | None  # None: the folders are not classes
     notes: list[str] = field(default_factory=list)
-    outside: str | None = None  # a directory whose images are in no class folder, if others are
+    outside: str | None = None  # a directory whose images are in no class folder, although other images are
 
 
 def understand(root: str, directories: Collection[str], known: Sequence[str] | None, flat: bool) -> Layout:
@@ -113,7 +113,8 @@ def _with_classes(
     found: dict[str, set[str | None]],
     known: Sequence[str] | None,
 ) -> Layout:
-    """Return the layout. It has classes if there are at least two, and no split also has images outside them."""
+    """Return the layout. Folders are classes if there are at least two, and if no split with class folders has images
+    outside them."""
     order = [split for split in (TRAIN, VAL, TEST) if split in found]
     splits = {each: splits[each] for split in order for each in splits if splits[each] == split}
     used = sorted({name for own in found.values() for name in own if name is not None})
