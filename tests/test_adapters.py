@@ -120,7 +120,7 @@ def test_a_change_of_a_linear_layer_changes_the_loss(fused, kind: str, name: str
 
 @pytest.mark.parametrize(("kind", "name"), LAYERS)
 def test_an_adapter_that_adds_nothing_changes_nothing(fused, kind: str, name: str):
-    """Where rows are selected before a plain layer, they are selected after a layer with an adapter."""
+    """Checks the paths that select rows before a plain layer, but after a layer with an adapter."""
     model = built(kind)
     before = loss(model)
     adapt(model, name)

@@ -180,7 +180,7 @@ def losses(logits_SHK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]
         targets: one of three kinds. Class ids, int64 [S]. The count of each class in a sample, float32 [S, K], such as
             the number of pixels of a patch that belong to the class; the second result is then the count of the
             predicted class. Whether each sample belongs to each class, bool [S, K]; the first result is then the sum of
-            the binary cross entropies of the classes, and the prediction is correct if the sample belongs to it.
+            the binary cross entropies of the classes, and a prediction is correct if the sample belongs to that class.
     """
     samples, heads, _ = logits_SHK.shape
     targets = targets[:, None].expand(samples, heads, *targets.shape[1:])

@@ -49,9 +49,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _untraced(function: _Function) -> _Function:
-    """Return a function that reads values or runs NumPy in a form that torch.compile does not trace. Nothing is changed
-    outside torch.compile, because torch.compiler.disable imports torch._dynamo, which takes longer than importing
-    torch."""
+    """Return the function in a form that torch.compile does not trace, because it reads values or runs NumPy. Outside
+    torch.compile, the function itself is returned: torch.compiler.disable would import torch._dynamo, which takes
+    longer than importing torch."""
     return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 

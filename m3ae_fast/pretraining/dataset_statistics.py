@@ -103,9 +103,7 @@ def inspect(
         notes.append(f"further damaged or unreadable shards: {len(damaged) - _NAMED:,}")
     mean, std = found.mean_and_std()
     if channels == 4 and std[3] <= SMALLEST_STD:
-        notes.append(
-            "all inspected images are opaque; pretrain makes shards without transparency, even of images with it"
-        )
+        notes.append("all inspected images are opaque, as in all shards that pretrain makes")
     if start is not None and channels != start.channels:
         fitted += [f"model.image_mean={json.dumps(mean)}", f"model.image_std={json.dumps(std)}"]
     lengths = found.lengths or [1]

@@ -339,9 +339,9 @@ def _settings(source: Records, value_range: Range | None, group: str | None, lab
     if group is not None and len(source.splits) > 1:
         raise UserError(f"--group {group}: SOURCE is already split ({', '.join(source.splits)}); leave out --group")
     held_out = min(_FRACTION, _MOST_HELD_OUT / samples) if alone else 0.0
-    return Settings(
-        held_out=held_out, group=group if alone else None, value_range=value_range, of_run=True, labels=labels
-    )
+    if not alone:
+        group = labels = None
+    return Settings(held_out=held_out, group=group, value_range=value_range, of_run=True, labels=labels)
 
 
 def _manifest(folder: Path) -> Any:

@@ -187,22 +187,16 @@ def _plan(records: Records, settings: Settings) -> tuple[list[Shard], list[str]]
 
 def _classes(records: Records, split: str, field: str | None) -> list[str]:
     """Return the name of the class of each sample, "" for a sample without a class. The list is empty if the classes
-    are unknown, or if the samples have lists of labels. Raises UserError if the source has no such field."""
+    are unknown, or if the samples have lists of labels."""
     if field is None:
         return [name or "" for name in records.classes_of(split) or ()]
-    values = _values(records, split, field, "--labels")
+    try:
+        values = records.values(split, field)
+    except UserError:  # only the finished shards contain the field, such as the class_name of a Hugging Face dataset
+        return []
     if any(isinstance(value, list) for value in values):
         return []
     return ["" if value is None else str(value) for value in values]
-
-
-def _values(records: Records, split: str, field: str, option: str) -> list[Any]:
-    """Return the value of a field for each sample; None for a sample without it. Raises UserError, which names the
-    option, if the source has no such field."""
-    try:
-        return records.values(split, field)
-    except UserError as error:
-        raise UserError(f"{option} {error}") from None
 
 
 def _groups(records: Records, split: str, field: str) -> np.ndarray:
@@ -210,7 +204,7 @@ def _groups(records: Records, split: str, field: str) -> np.ndarray:
     UserError if a sample does not have the field."""
     seen: dict[str, int] = {}
     numbers = []
-    values = _values(records, split, field, "--group")
+    values = records.values(split, field)
     if all(value is None for value in values) and (known := records.fields(split)):
         raise UserError(f"--group {field}: no sample has this field; choose from {', '.join(known)}")
     for number, value in enumerate(values):

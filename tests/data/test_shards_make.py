@@ -708,6 +708,14 @@ def test_a_group_may_be_the_folder_of_an_image_or_a_column_of_a_dataset(tmp_path
         making.make(tmp_path / "set", tmp_path / "no", held_out=0.25, group="writer")
 
 
+def test_labels_may_be_a_field_that_only_the_finished_shards_contain(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [{"bytes": picture(i), "path": None} for i in range(20)], "label": [i % 2 for i in range(20)]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "set"))
+    find_shards(str(tmp_path / "set"), tmp_path / "run", None, [], labels="json.class_name")
+    assert {json.loads(sample["json"])["class_name"] for sample in contents(tmp_path / "run/shards")} == {"cat", "dog"}
+
+
 def test_a_group_must_exist_for_every_sample_and_needs_held_out_samples(tmp_path, pictures):
     (pictures / "table.jsonl").write_text(
         '{"image": "cat/0.jpg", "family": 3}\n{"image": "cat/1.jpg", "family": null}\n'

@@ -132,7 +132,7 @@ class Folder(Records):
         if field == "folder":
             if field in self.fields(split)[1:]:
                 raise UserError(
-                    "folder: is the folder of the image, but the table has a column of this name; use "
+                    "--group folder: is the folder of the image, but the table has a column of this name; use "
                     "json.folder for the column, or rename the column"
                 )
             return [os.path.dirname(self._paths[row]) for row in rows for _ in self._samples[row]]

@@ -107,7 +107,7 @@ class HuggingFace(Records):
     def values(self, split: str, field: str) -> list[Any]:
         rows, name = self._whole[split], field.removeprefix("json.")
         if name not in rows.features:
-            raise UserError(f"{field}: the dataset has only the columns {', '.join(rows.features)}")
+            raise UserError(f"--group {field}: the dataset has only the columns {', '.join(rows.features)}")
         values = rows.select_columns([name]).with_format("arrow")[name].to_pylist()
         return [values[row] for row in super().images(split).tolist()]
 

@@ -76,7 +76,7 @@ class Records(ABC):
         """Return the value of a field for each sample, None if the sample does not have it. `field`: "json.NAME" or
         NAME, a field of the sample's json or a column; "folder", the folder of the image. Raises UserError if samples
         of this source have no fields."""
-        raise UserError(f"{field}: an HDF5 file has no such field")
+        raise UserError(f"--group {field}: an HDF5 file has no such field")
 
     def fields(self, split: str) -> list[str]:
         """Return the names that `values` accepts, as far as they are known."""
