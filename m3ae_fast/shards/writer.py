@@ -248,7 +248,6 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
                 killed = "a worker was killed, perhaps for lack of memory"
                 raise UserError(f"{killed}; repeat the command with fewer --workers") from None
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
                 workers_left = multiprocessing.active_children()
                 for process in workers_left:
                     process.terminate()
