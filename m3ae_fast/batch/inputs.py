@@ -60,10 +60,10 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
 
 
 def check_values(images: Iterable[OneImage], value_range: ValueRange, config: ModelConfig) -> None:
-    """Raise ValueError if `value_range` is invalid or evidently wrong for the images. If it is None, floating-point
-    tensors must be normalised: the error is raised for values that evidently are not, such as values from 0 to 1 or
-    from 0 to 255, unless all images are constant. If `value_range` gives the values of black and white, it is checked
-    by `_check_units`."""
+    """Raise ValueError if `value_range` is invalid or evidently wrong for the images. If `value_range` is None,
+    floating-point tensors must be normalised. The error is then raised for values that evidently are not normalised,
+    such as values from 0 to 1 or from 0 to 255; no error is raised if all images are constant. If `value_range` gives
+    the values of black and white, it is checked by `_check_units`."""
     if value_range is not None:
         if isinstance(value_range, str):
             is_valid = value_range == "normalised"

@@ -37,33 +37,34 @@ class PackedBatch:
     # consists of one patch.
     images: Tensor
     grids: list[Grid]  # rows and columns of patches of the image of each sample that has one
-    # encoder input: see m3ae_kernels.scatter_tokens
-    patch_ids: Tensor  # [N] image * L + patch; for native images, a row of `images`
-    encoder: Segments  # T rows
-    encoder_src: Tensor  # [T] row of the patch embeddings
-    token_ids: Tensor  # [T] row of the text embedding
-    encoder_table_ids: Tensor  # [T] row of [cls, patch positions, text positions]
+    # Input of the encoder. `m3ae_kernels.scatter_tokens` assembles each of its T rows from rows of other tensors, which
+    # these indices select.
+    patch_ids: Tensor  # [N] visible patches: image * L + patch; for native images, the index in `images`
+    encoder: Segments  # the samples' segments of the T rows
+    encoder_src: Tensor  # [T] index in the N patch embeddings
+    token_ids: Tensor  # [T] index in the text embedding
+    encoder_table_ids: Tensor  # [T] index in the table [cls, patch positions, text positions]
     token_order: Tensor  # [T] order in which the backward pass sums rows with the same id in `token_ids`
     encoder_table_order: Tensor  # [T] as `token_order`, for `encoder_table_ids`
-    # decoder input
-    decoder: Segments  # U rows
-    decoder_src: Tensor  # [U] encoder row
+    # Input of the decoder, assembled in the same way.
+    decoder: Segments  # the samples' segments of the U rows
+    decoder_src: Tensor  # [U] index in the T encoder rows
     mask_ids: Tensor  # [U] 0: patch mask embedding; 1: text mask embedding
-    decoder_table_ids: Tensor  # [U] row of [patch positions, text positions]
+    decoder_table_ids: Tensor  # [U] index in the table [patch positions, text positions]
     mask_order: Tensor  # [U] as `token_order`, for `mask_ids`
     decoder_table_order: Tensor  # [U] as `token_order`, for `decoder_table_ids`
-    # rows that carry loss
-    loss: Segments  # M rows
-    loss_rows: Tensor  # [M] decoder row
-    image_rows: Tensor  # [I] index among the M loss rows
-    image_patch_ids: Tensor  # [I] as `patch_ids`, for `image_rows`
+    # Rows that carry loss.
+    loss: Segments  # the samples' segments of the M rows
+    loss_rows: Tensor  # [M] index in the U decoder rows
+    image_rows: Tensor  # [I] index in the M loss rows
+    image_patch_ids: Tensor  # [I] patches of `image_rows`, numbered as in `patch_ids`
     # [I] token ids, or float32 [I, K] features of a teacher; empty if the targets follow from the images, or are
     # computed later
     image_targets: Tensor
-    image_row_weight: Tensor  # float32 [I] loss weight / (rows of this image), or the loss weight alone
-    text_rows: Tensor  # [W] index among the M loss rows
-    text_targets: Tensor  # [W] token id
-    text_row_weight: Tensor  # float32 [W] loss weight / (rows of this caption), or the loss weight alone
+    image_row_weight: Tensor  # float32 [I] loss weight / number of loss rows of the image, or the loss weight alone
+    text_rows: Tensor  # [W] index in the M loss rows
+    text_targets: Tensor  # [W] token id to predict
+    text_row_weight: Tensor  # float32 [W] loss weight / number of loss rows of the caption, or the loss weight alone
     text_row_mean_weight: Tensor  # float32 [W] as `text_row_weight`, but without the loss weight; for the accuracy
     draws: Tensor  # [S] seeds of stochastic depth
     captions: int  # number of captions, including empty ones

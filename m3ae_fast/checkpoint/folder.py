@@ -1,5 +1,5 @@
-"""Checkpoint folders: their names, content and marks, and reading. They are independent of the number of ranks and the
-ZeRO stage.
+"""Checkpoint folders: their names, content and marks, and how they are read. A checkpoint is independent of the number
+of ranks and of the ZeRO stage.
 
 run.dir/checkpoints/step-00001234/
     state*.safetensors  float32 weights, Adam moments and, with train.ema, averaged weights: see `state_files`
@@ -8,7 +8,7 @@ run.dir/checkpoints/step-00001234/
     good                marks a checkpoint from whose weights a finite loss was computed
     failed              marks a checkpoint with a non-finite loss, which `--resume auto` skips
 
-`writing.py` writes them.
+`writing.py` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Info:
     config: dict[str, dict[str, Any] | None]
     versions: dict[str, str]
     stream: dict[str, str] = field(default_factory=dict)  # fingerprint of the training data; see `data.fingerprint`
-    sha256: dict[str, str] = field(default_factory=dict)  # by file name
+    sha256: dict[str, str] = field(default_factory=dict)  # checksums of the other files, by file name
     attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the chosen kernel, by part of the model
     # changes of the number of steps, as in `Schedule.changes`
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)

@@ -20,7 +20,8 @@ class Staging:
     """
 
     def __init__(self) -> None:
-        self._buffer: Tensor | None = None  # reused: a new buffer costs more time than the copy
+        # reused for every copy, because allocating a buffer takes longer than the copy
+        self._buffer: Tensor | None = None
         self._stream: torch.cuda.Stream | None = None
         self._copied = threading.Event()
         self._copied.set()
@@ -57,7 +58,7 @@ class Staging:
         if self._buffer is None or len(self._buffer) < count:
             self._buffer = torch.empty(count, dtype=torch.float32)
             if self._stream is not None:
-                self._buffer = self._buffer.pin_memory()  # otherwise each piece would be copied synchronously
+                self._buffer = self._buffer.pin_memory()  # without pinning, each piece would be copied synchronously
         staged, at = {}, 0
         for name, (data, start, shape) in part.items():
             copy = self._buffer[at : (at := at + len(data))]

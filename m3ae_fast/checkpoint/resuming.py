@@ -63,10 +63,11 @@ PRETRAINING = Rules(
 
 
 def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool] = lambda info: False) -> Path | None:
-    """Return the checkpoint that `--resume` selects: "auto", "no", or a path for `checkpoint.locate`. "auto" selects
-    the last checkpoint that is not marked as FAILED, if any; if the run is now `extended`, it selects the last
-    checkpoint before the learning rate decayed. Raises UserError if the path contains no checkpoint, `run_dir` contains
-    checkpoints of another run, or all checkpoints have failed."""
+    """Return the checkpoint that `resume` (the option `--resume`) selects; None if it selects none. "no" selects none.
+    "auto" selects the last checkpoint that is not marked as FAILED, if any; if the run is now `extended`, it selects
+    the last checkpoint before the learning rate decayed. Any other value is a path for `checkpoint.locate`. Raises
+    UserError if the path contains no checkpoint, `run_dir` contains checkpoints of another run, or all checkpoints have
+    failed."""
     own = checkpoint.saved_steps(run_dir)
     if resume == "auto":
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]

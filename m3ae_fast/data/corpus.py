@@ -75,7 +75,7 @@ class Corpus:
     damaged: list[Skipped] = field(default_factory=list)  # incomplete or unreadable shards
     # for each source: the number of unreadable shards and the number of all shards
     counted: list[tuple[int, int]] = field(default_factory=list)
-    # for lists of labels: whether the list whose id is the label contains each class, bool [lists, classes]
+    # if labels are ids of lists (see `label_lists`): whether each list contains each class, bool [lists, classes]
     lists: np.ndarray | None = None
 
     @property
@@ -102,9 +102,9 @@ class Corpus:
 
     @property
     def separated(self) -> tuple[int, str]:
-        """Return the number of images that are separated from their captions, because the two files are not adjacent in
-        the tar, and the first shard with such an image. If there are none, the result is 0 and an empty string. Shards
-        of manifests are not examined."""
+        """Return the number of images that are not in one sample with their caption, because the two files are not
+        adjacent in the tar. Also return the first shard with such an image. If there are none, the result is 0 and an
+        empty string. Shards of manifests are not examined."""
         found = [(shard.separated(), shard.shard) for source in self.sources for shard in source.indexed]
         return sum(count for count, _ in found), next((shard for count, shard in found if count), "")
 

@@ -32,8 +32,8 @@ _forks = multiprocessing.get_context("fork")  # the default start method depends
 
 
 class FetcherOfNode:
-    """A rank's interface to the fetcher of its node. The first rank of the node starts the process, `process`, and all
-    ranks report their progress to it."""
+    """A rank's interface to the fetcher of its node. The first rank of the node starts the fetcher as `process`, and
+    all ranks report their progress to the fetcher."""
 
     def __init__(self, schedule: PrefetchSchedule, node: Node, rank: int, accumulation: int):
         self.schedule, self.accumulation = schedule, accumulation
@@ -133,7 +133,7 @@ class Fetcher:
             return False
         try:
             return not self.store.copy(name).exists()
-        except OSError:  # the original of a gzipped shard no longer exists
+        except OSError:  # the shard has been removed in the meantime
             return False
 
     def _download(self, shard: Shard) -> bool:

@@ -42,12 +42,12 @@ _MOST_IGNORED = 20  # maximum number of suffixes in a summary
 MISSING = -1
 MAX_IMAGE_BYTES = 1 << 28
 _MAX_KEY = 128  # maximum number of bytes of a stored key; only the end of a longer key is stored
-_MAX_JSON = 1 << 20  # bytes
-_MAX_SUMMARY = 1 << 16  # bytes
-_MAX_HEADER = 1 << 17  # bytes of NumPy's header
+_MAX_JSON = 1 << 20  # maximum number of bytes of a JSON member that are searched for a caption
+_MAX_SUMMARY = 1 << 16  # maximum number of bytes of a summary
+_MAX_HEADER = 1 << 17  # maximum number of bytes of NumPy's header
 _OFFSETS = tuple(f"{part}_{what}" for part in ("image", "text", "cls", "json") for what in ("offset", "size"))
 _CHECKSUMS = tuple(f"{part}_crc" for part in ("image", "text"))
-_MAX_FILE = 1 << 60  # bytes
+_MAX_FILE = 1 << 60  # maximum number of bytes of a shard, and of any offset in it
 _THREADS = 8
 # The key is defined as in WebDataset: the path up to the first dot of the basename.
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^/.]+)[.]([^/]*)$", re.DOTALL)
@@ -148,7 +148,7 @@ def index_shards(
         try:
             if entry := _load(shard, store):
                 return entry
-            path = _file(shard, store)  # called before the lock is taken, which must not be held during a download
+            path = _file(shard, store)  # may download the shard, so it is called before the lock is taken
             with store.lock(f"index-{store.name(shard)}"):
                 return _load(shard, store) or _make(shard, path, store)
         except OSError as error:

@@ -82,8 +82,8 @@ def read_members(
 def label_corpus(
     corpus: Corpus, field: str, classes: Classes | None = None, *, progress: bool = False
 ) -> tuple[Corpus, Classes]:
-    """Return the part of a dataset that consists of all samples whose label is not -1, and the classes by id.
-    `Source.labels` of the returned dataset contains class ids.
+    """Return the dataset without the samples whose label is -1, and the classes by id. `Source.labels` of the returned
+    dataset contains class ids.
 
     `field`: as in `read_labels`. `classes`: classes of the training samples; None: the samples are training samples and
     define the classes.

@@ -31,7 +31,7 @@ T = TypeVar("T")
 KINDS: tuple[Modality, ...] = get_args(Modality)
 UNREAD = len(KINDS)  # kind of a shard whose samples could not be counted
 SUFFIX = ".npy"
-_MAX_NAME = 1 << 12  # bytes
+_MAX_NAME = 1 << 12  # maximum number of bytes of a shard's name
 # maximum number of samples per shard; a larger shard would have at least 64 GB, and the sample order could not be
 # computed
 _MAX_SAMPLES = 1 << 26
@@ -73,7 +73,8 @@ class CountedShards(Sequence[IndexedShard]):
         name, samples, size, number = self.rows[index].item()
         kind = KINDS[number]
         images, captions = (0 if kind == alone else samples for alone in ("text", "image"))
-        paired = {"paired": samples, "any": max(samples - 1, 0)}.get(kind, 0)  # the number is unknown for "any"
+        # for "any", the number of pairs is unknown
+        paired = {"paired": samples, "any": max(samples - 1, 0)}.get(kind, 0)
         summary = Summary(VERSION, size, 0, samples, images, captions, paired, {}, None)
         return CountedShard(name.decode(), summary, _NO_SIDECAR, self.store)
 

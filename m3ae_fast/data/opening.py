@@ -19,7 +19,7 @@ class Data:
     train: Corpus
     val: Corpus | None
     tokenizer: CaptionTokenizer | None  # None for a model without text
-    image_tokenizer: VQGAN | None = None  # None if the image targets are not its ids
+    image_tokenizer: VQGAN | None = None  # None if the image targets are not ids of an image tokenizer
 
     @property
     def shown(self) -> Corpus:

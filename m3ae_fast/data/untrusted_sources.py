@@ -11,7 +11,8 @@ from m3ae_fast.config import SourceConfig
 from m3ae_fast.data.shard_names import expand, is_remote
 from m3ae_fast.data.shard_store import ShardStore
 
-# URLs that match are downloaded by this process, or by a command that receives the URL as a single argument.
+# URLs that match this pattern are harmless: they are downloaded by this process, or by a command that receives the URL
+# as a single argument.
 _FETCHED = re.compile(r"(https?|s3|gs)://")
 
 

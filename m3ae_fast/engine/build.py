@@ -25,7 +25,7 @@ def build_engine(
 ) -> ModelEngine:
     """Build the engine for pre-training. On a GPU, it keeps all activations if there is enough memory. `others`:
     function that returns the bytes that a step requires for other purposes, given the number of samples in a
-    micro-batch and of micro-batches. See `make_engine` for the other arguments and errors."""
+    micro-batch and the number of micro-batches in a step. See `make_engine` for the other arguments and errors."""
     groups = optimizer_groups(model, config.optim)
     transformers = (model.encoder, model.decoder)
     keep, memory = False, ""
@@ -77,7 +77,7 @@ def make_engine(
     dtype = dtype_of(train.precision)
     if config.deepspeed is None:
         return TorchEngine(model, groups, optim, dtype, ranks, train.ema)
-    if not config.deepspeed.is_needed(ranks.world):  # it would only copy gradients into its buffers
+    if not config.deepspeed.is_needed(ranks.world):  # here, DeepSpeed would only copy gradients into its own buffers
         stage = config.deepspeed.zero_optimization.stage
         engine = TorchEngine(model, groups, optim, dtype, ranks, train.ema, masters=stage > 0)
         engine.name = f"plain torch, because ZeRO stage {stage} partitions nothing on one rank"

@@ -52,9 +52,9 @@ PERSISTENT = 100_000  # at stage 3, weight tensors with fewer elements are kept 
 class Place(NamedTuple):
     """Location of the part of a weight that this rank updates at stages 1 and 2."""
 
-    start: int  # first element in the flattened weight
+    start: int  # index of the part's first element in the flattened weight
     master: Tensor  # float32, flat: this rank's partition of many weights, which the optimiser updates
-    offset: int  # first element in `master` and its moments
+    offset: int  # index of the part's first element in `master` and in its moments
     elements: int
 
 
@@ -101,7 +101,8 @@ class DeepSpeedEngine:
         model.to(ranks.device)
         for module in model.modules():
             if isinstance(module, MLP | Attention):
-                set_z3_leaf_module(module, True)  # without hooks on its layers, whose parameters it may read itself
+                # no hooks on the module's layers, because it may read their parameters itself
+                set_z3_leaf_module(module, True)
         self.kinds = state_kinds(model, groups, ema)
         optimizer = build_optimizer(
             groups, optim, dtype, ema, on_cpu=self.zero.offloads_optimizer, partitioned=self.zero.stage == 3
@@ -116,8 +117,8 @@ class DeepSpeedEngine:
                 raise
             reason = " ".join(str(error).split())
             raise UserError(f"config: DeepSpeed rejects the deepspeed section: {reason}") from None
-        # Stage 0 in bf16 sets this variable of the process, with which the other stages would disregard
-        # communication_data_type.
+        # Stage 0 in bf16 sets this variable for the whole process. If it remained set, an engine of another stage that
+        # is built later would disregard communication_data_type.
         _replace("deepspeed.runtime.torch_autocast", "TORCH_AUTOCAST_INITIALIZED", False)
         self._places: dict[nn.Parameter, Place] = {}
         if self.zero.stage in (1, 2):
@@ -203,7 +204,8 @@ class DeepSpeedEngine:
             if self.zero.stage == 3:
                 self._load_partition(name, p, kind, read)
                 continue
-            if self.zero.stage == 0 or kind == "model":  # at stages 1 and 2, this is the copy that matmuls use
+            # at stages 1 and 2, this sets the copy of the weight that matmuls use
+            if self.zero.stage == 0 or kind == "model":
                 self._full(p, kind).data.copy_(read(name, 0, p.numel()).view_as(p))
             if self.zero.stage > 0:
                 own = self._own(p, kind)

@@ -32,7 +32,8 @@ def cut(tensors: dict[str, Tensor], rank: int, world: int) -> Fragments:
     is split into equal parts, one per rank."""
     share = -(-sum(tensor.numel() for tensor in tensors.values()) // world)
     before, part = rank * share, {}  # number of elements from the beginning of the current tensor to this rank's part
-    nothing = torch.empty(0)  # shared, because most tensors belong to other ranks and a step waits for this function
+    # created only once, because most tensors belong to other ranks, and a step waits for this function
+    nothing = torch.empty(0)
     for name, tensor in tensors.items():
         size = tensor.numel()
         start, stop = (min(max(edge, 0), size) for edge in (before, before + share))

@@ -90,9 +90,9 @@ def zero_bytes(parameters: int, stage: int, world: int, bf16: bool, matrices: in
 
 
 def still_gathered(parameters: int) -> float:
-    """Return the number of weights that stage 3 keeps gathered on each of several ranks between the forward and the
-    backward pass, for a number of `parameters`: the last ones of the forward pass, which the backward pass uses
-    first."""
+    """Return the number of weights that stage 3 keeps gathered on each rank between the forward and the backward pass,
+    if there are several ranks. They are the last weights of the forward pass, which the backward pass uses first.
+    `parameters`: number of all weights."""
     return min(parameters, _REUSED / 2)
 
 
@@ -145,9 +145,10 @@ _COPY = ("aten::convolution", "m3ae::mlp")
 
 
 class PeakOfPass(TorchDispatchMode):
-    """A context that measures the memory of a forward pass without gradients: the largest number of bytes, `peak`, of
-    the tensors that exist at the same time and follow from `images`, which are included. Tensors that follow only from
-    weights are left out, because their size does not depend on the number of images."""
+    """A context that measures the memory of a forward pass without gradients. Its result, `peak`, is the largest number
+    of bytes of tensors that exist at the same time. Only `images` and the tensors that are computed from them count.
+    Tensors that are computed only from weights are left out, because their size does not depend on the number of
+    images."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()

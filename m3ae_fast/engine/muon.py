@@ -37,7 +37,7 @@ class Matrix(NamedTuple):
 class Part(NamedTuple):
     """The part of a flat buffer of matrices that is stored in one parameter of the optimiser."""
 
-    start: int  # the parameter's first element in the buffer
+    start: int  # index of the parameter's first element in the buffer
     matrices: list[Matrix]  # matrices that overlap with the parameter
     gather: Callable[[Tensor], Tensor]  # all-gathers a buffer from the parts of all ranks
 

@@ -54,8 +54,8 @@ class TorchEngine:
             dtype: dtype of matmuls.
             ranks: the ranks of the run.
             ema: decay of the weights' moving average; None: no average.
-            masters: whether weights have `dtype`, and the optimiser updates float32 master weights, which are rounded
-                to them. This requires a single rank. Otherwise, weights are float32, with autocast.
+            masters: whether the weights have `dtype` and are rounded from float32 master weights, which the optimiser
+                updates. This requires a single rank. If False, the weights are float32, and autocast is used.
         """
         self.model = model.to(ranks.device)
         self.before_update: Callable[[], None] = lambda: None
@@ -92,7 +92,7 @@ class TorchEngine:
                 losses.loss.backward()
             results.append(losses)
         for p, master in self._masters.items():
-            p.grad, master.grad = None, p.grad  # nothing changes if they are the same tensor
+            p.grad, master.grad = None, p.grad  # if `p` is its own master, its gradient is kept
         norm = clip_by_global_norm(self._masters.values(), self.clip_grad)
         set_lr(self.optimizer, lr)
         self.before_update()

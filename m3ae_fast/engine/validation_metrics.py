@@ -76,8 +76,8 @@ class Baselines:
         self._text_ids = torch.zeros(c.vocab_size, dtype=torch.float64)
         self._gram_DD = torch.zeros(c.emb_dim, c.emb_dim, dtype=torch.float64, device=ranks.device)  # see `rankme`
         self._samples = 0
-        # of the features of visible patches: number and sum by position, and sum of squares; native images of different
-        # sizes have no common positions
+        # Features of visible patches: their number and sum by position, and the sum of their squares. There are no
+        # positions for native images, because images of different sizes have none in common.
         positions = 0 if c.resize == "native" else c.most_patches
         self._count_L = torch.zeros(positions, dtype=torch.float64, device=ranks.device)
         self._sum_LD = torch.zeros(positions, c.emb_dim, dtype=torch.float64, device=ranks.device)
@@ -171,8 +171,9 @@ def rankme(gram_DD: Tensor, samples: int) -> float:
 
 def position_share(count_L: Tensor, sum_LD: Tensor, squares: float) -> float | None:
     """Return the fraction of the variance of the patches' features that their positions explain, corrected for the
-    fraction that random positions would explain (epsilon squared, Kelley 1935); so it may be slightly negative. It is
-    None if it is undefined, because there are too few patches or all of them have the same features.
+    fraction that random positions would explain (epsilon squared, Kelley 1935). The correction can make the result
+    slightly negative. The result is None if it is undefined, because there are too few patches or all of them have the
+    same features.
 
     Args:
         count_L: float64, number of patches by position.

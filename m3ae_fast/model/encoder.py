@@ -177,7 +177,7 @@ class MultimodalEncoder(nn.Module):
                 there are several poolings.
         """
         only, whole = reads_only_cls(pools), batch.encoder
-        rows = (whole.cu_seqlens[:-1], only_cls(whole)) if only else ()  # those that the last block computes
+        rows = (whole.cu_seqlens[:-1], only_cls(whole)) if only else ()  # rows that the last block computes
         found: dict[int, Tensor] = {}
         for layer, x_TD in self._after(layers, batch, *rows):
             segments = only_cls(whole) if only and layer == self.config.depth else whole

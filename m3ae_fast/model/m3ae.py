@@ -157,10 +157,11 @@ class M3AE(MultimodalEncoder):
         )
 
     def forward_decoder(self, encoded_TD: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Return the hidden rows of the two heads, [I, E] and [W, E] (None if the model is image-only). The last block
-        computes only rows that carry loss. `encoded_TD`: the output of `forward_encoder`."""
+        """Return the hidden rows of the two heads: [I, E] for images and [W, E] for texts; the latter is None if the
+        model is image-only. The last block computes only rows that carry loss. `encoded_TD`: the output of
+        `forward_encoder`."""
         encoded_TE, x_UE = self.decoder_input(encoded_TD, batch)
-        if isinstance(self.decoder, CrossDecoder):  # all its rows carry loss
+        if isinstance(self.decoder, CrossDecoder):  # all rows of this decoder carry loss
             x_ME = self.decoder(x_UE, encoded_TE, batch.encoder, batch.loss, batch.draws)
         else:
             x_ME = self.decoder(x_UE, batch.decoder, batch.draws, batch.loss_rows, batch.loss)

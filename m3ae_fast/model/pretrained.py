@@ -149,7 +149,8 @@ def _content(source: str | Path, file: Path, read: Callable[[Path], C]) -> C:
 def start_for(config: ModelConfig, found: Pretrained, *, norm_pix: bool) -> Pretrained:
     """Return the weights with which a model of this config starts. If the model has more channels, the weights are
     widened. Only the weights of the encoder are returned if the decoder was trained with the other kind of attention,
-    or for other targets although the model predicts features. `norm_pix`: loss.norm_pix of the model."""
+    or if the model predicts features and the decoder was trained for other targets. `norm_pix`: loss.norm_pix of the
+    model."""
     if config.channels > found.config.channels:
         state = widened(found.state, found.config, config, norm_pix)
         of_images = {name: getattr(config, name) for name in ("channels", "image_mean", "image_std")}

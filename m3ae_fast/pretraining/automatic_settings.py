@@ -1,5 +1,6 @@
-"""Automatic settings that fit the data, the hardware and the available time. Some of the rules are only rules of thumb;
-each rule is a constant in this module. `size_and_length.py` applies them to measurements of the speed."""
+"""Automatic settings that fit the data, the hardware and the available time. They follow from rules, some of which are
+only rules of thumb; the numbers in these rules are constants of this module. `size_and_length.py` applies the rules to
+measurements of the speed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from m3ae_fast.pretraining.model_sizes import MODEL_SIZES, ModelSize
 from m3ae_fast.weights.model_name import LOCAL_DIR, TIMM
 
 TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
-EPOCHS, SEEN = 20, 20_000  # a larger model is chosen only if it can be trained for this many epochs and samples
+# a model larger than the smallest is chosen only if it can be trained for this many epochs and samples
+EPOCHS, SEEN = 20, 20_000
 FEWEST_STEPS = 1000  # the batch is halved until there are at least this many steps
 LEARNING_STEPS = 300  # with fewer steps or less than one epoch, features hardly differ from those of random weights
 EVALUATIONS = 20  # number of evaluations during training; fewer if they would take too long
@@ -31,9 +33,9 @@ _WARM_UP = 0.05  # fraction of the steps that belong to the warm-up
 # for a run that starts from given weights: factor of the usual learning rate, and warm-up as a fraction of the steps
 _CONTINUED_RATE, _CONTINUED_WARM_UP = 0.25, 0.02
 LENGTHS = ("train.steps", "train.epochs")  # settings that determine the length of the run
-_MOST_EPOCHS, _MOST_REPEATS = 10**6, 1 << 16  # maxima of train.epochs and data.repeats; the config refuses more
+_MOST_EPOCHS, _MOST_REPEATS = 10**6, 1 << 16  # maximum values of train.epochs and data.repeats in a config
 EVALUATED = 1024  # maximum number of held-out samples on which losses are evaluated
-PROBED = 5000  # with more training samples, the k-NN accuracy is measured only before and after training
+PROBED = 5000  # with more training samples than this, the k-NN accuracy is measured only before and after training
 # MAE's learning rate and batch size (arXiv 2111.06377). For Adam, the learning rate is scaled with the square root of
 # the batch size (arXiv 2205.10287).
 _RATE, _OF_BATCH = 2.4e-3, 4096
@@ -143,9 +145,9 @@ def set_to(overrides: Sequence[str], name: str, default: Any) -> Any:
 
 
 def by_setting(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides, with one override per setting in place of an override of the whole section `optim`. If they
-    are applied to the config of an existing run, the run therefore keeps its learning rate unless the user sets another
-    one."""
+    """Return the overrides. An override of the whole section `optim` is replaced by one override for each setting in
+    it. Applied to the config of an existing run, the result changes only the settings that it names. The run therefore
+    keeps its learning rate unless the user sets another one."""
     found = []
     for override in overrides:
         section = set_to([override], "optim", None)
@@ -191,8 +193,8 @@ def peak_rate(batch: int, width: int, factor: float = 1.0) -> float:
 
 
 def steps_in(seconds: float, step: float, batch: int, samples: int) -> int:
-    """Return the number of steps that fit into `seconds`, but at most the steps of LONGEST epochs, and at least 2.
-    `step`: seconds per step; `batch`: samples per step; `samples`: samples per epoch."""
+    """Return the number of steps that fit into `seconds`. The result is at least 2, and at most the number of steps in
+    LONGEST epochs. `step`: seconds per step; `batch`: samples per step; `samples`: samples per epoch."""
     longest = LONGEST * max(samples // batch, 1)
     return max(min(int(seconds / step), longest), 2)
 
@@ -207,7 +209,8 @@ def fitted_batch(seconds: float, step: Callable[[int], float], samples: int) -> 
 
 
 def reaches(seen: float, samples: int) -> bool:
-    """Return whether `seen` samples, counted in every epoch, are enough for a model that is not the smallest."""
+    """Return whether a model larger than the smallest may be chosen if it is trained on `seen` samples. A sample counts
+    once for each epoch. `samples`: number of training samples."""
     return seen >= max(EPOCHS * samples, SEEN)
 
 
@@ -215,7 +218,8 @@ def teacher_settings(teacher: str | None) -> list[str]:
     """Return overrides of the settings of a run with this teacher; none if it is None. Paths become absolute."""
     if teacher is None:
         return []
-    # `target_width` may be the width of a run's former teacher; a change of the teacher is refused when the run resumes
+    # The config of an existing run contains the `target_width` of its teacher, which need not be that of this teacher.
+    # It is reset here, so that the error about a changed teacher is raised when the run resumes.
     return [
         'model.image_targets="features"',
         f"loss.teacher={json.dumps(_absolute(teacher))}",

@@ -59,7 +59,8 @@ def inspect(
         out: the run folder.
         labels: source of the labels.
         value_range: values of black and white in images with more than 8 bits per channel; None: detected.
-        overrides: overrides "section.key=value" of the user and, before them, of the weights from which the run starts.
+        overrides: overrides "section.key=value": first those of the weights from which the run starts, then those of
+            the user.
         start: the config of these weights; None: random weights.
         own: the user's overrides alone; used only if `start` is given.
 
@@ -174,8 +175,8 @@ class _Classes(NamedTuple):
 
 
 def _classes(shards: Shards, store: ShardStore, labels: str) -> tuple[_Classes, str]:
-    """Return the classes, and the reason why the labels cannot be used ("" if they can). Raises UserError if they
-    cannot be used although the user has set `labels`."""
+    """Return the classes, and the reason why the labels cannot be used ("" if they can). Raises UserError if the user
+    has set `labels`, but the labels cannot be used."""
     if not shards.val:
         return _Classes(0), ""
     none = "k-NN accuracy and logistic regression are not computed"

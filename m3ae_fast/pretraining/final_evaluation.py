@@ -58,9 +58,10 @@ def stage(device: Device | None) -> Iterator[Session]:
 
 def evaluate_run(config: Config, device: Device | None = None) -> dict[str, dict[str, Any]] | None:
     """Evaluate the run and its baselines, and return the results by task and by model; return None if a task was
-    stopped. The weights from which the run started and its teacher, if it has them, are evaluated too. Results of an
-    earlier call for the same weights are reused. `train.probe` must be set. Raises UserError if a task fails; if it
-    fails for the teacher, which may read other images or compute no vector per image, the teacher is left out."""
+    stopped. If the run started from given weights or has a teacher, these are evaluated too. Results of an earlier call
+    for the same weights are reused. `train.probe` must be set. Raises UserError if a task fails, except for the
+    teacher. A teacher may read other images or compute no vector per image, so it is left out if a task fails for
+    it."""
     probe, run = config.train.probe, config.run.dir
     assert probe is not None
     _forget_other_weights(run)
@@ -148,10 +149,10 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
     """Return one sentence that states whether the run is better than everything that needs no training: the baselines,
-    its initial weights and its teacher, if it has them, and always predicting the largest class. The sentence is about
-    the task in which the run, or something that needs no training, has the highest accuracy of all. The run counts as
-    better only if the difference is significant and above two standard errors. `found`: results by task and by model;
-    empty without classes."""
+    always predicting the largest class and, if they exist, the given weights from which the run started and its
+    teacher. The sentence is about the task with the highest accuracy of the run or of anything that needs no training.
+    The run counts as better only if the difference is significant and above two standard errors. `found`: results by
+    task and by model; empty without classes."""
     if not found:
         return "verdict: none, because evaluating the features needs held-out samples with classes"
     task = max(found, key=lambda task: max(each["top1"] for each in _by_model(found[task]).values()))
@@ -160,7 +161,7 @@ def verdict(run: Path, found: Mapping[str, Mapping[str, Any]]) -> str:
     apart, _ = all_differences(run / RESULTS / task, result, RUN, others)
     strongest_first = sorted(apart.items(), key=lambda item: item[1].value)
     free: dict[str, Difference | None] = dict(strongest_first)
-    # no difference from the following models is known
+    # for the following models, the difference from the run is unknown
     free |= {name: None for name in _by_model(found[task]) if name != RUN and name not in free}
     better = [name for name, each in free.items() if each and each.is_better and each.value > _CLEAR * each.error]
     sure, unsure = (

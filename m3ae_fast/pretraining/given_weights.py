@@ -74,7 +74,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
         missing = missing_decoder(found, _fitting(model, found, given, overrides))
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the run folder is not empty
+        with contextlib.suppress(OSError):  # the run folder is kept if it is not empty
             out.rmdir()
         raise
     decoder = [f"{missing}, so the decoder is randomly initialised"] if missing else []

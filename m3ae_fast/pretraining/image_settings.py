@@ -11,7 +11,7 @@ from m3ae_fast.images.image_kind import Kind, channels_and_dtype
 from m3ae_fast.model.widening import words
 from m3ae_fast.pretraining.automatic_settings import channels_set, set_to
 
-_DTYPES = ("uint8", "uint16", "float32")  # each can represent the values of those before it
+_DTYPES = ("uint8", "uint16", "float32")  # each dtype can represent all values of the dtypes before it
 _CONVERTED = (1, 3, 4)  # numbers of channels to which ordinary images are converted
 _USED = 0.1  # minimum fraction of the value range of given weights that the images must cover
 _FILLED = 0.9  # fraction of a data type's range that values must cover, so that the whole range is assumed to be used

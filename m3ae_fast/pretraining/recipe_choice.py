@@ -55,7 +55,7 @@ def choose_recipe(
 
     Args:
         recipe: name of the recipe; None: the first recipe of `preferred` that can be combined with the overrides, and
-            none of whose settings is overridden.
+            of which the overrides set none of the settings.
         overrides: the user's overrides "section.key=value", which take precedence over the recipe.
         preferred: the recipes to choose from.
     """

@@ -30,14 +30,15 @@ _OVER = 1.05  # a plan is reported as too long if it takes more than the availab
 _EVALUATING = 0.05  # maximum fraction of the training time for evaluations between the first and the last step
 # seconds to start the loaders of an evaluation, to start a task, and to write the report and the export
 _START, _TASK, _REPORT = 1.5, 2.0, 5.0
-# Seconds per training sample, class and feature that logistic regressions with all penalties take: on two CPU cores,
-# and on a GPU. One core took 2e-7 s with 4,500 samples, 10 classes and 128 or 512 features.
+# Seconds that logistic regressions with all penalties take for each training sample, class and feature, on two CPU
+# cores and on a GPU. One core took 2e-7 s with 4,500 samples, 10 classes and 128 or 512 features.
 _REGRESSION = {"cpu": 1e-7, "cuda": 1e-9}
-# number of features of a network in all poolings from which one is chosen (2,300 to 4,600 for images), number in the
-# chosen pooling, number of all features without a network, and number of features of the run and HOG together
+# Numbers of features: of a network in all poolings together, from which one pooling is chosen (2,300 to 4,600 for
+# images); of a network in the chosen pooling; of the baselines without a network; and of the run and HOG together.
 _POOLINGS, _CHOSEN, _WITHOUT, _TOGETHER = 4000, 2000, 1500, 3000
-# number of passes over the images (for the run, for random weights, and for features without a network); number of
-# those that are part of the evaluation of the run; number of tasks (k-NN, logistic regression)
+# Number of passes over the images: for the run, for random weights, and for features without a network. Number of these
+# passes that belong to the baselines, which are evaluated together with the run. Number of tasks: k-NN and logistic
+# regression.
 _MODELS, _BASELINES, _TASKS = 3, 2, 2
 
 
@@ -214,8 +215,8 @@ def _largest_fitting(
     fitted_batch: Callable[[ThroughputEstimate], int],
     budget: Budget,
 ) -> tuple[ModelSize, ThroughputEstimate, str]:
-    """Return the largest model size that fits into memory and can be trained long enough in the available time, its
-    pace, and the reason why the next larger size is not chosen; "" if there is no larger size.
+    """Return the largest model size that fits into memory and can be trained long enough in the available time; its
+    measured pace; and the reason why the next larger size is not chosen ("" if there is no larger size).
 
     Args:
         allowed: sizes to choose from, smallest first. The first is chosen if no other fits.

@@ -50,9 +50,9 @@ def find_shards(
     """Return the shards of a source. If the source does not consist of shards, they are created in the run folder.
 
     Args:
-        options: the options of `pretrain`: the source, the run folder, the captions, the columns, the group, and `val`:
-            if the source consists of shards, the held-out shards; empty: the shards whose names contain the name of a
-            held-out split or, if there are none, the last shards.
+        options: the options of `pretrain`, of which the source, the run folder, the captions, the columns, the group
+            and `val` are used. `val` names the held-out shards of a source that consists of shards. If it is empty, the
+            shards whose names contain the name of a held-out split are held out or, if there are none, the last shards.
         value_range: values of black and white in images with more than 8 bits per channel; None: detected.
         kept: the training shards of an existing run in the run folder; empty: there is no such run.
         start_range: value range of the weights from which the run starts; it is used if `value_range` is None. None:
@@ -111,8 +111,8 @@ def _names_shards(source: str) -> bool:
 
 def _open(options: PretrainOptions) -> tuple[Records, list[str]]:
     """Return the records of a source that does not consist of shards, and notes about them. If no caption table is
-    given and a folder of images contains one, the captions and fields are read from this table. If it has no column of
-    captions, only the fields are read."""
+    given and a folder of images contains one, the captions and fields are read from this table, or only the fields if
+    the table has no column of captions."""
     source, captions, image, caption = options.source, options.captions, options.image_column, options.caption_column
     kind = kind_of_source(source)
     if captions and kind != "folder":
@@ -161,9 +161,10 @@ def _with_table(records: Callable[..., Records], table: Path, caption: str | Non
 
 
 def _split(train: list[str], val: list[str], out: Path) -> Shards:
-    """Split shards into training and held-out shards. The held-out shards are those in `val`. If it is empty, they
-    are the shards with the name of a held-out split. If there are none, they are the last tenth of the shards, from
-    which samples whose image also occurs in a training shard are removed. A single shard is used for training only."""
+    """Split shards into training and held-out shards. The held-out shards are those in `val`. If `val` is empty, the
+    held-out shards are those with the name of a held-out split or, if there are none, the last tenth of the shards.
+    Samples are removed from this last tenth if their image also occurs in a training shard. A single shard is used for
+    training only."""
     if val:
         return Shards(train, val, overlap(train, val))
     names = train if any(map(is_manifest, train)) else expand(train)
@@ -289,7 +290,7 @@ def _made(
         if not _is_of_run(before):
             raise UserError(f"{folder}: contains shards that pretrain has not made; choose another --out")
         shutil.rmtree(folder)
-        (out / "config.json").unlink(missing_ok=True)  # there is none after a dry run
+        (out / "config.json").unlink(missing_ok=True)  # a dry run writes shards, but no config
         notes = [*notes, f"{name}, --group or --labels has changed, so the shards are created again"]
         show(name, parts)
     made = convert(source, folder, settings, len(os.sched_getaffinity(0)))
@@ -301,7 +302,7 @@ def _made(
     if not held:
         lines.append("no samples are held out: all reported losses and accuracies will be on training data")
     kept, val = ([str(whole / f"{split}-*.tar")] if split else [] for split in (train, held))
-    if not settings.held_out:  # otherwise, all samples of an image are in the same split
+    if not settings.held_out:  # if samples were held out here, all samples of an image are in the same split
         lines += overlap(kept, val) if val else []
     return Shards(kept, val, lines, shown=True, value_range=value_range)
 
@@ -329,8 +330,8 @@ def _roles(splits: Collection[str]) -> tuple[str, str | None, list[str]]:
 
 
 def _settings(source: Records, value_range: Range | None, group: str | None, labels: str | None) -> Settings:
-    """Return the settings for creating shards: a part is held out if the source has only one split. Raises UserError if
-    it has several splits, but none to train on, or if it has splits and `group` is set."""
+    """Return the settings for creating shards: some samples are held out if the source has only one split. Raises
+    UserError if the source has several splits, but none to train on, or if it has splits and `group` is set."""
     if len(source.splits) > 1 and all(split in HELD_OUT for split in source.splits):
         found = " and ".join(source.splits)
         raise UserError(f"SOURCE has the splits {found}, but no split to train on; pass one of the splits as SOURCE")

@@ -116,7 +116,7 @@ def pretrain(source: str | Path, out: str | Path, **options: Any) -> Outcome:
     """
     call = _Call(source=source, out=out, began=time.monotonic(), **options)
     value_range = _check(call)
-    with RunFolder(call.out) as folder:  # no other process can write to it before this call has ended
+    with RunFolder(call.out) as folder:  # locks the folder until this call has ended
         return _run_stages(call, value_range, folder)
 
 
@@ -171,7 +171,7 @@ def _check_folder(call: _Call) -> None:
         raise UserError(
             f"--out {call.out}: contains checkpoints, but not the {CONFIG} of their run; choose another --out"
         )
-    if call.dry_run and call.config_file.exists():  # its tokenizer and shards would be replaced
+    if call.dry_run and call.config_file.exists():  # the tokenizer and the shards of that run would be replaced
         raise UserError(f"--dry-run: {call.out} contains a run, whose settings are kept; choose another --out")
 
 
@@ -184,7 +184,8 @@ def _present(config: Config, results: dict[str, dict[str, Any]], outcome: Outcom
     if results:
         print("\n".join(table(results)))
     write_report(outcome.run, outcome.report)
-    # without labels, or if the user has set a pooling that is not the default, the export keeps the run's pooling
+    # The export has the pooling with the highest accuracy. It keeps the run's own pooling if there are no labels, or if
+    # the user has set a pooling that is not the default.
     chosen = next((found[RUN].get("pool") for found in results.values()), None)
     is_usual = config.model.pool == usual_pool(config.model.emb_dim)
     exported = convert(outcome.run, outcome.export, pool=chosen if is_usual else None)
@@ -227,7 +228,8 @@ def _chosen_config(call: _Call, value_range: Range | None) -> Config | None:
         overrides = [*weights.overrides, *overrides]
     start_range = weights.config.value_range if weights.config else None
     shards = find_shards(call, value_range, start_range=start_range)
-    preferred = PREFERRED if call.teacher is None else PREFERRED[1:]  # HOG targets cannot be combined with a teacher's
+    # HOG targets cannot be combined with the targets of a teacher
+    preferred = PREFERRED if call.teacher is None else PREFERRED[1:]
     method = choose_recipe(call.recipe, overrides, preferred) if call.start_from is None else ChosenRecipe([], "")
     plan: Plan | None = None
     with stage(call.device) as session:
@@ -261,7 +263,7 @@ def _chosen_config(call: _Call, value_range: Range | None) -> Config | None:
 
 def _write(config: Config, call: _Call) -> None:
     """Write the config of a new run. Raises UserError if the folder cannot be written to."""
-    text = json.dumps(stored_config(config), indent=2)  # includes the default values
+    text = json.dumps(stored_config(config), indent=2)  # the text includes settings with their default values
     write_text_atomically(call.config_file, f"{text}\n")
     print(f"{call.config_file} contains all settings; --set section.key=value overrides them", flush=True)
 

@@ -59,7 +59,7 @@ def _first(shown: UserError, ranks: Ranks, heartbeats: Heartbeats) -> tuple[bool
         return False, heartbeats.first_error
     try:
         return ranks.first_error(shown.exit_code, of_node=True)
-    except RuntimeError:  # rank 0 hosted the store of this node, or that store has ended too
+    except RuntimeError:  # the store of this node has ended too, or is the one that rank 0 hosted
         return True, shown.exit_code
 
 

@@ -67,7 +67,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._lock:  # from here on, there is nothing left to interrupt
+        with self._lock:  # from here on, the watcher must not interrupt the main thread any more
             self._listening = True
         self._left.set()
         if not self._handles:

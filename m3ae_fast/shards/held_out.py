@@ -41,12 +41,12 @@ def split_images(images_N: np.ndarray, wanted: int, seed: int = 0) -> np.ndarray
     """Return a mask of the samples to hold out, bool [N]; either all samples of an image are held out, or none.
 
     Every image is held out with the same probability, whatever its number of samples. The exceptions are images with
-    more than `wanted` samples, which are never held out, because each of them is larger than the held-out set. The
-    images are drawn by systematic sampling (Cochran 1977, "Sampling Techniques", chapter 8) in the order of their
-    numbers of samples, and in random order among images with equal numbers. Therefore, the expected number of held-out
-    samples is `wanted`, except that the number of images is rounded. The actual number differs from it by less than the
-    number of samples of the largest image that can be held out. At least one image is held out: the one with the fewest
-    samples if all images have too many.
+    more than `wanted` samples, which are never held out, because the samples of one such image would already be too
+    many. The images are drawn by systematic sampling (Cochran 1977, "Sampling Techniques", chapter 8) in the order of
+    their numbers of samples, and in random order among images with equal numbers. Therefore, the expected number of
+    held-out samples is `wanted`, except that the number of images is rounded. The actual number differs from the
+    expected number by less than the samples of one image: the image with the most samples among those that can be held
+    out. At least one image is held out: the one with the fewest samples if all images have too many.
 
     Args:
         images_N: image number of each sample, int64, N >= 1. Only their equality matters.
@@ -55,7 +55,8 @@ def split_images(images_N: np.ndarray, wanted: int, seed: int = 0) -> np.ndarray
     """
     _, first_I, image_N, samples_I = np.unique(images_N, return_index=True, return_inverse=True, return_counts=True)
     order_I = np.empty_like(first_I)
-    order_I[np.argsort(first_I)] = permutation(len(first_I), seed)  # independent of the numbers of the images
+    # the order depends only on the order in which the images first occur, not on their numbers
+    order_I[np.argsort(first_I)] = permutation(len(first_I), seed)
     ascending_I = np.lexsort((order_I, samples_I))
     fitting = ascending_I[samples_I[ascending_I] <= wanted]
     if not len(fitting):
@@ -68,9 +69,9 @@ def split_images(images_N: np.ndarray, wanted: int, seed: int = 0) -> np.ndarray
 
 
 def without_whole_classes(held_N: np.ndarray, images_N: np.ndarray, classes_N: np.ndarray) -> np.ndarray:
-    """Return the mask of held-out samples, bool [N], without the images of classes of which all samples are held out,
-    because a class without a training sample cannot be evaluated. If nothing else is held out, the mask is returned
-    unchanged.
+    """Return the mask of held-out samples, bool [N], after an adjustment: if all samples of a class are held out, the
+    images of this class are removed from the mask, because a class without a training sample cannot be evaluated. If
+    nothing would be held out any more, the mask is returned unchanged.
 
     Args:
         held_N: mask of the samples that were drawn, as from `split_images`.

@@ -20,7 +20,7 @@ from m3ae_fast.images.image_kind import Kind, kind_of
 from m3ae_fast.shards.sources.interface import Records
 
 _INSPECTED = 64  # number of samples that are inspected per split
-_LARGEST, _SMALLEST = 4, 2  # numbers of the largest and of the smallest classes that are shown if there are many
+_LARGEST, _SMALLEST = 4, 2  # if there are many classes, how many of the largest and of the smallest are shown
 _KINDS = 3  # maximum number of kinds of images that are shown
 _EXAMPLE = 60  # maximum number of characters of an example caption
 _NAMES = {1: "grey", 3: "colour"}

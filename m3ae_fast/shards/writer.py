@@ -87,8 +87,8 @@ class Converted:
 
 def convert(records: Records, out: Path, settings: Settings, workers: int) -> Converted:
     """Write the shards of `records` that are missing in `out`, with their indexes, and return counts of the result.
-    Raises UserError if the held-out fraction does not fit the samples, `out` contains other files or
-    cannot be written, no sample of a split is valid, or a worker process is killed."""
+    Raises UserError if the held-out fraction does not fit the samples, if `out` contains other files or cannot be
+    written, if no sample of a split is valid, or if a worker process is killed."""
     plan, notes = _plan(records, settings)
     manifest = manifest_of(records, settings)
     created = not out.exists()
@@ -146,7 +146,8 @@ def manifest_of(records: Records, settings: Settings) -> dict[str, Any]:
 def _plan(records: Records, settings: Settings) -> tuple[list[Shard], list[str]]:
     """Return the shards with the numbers of their samples, and `Converted.notes`."""
     notes: list[str] = []
-    parts: list[tuple[str, str, np.ndarray]] = []  # name, split of the records, numbers
+    # name of the shards' split, split of the records, numbers of the samples
+    parts: list[tuple[str, str, np.ndarray]] = []
     for split, samples in records.splits.items():
         order = np.arange(samples) if settings.keep_order else permutation(samples, 0)
         parts.append((split, split, order))
@@ -251,7 +252,7 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
                 workers_left = multiprocessing.active_children()
                 for process in workers_left:
                     process.terminate()
-                for process in workers_left:  # they hold the folder's lock
+                for process in workers_left:  # the workers hold the folder's lock until they have ended
                     process.join()
                 raise
     for future in futures:  # in the order of the shards
@@ -282,7 +283,7 @@ _of_worker: tuple[Records, Path, Settings, Any]  # the last element is the numbe
 def _begin(*arguments: Any) -> None:
     global _of_worker
     _of_worker = arguments  # type: ignore[assignment]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -25,5 +25,6 @@ class DeviceClock:
         return event
 
     def seconds(self, began: Any, ended: Any) -> float:
-        """Return the seconds between two times. A GPU must have completed all calls before the second time."""
+        """Return the seconds between two times. On a GPU, all calls made before the second time must have been
+        completed."""
         return began.elapsed_time(ended) / 1e3 if self.on_gpu else ended - began

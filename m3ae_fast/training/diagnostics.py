@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from m3ae_fast.config import OptimConfig, TrainConfig
 
-# With fewer steps, a model is hardly trained: RankMe falls at first, and losses are near those of constant predictions.
+# With fewer steps than this, a run is not judged, because RankMe falls at first, and losses are still near those of
+# constant predictions.
 FEW_STEPS = 100
 # A modality counts as learnt if its loss is below this fraction of both its first value and the loss of a constant
 # prediction.
@@ -68,7 +69,7 @@ def _few_steps(metrics: Metrics) -> Diagnostic | None:
 
 def _collapse(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
     ranks = series(metrics, "val_rankme")
-    if len(ranks) < 2 or ranks[0] < COLLAPSED:  # the rank is limited by the number of held-out samples
+    if len(ranks) < 2 or ranks[0] < COLLAPSED:  # too few held-out samples for a high rank
         return None
     first, last = ranks[0], ranks[-1]
     if last >= COLLAPSED and last >= COLLAPSED_TO * first:

@@ -114,7 +114,7 @@ class _Needs:
         self.world = world or max(one_step, 1)
         self.share = split_batch(config.train, self.world)
         self.flops = executed_flops(config.model, sample)  # per sample
-        self.samples = config.train.global_batch / self.world  # mean number per step and rank
+        self.samples = config.train.global_batch / self.world  # mean number of samples per step and rank
         self.muon_flops = newton_schulz_flops(config, self.model, self.world)  # per step and rank
         self.step_flops = self.samples * self.flops + self.muon_flops  # per step and rank
         self.activations = self.share.micro_batch * activation_bytes(config, sample)  # bytes per rank
@@ -229,8 +229,8 @@ def network_bytes(
 
 
 def exchanged_updates(matrices: int, world: int) -> float:
-    """Return the bytes that a GPU sends per step to exchange the updates of a number of weights (`matrices`) that Muon
-    updates, with ZeRO stages 1 and 2 on `world` GPUs."""
+    """Return the bytes that each GPU sends per step to exchange Muon's updates with ZeRO stage 1 or 2. `matrices`:
+    number of weights that Muon updates; `world`: number of GPUs."""
     return 4 * matrices * (world - 1) / world
 
 
@@ -272,9 +272,9 @@ def fetching_lines(config: Config, corpus: Corpus, world: int) -> list[tuple[str
 
 
 def shortest_steps(flops: float, samples: float, world: int) -> Table:
-    """Return a table of the shortest possible step on each kind of GPU, and of the number of cores with which the
-    loader keeps up with it, for one GPU and for all of them. `flops`, `samples`: FLOPs and samples per step and GPU;
-    `world`: number of GPUs."""
+    """Return a table of the shortest possible step on each kind of GPU, and of the number of CPU cores with which the
+    loader keeps up with such steps, for one GPU and for `world` GPUs. `flops`, `samples`: FLOPs and samples per step
+    and GPU; `world`: number of GPUs."""
     gpus = [1] if world == 1 else [1, world]
     columns = [f"cores for {count} GPU{'s' * (count > 1)}" for count in gpus]
     table = Table("GPU", "peak TFLOP/s", "shortest step in ms", *columns)

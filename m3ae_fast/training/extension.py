@@ -8,8 +8,8 @@ from m3ae_fast.engine.schedule import Change, Schedule
 
 
 def is_extended(config: Config, info: checkpoint.Info) -> bool:
-    """Return whether the config makes the run longer (in steps, epochs or hours) than when the checkpoint was written.
-    False unless `optim.decay` is set."""
+    """Return whether the config makes the run longer (in steps, epochs or hours) than the config in the checkpoint
+    does. The result is False unless `optim.decay` is set."""
     was, now = info.config.get("train") or {}, config.train
     lengths = ((getattr(now, key), was.get(key)) for key in ("steps", "epochs", "hours"))
     longer = any(new and old and new > old for new, old in lengths)
@@ -34,7 +34,7 @@ def resumed_schedule(config: Config, samples: int, info: checkpoint.Info | None)
     changes = tuple(Change(*each) for each in info.changes) if cfg.hours else ()
     schedule = Schedule(cfg, config.optim, samples, changes)
     if not (cfg.hours and is_extended(config, info)) or info.decays:
-        return schedule  # the time limit stretches a decay that has begun
+        return schedule  # once the decay has begun, `TimeLimit` lengthens the run
     return schedule.changed(info.step, _expected_steps(schedule, info, 3600 * cfg.hours))
 
 

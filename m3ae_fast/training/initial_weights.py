@@ -16,8 +16,8 @@ from m3ae_fast.process.ranks import Ranks
 def start_from(model: M3AE, source: str, ranks: Ranks) -> str:
     """Load the weights in `model.init_from` into a model on the CPU, on every rank; rank 0 reads them. If the source
     has no decoder, or a decoder with another kind of attention, the model's decoder is unchanged. If the model has more
-    channels, the weights are widened. Return a line for the log. Raises UserError if the export does not exist, or if
-    one of its settings or weights does not fit the model."""
+    channels than the source, the weights are widened. Return a line for the log. Raises UserError if the export does
+    not exist, or if one of its settings or weights does not fit the model."""
 
     def read() -> tuple[dict[str, Tensor], list[str]]:
         found = read_pretrained(source)

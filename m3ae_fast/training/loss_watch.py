@@ -24,8 +24,8 @@ class LossWatch:
         self.finite_through = 0  # last step whose values are known to be finite
 
     def add(self, step: int, keys: list[str], losses: Sequence[StepLosses], grad_norm: Tensor) -> None:
-        """Record the losses and gradient norm of a step. `keys`: keys of its samples; `losses`: those of its
-        micro-batches; `grad_norm`: 0-d."""
+        """Record the losses and gradient norm of a step. `keys`: keys of the step's samples; `losses`: the losses of
+        its micro-batches; `grad_norm`: a 0-d tensor."""
         device = losses[0].loss.device
         stacked = torch.stack([*(part.loss.detach() for part in losses), grad_norm.detach().to(device).float()])
         event = None

@@ -50,8 +50,8 @@ class PretrainingTask:
         """Choose the attention kernels, log incomplete shards, and return the first log lines."""
         ranks, model = trainer.ranks, self.config.model
         attention = RunAttention(model, self.config.masking, ranks.device, dtype_of(self.config.train.precision))
-        # Only rank 0 benchmarks kernels, and checkpoints store its choice: otherwise, ranks and resumed runs might not
-        # be bitwise equal.
+        # Only rank 0 benchmarks kernels, and checkpoints store its choice. If other ranks or a resumed run chose other
+        # kernels, their results might not be bitwise equal.
         choose = partial(attention.choose, trainer.share.micro_batch, trainer.attention)
         trainer.attention, times = ranks.broadcast(choose)
         attention.use_kernels(trainer.attention)
@@ -65,7 +65,7 @@ class PretrainingTask:
 
     def evaluate(self, trainer: Trainer) -> None:
         """Evaluate and log the losses on held-out samples, if there are any, and the accuracy of the k-NN probe, if
-        there is one; each only if it is due. An evaluation ends early if a rank is asked to stop."""
+        there is one. Each of the two evaluations runs only if it is due, and ends early if a rank is asked to stop."""
         train = self.config.train
         if self.eval_loader is not None:
             with trainer.evaluation("losses", train.eval_every):

@@ -66,8 +66,8 @@ def pre_train(
     make_probe: Callable[[Config, Ranks], Probe | None] = lambda config, ranks: None,
     folder: RunFolder | None = None,
 ) -> float:
-    """Open the data, build or restore the model, and train it. Return the seconds of the evaluations in the meantime.
-    Every rank must call this function.
+    """Open the data, build or restore the model, and train it. Return the seconds that its evaluations took. Every rank
+    must call this function.
 
     Args:
         config: config of the run.

@@ -21,7 +21,7 @@ RUNNING, FINISHED, STOPPED, FAILED = STATES = "running", "finished", "stopped", 
 
 @dataclass(frozen=True)
 class Record:
-    """The content of the file, as the run has last written it. If the run was killed, its state there is still
+    """The content of the file, as the run has last written it. If the run was killed, the file still contains the state
     "running"."""
 
     state: str

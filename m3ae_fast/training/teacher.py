@@ -53,7 +53,7 @@ class _Network(NamedTuple):
     mean: Sequence[float]
     std: Sequence[float]
     width: int  # K
-    flops: float  # for an image
+    flops: float  # FLOPs of the forward pass of an image
 
 
 class Teacher:
@@ -84,10 +84,10 @@ class Teacher:
         self.identity = f"{network.kind}, images of {side} x {side} pixels, normalisation {scale}, weights {digest}"
 
     def pass_bytes(self, samples: int, parts: int = 1) -> float:
-        """Return the estimated bytes that a step requires in addition to the weights: for the activations of a pass,
-        which is measured with one image on the device of the weights, and for the features of all patches. `samples`:
-        number of samples in a micro-batch; `parts`: number of micro-batches in a step, whose targets exist at the same
-        time."""
+        """Return the estimated bytes that a step requires in addition to the teacher's weights. They consist of the
+        activations of a pass, which are measured with one image on the device of the weights, and of the features of
+        all patches. `samples`: number of samples in a micro-batch; `parts`: number of micro-batches in a step, whose
+        targets exist at the same time."""
         c, device = self._student, next(self._maps.parameters()).device
         image = torch.zeros(
             1, c.channels, c.image_size, c.image_size, device=device, dtype=getattr(torch, c.image_dtype)

@@ -39,8 +39,9 @@ _PARTS, _OF_PART = 4, 4  # number of parts, and minimum number of steps per part
 _CHECK_EVERY = 8  # number of steps between checks for stability; it grows with the number of steps
 # fraction of the given time that is always used, even if the rate is stable, because the load of the machine varies
 _LEAST = 1 / 4
-# time to evaluate a sample, as a fraction of a step's time per sample without the update: two forward passes and no
-# backward pass
+# The time to evaluate a sample, as a fraction of the time that a training step without its update takes per sample. A
+# step counts as three forward passes, because a backward pass takes about as long as two; an evaluation consists of two
+# forward passes.
 _EVALUATED = 2 / 3
 
 
@@ -138,7 +139,7 @@ def measure_batch(config: Config, session: Session, batch: int, seconds: float) 
         data_wait = max(session.ranks.gather(waited))
         pace = ThroughputEstimate(mean / batch, batch, len(counted), error, update, data_wait)
     del trainer
-    gc.collect()  # frees its weights and loaders
+    gc.collect()  # frees the weights and loaders of the trainer
     return pace
 
 
@@ -179,8 +180,8 @@ class StepTime(NamedTuple):
     """The duration of a step in seconds."""
 
     whole: float  # including the wait for data and an update
-    update: float  # on a GPU, the update of the previous step, which runs after the call of that step has returned
-    waited: float  # for data
+    update: float  # on a GPU, that of the previous step, because an update runs after the call of its step has returned
+    waited: float  # wait for data
 
 
 def step_times(trainer: Trainer) -> Generator[StepTime, None, None]:

@@ -24,11 +24,11 @@ class TimeLimit:
     """The time limit of a run. It computes from the pace of the steps how many of them fit into the limit."""
 
     def __init__(self, seconds: float, pace: Pace, spent: float = 0.0) -> None:
-        """Start the clock, which is that of the pace.
+        """Start to count the time, with the clock of the pace.
 
         Args:
             seconds: the limit.
-            pace: pace of the steps. Its pauses are the evaluations.
+            pace: pace of the steps. The pauses of the pace are the evaluations.
             spent: the part of `seconds` that was used before the run was resumed.
         """
         self.seconds, self.pace = seconds, pace
@@ -51,7 +51,8 @@ class TimeLimit:
         total, left, pace = schedule.total_steps, self.seconds - self.spent, self.pace
         measured = pace.parts >= _FEWEST or pace.seconds >= _SUFFICIENT_TIME * self.seconds
         early = self.spent - self._adjusted < _PAUSE * self.seconds
-        # The first steps are used only if there may be no time to wait for a measured step.
+        # Wait until a step after the first ones is measured, as long as there is time for that. Otherwise, the first
+        # steps determine the pace.
         waits = pace.missing > 0 and pace.done > 0 and pace.missing * pace.per_unit < left
         if not pace.done or (left > 0 and (early or waits or not measured)):
             return total

@@ -87,7 +87,8 @@ class Trainer:
     # tensors saved in checkpoints in addition to the engine's state
     constants: dict[str, Tensor] = field(default_factory=dict)
     not_computed: tuple[str, ...] = ()  # prefixes of the losses that this run does not compute
-    add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch  # called on the device
+    # adds image targets to a batch on the device
+    add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
     after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
     attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
     pace: Pace = field(default_factory=partial(Pace, first=FIRST))  # pace of the steps
@@ -278,8 +279,8 @@ class Trainer:
         return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER, explain)
 
     def _begin(self) -> None:
-        """If the run is resumed, set aside its earlier output for steps after that of the checkpoint. Start the
-        measurements. Called before the first step."""
+        """If the run is resumed, set aside the output that it has already written for steps after that of the
+        checkpoint. Start the measurements. Called before the first step."""
         self.line = MetricsLine(
             ranks=self.ranks,
             throughput=self.throughput,
@@ -335,8 +336,8 @@ class Trainer:
 
     def _complete(self) -> None:
         """Draw the figures of a run that an earlier call has trained to its last step, and start its record again. Do
-        nothing if the record states that the run is finished; it does not if the earlier call was killed after the
-        last checkpoint."""
+        nothing if the record states that the run is finished. The record does not state this if the earlier call was
+        killed after the last checkpoint."""
         if self.record.is_finished():
             return
         if self.after_save:

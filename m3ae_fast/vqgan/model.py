@@ -116,7 +116,8 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x)
             level, within = divmod(i + 1, per_level)
-            if not within and 2 <= level <= len(ups) + 1:  # after a level's blocks; the first group is not a level
+            # after all blocks of a level; the first group of blocks precedes the levels
+            if not within and 2 <= level <= len(ups) + 1:
                 x = ups[level - 2](F.interpolate(x, scale_factor=2, mode="nearest"))
         return last(F.silu(self.norm(x)))
 

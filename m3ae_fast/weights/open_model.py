@@ -42,7 +42,7 @@ def is_run(path: Path) -> bool:
 
 def refuse_part(path: Path, source: str) -> None:
     """Raise UserError, with what to specify instead, if `path` is a file of a checkpoint or an export, a folder inside
-    a run that contains no model, or a run without a checkpoint. `source`: the user's name of it."""
+    a run that contains no model, or a run without a checkpoint. `source`: the name that the user has given."""
     if path.is_file():
         ours = (path.parent / checkpoint.INFO_FILE).is_file() or "emb_dim" in read_folder_config(path.parent)
         if ours and path.suffix in (".json", ".safetensors"):

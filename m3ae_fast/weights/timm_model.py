@@ -51,7 +51,7 @@ def open_timm_model(name: str) -> TimmModel:
     own, wanted = (before, int(size)) if before and size.isdecimal() else (own, None)
     if wanted is not None and not 0 < wanted <= _LARGEST:
         raise UserError(f"{name}: the size of the images, {wanted} pixels, must be from 1 to {_LARGEST:,}")
-    if equals and not file:  # for example, the value of a shell variable that is not set
+    if equals and not file:  # for example, because the file is a shell variable that is not set
         raise UserError(f"{name}: there is no file after =; to download the weights, write {name[:-1]}")
     if not own:
         raise UserError(f"{name}: there is no name of a model after {TIMM}; timm.list_models() returns all names")

@@ -95,11 +95,12 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
 def samples_of_images(
     table: Path, columns: tuple[str | None, str | None], folder: Path, paths: Sequence[str], has_splits: bool
 ) -> tuple[list[list[TableSample]], bool, list[str]]:
-    """Return the samples of each image according to a caption table, whether the table has captions, and notes for the
-    user. An image that is not in the table has one sample without a caption.
+    """Return three values: the samples of each image according to a caption table; whether the table has captions; and
+    notes for the user. An image that is not in the table has one sample without a caption.
 
     Args:
-        table, columns: as in `read_captions`; `columns`: the names of the columns of images and of captions.
+        table, columns: as in `read_captions`. `columns` contains the names of the column of images and of the column of
+            captions.
         folder: the folder of the images. Names of images in the table are absolute, or relative to this folder.
         paths: the images, relative to the folder.
         has_splits: whether the folder has several splits.

@@ -68,12 +68,12 @@ class Folder(Records):
         self._labels = {name: label for label, name in enumerate(self.classes or ())}
         self._paths = [path for path in images if os.path.dirname(path) in layout.splits]
         self.unlabelled = _why_unlabelled(layout, self._paths)
-        # indices into the paths, by split
+        # indices into `self._paths`, by split
         rows: dict[str, list[int]] = {split: [] for split in layout.splits.values()}
         for number, path in enumerate(self._paths):
             rows[layout.splits[os.path.dirname(path)]].append(number)
         self._rows = {split: np.array(numbers) for split, numbers in rows.items()}
-        self._samples, has_captions = [[TableSample()]] * len(self._paths), False  # by image
+        self._samples, has_captions = [[TableSample()]] * len(self._paths), False  # samples of each image
         if table is not None:
             self._samples, has_captions, notes = samples_of_images(
                 table, columns, folder, self._paths, has_splits=len(rows) > 1

@@ -113,8 +113,8 @@ def _with_classes(
     found: dict[str, set[str | None]],
     known: Sequence[str] | None,
 ) -> Layout:
-    """Return the layout. Folders are classes if there are at least two, and if no split with class folders has images
-    outside them."""
+    """Return the layout. Folders are classes if there are at least two of them, and if every split that has class
+    folders has all of its images in such folders."""
     order = [split for split in (TRAIN, VAL, TEST) if split in found]
     splits = {each: splits[each] for split in order for each in splits if splits[each] == split}
     used = sorted({name for own in found.values() for name in own if name is not None})

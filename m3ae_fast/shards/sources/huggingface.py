@@ -64,7 +64,7 @@ class HuggingFace(Records):
         # dtype of the values if images are arrays [H, W] or [H, W, C]
         self._dtype: str = getattr(images, "dtype", "") if _is_array(images) else ""
         self._data: dict[str, Any] = {}
-        self._whole = data  # with all columns
+        self._whole = data  # the splits with all columns, including those that are not read
         for key, rows in data.items():
             rows = rows.select_columns([column for column in (self.image, self.caption, self.label) if column])
             self._data[key] = rows

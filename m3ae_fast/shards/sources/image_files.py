@@ -62,7 +62,7 @@ def _require_reader(folder: str, paths: Sequence[str]) -> None:
     except ReaderMissing as error:
         raise UserError(f"{folder}/{printable(first)}: {error}") from None
     except BadSample:
-        pass  # it is reported together with other invalid files
+        pass  # an invalid file is reported later, together with all others
 
 
 def find_texts(images: Sequence[str], files: Collection[str]) -> dict[str, str]:

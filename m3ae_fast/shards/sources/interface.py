@@ -53,8 +53,8 @@ class Records(ABC):
         """Return a sample. Raises BadSample if it cannot be used."""
 
     def classes_of(self, split: str) -> list[str | None] | None:
-        """Return the name of the class of each sample, None for a sample without a class; None if the classes are
-        unknown until all samples have been read."""
+        """Return a list with the name of each sample's class, or None for a sample without a class. Return None instead
+        of the list if the classes are unknown until all samples have been read."""
         return None
 
     def class_counts(self, split: str) -> Counter[str] | None:
@@ -73,9 +73,9 @@ class Records(ABC):
         return len(self._starts[split]) - 1
 
     def values(self, split: str, field: str) -> list[Any]:
-        """Return the value of a field for each sample, None if the sample does not have it. `field`: "json.NAME" or
-        NAME, a field of the sample's json or a column; "folder", the folder of the image. Raises UserError if samples
-        of this source have no fields."""
+        """Return the value of a field for each sample; the value is None for a sample without this field. `field`:
+        "json.NAME" or NAME for a field of the sample's json or for a column, or "folder" for the folder of the image.
+        Raises UserError if samples of this source have no fields."""
         raise UserError(f"--group {field}: an HDF5 file has no such field")
 
     def fields(self, split: str) -> list[str]:

@@ -1,7 +1,8 @@
 """The kinds of sources from which shards can be created: detection of a source's kind, and functions to open sources.
 
 A new kind needs a module next to this one with a subclass of `Records`, an entry of `SOURCE_KINDS` in `__init__.py`,
-and a branch of `kind_of_source` and of `open_source`. The options that apply to it name it in `AppliesTo`.
+and a branch of `kind_of_source` and of `open_source`. Each option that applies to the new kind must name it in its
+`AppliesTo`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from m3ae_fast.base.untrusted_file import open_regular, parse_json
 
 ABSENT = object()  # value of a column that is missing in a row of jsonl
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
-_SEPARATORS = ",;\t"  # of a .csv; spreadsheets use semicolons if the comma is the decimal separator
+_SEPARATORS = ",;\t"  # separators of a .csv; spreadsheets use semicolons if the comma is the decimal separator
 # The iterator yields the list of column names, which later rows may extend, and then the values of each row.
 Rows = Generator[list[Any], None, None]
 
