@@ -368,7 +368,7 @@ class _Checked(NamedTuple):
     image_mask: np.ndarray
     text_mask: np.ndarray
     tokens: np.ndarray
-    grid: Grid | None  # None without an image
+    grid: Grid | None  # patch grid of the image; None if there is no image
     image_left_out: np.ndarray  # bool, True for patches that are masked and not predicted
     text_left_out: np.ndarray
     same_image: bool

@@ -57,7 +57,8 @@ class Info:
     versions: dict[str, str]
     stream: dict[str, str] = field(default_factory=dict)  # fingerprint of the training data; see `data.fingerprint`
     sha256: dict[str, str] = field(default_factory=dict)  # checksums of the other files, by file name
-    attention: dict[str, str] = field(default_factory=dict)  # on GPUs: the chosen kernel, by part of the model
+    # name of the chosen attention kernel by part of the model; empty if none was chosen
+    attention: dict[str, str] = field(default_factory=dict)
     # changes of the number of steps, as in `Schedule.changes`
     changes: list[Annotated[tuple[int, int], AfterValidator(_later)]] = field(default_factory=list)
     decays: bool = False  # whether the decay of a schedule that can be extended has begun

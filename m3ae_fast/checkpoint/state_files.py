@@ -213,7 +213,7 @@ class State:
             UserError: the tensor does not exist, an element is not finite, or a piece is damaged or not float32.
         """
         self._shape(name)
-        found, stop = [], start + count  # relative to the first element of the current piece
+        found, stop = [], start + count  # `start` and `stop` are relative to the first element of the current piece
         for number, length in self._pieces[name]:
             if max(0, start) < min(length, stop):
                 found.append(self._piece(number, name, length)[max(0, start) : stop])

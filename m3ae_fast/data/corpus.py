@@ -126,7 +126,7 @@ class Corpus:
     def weights(self) -> list[float] | None:
         """Return the weights of the sources; None if they are in proportion to the sizes of the sources."""
         given = [source.weight for source in self.sources if source.weight is not None]
-        return given or None  # the config gives weights to all sources or to none
+        return given or None  # the config gives weights either to all sources or to none
 
     @property
     def has_images(self) -> bool:

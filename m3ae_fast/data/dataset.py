@@ -33,7 +33,8 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.images.normalisation import model_input
 from m3ae_fast.vqgan.model import VQGAN
 
-# a function that maps an image, uint8 [C, H, W], and a seed to an image of the same shape; it uses no other randomness
+# A function of an image, uint8 [C, H, W], and a seed, which returns an image of the same shape. The seed must be its
+# only source of randomness.
 Transform = Callable[[Tensor, int], Tensor]
 
 
@@ -85,7 +86,7 @@ class Samples(Dataset[Sample | Skipped]):
     augment: Augment | None  # None: no augmentation; the central square or the whole native image is used
     positions_per_mask: int  # number of positions per step, which share a mask if `masking.per` is "batch"
     repeats: int = 1  # number of consecutive views of each sample
-    transform: Transform | None = None  # applied to each cropped image
+    transform: Transform | None = None  # function that is applied to each cropped image
 
     def __post_init__(self) -> None:
         self._readers = [Reader(source, self.corpus.store) for source in self.corpus.sources]

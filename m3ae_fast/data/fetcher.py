@@ -52,8 +52,8 @@ class FetcherOfNode:
             self.process.start()
 
     def watch(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yield the micro-batches, starting with those of the first step, and report the number of completed steps to
-        the fetcher. The fetcher ends together with the iterator."""
+        """Yield the micro-batches, which must begin with the first step of the run, and report the number of completed
+        steps to the fetcher. The fetcher ends together with the iterator."""
         try:
             for number, batch in enumerate(batches, 1):
                 self._steps[self._slot] = self.schedule.start + number // self.accumulation

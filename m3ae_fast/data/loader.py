@@ -109,7 +109,8 @@ def eval_loader(
     order = FileOrder(corpus.sizes, samples)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))
-    # if `masking.per` is "batch", all samples share their masks, regardless of the number of ranks
+    # if `masking.per` is "batch", all samples have the masks of one step, so that the result does not depend on the
+    # number of ranks
     dataset = Samples(corpus, order, preparation, None, order.samples)
     return _loader(config, dataset, MicroBatches(steps, share, end=order.samples), pin_memory)
 

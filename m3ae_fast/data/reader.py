@@ -21,7 +21,7 @@ from m3ae_fast.data.shard_store import ShardStore
 
 T = TypeVar("T")
 MAX_CAPTION_BYTES = 1 << 16  # longer text is truncated; a larger JSON member is an error
-# number of shards that are kept open: twice the default of data.shuffle_shards; each has two open files
+# maximum number of shards that are kept open: twice the default of data.shuffle_shards. Each shard has two open files.
 _OPEN_SHARDS = 256
 _RETRY_S = 60  # seconds until a failed shard is retried
 

@@ -67,7 +67,7 @@ class ShardStore:
     until only FREE_FRACTION of it is free. Raises UserError if the folder cannot be created."""
 
     def __init__(self, cache_dir: str | os.PathLike[str] | None = None, cache_gb: float | None = None):
-        self._far: dict[str, bool] = {}  # by folder: whether it is on a network file system
+        self._far: dict[str, bool] = {}  # whether a folder is on a network file system, by folder
         self._oldest: deque[_Copy] | None = None  # copies found in the last scan, oldest first
         self._looked = 0.0  # time of the last scan
         self.limit = math.inf if cache_gb is None else round(cache_gb * 1e9)  # bytes
@@ -171,7 +171,7 @@ class ShardStore:
         needed."""
         now = time.time_ns()
         if self._oldest:
-            self._oldest.clear()  # their modification times have changed
+            self._oldest.clear()  # the scan is outdated, because the modification times change below
         for number, shard in enumerate(shards):
             when = now - number * _KEPT_NS
             with contextlib.suppress(OSError):  # the copy does not exist, or belongs to another user
@@ -189,7 +189,7 @@ class ShardStore:
         """Hold a lock on this node and yield its file handle. Raises BlockingIOError if another process holds it and
         `wait` is False."""
         path = self.cache_dir / "locks" / name
-        try:  # not with filelock, which polls and cannot lock another user's file
+        try:  # filelock is not used, because it polls and cannot lock another user's file
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except PermissionError:  # the file belongs to another user
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -209,7 +209,7 @@ class ShardStore:
                 out, gone = self._begin(partial, size)
                 with out:
                     download(shard, out)
-                    with self.lock(_EVICTION) as ledger:  # in case the copy is larger than expected
+                    with self.lock(_EVICTION) as ledger:  # the copy may be larger than expected
                         out.truncate(out.tell())
                         self._evict(ledger, grown=out.tell() - gone)
                     gone = out.tell()
@@ -284,7 +284,7 @@ class ShardStore:
     @staticmethod
     def _remove(copy: _Copy) -> int:
         """Remove a copy unless it has been used since the scan. Return the freed bytes."""
-        # in case another process has removed the copy, or the copy belongs to another user
+        # errors are ignored if another process has removed the copy, or if the copy belongs to another user
         with contextlib.suppress(FileNotFoundError, PermissionError):
             if copy.path.stat().st_mtime_ns == copy.used:
                 copy.path.unlink()

@@ -94,7 +94,7 @@ class DeepSpeedEngine:
         self.before_update: Callable[[], None] = lambda: None
         self.zero = config.zero_optimization
         self.name = f"DeepSpeed ZeRO stage {self.zero.stage}"
-        # Otherwise DeepSpeed compiles an extension for inference on every new machine.
+        # Without this replacement, DeepSpeed would compile an extension for inference on every new machine.
         _replace("deepspeed.comm.torch", "build_shm_op", lambda: None)
         _read_no_norms()
         deepspeed.init_distributed(init_method=None, dist_init_required=False)

@@ -131,7 +131,7 @@ def activation_bytes(config: Config, batch: PackedBatch) -> float:
     size = 2 if in_bf16(config) else 4
     by_encoder = 8 + 2 * m.mlp_ratio
     by_decoder = by_encoder - 2 if cross else by_encoder
-    if config.train.activation_checkpointing:  # only the input of each block is kept
+    if config.train.activation_checkpointing:  # with activation checkpointing, only the input of each block is kept
         by_encoder = by_decoder = 1
     encoder = by_encoder * m.depth * batch.encoder.rows * m.emb_dim
     decoder = by_decoder * m.dec_depth * batch.decoder.rows * m.dec_emb_dim

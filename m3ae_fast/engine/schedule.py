@@ -43,7 +43,7 @@ class Schedule:
     train: TrainConfig
     optim: OptimConfig
     samples: int  # number of samples per epoch
-    changes: tuple[Change, ...] = ()  # in the order in which they were decided
+    changes: tuple[Change, ...] = ()  # changes of the number of steps, in the order in which they were decided
     scaled: bool = True  # whether the learning rates are for a batch of 256, and proportional to the batch size
 
     @property
@@ -88,9 +88,9 @@ class Schedule:
 
     def _decays(self) -> Iterator[tuple[int, int, int, float]]:
         """Yield the plan of the decay at the start and after each change: the step from which the plan applies, the
-        first and the last step of the decay, and its progress before the first step. If the decay has not begun when
-        the number of steps changes, it is moved to the new end; if it has begun, the rest of the decay is spread over
-        the remaining steps."""
+        first and the last step of the decay, and its progress before the first step. A decay that has not begun when
+        the number of steps changes is moved to the new end. The rest of a decay that has begun is spread over the
+        remaining steps."""
         first, last, before = self._first_of_decay(self.configured_steps), self.configured_steps, 0.0
         yield 0, first, last, before
         for step, total in self.changes:

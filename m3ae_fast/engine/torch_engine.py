@@ -65,7 +65,7 @@ class TorchEngine:
         self._masters: dict[nn.Parameter, Tensor] = {p: p for p in model.parameters()}
         self._rounds = masters and dtype != torch.float32
         if self._rounds:
-            for p in self._masters:  # not the buffers, which remain in float32
+            for p in self._masters:  # the masters do not include buffers, which remain in float32
                 p.data = p.data.to(dtype)
                 p.grad_dtype = torch.float32  # gradients of micro-batches are summed in float32
                 self._masters[p] = p.detach().float()
@@ -75,7 +75,7 @@ class TorchEngine:
         self.ddp: nn.parallel.DistributedDataParallel | None = None
         if ranks.world > 1:
             ddp = nn.parallel.DistributedDataParallel
-            old, new = "broadcast_buffers", "forward_sync_buffers"  # renamed in torch 2.13
+            old, new = "broadcast_buffers", "forward_sync_buffers"  # torch 2.13 has renamed this argument
             sync = new if new in inspect.signature(ddp).parameters else old
             options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
             self.ddp = ddp(self.model, **options)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-EPS = 1e-6  # for all LayerNorms; flax's default
+EPS = 1e-6  # epsilon of all LayerNorms, which is flax's default
 Gelu: TypeAlias = Literal["tanh", "exact"]
 MEMORY_BUDGET = 0.9  # fraction of the activations that are kept; below 0.8, matmuls would be recomputed too
 

@@ -107,9 +107,9 @@ def possible(sizes: Sequence[ModelSize], config_of: Callable[[ModelSize], Config
 
 
 def image_and_patch(short_side: int, pixels: int) -> tuple[int, int]:
-    """Return the image size and the patch size. The image size is at most `pixels`, and at least half of the images
-    need not be enlarged to it. The patch size is 16 or, if this gives fewer than eight patches per side, 8 or 4 pixels.
-    `short_side`: median length of the images' shorter sides, in pixels; below 16, the image size is 16."""
+    """Return the image size and the patch size. The image size is at most `pixels`, and so small that at least half of
+    the images need not be enlarged. The patch size is 16 or, if this gives fewer than eight patches per side, 8 or 4
+    pixels. `short_side`: median length of the images' shorter sides, in pixels; below 16, the image size is 16."""
     size = max(min(short_side, pixels), 16)
     patch = next((p for p in (16, 8) if size // p >= 8), 4)
     return size // patch * patch, patch
@@ -215,7 +215,8 @@ def reaches(seen: float, samples: int) -> bool:
 
 
 def teacher_settings(teacher: str | None) -> list[str]:
-    """Return overrides of the settings of a run with this teacher; none if it is None. Paths become absolute."""
+    """Return the overrides that a run with this teacher needs, with absolute paths; an empty list if `teacher` is
+    None."""
     if teacher is None:
         return []
     # The config of an existing run contains the `target_width` of its teacher, which need not be that of this teacher.
@@ -245,7 +246,7 @@ def check_overrides(overrides: Sequence[str], start_from: str | None = None, tea
         name = override.partition("=")[0]
         if meant := next((option for pattern, option in _ARGUMENTS.items() if re.fullmatch(pattern, name)), None):
             raise UserError(f"override {name}: use {meant} instead")
-    if set_to(overrides, "model.init_from", None) is not None:  # in an override of the whole section
+    if set_to(overrides, "model.init_from", None) is not None:  # set by an override of the whole section
         raise UserError("override model.init_from: use --from instead")
     if set_to(overrides, "data.val", None):
         raise UserError(

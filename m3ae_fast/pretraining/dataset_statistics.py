@@ -125,8 +125,9 @@ def inspect(
 
 
 def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]:
-    """Return a list with a note if only the weights from which the run starts, or only the samples, include text;
-    otherwise an empty list. Raises UserError if both include text, but the tokenizer of the weights is missing."""
+    """Return notes about text for a run that starts from given weights. There is one note if the weights include text
+    and the samples do not, or the reverse, and none otherwise. Raises UserError if weights and samples include text,
+    but the tokenizer of the weights is missing."""
     vocab_size = set_to(overrides, "model.vocab_size", None)
     if not continues(overrides) or vocab_size is None:
         return []

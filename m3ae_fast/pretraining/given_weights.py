@@ -66,7 +66,7 @@ def given_weights(model: str, out: Path, overrides: Sequence[str]) -> GivenWeigh
     if found.config.value_range is not None:
         implied["model.value_range"] = found.config.value_range
     if (channels := channels_set(overrides) or 0) > found.config.channels:
-        # the mean and the standard deviation are assumed until the images have been inspected
+        # this mean and this standard deviation are placeholders until the images have been inspected
         implied |= {"model.channels": channels, "model.image_mean": [0.5] * channels}
         implied |= {"model.image_std": [0.25] * channels}
     given = [f"{name}={json.dumps(value)}" for name, value in implied.items()]

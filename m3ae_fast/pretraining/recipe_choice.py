@@ -71,8 +71,8 @@ def choose_recipe(
 
 
 def _obstacle(recipe: Recipe, overrides: Sequence[str]) -> str:
-    """Return the reason why the recipe cannot be combined with the overrides, which are valid without it; "" if it
-    can."""
+    """Return the reason why the recipe cannot be combined with the overrides, or "" if it can. The overrides must be
+    valid without the recipe."""
     try:
         assumed_config([*as_overrides(METHODS[recipe]), *overrides])
     except UserError as error:

@@ -129,8 +129,8 @@ class Budget:
 
 
 def evaluated_models(overrides: Sequence[str]) -> int:
-    """Return the number of models that are evaluated after training, including the given weights and the teacher of the
-    run, if it has them."""
+    """Return the number of models that are evaluated after training. They include the given weights from which the run
+    starts and its teacher, if there are any."""
     has_teacher = automatic_settings.set_to(overrides, "loss.teacher", None) is not None
     return _MODELS + automatic_settings.continues(overrides) + has_teacher
 

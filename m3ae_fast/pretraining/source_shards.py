@@ -267,7 +267,7 @@ def _made(
     parts = parts_of(source, _uses(source))
     kinds = [kind for part in parts for kind in part.kinds]
     if value_range is None and start_range is not None:
-        require_similar_values(kinds, start_range)  # before the values are converted to 8 bits
+        require_similar_values(kinds, start_range)  # must be checked before the values are converted to 8 bits
         value_range = start_range
     value_range = value_range or range_of(kinds)
     begun = bool(checkpoint.saved_steps(out))

@@ -23,9 +23,8 @@ class Background:
         self._idle = threading.Event()
         self._idle.set()
         self._error: BaseException | None = None
-        self.leaving = (
-            threading.Event()
-        )  # set if this rank exits because of an error, which may not have occurred on the other ranks
+        # set if this rank exits because of an error, which may not have occurred on the other ranks
+        self.leaving = threading.Event()
         # a daemon thread, so that a process that must exit at once does not wait for it
         threading.Thread(target=self._serve, name="background", daemon=True).start()
 

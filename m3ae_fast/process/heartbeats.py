@@ -50,7 +50,7 @@ class Heartbeats:
 
     def __init__(self, rank: int, groups: Sequence[HeartbeatGroup], store: dist.Store, stop: StopRequest) -> None:
         """Prepare the heartbeats in `groups`. `store` is the store of all ranks, for use by the main thread."""
-        self.timeout = float("inf")  # in seconds; set once the config is known
+        self.timeout = float("inf")  # stall timeout in seconds; set once the config is known
         self.folder: Path | None = None  # folder for stack traces at a stall; set once the run folder is known
         self.first_error: int | None = None  # exit code of the first rank that has ended with an error
         self._rank, self._groups, self._store, self._stop = rank, groups, store, stop

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 _FROM_CHECKPOINT = "continues from the last checkpoint"
 AGAIN = "running the same command again"
-_WAYS = [("--resume auto", _FROM_CHECKPOINT)]  # the last element is in use
+_WAYS = [("--resume auto", _FROM_CHECKPOINT)]  # ways to resume, each with its effect; the last element is in use
 
 
 def how_to_resume() -> str:

@@ -12,7 +12,8 @@ from typing import NamedTuple, cast
 import torch.distributed as dist
 from torch import Tensor
 
-ERROR_KEY = "error"  # key in a store; its value: the first rank that ended with an error, and its exit code
+# key in a store; its value contains the first rank that ended with an error, and the exit code of this rank
+ERROR_KEY = "error"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -104,4 +105,4 @@ class Sums:
 
 def _group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(ranks, timeout=timeout, backend="gloo", use_local_synchronization=True)
-    return cast(dist.ProcessGroup, group)  # this rank is a member
+    return cast(dist.ProcessGroup, group)  # the group is not None, because this rank is a member

@@ -34,10 +34,11 @@ from m3ae_fast.process.workers import allow_open_files
 
 T = TypeVar("T")
 Waiting = Callable[[], AbstractContextManager[None]]
-# set by deepspeed and torchrun, and by `adopt` for other launchers; not set by plain `python`
+# Names of environment variables. They are set by deepspeed and torchrun, and by `adopt` for other launchers, but not by
+# plain `python`.
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 _OTHER_FILES = 200  # maximum number of further open files, such as those of libraries, shards and logs
-_ENDED_KEY = "ended"  # key in the store; its value: the number of ranks that have ended with an error or a stop
+_ENDED_KEY = "ended"  # key in the store; its value is the number of ranks that have ended with an error or a stop
 # maximum seconds to wait until the other ranks record their end; heartbeats notify them of the error in less time
 _OTHERS_S = 10.0
 TIMEOUT = timedelta(minutes=30)  # maximum time until the last rank joins

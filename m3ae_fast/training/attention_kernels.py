@@ -27,11 +27,11 @@ class RunAttention:
     dtype: torch.dtype
 
     def choose(self, samples: int, known: Names | None = None) -> tuple[Names, dict[str, dict[str, float]]]:
-        """Benchmark the installed kernels on a micro-batch of `samples`. Return the name of the fastest kernel for the
-        encoder and for the decoder, and the milliseconds of each kernel that works. Kernels in `known` are returned
-        without a benchmark if they work on this machine. On a CPU, or if M3AE_KERNELS_IMPL is set, no benchmark is
-        needed, and the result is empty. Call this method on one rank only, so that all ranks use the same kernels, and
-        pass the result to `use_kernels` on every rank."""
+        """Benchmark the installed kernels on a micro-batch of `samples` samples. Return the name of the fastest kernel
+        for the encoder and for the decoder, and the milliseconds of each kernel that works. Kernels in `known` are
+        returned without a benchmark if they work on this machine. On a CPU, or if M3AE_KERNELS_IMPL is set, no
+        benchmark is needed, and the result is empty. Call this method on one rank only, so that all ranks use the same
+        kernels, and pass the result to `use_kernels` on every rank."""
         names: Names = {}
         times: dict[str, dict[str, float]] = {}
         if self.device.type != "cuda" or requested_impl("auto") != "auto":

@@ -158,7 +158,8 @@ def _compared(metrics: Metrics, name: str) -> str:
 
 
 def _data(metrics: Metrics, config: Mapping[str, Any]) -> Diagnostic | None:
-    waits = series(metrics, "data_wait")[1:]  # the first value includes the start of the workers
+    # the first value is left out, because it includes the start of the workers
+    waits = series(metrics, "data_wait")[1:]
     if not waits or median(waits) < WAITING:
         return None
     repeats = (config.get("data") or {}).get("repeats", 1)

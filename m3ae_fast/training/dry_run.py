@@ -257,8 +257,8 @@ def _network(needs: _Needs) -> str:
 
 
 def fetching_lines(config: Config, corpus: Corpus, world: int) -> list[tuple[str, str]]:
-    """Return lines, pairs of a title and a text, on the downloads and cached shards of a node. The result is empty if
-    shards are read in place or their sizes are unknown."""
+    """Return lines about the downloads and the cached shards of a node, each as a title and a text. The result is empty
+    if shards are read in place or their sizes are unknown."""
     ranks = range(min(world, RANKS_OF_NODE))
     schedule = PrefetchSchedule.of_config(config.data, corpus, config.train.global_batch, world, ranks, config.run.seed)
     first, owned = schedule.in_use() / 1e9, schedule.owned() / 1e9

@@ -20,8 +20,8 @@ def resumed_schedule(config: Config, samples: int, info: checkpoint.Info | None)
     """Return the schedule of a run when it starts or resumes.
 
     If the run has `train.hours`, its number of steps may have been changed before the checkpoint. A resumed run keeps
-    these changes, and therefore its learning rates. An extended run is lengthened when it resumes, before it takes a
-    step; otherwise, its decay would begin at the step for which it was planned at first.
+    these changes, and therefore its learning rates. An extended run gets its new number of steps when it resumes,
+    before it takes a step. Otherwise, its decay would begin at the step for which it was planned before the extension.
 
     Args:
         config: config of the run.
@@ -40,6 +40,6 @@ def resumed_schedule(config: Config, samples: int, info: checkpoint.Info | None)
 
 def _expected_steps(schedule: Schedule, info: checkpoint.Info, seconds: float) -> int:
     """Return the number of steps that take `seconds` at the mean speed before the checkpoint, but at least the number
-    in the schedule. `TimeLimit` adjusts it as soon as it has measured some steps."""
+    in the schedule. `TimeLimit` adjusts this number as soon as it has measured some steps."""
     expected = info.step * seconds / info.spent if info.spent else schedule.configured_steps
     return max(round(min(expected, schedule.most_steps)), schedule.total_steps)

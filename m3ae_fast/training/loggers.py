@@ -76,7 +76,7 @@ class WandB:
             raise UserError(f'run.loggers: wandb: {reason}; run "wandb login", or set WANDB_MODE=offline') from None
         id_file.write_text(self._run.id + "\n", encoding="utf-8")
         self._image: Callable[..., Any] = wandb.Image
-        # the x-axis is the step of training, because a resumed run logs some steps for a second time
+        # the x-axis is the step of training and not wandb's own counter, because a resumed run logs some steps again
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, Any]) -> None:

@@ -258,6 +258,7 @@ def preparation_of(config: Config, model: M3AE, data: Data) -> Preparation:
         data.tokenizer,
         config.run.seed,
         image_tokenizer=vqgan if tokens == "workers" else None,
-        one_crop=config.model.image_targets == "features",  # one pass of the teacher serves all views of a sample
+        # with one crop, one pass of the teacher serves all views of a sample
+        one_crop=config.model.image_targets == "features",
         counted_for=config.model,
     )

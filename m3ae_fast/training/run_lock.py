@@ -60,7 +60,7 @@ class RunFolder:
 
     def keep(self) -> str:
         """Renew the lock if its file or the folder was removed, or the folder was renamed. Return a description of what
-        happened; "" if nothing did. Raises UserError if another run has locked the folder in the meantime."""
+        happened; "" if nothing happened. Raises UserError if another run has locked the folder in the meantime."""
         assert self._lock is not None
         try:
             if os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK_FILE)):

@@ -47,7 +47,7 @@ class _Network(NamedTuple):
     """A network that computes feature maps, with the images that it expects."""
 
     kind: str  # architecture, for messages and checkpoints
-    maps: nn.Module  # maps normalised images, float32 [B, C, S, S], to feature maps [B, K, h, w]
+    maps: nn.Module  # normalised images, float32 [B, C, S, S] -> feature maps [B, K, h, w]
     side: int  # height and width of the images in pixels
     channels: int
     mean: Sequence[float]
@@ -155,7 +155,7 @@ class Teacher:
         is_float = images_BCSS.is_floating_point()
         channels, side = self._network.channels, self._network.side
         unit = to_unit(images_BCSS, self._student.image_mean, self._student.image_std).float()
-        if unit.shape[1] != channels:  # grey for a teacher of colour images, or the reverse
+        if unit.shape[1] != channels:  # grey images and a teacher of colour images, or the reverse
             luma = unit.new_tensor(_LUMA)[:, None, None]
             unit = unit.expand(-1, 3, -1, -1) if channels == 3 else (unit * luma).sum(1, keepdim=True)
         if unit.shape[-1] != side:
@@ -199,7 +199,7 @@ class _OwnMaps(nn.Module):
 
     def __init__(self, model: M3AE) -> None:
         super().__init__()
-        self.encoder = MultimodalEncoder(model.config)  # without the decoder
+        self.encoder = MultimodalEncoder(model.config)  # the encoder of `model`, without its decoder
         state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(ENCODER)}
         self.encoder.load_state_dict(state)
         self._packed = lru_cache(8)(self._pack)

@@ -29,7 +29,8 @@ from m3ae_fast.training.trainer import Trainer
 
 T = TypeVar("T")
 
-FIRST_BATCH = 8  # samples per step of the first trial; its pace determines the batch size of the second trial
+# samples per step of the first trial, whose measured pace determines the batch size of the second trial
+FIRST_BATCH = 8
 _WARM = 2  # number of first steps that are excluded, because they include allocations and compilation
 _FEWEST = 4  # minimum number of measured steps, unless a single step takes longer than the given time
 # The rate is stable when the standard error of the mean step time, computed from the means of consecutive parts, is

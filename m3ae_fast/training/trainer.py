@@ -72,7 +72,7 @@ class Trainer:
 
     task: Task
     session: Session
-    folder: RunFolder | None  # on the main rank only
+    folder: RunFolder | None  # locked run folder, on the main rank only
     config: TrainingSections
     sections: dict[str, Any]  # sections of the config for checkpoints
     share: Share
@@ -89,10 +89,11 @@ class Trainer:
     not_computed: tuple[str, ...] = ()  # prefixes of the losses that this run does not compute
     # adds image targets to a batch on the device
     add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
-    after_save: Callable[[RunLog, int, Path], None] | None = None  # called with a saved step and its checkpoint
+    # called after each save, with the log, the step and the checkpoint
+    after_save: Callable[[RunLog, int, Path], None] | None = None
     attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
     pace: Pace = field(default_factory=partial(Pace, first=FIRST))  # pace of the steps
-    limit: TimeLimit | None = None  # used on the main rank
+    limit: TimeLimit | None = None  # time limit, used on the main rank; None: there is no limit
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats = self.session

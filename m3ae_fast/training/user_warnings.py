@@ -17,7 +17,8 @@ from m3ae_fast.images.decoding import size_of
 _FIRST_STEPS = 50  # number of steps after which memory use should be stable
 _GROWTH = 1.5
 _INSPECTED = 32  # number of images that are inspected per source
-_ENLARGED = 0.75  # reported if the median short side of the images is below this fraction of the model's image size
+# a warning is given if the median short side of the images is below this fraction of the model's image size
+_ENLARGED = 0.75
 
 
 def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
@@ -83,7 +84,7 @@ def run_warnings(config: Config, data: Data, schedule: Schedule) -> list[str]:
 
 def open_options(config: Config) -> str:
     """Return a line on the options in which a run differs from the official M3AE; "" if there are none."""
-    values: dict[str, tuple[Any, ...]] = {  # the value, and the official values
+    values: dict[str, tuple[Any, ...]] = {  # value of each setting, followed by the values of the official M3AE
         "model.image_targets": (config.model.image_targets, "pixels", "vqgan"),
         "model.dec_attention": (config.model.dec_attention, "self"),
         "masking.image_predicted": (config.masking.image_predicted, 1.0),

@@ -46,7 +46,8 @@ def _replay(
     features_ND, labels_N = pooled("features"), golden.tensor("in/labels").long().to(device)
     head = LinearHeads(features_ND.shape[1], meta["C"], [0]).to(device, dtype)  # a single head
     weights = {"kernel": head.linear.weight, "bias": head.linear.bias}
-    tensors = {**weights, "mean": head.norm.mean, "var": head.norm.var}  # by name in the file
+    # tensors of the head, by their names in the file
+    tensors = {**weights, "mean": head.norm.mean, "var": head.norm.var}
     for name, tensor in tensors.items():
         tensor.data.copy_(golden.at(f"{variant}/init/{name}"))
     optimizer = LARS(

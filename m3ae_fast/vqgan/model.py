@@ -24,7 +24,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.model.pretrained import build, is_encoder
 
-GROUPS, EPS = 32, 1e-6  # for all GroupNorms
+GROUPS, EPS = 32, 1e-6  # number of groups and epsilon of all GroupNorms
 CHUNK = 8  # number of images encoded at a time; the first level takes 32 MB per image of 256 x 256 pixels
 
 

@@ -1,7 +1,7 @@
 """Names of models on the command line. This module imports nothing, so that `--help` is fast."""
 
 TIMM = "timm:"  # prefix of the name of a timm model
-LOCAL_DIR = "local-dir:"  # after this prefix: the folder of a model that timm has written
+LOCAL_DIR = "local-dir:"  # prefix of a folder that timm has written
 TIMM_SOURCES = (LOCAL_DIR, "hf-hub:")  # timm's own prefixes, which follow "timm:"
 RANDOM = "random:"  # prefix of a model name for the same network with random weights
 PIXELS, HISTOGRAM, HOG = "pixels", "histogram", "hog"

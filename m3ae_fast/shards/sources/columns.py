@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from m3ae_fast.base.errors import UserError
 
-NO_CAPTIONS = ""  # if this is the name of the column of captions, no captions are read, only fields
+NO_CAPTIONS = ""  # as the name of the column of captions: no captions are read, only fields
 IMAGE_COLUMNS = ("file_name", "filename", "image", "image_path", "path", "filepath", "file", "picture")
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "sentence", "alt_text")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "target")

@@ -43,7 +43,7 @@ def _lines(table: Path) -> Generator[str, None, None]:
 
 
 def _csv(table: Path) -> Rows:
-    separator = max(_SEPARATORS, key=lambda each: _count_columns(table, each))  # in a tie, the first one
+    separator = max(_SEPARATORS, key=lambda each: _count_columns(table, each))  # of equally good separators, the first
     with closing(_lines(table)) as lines:
         yield from _quoted(lines, separator)
 
