@@ -98,9 +98,9 @@ def check_values(images: Iterable[OneImage], value_range: ValueRange, config: Mo
 
 
 def _check_units(images: Iterable[OneImage], value_range: tuple[float, float]) -> None:
-    """Raise ValueError if floating-point tensors, or arrays with more than 8 bits per value, evidently have units that
-    differ from those of `value_range`: many values lie far outside the range and would be clipped, or all values lie in
-    [0, 1] although the range is that of integer levels."""
+    """Raise ValueError if floating-point tensors, or arrays with more than 8 bits per value, evidently have other units
+    than `value_range`. This is evident if many values lie far outside the range and would be clipped, or if all values
+    lie in [0, 1] although the range is that of integer levels."""
     low, high = value_range
     size = beyond = 0
     spans, is_whole = [], True

@@ -62,8 +62,8 @@ class MaskSampler:
         return draw_mask(patches, self.config.image_ratio, self._image_stream(key, step))
 
     def predicted_patches(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:
-        """Return the patches that are predicted in training, bool with the shape of `mask`, out of those that are
-        masked in it; None if all of them are predicted, or if there is no mask."""
+        """Return which of the patches that are masked in `mask` are predicted in training, bool with the shape of
+        `mask`. Return None if all of them are predicted, or if there is no mask."""
         return self._predicted(mask, self.config.image_predicted, Purpose.PREDICTED_PATCHES, key)
 
     def predicted_tokens(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:

@@ -21,7 +21,7 @@ import numpy as np
 from m3ae_fast.base.randomness import hash64
 
 BLOCK = 1000  # number of positions after which the proportions of the sources are exact, up to rounding
-# BLOCK if there are several lanes; it can be smaller, because the rounding errors of the lanes average out
+# the same for several lanes; this number can be smaller, because the rounding errors of the lanes average out
 LANE_BLOCK = 32
 # In each epoch, the size of the first window and the order of each window's samples are drawn with hash keys. The last
 # integer of a key is this constant if the size is drawn, and the number of the window if the order is drawn.

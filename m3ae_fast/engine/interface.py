@@ -42,8 +42,8 @@ class Engine(Protocol):
 
         Args:
             batches: this rank's micro-batches, on its device.
-            counts: denominators of the step's mean losses, by which the summed losses of each micro-batch are divided:
-                the numbers of images and captions, or of tokens, divided by the number of ranks.
+            counts: denominators of the mean losses, by which the summed losses of each micro-batch are divided. They
+                are the numbers of images and captions in the step, or of its tokens, divided by the number of ranks.
             lr: learning rate of the update; it is multiplied by the `lr_scale` of a parameter group that has one.
 
         Returns:

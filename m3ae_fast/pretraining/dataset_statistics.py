@@ -147,8 +147,8 @@ def _on_given_weights(has_captions: bool, overrides: Sequence[str]) -> list[str]
 def _tokenizer(
     shards: Shards, train: Corpus, store: ShardStore, out: Path, overrides: Sequence[str]
 ) -> CaptionTokenizer | None:
-    """Return the tokenizer that is set in the overrides, otherwise one that is trained on the captions; None if there
-    are no captions, or if the overrides exclude text."""
+    """Return the tokenizer that is set in the overrides or, if none is set, a tokenizer that is trained on the
+    captions. Return None if there are no captions, or if the overrides exclude text."""
     size, own = set_to(overrides, "model.vocab_size", None), set_to(overrides, "data.tokenizer", "")
     if not train.has_captions or size == 0 or own is None:
         return None

@@ -165,10 +165,10 @@ def kill_children() -> None:
 
 
 def launcher_chain() -> tuple[int, ...] | None:
-    """Return the ids of the launcher processes whose end should end this process: torchrun's agent, or both the inner
-    and the outer launcher of deepspeed, because the outer one ends without forwarding SIGTERM to the inner one. Return
-    None under plain `python`, which may outlive its shell, and _GONE if a launcher started this process and has
-    ended."""
+    """Return the ids of the launcher processes whose end should end this process. Under torchrun, this is its agent.
+    Under deepspeed, both the inner and the outer launcher are returned, because the outer launcher ends without
+    forwarding SIGTERM to the inner one. Return None under plain `python`, which may outlive its shell, and _GONE if a
+    launcher started this process and has ended."""
     elastic, deepspeed = ("TORCHELASTIC_RUN_ID" in os.environ, "CROSS_SIZE" in os.environ)
     with contextlib.suppress(psutil.Error):
         parent = psutil.Process(os.getppid())
