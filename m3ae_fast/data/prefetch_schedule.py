@@ -1,4 +1,5 @@
-"""The shards that a node will read, in the order in which it needs them, as a function of the progress of its ranks."""
+"""The shards that a node will read, in the order in which it needs them, as a function of the progress of its ranks.
+`order.py` defines the lanes and the shuffle windows of the sample order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Detection of settings from the images: the number of channels, the dtype, and the value range."""
+"""Detection of settings from the images: the number of channels, the dtype, and the value range. The `Kind` of an image
+contains these properties of its file."""
 
 from __future__ import annotations
 

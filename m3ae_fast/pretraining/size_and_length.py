@@ -1,5 +1,5 @@
-"""Choice of the largest model that the data and the available time allow, and of its number of steps, based on
-measurements on this machine."""
+"""Choice of the largest model that the data and the available time allow, and of its number of steps. It is based on
+the pace of each size (see `ThroughputEstimate`), which is measured on this machine."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from m3ae_fast.shards.sources.interface import Records
 
 _INSPECTED = 64  # number of samples that are inspected per split
 _LARGEST, _SMALLEST = 4, 2  # if there are many classes, how many of the largest and of the smallest are shown
-_KINDS = 3  # maximum number of kinds of images that are shown
+_KINDS = 3  # maximum number of kinds of images that are shown; see `describe_kind`
 _EXAMPLE = 60  # maximum number of characters of an example caption
 _NAMES = {1: "grey", 3: "colour"}
 
@@ -132,6 +132,7 @@ def _images(part: Part) -> str:
 
 
 def describe_kind(kind: Kind) -> str:
-    """Return a short description of an image's kind."""
+    """Return a short description of an image's kind: its channels and, if it has more than 8 bits per channel, its bit
+    depth."""
     channels = _NAMES.get(kind.channels, f"{kind.channels} bands")
     return channels if kind.depth is None else f"{channels}, {kind.depth}"

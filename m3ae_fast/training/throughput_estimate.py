@@ -1,4 +1,5 @@
-"""Estimate of the duration of a run on this machine, from a few measured steps."""
+"""Estimate of the duration of a run on this machine, from its pace: the time per sample and per update in a few
+measured steps."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import math
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.engine.schedule import Schedule
 
-FIRST = 2  # number of first steps that the pace excludes, because they include allocations and compilation
+FIRST = 2  # number of first steps that `Pace` excludes, because they include allocations and compilation
 _FEWEST = 8  # minimum number of measured steps before the first adjustment
 _SUFFICIENT_TIME = 0.1  # fewer steps are sufficient if they took this fraction of the time limit
 # Recent steps have a higher weight: the weight of a step decreases by a factor of e within the fraction _RECENT of the
