@@ -168,7 +168,7 @@ class _Layout(NamedTuple):
 
     rows_P: np.ndarray  # number of rows of each sample, then of each segment of padding
     sample_U: np.ndarray  # for each row, the index in `rows_P` of its sample or of its segment of padding
-    # the next four are bool
+    # the next four arrays are bool
     patch_U: np.ndarray
     text_U: np.ndarray
     masked_U: np.ndarray
@@ -247,7 +247,7 @@ class _LossTerms(NamedTuple):
 
     image_U: np.ndarray  # bool
     text_U: np.ndarray  # bool
-    # the next three are float64, and 0 for rows that do not carry this loss
+    # the next three arrays are float64, and 0 for rows that do not carry this loss
     image_weight_U: np.ndarray
     text_weight_U: np.ndarray
     text_mean_weight_U: np.ndarray
