@@ -29,8 +29,8 @@ def draw_mask(length: int, ratio: float, generator: torch.Generator | None = Non
 
 
 def draw_predicted(mask: Tensor, fraction: float, generator: torch.Generator | None = None) -> Tensor:
-    """Return a random subset of the tokens that are masked in `mask`, bool [length]: a `fraction` of them, rounded, and
-    at least one if any is masked."""
+    """Return a random subset of the tokens that are masked in `mask`, bool [length]: the given `fraction` of these
+    tokens, rounded, but at least one if any token is masked."""
     masked = mask.numpy().nonzero()[0]
     wanted = max(round(fraction * len(masked)), min(len(masked), 1))
     noise = torch.rand(len(masked), dtype=torch.float64, generator=generator).numpy()
@@ -58,7 +58,8 @@ class MaskSampler:
         return image_mask, draw_mask(text_length, self.config.text_ratio, generator)
 
     def image(self, patches: int, key: tuple[int, ...], step: int) -> Tensor:
-        """Return only the mask of the patches, bool [patches]. `image_and_text` returns the same mask for them."""
+        """Return only the mask of the patches, bool [patches]. It is the mask that `image_and_text` returns for the
+        patches."""
         return draw_mask(patches, self.config.image_ratio, self._image_stream(key, step))
 
     def predicted_patches(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:

@@ -38,7 +38,7 @@ class CaptionTokenizer:
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def shared_id(self) -> tuple[str, str, int] | None:
-        """Return two tokens that have the same id, and that id; None if all ids differ."""
+        """Return two tokens with the same id, together with this id; None if all ids differ."""
         words: dict[int, str] = {}
         for word, number in self._tokenizer.get_vocab().items():
             if number in words:
@@ -69,7 +69,8 @@ class CaptionTokenizer:
         works for any tokenizer. A character that consists of several tokens belongs to the last of them."""
         decode: Callable[[Sequence[int]], str] = self.decode
         model = self._tokenizer.model
-        if isinstance(model, models.WordPiece):  # its usual decoder would change text, for example "do not" to "don't"
+        # the usual decoder of WordPiece would change text, for example "do not" to "don't"
+        if isinstance(model, models.WordPiece):
             word_pieces = decoders.WordPiece(model.continuing_subword_prefix, cleanup=False)
             decode = lambda ids: word_pieces.decode([self.token(each) for each in ids])  # noqa: E731
         texts = [decode(ids[:end]).rstrip("\N{REPLACEMENT CHARACTER}") for end in range(len(ids) + 1)]

@@ -98,7 +98,7 @@ Counts: TypeAlias = SampleCounts | StepCounts
 
 
 def _tokens(batch: PackedBatch) -> int:
-    """Return the number of tokens in encoder and decoder, each counted once, without padding."""
+    """Return the number of tokens without padding. A token that encoder and decoder process is counted once."""
     visible = int(batch.encoder.cu_seqlens[len(batch.keys)])
     return visible + int((batch.mask_ids >= 0).sum())
 
