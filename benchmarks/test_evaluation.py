@@ -164,6 +164,7 @@ def test_memory_of_an_online_attentive_probe(tmp_path):
     for count in IMAGES:
         probe = [sys.executable, "-m", "m3ae_fast", "evaluate", "attentive", str(tmp_path / "run")]
         probe += ["--train", str(paths[count]), "--val", str(paths[200]), "--out", str(tmp_path / f"{count}")]
+        probe += ["--no-baselines"]  # their pooled features are stored, which takes memory for each image
         options = {"attentive.online": "true", "attentive.steps": 80, "attentive.batch": 256, "data.workers": 0}
         for key, value in options.items():
             probe += ["--set", f"{key}={value}"]

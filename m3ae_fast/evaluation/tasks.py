@@ -391,8 +391,9 @@ class Attentive(WithGrid, WithBaselines, WithTraining):
 
     The patch features of all images are stored: all ranks together need samples x layers x patches x width x 2 bytes,
     which the program prints before the task begins. If that much memory is not free, the probe is trained online: each
-    step encodes a batch of newly sampled crops and discards its features, so that the memory does not grow with the
-    dataset. `attentive.online` overrides this choice. With `--shots`, the features are always stored.
+    step encodes a batch of newly sampled crops and discards its features, so that the memory of the probe does not grow
+    with the dataset. The pooled features of the baselines are stored nevertheless; `--no-baselines` leaves them out.
+    `attentive.online` overrides the choice. With `--shots`, the features are always stored.
     """
 
     uses = Uses(("encode", "attentive", *CROPS))
