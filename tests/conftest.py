@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it at its import; each of pytest's workers has one core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; each of pytest's workers has one core
 
-# Tests send signals to their processes that would be ignored under nohup or in the background of a script.
+# Tests send signals to the processes that they start. Under nohup or in the background of a script, these processes
+# would ignore the signals.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -69,7 +70,7 @@ def trainer(tmp_path: Path) -> Trainer:
 
 @pytest.fixture
 def mlp_dtypes(monkeypatch: pytest.MonkeyPatch) -> set:
-    """Return the dtypes that the op of the MLP supports. On CPUs without AVX-512, torch computes its GELU."""
+    """Return the dtypes that the op of the MLP supports. On CPUs without AVX-512, the op uses torch's GELU."""
     import torch
     from m3ae_kernels.cpu import build, mlp
 

@@ -163,7 +163,7 @@ def test_garbage_is_collected_in_the_same_steps_on_all_ranks(monkeypatch):
     try:
         with GarbageCollection():
             pass
-        assert not gc.isenabled()  # as before
+        assert not gc.isenabled()  # still disabled, as before
     finally:
         gc.enable()
 

@@ -333,7 +333,7 @@ def test_state_files_of_another_number_of_ranks_are_refused(saved):
         {"shapes": {"model/c": [1]}},
         {"shapes": {"model/a": [1 << 70]}, "pieces": {"model/a": [[0, 1 << 70]]}},
         {"pieces": {"model/a": [[0, 20], [1, 15]]}},
-        {"pieces": {"model/a": [[3, 35]]}},  # the files are 0, 1 and 2
+        {"pieces": {"model/a": [[3, 35]]}},  # there is no file 3
         {"pieces": {"model/a": [[9, 35]]}},
         {"pieces": {"model/a": [[-1, 35]]}},
         {"pieces": {"model/a": [["../../x", 35]]}},

@@ -404,8 +404,8 @@ def test_the_memory_table_shows_every_number_of_ranks_and_zero_stage():
 
 
 def test_the_memory_table_includes_an_update_by_muon_if_it_needs_more_than_the_activations():
-    """At stage 0, an update needs 16 bytes per weight of a matrix; at stages 1 and 2, 4 (1 + 3 / 8) on 8 GPUs. Muon
-    cannot be used with stage 3."""
+    """At stage 0, an update needs 16 bytes per weight of a matrix. At stages 1 and 2 on 8 GPUs, it needs
+    4 * (1 + 3 / 8) bytes. Muon cannot be used with stage 3."""
     config, matrices = load_config("large", with_recipe("fast", [])), 4 * 10**8
     for activations, larger in ((3e9, (6.4, 3, 3)), (0.5e9, (6.4, 2.2, 2.2)), (9e9, (9, 9, 9))):
         columns = [list(column.cells) for column in memory_table(config, 10**9, 8, activations, matrices).columns]

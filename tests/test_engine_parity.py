@@ -25,7 +25,7 @@ def _curves(folder: Path, which: str, ranks: int) -> dict[str, np.ndarray]:
 def test_loss_curves_equal_those_of_plain_torch(tmp_path):
     """Curves are equal in float32. In bf16, ZeRO keeps bf16 weights with float32 master weights, so its curves are
     close to those of plain torch's autocast but not equal. This is a single test, because each of pytest's workers
-    would compute its own fixture."""
+    would compute the curves again if they were a fixture."""
     found = {ranks: _curves(tmp_path, "matrix", ranks) for ranks in (1, 2)}
     plain = {precision: found[1][f"{precision} stage=None accumulation=1"] for precision in ("fp32", "bf16")}
     assert np.ptp(plain["fp32"][:, 0]) > 0.3  # the curve moves

@@ -1,5 +1,5 @@
-"""A run with a stable learning rate and a time limit that is extended has a stable phase again, and its decay takes the
-configured fraction of the new number of steps. All clocks of time limits are simulated."""
+"""If a run with a stable learning rate and a time limit is extended, it has a stable phase again. Its decay then takes
+the configured fraction of the new number of steps. All clocks of time limits are simulated."""
 
 from dataclasses import replace
 from types import SimpleNamespace

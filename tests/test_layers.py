@@ -21,8 +21,8 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in _modules().ite
 
 
 def _imports(name, inside=False):
-    """Return the modules of both packages that a module imports, including those that only its functions
-    import; with `inside`, only the latter."""
+    """Return the modules of both packages that a module imports at the top or inside functions. With `inside`, return
+    only those that it imports inside functions."""
     package = name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0]
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

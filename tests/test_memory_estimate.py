@@ -30,7 +30,8 @@ def config(stage=None, **train) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("stage", "bf16", "each"),  # bytes per parameter, and whether ranks partition them
+    # each: for weights, gradients and optimiser state, the bytes per parameter and whether ranks partition them
+    ("stage", "bf16", "each"),
     [
         (0, True, ((4, False), (4, False), (8, False))),
         (1, True, ((2, False), (4, False), (12, True))),
@@ -45,7 +46,7 @@ def config(stage=None, **train) -> Config:
 def test_each_zero_stage_partitions_the_documented_state(stage, bf16, each):
     weights, *others = (1000 * size / (4 if shared else 1) for size, shared in each)
     if stage == 3:
-        weights += 1000 * each[0][0]  # they remain gathered between the passes
+        weights += 1000 * each[0][0]  # the weights remain gathered between the passes
     assert zero_bytes(1000, stage, 4, bf16) == (weights, *others)
 
 

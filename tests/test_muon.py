@@ -270,7 +270,7 @@ def test_the_memory_in_a_dry_run_includes_one_moment_of_a_matrix(name, stage, pa
     moments = 4 * sum(
         p.numel() * (1 if name == "muon" and stacked(n, model) else 2) for n, p in model.named_parameters()
     )
-    activations = 3 * activation_bytes(settings, typical_batch(settings, model))  # of a micro-batch
+    activations = 3 * activation_bytes(settings, typical_batch(settings, model))  # bytes of a micro-batch
     # bytes for an update by Muon, after activations have been freed
     update = 4 * (1 + 3 / parts) * matrix_elements(settings, model)
     assert name == "adamw" or update > activations

@@ -20,7 +20,7 @@ class Worker:
 
 @pytest.mark.parametrize("first", [1, 2])
 def test_the_pace_excludes_the_first_parts_of_the_work(first):
-    """Checks that, until more parts are done, the pace is that of the latest part."""
+    """While no more than `first` parts are done, the pace is that of the latest part."""
     worker = Worker(100, first=first)
     for number in range(first):
         assert worker.pace.missing == first + 1 - number

@@ -222,7 +222,7 @@ def test_the_masking_of_captions_may_change_if_the_model_is_image_only(tmp_path)
 REFUSED, STREAM, NOTED, FREE = "was made with", "which changes the stream of samples", "from here on", ""
 SETTINGS = {
     "run": {"seed": REFUSED, "dir": FREE, "loggers": FREE, "stall_timeout": FREE},
-    # the width of the targets is that of the teacher
+    # target_width is not compared, because it is the width of the teacher's features
     "model": {
         name: FREE if name in ("init_from", "pool", "target_width") else REFUSED for name in ModelConfig.model_fields
     },

@@ -166,7 +166,7 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
 
 
 def test_a_rank_that_makes_progress_ends_no_other_rank(monkeypatch):
-    """Another rank may be silent for long: the rank that waits reports the stall."""
+    """Another rank may be silent for long. If this is a stall, a rank that waits reports it."""
     simulated = SimulatedRank(monkeypatch, 60.0, ranks=2)
     assert simulated.ended(1000, lambda now: simulated.heartbeats.mark("step")) is None
 
@@ -236,7 +236,8 @@ def test_groups_have_two_levels_if_there_are_several_nodes_and_one_has_several_r
 
 @pytest.mark.parametrize("nodes", ["a", "aaa", "abc", "aabb", "abab", "aabbbc", "abbaac"])
 def test_every_rank_is_monitored_by_rank_0_or_by_a_leader_that_rank_0_monitors(nodes):
-    """Leaders monitor the ranks of their node, rank 0 the leaders; monitoring is mutual."""
+    """Leaders monitor the ranks of their node, and rank 0 monitors the leaders. Each monitored rank also monitors the
+    rank that monitors it."""
     ports: dict[int, int] = {}
     leaders = [nodes.index(name) for name in dict.fromkeys(nodes)]
     store, groups = dist.TCPStore("127.0.0.1", 0, 1, is_master=True), {}

@@ -409,7 +409,7 @@ def test_the_memory_of_a_pass_is_estimated_from_one_image(tmp_path, name, precis
 
 
 def test_the_estimate_for_a_run_includes_the_pass_of_the_teacher(tmp_path, monkeypatch):
-    """Blocks recompute activations on a GPU that has memory for them, but not for the teacher too."""
+    """If a GPU has memory for all activations, but not for the teacher too, blocks recompute activations."""
     config, opened = config_of(weights(tmp_path, VIT))
     config = config.model_copy(update={"train": config.train.model_copy(update={"compile": True, "global_batch": 8})})
     asked = []

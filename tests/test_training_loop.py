@@ -563,7 +563,7 @@ def test_utilisation_includes_newton_schulz_iterations(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     meter = Throughput(SMALL, MaskingConfig(), peak_flops=1e9, update_flops=3e9)
-    for steps in (2, 1):  # between two log lines
+    for steps in (2, 1):  # number of steps between two log lines
         for _ in range(steps):
             meter.add(StepCounts(*[0] * 8, flops=1e9), waited=0)
         clock[0] += 2
@@ -572,7 +572,7 @@ def test_utilisation_includes_newton_schulz_iterations(monkeypatch):
 
 @pytest.mark.parametrize(("name", "zero"), [("adamw", {}), ("muon", {}), ("muon", {"stage": 1})])
 def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch, tmp_path, mixed, name, zero):
-    """The rank is alone, or one of two, of which the other one does not run. Without ZeRO, each rank orthogonalises all
+    """The rank is alone, or one of two ranks of which only this one runs. Without ZeRO, each rank orthogonalises all
     matrices."""
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())

@@ -255,7 +255,7 @@ def test_reconstructions_are_drawn_with_the_vqgan_decoder(tmp_path, vqgan, model
         draw_reconstructions(model, samples(2), None, tmp_path / "a.png", vqgan)
         sheets.append(np.asarray(Image.open(tmp_path / "a.png")).astype(int))
     changed = np.abs(sheets[0] - sheets[1]).max((0, 2)) > 0
-    assert changed[2 * 168 : 3 * 168].any() and not changed[: 2 * 168].any()  # only the third image
+    assert changed[2 * 168 : 3 * 168].any() and not changed[: 2 * 168].any()  # only the third image differs
 
 
 def test_the_true_ids_as_predictions_give_the_image_of_the_decoder(vqgan, model):

@@ -43,7 +43,7 @@ def _assert_same_state(engine: ModelEngine, other: ModelEngine) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_steps_equal_those_of_deepspeed_bitwise_without_clipping(precision, optim):
     """Weights, moments and averages are equal after 20 steps. DeepSpeed rounds the gradients of all bf16 weights to
-    bf16; plain torch does not round those that the backward pass computes in float32, unless a hook does."""
+    bf16. In plain torch, a hook must round the gradients that the backward pass computes in float32."""
     with join_ranks() as ranks:
         for stage, accumulation in product((0, 1, 2), (1, 2)):
             config = _config(stage, precision, accumulation, optim=optim)

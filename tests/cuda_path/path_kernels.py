@@ -103,8 +103,8 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
 
 
 def test_triton_attention_takes_part_in_the_benchmark_at_start_up(cuda, monkeypatch, caplog):
-    """By default, it is benchmarked together with implementations that are not installed here. The test uses float16,
-    because the interpreter multiplies bfloat16 incorrectly."""
+    """By default, Triton's attention is benchmarked together with other implementations, which are not installed here.
+    The test uses float16, because the interpreter multiplies bfloat16 incorrectly."""
     monkeypatch.setattr(attention_cuda, "_chosen", {})
     for name, less in (("SAMPLES", 2), ("ROUNDS", 1)):
         monkeypatch.setattr(attention_cuda, name, less)

@@ -142,7 +142,7 @@ def test_the_fourth_channel_of_a_multi_channel_image_is_not_transparency():
     with_fourth = tiff(four, photometric="rgb", extrasamples=["unspecified"])
     for data in (write_npy(four), with_fourth):
         assert torch.equal(decode_image(data, 4), chw(four))
-    # for a model with colour channels, it is a colour image with an extra channel
+    # a model of grey or colour images reads the TIFF as a colour image with an extra channel
     assert torch.equal(decode_image(with_fourth, 3), chw(four)[:3]) and len(decode_image(with_fourth, 1)) == 1
 
 

@@ -80,7 +80,7 @@ def test_transparent_pixels_become_white(mode):
 @pytest.mark.parametrize("fmt, mode", [("JPEG", "RGB"), ("JPEG", "CMYK")])
 def test_exif_orientation_is_applied(fmt, mode):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be rotated clockwise
+    exif[0x0112] = 6  # the image must be rotated clockwise
     data = encode(gradient(mode), fmt, exif=exif, quality=100)
     close(decode_image(data, 3), gradient().rotate(-90, expand=True), 20)
 

@@ -144,7 +144,7 @@ def test_no_sample_is_lost_if_the_fetcher_is_killed(start, remote_shards):
         assert not batch.skipped and bytes_in_cache(loader) <= 24 * size
         seen += batch.keys
     assert len(seen) == len(set(seen)) == SHARDS * PER // 2
-    assert sum(requests.values()) <= 1.05 * SHARDS / 2 + 4  # 4: being downloaded when the fetcher died
+    assert sum(requests.values()) <= 1.05 * SHARDS / 2 + 4  # 4 were being downloaded when the fetcher died
 
 
 def test_the_fetcher_exits_with_the_run(start, tmp_path):

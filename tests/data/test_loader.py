@@ -433,8 +433,8 @@ def test_repeated_views_do_not_depend_on_ranks_workers_or_interruptions(load, pa
 
 
 def views_of(batches):
-    """Return, for each sample of the batches, its key, caption and mask and, unless it is a caption alone, the rows of
-    its visible patches with their pixels."""
+    """Return (key, token ids, mask ids, table rows, pixels of the visible patches) of each sample of the batches. A
+    caption without an image has no pixels."""
     found = []
     for batch in batches:
         patches = F.unfold(batch.images.float(), 8, stride=8).mT.flatten(0, 1)  # [image * L + patch, pixels]

@@ -106,7 +106,7 @@ def test_sample_counts_of_img2dataset_are_accepted(tmp_path):
     assert rows[["name", "samples", "kind"]].tolist() == [
         (name.encode(), 4 + i, KINDS.index("paired")) for i, name in enumerate(shards)
     ]
-    assert len(list(tmp_path.glob("*.index"))) == 1  # the index of the shard that determined the kind
+    assert len(list(tmp_path.glob("*.index"))) == 1  # only the shard that determined the kind is indexed
     (tmp_path / "1_stats.json").write_text("{}")
     with pytest.raises(UserError, match="successes: must be a number of samples, but is None"):
         make(tmp_path, *shards, "--stats")
@@ -209,7 +209,7 @@ def test_nodes_count_samples_together_and_each_stores_the_manifest(tmp_path, rem
 
 
 def test_a_rank_counts_the_samples_of_the_shards_of_its_lanes(tmp_path, monkeypatch):
-    """The parts of a run's second source are the shards that its lanes own."""
+    """In the second source of a run, each rank counts the shards that its lanes own."""
     store, counted = ShardStore(tmp_path), {}
     names = [f"pipe:cat {i}.tar" for i in range(12)]
 

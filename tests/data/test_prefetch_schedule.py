@@ -59,10 +59,10 @@ def needs(tmp_path):
 def test_the_span_reaches_from_the_slowest_rank_to_the_prefetched_end_of_the_fastest(needs):
     built = needs(start=10, stop=20, positions=2.5, ahead=3)
     for steps, span in (
-        ([0, 0], Span(25, 35, False)),  # no rank has begun: (10 + 1 + 3) * 2.5
+        ([0, 0], Span(25, 35, False)),  # no rank has begun; the end is (10 + 1 + 3) * 2.5
         ([10, 14], Span(25, 45, False)),
         ([11, 14], Span(27, 45, True)),  # step 11 begins at 27.5, within position 27
-        ([13, 13], Span(32, 43, True)),  # up to position 42.5
+        ([13, 13], Span(32, 43, True)),  # the end is (13 + 1 + 3) * 2.5 = 42.5, rounded up
         ([12, 18], Span(30, 50, True)),  # the run ends
     ):
         assert built.span(np.array(steps)) == span

@@ -1,5 +1,5 @@
-"""Random draws in the stream of samples are independent, because no two of them share a random number, and follow the
-config."""
+"""Random draws in the stream of samples follow the config. They are independent, because no two draws share a random
+number."""
 
 from collections import defaultdict
 

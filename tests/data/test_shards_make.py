@@ -619,7 +619,7 @@ def test_an_image_with_too_many_samples_is_held_out_only_if_all_have_too_many():
 
 
 def test_a_class_of_which_all_images_would_be_held_out_is_only_trained_on(tmp_path):
-    """An evaluation needs training samples of each class; every second image is held out."""
+    """Such a class is not held out, because an evaluation needs training samples of each class."""
     for number, name in enumerate(["cat"] * 12 + [f"rare{i}" for i in range(12)]):
         (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / name / f"{number}.jpg").write_bytes(picture(number))
@@ -636,7 +636,7 @@ def test_a_class_of_which_all_images_would_be_held_out_is_only_trained_on(tmp_pa
 
 def test_groups_and_identical_images_are_joined_and_stay_in_one_split(tmp_path, pictures, capsys):
     """The families are joined through identical images: cat/I.jpg and dog/I.jpg are copies of one image."""
-    families = {"cat": "aabcd", "dog": "eeebf"}  # images 0 to 3 of both are joined, and separately images 4
+    families = {"cat": "aabcd", "dog": "eeebf"}  # cat/0 to 3 and dog/0 to 3 form one group, cat/4 and dog/4 another
     rows = [f"{name}/{i}.jpg,{families[name][i]}" for name in families for i in range(5)]
     (pictures / "table.csv").write_text("\n".join(["image,family", *rows]))
     options = ("--captions", pictures / "table.csv", "--caption-column", "", "--flat", "--held-out", 0.3)

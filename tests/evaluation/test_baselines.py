@@ -206,7 +206,8 @@ def test_a_baseline_without_its_library_is_left_out_with_a_warning(transfer, tmp
 
 @pytest.mark.slow
 def test_samples_that_the_model_cannot_read_are_left_out_of_the_baselines(transfer, tmp_path):
-    """A grey model does not read arrays with three channels. The baselines are evaluated on the same samples as it."""
+    """A grey model does not read arrays with three channels. The baselines are evaluated on the samples
+    that the model reads."""
     grey = tiny_run(tmp_path / "grey", channels=1, image_mean=[0.7], image_std=[0.4], vocab_size=0)
     shards = {}
     for name, numbers in (("train", range(24)), ("val", range(100, 118))):
@@ -335,7 +336,7 @@ def test_baselines_have_the_results_of_their_separate_evaluations(
 def test_baselines_of_trained_heads_and_of_grids_use_logistic_regression(
     transfer, run, tmp_path, task, options, alone, capsys
 ):
-    """The baselines of k-NN use k-NN instead. The training samples are those of the task."""
+    """Only the baselines of k-NN use k-NN. Baselines have the same training samples as the task."""
     result = transfer(task, *options, baselines=True)
     output = capsys.readouterr().out
     assert [*result["baselines"]] == [UNTRAINED, *FEATURES]
@@ -392,7 +393,7 @@ def test_baselines_of_a_grid_use_the_layer_of_its_main_accuracy(transfer, monkey
 
     monkeypatch.setattr(M3AE, "pooled_of_layers", spied)
     transfer("knn", "--layers", "1", baselines=True)
-    assert layers == [[1]] * 4  # training and held-out samples of the model and of random weights
+    assert layers == [[1]] * 4  # training and held-out samples, for the model and for random weights
 
 
 def test_a_report_names_the_probe_of_the_baselines(tmp_path):

@@ -166,7 +166,7 @@ def _found(**correct):
 def test_a_sample_that_is_correct_for_half_of_the_seeds_counts_for_neither_model():
     even, other = np.full(20, 0.5), np.arange(20) % 2 == 0
     assert difference(even, other).p == difference(other, even).p == 1.0  # both models are right equally often
-    mixed = np.where(np.arange(20) < 9, 1.0, even)  # correct on nine samples, five of which `other` has too
+    mixed = np.where(np.arange(20) < 9, 1.0, even)  # correct on nine samples, as `other` is on five of these
     assert difference(mixed, other).p == difference(other, mixed).p == stats.binomtest(0, 4).pvalue
 
 

@@ -206,9 +206,9 @@ def test_a_checkpoint_with_different_settings_is_refused(transfer, run, shards, 
 
 
 def test_every_setting_takes_effect_and_partners_are_in_one_micro_batch(run, tmp_path, monkeypatch):
-    """Settings of the samples and of the network change the loss of the first step. Those of the optimiser change the
-    loss of a later step; the betas change that of the third step, because the first update of Adam does not depend on
-    them. Each lane has an even number of samples in a step."""
+    """Settings of the samples and of the network change the loss of the first step. Settings of the optimiser change
+    the loss of a later step. The betas have no effect before the third step, because the first update of Adam does not
+    depend on them. Each lane has an even number of samples in a step."""
     steps = {"global_batch": 12, "micro_batch": 6, "precision": "fp32"}
     sampling = {"label_smoothing": 0.3, "mixup": 0.1, "cutmix": 0.1, "switch_prob": 0.9, "rand_augment": None}
     network, optimiser = (
@@ -266,7 +266,7 @@ def test_the_default_period_limits_the_number_and_the_time_of_evaluations(total,
 
 
 def test_settings_that_affect_the_samples_must_not_change_when_a_run_resumes():
-    """A setting that is added has to be listed here or in the rules."""
+    """A new setting must be listed here or be refused by `finetune.RULES`."""
     schedule = {"train.epochs", "train.steps", "optim.warmup_epochs", "optim.peak_lr", "optim.end_lr"}
     optimiser = {f"optim.{name}" for name in ("weight_decay", "betas", "clip_grad", "layer_decay")}
     loop = {"log_every", "eval_every", "save_every", "keep", "micro_batch", "activation_checkpointing", "compile"}

@@ -296,8 +296,8 @@ def test_the_memory_of_an_online_probe_does_not_grow_with_the_number_of_images(t
 def test_an_online_probe_has_the_rate_with_the_best_results_on_the_held_out_tenth(
     transfer, run, shards, tmp_path, monkeypatch
 ):
-    """The results of the rates, the choice and the predictions are computed again from the trained heads. One held-out
-    sample cannot be read."""
+    """The results of all learning rates, the chosen rate and the predictions are computed again from the trained heads.
+    One held-out sample cannot be read."""
     trained, right, fit = [], [], attentive_online.fit_heads
     monkeypatch.setattr(attentive_online, "fit_heads", lambda *given: right.append(fit(*given)) or right[-1])
     warned = probes.head_warnings

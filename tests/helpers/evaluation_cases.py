@@ -25,7 +25,7 @@ from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import LR, config_of, engine_of, samples
 
 PER_STEP = 6  # number of samples over all ranks
-# numbers of samples of an evaluation: on only one rank; on only one rank in the last step; on all ranks
+# numbers of samples of evaluations: 1 is on only one rank; the last step of 7 is on only one rank; 12 are on all ranks
 COUNTS = (1, 7, 12)
 TRAINED = (PER_STEP, 2)  # numbers of samples of the training steps
 

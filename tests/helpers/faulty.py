@@ -34,7 +34,7 @@ def hang() -> BaseException:
     raise AssertionError
 
 
-# the function to replace with one that raises an error, as (object, name of the attribute), by place of the fault
+# For each place of the fault, the function that is replaced by one that raises an error: (object, its attribute).
 PLACES: dict[str, tuple[Any, str]] = {
     "copy": (Staging, "_into_buffer"),
     "write": (state_files, "save_file"),
@@ -46,7 +46,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "embed": (embedding, "encode_types"),
     "evaluate": (task_features, "encode_types"),
 }
-PROGRAMS = {"embed": embed, "evaluate": evaluate}  # by place of the fault; the trainer for other places
+PROGRAMS = {"embed": embed, "evaluate": evaluate}  # program by place of the fault; all other places are in the trainer
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "MemoryError": lambda: MemoryError("no room for the copy"),
     "full": lambda: OSError(errno.ENOSPC, "No space left on device"),

@@ -1,8 +1,8 @@
 """Counts what engines send over the network in a step, on two ranks: run by test_network_traffic.py.
 
-Writes one line of JSON per case to the file that is given as argument: the settings, the number of parameters, the
-number of them that are on the rank after a forward pass, and the elements that a rank passes to collectives, by
-operation and dtype.
+Writes one line of JSON per case to the file that is given as argument: the settings, the number of parameters, how
+many parameters are on the rank after a forward pass, and how many elements a rank passes to collectives, by operation
+and dtype.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Traffic(TorchDispatchMode):
 
 
 def _step(ranks: Ranks, config: Config) -> tuple[int, int, Counter[str]]:
-    """Take a step. Return the number of parameters, the number of them that are on the rank after a forward pass, and
-    the traffic."""
+    """Take a step. Return the number of parameters, how many parameters are on the rank after a forward pass, and the
+    traffic."""
     engine = engine_of(ranks, config)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     take(ranks, engine, config, range(2))

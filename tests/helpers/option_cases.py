@@ -60,9 +60,9 @@ def settings(section: type[BaseModel] = DeepSpeedConfig, above: str = "") -> dic
 
 
 def cases(world: int) -> Iterator[tuple[str, dict[str, Any], Config]]:
-    """Yield (name, settings, config) for each stage. The settings are, in this order, the base values; the base values
-    with another value for one setting; and the base values with the defaults of all sizes. Settings that have no effect
-    at a stage are left out."""
+    """Yield (name, changed settings, config) for each stage. The first config of a stage has the base values. In each
+    of the following configs, one setting has another value. In the last config, all sizes have their defaults. Settings
+    that have no effect at a stage are left out."""
     found = settings()
     for stage in found.pop(STAGE):
         usual = {STAGE: stage} | {name: values[0] for name, values in found.items()}

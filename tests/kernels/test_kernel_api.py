@@ -189,7 +189,8 @@ def test_the_default_reduction_is_the_mean_as_in_torch(name):
 
 
 def test_positional_arguments_have_the_order_of_torch():
-    """The third argument is not the bias, as it is in F.linear: such a call raises an error."""
+    """The third argument of F.linear is the bias, but that of the loss is the targets. A call with the bias in third
+    place raises an error."""
     (hidden, weight), targets = (torch.randn(n, 12) for n in (5, 31)), torch.arange(5)
     for bias in (None, torch.randn(31)):
         with pytest.raises(TypeError, match="positional arguments"):

@@ -24,9 +24,9 @@ OF_SEVERAL_RANKS = {
 
 
 def faults_of(layout: str) -> list[str]:
-    """Return the faults that are injected into the runs of a layout; each occurs in one layout. Their order is random,
-    but damage to files comes first. It is postponed until a fault has left files behind; if it came last, no such fault
-    might follow."""
+    """Return the faults that are injected into the runs of a layout. Each fault occurs in one layout. The order is
+    random, but damage to files comes first, because it waits until another fault has left files behind. If damage came
+    last, no other fault might follow."""
     elsewhere = [fault for faults in OF_SEVERAL_RANKS.values() for fault in faults]
     others = [fault for fault in (*FAULTS, *DAMAGES, FULL_DISK) if fault not in elsewhere]
     faults = OF_SEVERAL_RANKS.get(layout, others)

@@ -33,7 +33,7 @@ def _features(path, pixels):
     return torch.from_numpy(session.run(["features"], {"pixels": pixels})[0])
 
 
-DTYPES = {"MAE's": "float32", "grey": "uint16"}  # of the pixels; all others are uint8
+DTYPES = {"MAE's": "float32", "grey": "uint16"}  # dtype of the pixels; in all other cases, it is uint8
 
 
 @pytest.mark.parametrize("name", CASES)
