@@ -1,4 +1,4 @@
-"""The HOG loss of a masked autoencoder, including the head, and its targets, which hog.py describes.
+"""The HOG loss of a masked autoencoder, including the head, and the targets of this loss. hog.py describes the targets.
 
 Shapes: M rows, D width, B images, C channels, H x W pixels, P patch size.
 """

@@ -1,4 +1,4 @@
-"""Range checks of ids, which kernels do not check themselves.
+"""Range checks of ids. The kernels themselves do not check ids.
 
 On a CPU, the torch implementation always checks ids. On other devices, a check would synchronise with the device, so
 ids are checked only if M3AE_KERNELS_CHECK=1 is set. The checks are called inside ops, where values are available even

@@ -87,8 +87,8 @@ def use_kernel(device: torch.device, dtype: torch.dtype, heads: int, head_dim: i
 
 
 def fastest(makers: dict[str, Maker], device: torch.device, checked: Inputs, timed: Inputs) -> dict[str, float]:
-    """Return {kernel name: milliseconds} of the forward and backward pass on `timed`, fastest first. Kernels are left
-    out if their results on `checked`, with all queries or with half of them, differ from the results of `PADDED`."""
+    """Return {kernel name: milliseconds} of the forward and backward pass on `timed`, fastest first. A kernel is
+    left out if its results on `checked` differ from the results of `PADDED`, with all queries or with half of them."""
     found: dict[str, float] = {}
     expected = _both(PADDED, checked)
     for name, make in makers.items():

@@ -60,9 +60,9 @@ class Kernel:
     """An implementation of softmax(q k^T / sqrt(D)) v for each sample, and of its gradients.
 
     Inputs are q [Q, H, D] and k, v [K, H, D], which are contiguous in their last two dimensions and may be slices of
-    one tensor. `out` is [Q, H, D]. `lse` [H, Q] contains the log-sum-exps of the scores, which only `backward` of the
-    same kernel reads, so kernels may use natural logarithms or those to base 2. Its dtype is float32, or float64 for
-    float64 inputs.
+    one tensor. `out` is [Q, H, D]. `lse` [H, Q] contains the log-sum-exps of the scores. Only `backward` of the
+    same kernel reads them, so a kernel may use natural or base-2 logarithms. The dtype of `lse` is float32, or float64
+    for float64 inputs.
     """
 
     name: str  # for logs

@@ -65,7 +65,7 @@ def best(arch: str, width: str, reports: Sequence[tuple[Settings, Report]]) -> l
 def compiled(kernel: str, arch: str, width: str) -> list[Settings]:
     """Return the dozen settings of a matmul kernel that are worth timing. All possible settings are compiled ahead of
     time, in parallel processes, which takes about a minute."""
-    # the first case of the kernel, which has RGB images if the kernel reads images
+    # the first case of the kernel; its images are RGB if the kernel reads images
     case = next(case for case in CASES if case.kernel == kernel)
     tried = possible(arch, width)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:

@@ -1,4 +1,4 @@
-"""Clocks: the time of work on a CUDA device between two events, and on a CPU by the wall clock."""
+"""Clocks: work on a CUDA device is timed between two events, and work on a CPU by the wall clock."""
 
 import time
 from collections.abc import Callable

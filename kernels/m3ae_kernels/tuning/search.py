@@ -92,8 +92,8 @@ def busiest(
     device: Device, sizes: Sizes, dtype: torch.dtype, rows: list[Trial], trials: Path
 ) -> dict[tuple[str, str], str]:
     """Return for each kernel and class of samples the op in which it takes the most time. Ops that raise errors are
-    left out. An op under way is recorded in `rows` and in the file `trials`, so that the next process leaves it out if
-    it ends this process."""
+    left out. The op under way is recorded in `rows` and in the file `trials`. If this op ends the process, the next
+    process reads the record and leaves the op out."""
     most: dict[tuple[str, str], tuple[float, str]] = {}
     for name in OPS:
         row: Trial = {"op": name, "dtype": str(dtype), "kept": False, "verdict": "under way"}
