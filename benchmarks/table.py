@@ -19,7 +19,7 @@ SPEEDUP = "speed-up of the engine"
 SPEEDUPS = {"speed-up over reference": "reference", "speed-up over expert": "expert"}
 NAMES = {  # common names of CPUs that virtual machines identify by numbers
     "AMD EPYC, family 25 model 17": "AMD Zen 4",
-    "AMD EPYC, Zen 5": "AMD Zen 5",
+    "AMD EPYC, family 26 model 2": "AMD Zen 5",
     "Intel Xeon Processor, family 6 model 167": "Intel with AMX",
     "Intel Xeon Processor, family 6 model 207": "Intel without AMX",
 }
