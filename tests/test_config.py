@@ -650,7 +650,7 @@ def test_every_program_is_listed_in_the_help():
         for path in (ROOT / "m3ae_fast").rglob("*.py")
         if '__name__ == "__main__"' in path.read_text()
     }
-    started = {"m3ae_fast", "s3_and_gs"}  # a run starts the latter to download shards
+    started = {"m3ae_fast", "s3_and_gs"}  # a run starts s3_and_gs to download shards
     assert programs - started == {module.rpartition(".")[2] for module in MODULES.values()}
     listed = subprocess.run([sys.executable, "-m", "m3ae_fast"], cwd=ROOT, capture_output=True, text=True).stdout
     assert all(f"\n  {name} " in listed for name in MODULES)

@@ -108,7 +108,7 @@ def test_a_bug_on_rank_0_shows_its_traceback(faulty, place):
 def test_an_error_in_a_loader_worker_of_one_rank_is_the_reported_error(faulty, rank, error):
     codes, out = faulty("loader", rank, error)
     if error == "KeyError":
-        assert codes[rank] == 1 and codes[1 - rank] == 75, out  # this rank only knows that the other one has ended
+        assert codes[rank] == 1 and codes[1 - rank] == 75, out  # the healthy rank knows only that the other has ended
         assert "in injected_fault" in out and "KeyError: 'a bug'" in out
     else:
         assert codes[rank] == 2 and "error: a.tar: a mistake\n" in out and "Traceback" not in out, out

@@ -22,7 +22,7 @@ from tests.test_pretrain import make_pictures
 
 pytestmark = pytest.mark.slow
 
-EXTRAS = ("datasets", "deepspeed", "scipy", "sklearn", "timm", "wandb")  # pip installs none of them
+EXTRAS = ("datasets", "deepspeed", "scipy", "sklearn", "timm", "wandb")  # not installed with a wheel without extras
 SMALL = {**{f"model.{key}": value for key, value in TINY["model"].items() if key not in ("size", "vocab_size")}}
 SMALL |= {"train.steps": 3, "train.global_batch": 8, "train.pictures": 0, "data.workers": 0, "deepspeed": "null"}
 # A program that runs command lines one after another, so that torch is imported only once.

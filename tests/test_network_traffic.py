@@ -13,7 +13,7 @@ SENT = {
     "allreduce": 1,
     "allgather_base": 0.5,
     "reduce_scatter_base": 0.5,
-}  # part of the data that one of two ranks sends
+}  # fraction of a collective's data that one of two ranks sends
 OVERHEAD = 100  # maximum bytes for norms and losses
 
 

@@ -143,7 +143,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     monkeypatch.setattr(stages, "pre_train", lambda *_, **options: trained.append(options) or 0.0)
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
     monkeypatch.setattr(stages, "unused_gpus", lambda world, device: 3)
-    # it returns None, which means that the evaluation was stopped
+    # the stand-in returns None, which means that the evaluation was stopped
     monkeypatch.setattr(stages, "evaluate_run", lambda *args: seen.append(args))
     overrides = ["train.probe.k=7", 'optim={"clip_grad": 2}']  # the other settings of the section are kept
     assert not pretrain(shards, run, val=[shards], overrides=overrides, device="cpu").finished
@@ -515,7 +515,7 @@ def test_existing_shards_are_used_unchanged(tmp_path):
     assert given.val == [f"{tmp_path}/1.tar"]
     (tmp_path / "3.tar").rename(tmp_path / "val-3.tar")
     (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # this name does not mean a test split
-    write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # nor this one a validation split
+    write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # "val" in "interval" means no split
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     statistics, notes = inspect(given, tmp_path, "cls")
     assert statistics.classes == 0 and "k-NN accuracy and logistic regression are not computed: " in notes[0]
@@ -953,7 +953,7 @@ def test_automatic_settings_equal_those_of_the_rules_computed_by_hand():
     assert (few.train.eval_samples, few.data.val, few.data.tokenizer, few.train.probe.every) == (1, [], None, 10)
     assert chosen(samples=5000, steps=5).train.eval_every == 5
     assert automatic_settings.peak_rate(4096, 768) == 1.5e-4  # the learning rate of MAE
-    # a quarter of the batch has half of the rate, which is twice the rate when it is stated for a batch of 256
+    # for a quarter of the batch, a step has half of the rate; stated for a batch of 256, this is twice the rate
     assert automatic_settings.peak_rate(1024, 384) == 3e-4
     assert chosen(samples=6400, steps=9, size=2).optim.peak_lr == 1.2e-3 == automatic_settings.peak_rate(64, 383) / 4
 

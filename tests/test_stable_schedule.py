@@ -46,7 +46,7 @@ def test_the_start_of_the_decay_moves_with_the_end_until_the_decay_has_begun():
     longer = plan.changed(50, 200)
     assert longer.decay_begin == 160 and longer.lr(159) == 1 and longer.lr(60) == 1
     assert [longer.lr(step) for step in range(160, 200)] == [schedule(200).lr(step) for step in range(160, 200)]
-    shorter = plan.changed(90 - 30, 65)  # its decay would have begun earlier
+    shorter = plan.changed(90 - 30, 65)  # a decay of its usual length would have begun earlier
     assert shorter.decay_begin == 60 and shorter.lr(60) == 1 and shorter.lr(65) == pytest.approx(0)
 
 

@@ -33,7 +33,7 @@ class FakeCuda(TorchFunctionMode):
         super().__init__()
         self.events: list[str] = []
         self.pinned: list[torch.Size] = []
-        self.late = 0  # number of queries of events that still report unfinished work
+        self.late = 0  # the next `late` queries of events report unfinished work
         self._pid, self._sync_mode = os.getpid(), 0
         self._patches = contextlib.ExitStack()
         self._answers = {

@@ -319,7 +319,7 @@ def test_long_captions_are_truncated_at_a_utf8_character(tmp_path, store):
     files = [("a.txt", "ü".encode() * 50_000), ("b.txt", b"x" + "ü".encode() * 50_000), ("c.txt", b"\xff\xfe")]
     files += [
         ("d.txt", b"x" * 65_532 + b"\xff" + b"y" * 9)
-    ]  # four bytes at the end are more than an incomplete character can have
+    ]  # the invalid byte is the fourth from the end, but an incomplete character has at most three bytes
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
     reader = Reader(corpus.sources[0], store)
     assert reader.read(0, 0).caption == "ü" * 32768

@@ -538,7 +538,7 @@ def test_the_cached_shards_needed_last_are_evicted(server, tmp_path):
     store = ShardStore(tmp_path / "limited", 3 * size / 1e9)
     for name in names[:3]:
         store.path(name)
-    store.keep([names[1], names[4], names[0]])  # in the order in which they are needed; names[2] is not needed
+    store.keep([names[1], names[4], names[0]])  # shards in the order in which they are needed; names[2] is not needed
     store.path(names[3])
     assert [store.copy(name).exists() for name in names] == [True, True, False, True, False]
     store.path(names[4])
