@@ -1,5 +1,5 @@
-"""The task attentive: a query, which pools the patch tokens of the frozen encoder, and a linear classifier are
-trained."""
+"""The task attentive, which trains a linear classifier together with a query that pools the patch tokens of the frozen
+encoder."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class Mixing:
         seed: random seed.
         repeats: number of consecutive views of a sample in the stream; the k-th view of a sample is mixed with the k-th
             view of its partner.
-        lanes: number of lanes of the stream.
+        lanes: number of lanes, the parallel sub-streams into which the stream of training samples is divided.
     """
 
     def __init__(

@@ -61,8 +61,8 @@ def baseline_entries(baselines: Mapping[str, Baseline]) -> dict[str, Any]:
 
 
 def accuracy_entries(found: Mapping[str, Sequence[Predictions]], probe: str = "") -> dict[str, Any]:
-    """Return the accuracies of a model and of its baselines as entries of result.json, and those of the features of the
-    model and HOG together if they are known.
+    """Return the accuracies of a model and of its baselines as entries of result.json. If `found` contains predictions
+    from the features of the model and HOG together, the entries contain their accuracies too.
 
     Args:
         found: predictions for the same samples, for one or several draws of training samples; the keys are MODEL, the
@@ -174,9 +174,9 @@ def against_chance(
     rule: str,
     result: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the entries of result.json that compare a metric of a whole dataset with predictions that need no model:
-    "verdict" and, if the model is not significantly better than these and each baseline, or the errors cannot be
-    estimated, WARNINGS.
+    """Return the entries of result.json that compare a metric of a whole dataset with that of predictions that need no
+    model. If the errors can be estimated, the entries are "verdict" and, if these predictions or a baseline are not
+    significantly worse than the model, WARNINGS. Otherwise, the only entry is WARNINGS.
 
     Args:
         name: name of the metric in the result.

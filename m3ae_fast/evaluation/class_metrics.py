@@ -29,7 +29,7 @@ def class_metrics(folder: Path, classes: Classes, names: Sequence[str], result: 
     These are the entries of `against_largest_class` and, if there is one prediction per sample, the following:
 
     - "balanced_accuracy": the mean of the accuracies of the classes (macro-averaged recall), with its standard error;
-    - "val_copies", if there are any: the number of samples whose image is a copy of that of an earlier sample;
+    - "val_copies", if there are any: the number of samples with the same image as an earlier sample;
     - "per_class": the number of samples and the accuracy of each class;
     - "auroc", if there are two classes: the area under the ROC curve of the second class's score, with its standard
     error.

@@ -54,7 +54,7 @@ _BASELINES = (UNTRAINED, *IMAGE_FEATURES.values())
 _TOKENS = 196  # number of patches of a ViT for 224 px
 _DECODING = 0.1  # approximate cost of reading an image, relative to encoding it
 TABLE_FILE = "comparison.md"
-_TRIALS = "trials"  # folder in the output folder with the predictions of each probe and seed, until all are complete
+_TRIALS = "trials"  # sub-folder of the output folder for the predictions of each probe and seed until all are complete
 
 
 @dataclass
@@ -100,8 +100,8 @@ class ComparedPredictions:
 
     def tests(self) -> Iterator[tuple[str, str, str, Difference]]:
         """Yield (probe, first, second, test) for each probe and each pair of models, and for each model and the
-        baseline that always predicts the largest class. In the list of models, which begins with the baseline, `first`
-        comes after `second`."""
+        baseline that always predicts the largest class. `first` comes after `second` in the list of models, which
+        begins with this baseline."""
         for probe in dict.fromkeys(probe for _, probe in self.trials):
             models = [LARGEST, *(model for model, own in self.trials if own == probe)]
             for second, first in combinations(models, 2):
@@ -260,7 +260,8 @@ class Shape(NamedTuple):
 
 
 def _shape(job: Job[Compare], encoder: MultimodalEncoder, decoding: float = 0.0) -> Shape:
-    """Return the properties of a model. `decoding`: cost of reading an image, which is that of `FixedFeatures`."""
+    """Return the properties of a model. `decoding`: cost of reading an image, which is counted only for
+    `FixedFeatures`."""
     c, probes = encoder.config, tuple(job.options.probes)
     if isinstance(encoder, FixedFeatures):
         if isinstance(encoder, TimmFeatures):  # 12 D^2 weights of a block, applied to about as many tokens as a ViT has
@@ -281,7 +282,8 @@ def _identity(job: Job, corpora: Sequence[Corpus], classes: Classes) -> str:
 
 def _work(job: Job, shape: Shape, model: str, identity: str, seeds: Sequence[int]) -> ComputeCost:
     """Return the work that a model requires. Predictions that an interrupted call has computed are not computed again.
-    `identity`: see `_identity`, with the model's weights."""
+    `identity`: the description that `_identity` returns, followed by text that identifies the model's
+    weights."""
     seeded, trials = model.startswith(RANDOM), dict[tuple[int, str], Path]()
     for number, seed in enumerate(seeds):
         for probe in shape.probes:
@@ -324,8 +326,8 @@ def model_names(models: Sequence[str], image_features: Sequence[str]) -> dict[st
 def _opened(
     job: Job, others: Mapping[str, str], corpora: tuple[Corpus, Corpus]
 ) -> dict[str, StoredFeatures | TimmFeatures]:
-    """Return the features of other programs by display name. `others`: their names on the command line. Every rank must
-    call it. Raises UserError as `open_features` and `open_timm` do."""
+    """Return the features of other programs by display name. `others`: names of .npz files and timm models on the
+    command line, by display name. Every rank must call it. Raises UserError as `open_features` and `open_timm` do."""
     if not others:
         return {}
     reading, allowed = job.ranks.broadcast(lambda: input_config(job.config.data)), job.config.data.max_bad_fraction

@@ -82,10 +82,11 @@ class Result:
 
 
 def compare_results(folders: Sequence[Path]) -> str:
-    """Return lines that state, for each pair of results, which of them is better: one line for each pair, or one for
-    each attack for results of robustness, and one for each set and score for results of ood. If a result has several
-    layers, poolings or numbers of training samples, its main accuracy is compared (see `main_case`). Raises UserError
-    if there are fewer than two folders, a folder has no predictions, or the results are not on the same samples."""
+    """Return lines that state for each pair of results which result is better. There is one line for each pair, but for
+    results of robustness one line for each attack, and for results of ood one line for each set and score. If a result
+    has several layers, poolings or numbers of training samples, its main accuracy is compared (see `main_case`). Raises
+    UserError if there are fewer than two folders, a folder has no predictions, or the results are not on the same
+    samples."""
     if len(folders) < 2:
         raise UserError(f"{folders[0]}: cannot be compared alone; {_ADVICE}")
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
@@ -179,7 +180,7 @@ def _compare_areas(one: Result, other: Result) -> Iterator[str]:
 class _Metric(NamedTuple):
     """A metric by which results are compared."""
 
-    columns: tuple[str, ...]  # columns by which its tables are recognised
+    columns: tuple[str, ...]  # a table that has these columns belongs to this metric
     compare: Callable[[Result, Result], Iterator[str]]
 
 
@@ -252,8 +253,8 @@ def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, 
     - "chance_top5", if there are more than five classes: the share of the five largest classes;
     - "verdict", if there is one prediction per sample: a sentence that states whether the accuracy is significantly
     better than "chance";
-    - WARNINGS with a warning, unless the accuracy is significantly better than each of the baselines in `result` and,
-    if there is one prediction per sample, than "chance".
+    - WARNINGS with a warning, if the accuracy is not significantly better than a baseline in `result` or, if there is
+    one prediction per sample, than "chance".
     """
     if not (folder / FILE).exists():
         return {}
@@ -285,10 +286,10 @@ def one_prediction_each(table: Table) -> bool:
 class _Classified(NamedTuple):
     """Samples that a classifier has classified, by key."""
 
-    name: str  # of the classifier, in sentences
+    name: str  # name of the classifier in sentences
     labels: dict[str, Any]
-    right: dict[str, float]  # fraction of the draws of training samples with which it is classified correctly
-    hashes: list[str]  # see `image_clusters`
+    right: dict[str, float]  # fraction of the draws of training samples with which the sample is classified correctly
+    hashes: list[str]  # hash of the image of each sample; see `image_clusters`
 
     def words(self, other: _Classified) -> str:
         """Return a sentence that states whether the accuracies differ significantly. The samples are the same."""

@@ -68,7 +68,7 @@ class TrainableClassifier(Classifier):
             return super().forward(batch)
         batch, labels_SK = self.mixing(batch, self.backbone.patch_embed.weight.dtype)
         logits_SK = super().forward(batch).float()
-        samples = samples or 1.0  # the sums over no samples are 0
+        samples = samples or 1.0  # without samples, the sums are 0, and must not be divided by 0
         loss = F.cross_entropy(logits_SK, labels_SK, reduction="sum") / samples
         correct = (logits_SK.argmax(1) == labels_SK.argmax(1)).sum()
         return ClassLosses(loss, correct.float() / samples)
@@ -82,7 +82,7 @@ class FineTuningTask(LabelledTask):
     engine: ModelEngine
     val_loader: DataLoader[PackedBatch]
     fixed: dict[str, Tensor]  # weights that training does not change
-    averaged: Classifier | None  # with train.ema: receives the averaged weights for evaluations
+    averaged: Classifier | None  # with train.ema: a copy that receives the averaged weights for evaluations
 
     def first_line(self, trainer: Trainer) -> str:
         ranks, train = trainer.ranks, trainer.config.train
@@ -181,7 +181,7 @@ def set_up(job: Job[Finetune]) -> tuple[FineTuningTask, Trainer]:
     fixed, averaged = constants(model, None), None
     if config.train.ema is not None:
         averaged = Classifier(model.config).to(ranks.device).eval()
-        averaged.load_state_dict(model.state_dict())  # for the position embeddings; the weights will be overwritten
+        averaged.load_state_dict(model.state_dict())  # copies the position embeddings; the weights will be overwritten
         averaged.backbone.tokenizer = model.backbone.tokenizer  # so that it is saved with the weights
     groups = layer_decay_groups(model, model.config.model.depth, optim.weight_decay, optim.layer_decay)
     engine = make_engine(model, groups, [model.backbone.encoder], config, ranks)

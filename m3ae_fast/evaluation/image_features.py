@@ -32,7 +32,7 @@ from m3ae_fast.weights.model_name import HISTOGRAM, HOG, IMAGE_FEATURES, PIXELS
 
 _SIZE, _PATCH = 48, 16  # sides of the image and of its patches, in pixels
 _INSPECTED = 128  # number of training samples that determine how files are read, and the mean and standard deviation
-_OUTLIERS = 0.05  # fraction of the images that may have values above the range, and that may have values below it
+_OUTLIERS = 0.05  # maximum fraction of the images with values above the range, and of those with values below it
 SIDE = 16  # side of the downscaled image in pixels
 _LEVELS, _BINS = 4, 16  # levels per channel of the joint histogram of three channels; bins of any other channel
 _HOG = {"orientations": 9, "pixels_per_cell": (8, 8), "cells_per_block": (2, 2), "block_norm": "L2-Hys"}

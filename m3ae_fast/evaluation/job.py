@@ -50,13 +50,13 @@ T_co = TypeVar("T_co", bound=Task, covariant=True)
 
 
 class Encoded(NamedTuple):
-    """Features of the training and of the held-out samples, by type of the features. They are those of a network, or
-    features without a network."""
+    """Features of the training and of the held-out samples, by type of the features. They were computed either by a
+    network or directly from the pixels."""
 
     train: Mapping[FeatureType, FeatureBank]
     val: Mapping[FeatureType, FeatureBank]
     is_network: bool = True
-    # logistic regressions on the pooled features, if the choice of their pooling has fitted them
+    # logistic regressions on the pooled features, if they were computed for all samples when the pooling was chosen
     tried: Tried | None = None
 
 
@@ -78,7 +78,7 @@ class Job(Generic[T_co]):
     config: EvaluationConfig
     session: Session
     folder: RunFolder | None  # the output folder; None on all ranks but the main rank
-    model: Any  # an M3AE, or a Classifier if the task evaluates one, on the ranks' device; None if it opens several
+    model: Any  # M3AE, or Classifier if the task evaluates one, on the ranks' device; None if the task opens several
     # returns the baselines that the task evaluates, by name, on the ranks' device
     open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
     classes: Classes = ()  # labels by class id; see `open_labelled`

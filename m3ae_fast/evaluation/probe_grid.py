@@ -70,8 +70,8 @@ class Probed(NamedTuple):
     """The result of the probes of a task."""
 
     entries: dict[str, Any]  # entries of result.json
-    predictions: Predictions  # of the main case, for the first draw
-    encoded: Encoded | None  # the features of the model; None if they were streamed
+    predictions: Predictions  # predictions of the main case for the first draw
+    encoded: Encoded | None  # the features of the model; None if the heads were trained online
 
 
 def run_probes(job: Job[WithGrid]) -> Probed:
@@ -170,14 +170,14 @@ def _pooled(options: WithGrid) -> str:
 def _encoded(
     job: Job[WithGrid], types: Sequence[FeatureType], corpora: tuple[Corpus, Corpus], streams: bool
 ) -> dict[str, Encoded]:
-    """Return the features of the model and of its baselines, by MODEL, the names of the baselines and, without options
-    of the grid, TOGETHER.
+    """Return the features of the model and of its baselines. The keys are MODEL and the names of the baselines. Without
+    options of the grid, there may also be TOGETHER.
 
     Args:
         job: the job. `job.shared` may already contain the features of a task without options of the grid.
         types: result of `_types`.
         corpora: the training and the held-out samples.
-        streams: whether the features of the model are streamed; they are then not encoded.
+        streams: whether heads are trained online on the model, whose features are then not computed here.
     """
     is_grid = job.options.is_grid
     if (shared := job.shared).encoded and not is_grid:

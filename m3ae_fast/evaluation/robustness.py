@@ -104,7 +104,7 @@ def _predictions(job: Job, corpus: Corpus, each: Pass, title: str, whole: Pace) 
     share = Share(job.config.encode.batch * ranks.world, rank=ranks.rank, world=ranks.world)
     batches = eval_loader(job.config.data, corpus, job.preparation, share, config.samples)
     shown: Iterable[PackedBatch] = track(batches, title, len(batches), whole=whole, part=each.cost)
-    own: list[Predictions | None] = []  # by batch; None: no sample can be read
+    own: list[Predictions | None] = []  # predictions of each batch; None if none of its samples can be read
     skipped: list[Skipped] = []
     for batch in shown:
         skipped += batch.skipped

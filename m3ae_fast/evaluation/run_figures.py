@@ -120,7 +120,7 @@ def _config_of_export(found: Pretrained, folder: Path, shards: Sequence[str]) ->
     model = found.config.model_dump(mode="json", exclude={"init_from"})
     loss: dict[str, Any] = {"norm_pix": bool(found.norm_pix)}
     if found.config.image_targets == "features":
-        loss["teacher"] = "not part of an export"  # figures do not need it
+        loss["teacher"] = "not part of an export"  # figures do not need the teacher
     content = {"model": model, "loss": loss, "data": data, "train": {"steps": 1}}
     return parse(Config, content, str(folder))
 

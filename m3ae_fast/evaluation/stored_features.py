@@ -61,7 +61,7 @@ class StoredFeatures(FixedFeatures):
         return found.hexdigest()
 
     def pooled_of_layers(self, batch: PackedBatch, layers: Sequence[int], pools: Sequence[Pool] = ("mean",)) -> Tensor:
-        """Return the features as float32 [S, K, D]. Those of a sample that the file does not contain are 0, and
+        """Return the features as float32 [S, K, D]. The features of a sample that the file does not contain are 0, and
         `check_complete` reports the sample."""
         self._lacking += [key for key in batch.keys if key not in self._rows]
         rows_S = torch.tensor([self._rows.get(key, -1) for key in batch.keys], dtype=torch.long)

@@ -38,8 +38,8 @@ def possible_pools(job: Job) -> list[Pool]:
 
 
 def by_type(job: Job, model: MultimodalEncoder, banks: Sequence[FeatureBank], *, choose: bool = True) -> Encoded:
-    """Return a model's features of the training and of the held-out samples, `banks`, by type. `choose`: whether of
-    several poolings, only the one that `best_type` chooses is returned. Every rank must call it."""
+    """Return a model's features of the training and of the held-out samples, `banks`, by type. `choose`: if there are
+    several poolings, whether to return only that which `best_type` chooses. Every rank must call it."""
     train, val = banks
     kinds, tried = train.types, None
     if choose and sum(not kind.is_tokens for kind in kinds) > 1:
@@ -58,8 +58,9 @@ def encode_by_each(
     stop: StopRequest | None = None,
     shorter: Sequence[str] = (_FEWER,),
 ) -> dict[str, tuple[FeatureBank, ...]]:
-    """Return the features of each dataset by model, in one pass for all models that have the same input. A baseline
-    that cannot read a sample of the first model, or cannot read too many samples, is left out with a warning.
+    """Return the features of each dataset by model, in one pass for all models that have the same input. A baseline is
+    left out with a warning if it cannot read a sample that the first model can read, or if `encode_types` raises
+    UnusableSamples for it.
 
     Args:
         job: the job.

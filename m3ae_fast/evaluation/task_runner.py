@@ -178,7 +178,7 @@ def _open_baselines(job: Job) -> dict[str, MultimodalEncoder]:
     warning. Every rank must call this function."""
     model, config, ranks = job.model, job.config, job.ranks
     random = untrained(model.config, model.loss_config, config.run.seed).to(ranks.device).eval()
-    if isinstance(job.options, Segment):  # of the features without a network, only pixels have features of patches
+    if isinstance(job.options, Segment):  # PIXELS are the only features without a network that describe patches
         grid = model.config.image_size, model.config.patch_size
         found = open_image_features([PIXELS], config.data, ranks, *grid)
     else:
@@ -240,6 +240,6 @@ def _perform(options: Task, session: Session, shared: SharedFeatures, *, is_last
             job.print(f"{task}: {baseline_name(name, each)}: {summary(each)}{words}")
         if together := result.get(WITH_HOG):
             job.print(f"{task}: {'; '.join([f'{TOGETHER}: {summary(together)}', *together['verdicts']])}")
-        for text in found:  # those of the job have been printed
+        for text in found:  # the warnings of the job have already been printed
             job.print(f"warning: {text}")
         return result

@@ -104,8 +104,8 @@ class Task(WithSettings):
     """A task and its options. The module of its name has a function `run(job)`, which returns the result, or None if
     the task was stopped before its end."""
 
-    uses: ClassVar[Uses] = Uses(("encode",))  # the settings that it uses
-    LIBRARIES: ClassVar[tuple[str, ...]] = ()  # optional libraries that it requires
+    uses: ClassVar[Uses] = Uses(("encode",))  # the settings that the task uses
+    LIBRARIES: ClassVar[tuple[str, ...]] = ()  # optional libraries that the task requires
 
     val: Shards = Field(description=f"held-out samples in {SHARDS}")
     out: Annotated[Path, BeforeValidator(output()), Option(metavar="OUT")]
@@ -134,8 +134,8 @@ class Task(WithSettings):
         return self.uses
 
     def entries(self) -> dict[str, Any]:
-        """Return the options for result.json, as plain JSON data: those that neither the settings nor other fields of
-        the result contain."""
+        """Return the options for result.json, as plain JSON data. Options that the settings or other fields of the
+        result contain are left out."""
         return self.model_dump(mode="json", exclude={*WithSettings.model_fields, *_IN_RESULT})
 
     @property
@@ -188,7 +188,7 @@ class WithTraining(Task):
 
 
 class WithLabels(Task):
-    """A task whose samples have labels, and not masks."""
+    """A task whose samples have labels, as opposed to masks."""
 
     labels: Labels = "cls"
     """source of the labels: cls (integers in KEY.cls; default) or json.FIELD (a field of KEY.json)"""
@@ -258,9 +258,9 @@ class WithLists(WithLabels):
     votes for all of its labels. `logistic` and `attentive` minimise a binary cross entropy for each class.
 
     The pooling and the hyper-parameters are chosen as for single labels, but by the mean average precision in place of
-    the accuracy, and `logistic` uses the penalty with which this is highest. `logistic` writes no classifier, and
-    `--shots` cannot be used. `attentive` needs `attentive.online=false` if the patch tokens do not fit into memory.
-    These metrics are reported:
+    the accuracy, and `logistic` uses the penalty with the highest mean average precision. `logistic` writes no
+    classifier, and `--shots` cannot be used. `attentive` needs `attentive.online=false` if the patch tokens do not fit
+    into memory. These metrics are reported:
 
     - `map`: mean average precision, averaged over the classes that occur in the held-out samples;
     - `per_class`: number of samples and average precision of each class;
@@ -336,10 +336,10 @@ class Knn(PooledProbe):
 
     The class of a held-out sample is predicted by a vote of its k nearest training samples in feature space. The weight
     of a vote is exp(cosine similarity / `knn.temperature`). By default, four combinations are tried on a tenth of the
-    training samples, with the others as neighbours: k of 1 or 20, and features as they are or standardised (to a mean
-    of 0 and a standard deviation of 1). The most accurate combination is used. With `--set knn.k=10`, k is 10, and the
-    features are not standardised. `result.json` contains the choice as `k` and `standardised`. `neighbours.png` shows
-    some held-out samples with their nearest training samples.
+    training samples, with the other nine tenths as neighbours: k of 1 or 20, and features as they are or standardised
+    (to a mean of 0 and a standard deviation of 1). The most accurate combination is used. With `--set knn.k=10`, k is
+    10, and the features are not standardised. `result.json` contains the choice as `k` and `standardised`.
+    `neighbours.png` shows some held-out samples with their nearest training samples.
     """
 
     uses = Uses(("encode", "knn", SHOWN))

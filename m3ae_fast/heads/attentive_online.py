@@ -61,7 +61,8 @@ def streamed_steps(
         accumulation: number of batches per step.
         model, config, ranks: as in `encode_types`.
         types: the types of features.
-        trying: whether several learning rates are tried; samples for which `is_held_out` is true are then left out.
+        trying: whether several learning rates are tried. If so, the samples for which `is_held_out` is true are left
+            out.
     """
     batches = iter(loader)
     while step := [*islice(batches, accumulation)]:

@@ -60,8 +60,8 @@ class PassMonitor(NamedTuple):
     """Progress display, stall detection and stop requests of a pass over samples."""
 
     title: str = "encoding"
-    heartbeats: Heartbeats | None = None  # marked at each batch
-    stop: StopRequest | None = None  # checked before each batch
+    heartbeats: Heartbeats | None = None  # the heartbeats of this rank, marked at each batch
+    stop: StopRequest | None = None  # stop requests, checked before each batch
     whole: Pace | None = None  # pace of the whole task, of which this pass is a part; see `progress`
     part: float = 0.0  # size of this pass, in units of the whole task
 
@@ -83,7 +83,7 @@ class Batches(NamedTuple):
     loader: DataLoader[PackedBatch]
     samples: int  # number of samples of all ranks, including unreadable ones
     max_bad_fraction: float  # maximum fraction of unreadable samples
-    lists: np.ndarray | None = None  # see `Corpus`
+    lists: np.ndarray | None = None  # lists of labels, as in `Corpus`
 
 
 def corpus_batches(

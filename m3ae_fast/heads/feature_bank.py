@@ -37,7 +37,7 @@ class FeatureType(NamedTuple):
     """A type of features: a layer and a pooling."""
 
     layer: int  # number of the block, from 1
-    pool: Pool | None  # None: the patch tokens, which are pooled by an attentive probe
+    pool: Pool | None  # the pooling; None: patch tokens, which an attentive probe pools
 
     @property
     def is_tokens(self) -> bool:
@@ -110,7 +110,7 @@ class FeatureBank:
 
     @property
     def labels(self) -> Tensor:
-        """Return the labels, int64 [N] or bool [N, C]; the dataset must have labels."""
+        """Return the labels, int64 [N] or bool [N, C]. The dataset must have labels."""
         assert self.labels_N is not None
         return self.labels_N
 

@@ -46,7 +46,7 @@ def stored_steps(banks: Mapping[FeatureType, FeatureBank], steps: range, batch: 
     stores. `batch`: number of samples of a step."""
     bank = next(iter(banks.values()))
     samples = len(bank.keys)
-    row_N = torch.full((samples,), -1)  # row of each sample in this rank's features; -1: another rank has it
+    row_N = torch.full((samples,), -1)  # row of each sample in this rank's features; -1: another rank has the sample
     row_N[bank.own] = torch.arange(len(bank.own))
     order = lru_cache(maxsize=2)(partial(permutation, samples, seed))  # permutation by epoch
     for step in steps:

@@ -42,7 +42,7 @@ def best(tried: Sequence[Trial]) -> Trial:
 
 def within_error(tried: Sequence[Trial], held_out: int) -> list[Trial]:
     """Return the values whose accuracy is within one standard error of the highest (the one-standard-error rule of
-    Breiman et al. 1984): with few samples, the highest accuracy is largely due to chance.
+    Breiman et al. 1984), because with few samples, the highest accuracy is largely due to chance.
 
     Args:
         tried: results of the values; not empty.

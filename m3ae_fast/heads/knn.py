@@ -39,9 +39,9 @@ def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, te
 def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig) -> Predictions:
     """Return the k-NN predictions of all queries, with neighbours from `bank`. Their `chosen` contains the number of
     neighbours, "k", and whether features were standardised, "standardised". If `config.k` is null, both are chosen by
-    the quality on a tenth of the samples of `bank`, with neighbours from the others; the number is one of NUMBERS. In
-    a tie, and if there are fewer than ten samples, features are not standardised, and the number is USUAL_K. Every rank
-    must call it."""
+    the quality on a tenth of the samples of `bank`, with neighbours from the others, and the number is one of NUMBERS.
+    In a tie, and if there are fewer than ten samples, features are not standardised, and the number is USUAL_K. Every
+    rank must call it."""
     k, standardised = (config.k, False) if config.k else _chosen(bank, classes, config.temperature)
     found = _predictions(bank, queries, classes, k, standardised, config.temperature)
     return replace(found, chosen={"k": min(k, len(bank.keys)), "standardised": standardised})

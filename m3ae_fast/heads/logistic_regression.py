@@ -57,7 +57,7 @@ class Tried(NamedTuple):
 
     trials: list[Trial]  # results on the held-out samples; empty if no samples are held out, because there are too few
     held_out: int  # number of held-out samples
-    weight_HKP: Tensor | None  # None if there are no trials
+    weight_HKP: Tensor | None  # weights of the classifiers; None if there are no trials
 
     def quality(self, ranks: Ranks | None) -> float:
         """Return the highest quality; 0 without trials. Every rank must call it, and gets the same value."""

@@ -12,9 +12,9 @@ MOST_SAMPLES = 5000  # number of training samples with which the candidates are 
 
 def best_type(bank: FeatureBank, classes: int, heartbeats: Heartbeats) -> tuple[FeatureType, Tried | None]:
     """Return the type of pooled features with the highest quality on held-out samples (the accuracy or, for lists of
-    labels, the mAP), and the logistic regressions on its features, or None in place of the regressions if they were
-    fitted to only some of the samples. In a tie, or if there are too few samples to hold some out, the first of the
-    types is returned. Every rank must call it, and gets the same type.
+    labels, the mAP), and the logistic regressions on its features. If these were fitted to only some of the samples,
+    None is returned in their place. In a tie, or if there are too few samples to hold some out, the first of the types
+    is returned. Every rank must call it, and gets the same type.
 
     Args:
         bank: features of the training samples, of all types that are compared; patch tokens are ignored.

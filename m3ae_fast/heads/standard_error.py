@@ -41,7 +41,7 @@ def error_of_accuracy(correct_N: np.ndarray, clusters_N: np.ndarray | None = Non
     """Return the cluster-robust standard error of an accuracy.
 
     Args:
-        correct_N: whether each sample is classified correctly, bool, or the fraction of trials in which it is.
+        correct_N: whether each sample is classified correctly, bool, or the fraction of trials in which this is so.
         clusters_N: cluster of each sample, int64; None: every sample is its own cluster.
     """
     clusters_N = np.arange(len(correct_N)) if clusters_N is None else clusters_N
@@ -53,8 +53,8 @@ def error_of_accuracy(correct_N: np.ndarray, clusters_N: np.ndarray | None = Non
 
 
 def standard_error(accuracy: float, samples: float) -> float:
-    """Return the standard error of an accuracy on this number of samples. If the accuracy is 0 or 1, Laplace's estimate
-    is used in its place, so that the standard error is not 0."""
+    """Return the standard error of an accuracy on this number of samples. If the accuracy is 0 or 1, it is replaced
+    by Laplace's estimate, so that the standard error is not 0."""
     likely = accuracy if 0 < accuracy < 1 else (accuracy * samples + 1) / (samples + 2)
     return math.sqrt(likely * (1 - likely) / samples)
 
