@@ -126,7 +126,7 @@ def test_the_readmes_table_uses_readable_machine_names_and_marks_the_earlier_exp
         path.write_text(json.dumps(written))
 
     measured("a", "Intel Xeon Processor, family 6 model 167", "0.2.0")
-    measured("b", "AMD EPYC, Zen 5", "0.1.0")
+    measured("b", "AMD EPYC, family 26 model 2", "0.1.0")
     measured("c", "a GPU", "0.2.0", ("expert", "engine"))  # the reference needs more memory than there is
     made = table.section(tmp_path, tmp_path / "page.md")
     assert "| [Intel with AMX](README.md#intel-with-amx) | 1 | 2.00 x | 2.00 x |\n" in made
