@@ -9,7 +9,7 @@ from types import TracebackType
 
 # messages of torch, CUDA, C++ and the system
 _SIGNS = ("can't allocate memory", "annot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "bad_alloc")
-# further messages under `ulimit -v`, if a thread's stack, a library or a module cannot be mapped
+# further messages, if `ulimit -v` prevents that a thread's stack, a library or a module is mapped
 _SIGNS_OF_LIMIT = (
     "start new thread",
     "Resource temporarily unavailable",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-Clock = Callable[[], float]  # seconds
+Clock = Callable[[], float]  # returns the time in seconds
 _RELIABLE_S = 3.0  # seconds of measured work after which the time left is reliable enough to be reported
 
 
@@ -42,10 +42,10 @@ class Pace:
         self.seconds = 0.0  # duration of these parts
         self.paused = 0.0  # seconds of all pauses
         self.now = now or time.monotonic
-        self.missing = first + 1  # number of further calls of `advance` until one after the `first` calls is measured
+        self.missing = first + 1  # number of calls of `advance` that are still to come until the first measured call
         self._report, self._last = report, self.now()
         self._units = self._duration = 0.0  # weighted sums over the measured parts
-        self._pauses: dict[str, tuple[float, float]] = {}  # by name: seconds of a pause, and pauses per unit
+        self._pauses: dict[str, tuple[float, float]] = {}  # seconds of a pause and pauses per unit, by name
 
     def advance(self, units: float = 1.0, recent: float = math.inf) -> None:
         """Count the units that were done since the last call. If there are none, this time is added to that of the next

@@ -12,7 +12,7 @@ from typing import Any
 from m3ae_fast.base.libraries import require_libraries
 
 SCHEMES = ("s3://", "gs://")
-NOT_FOUND = 66  # EX_NOINPUT of sysexits.h: a retry would not help
+NOT_FOUND = 66  # exit code if there is no such object, so that a retry would not help: EX_NOINPUT of sysexits.h
 _LONGEST = "1d"  # timeout of a request; the process that reads the output has its own timeout
 
 
@@ -34,7 +34,7 @@ def command(url: str) -> list[str]:
 def main(url: str) -> int:
     """Write the object to stdout, and return the exit code: 0, NOT_FOUND, or 1 for an error that may be temporary,
     whose reason is printed on stderr."""
-    import obstore  # `require` has checked that it is installed
+    import obstore  # `require` has checked that obstore is installed
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
     bucket, _, path = url.partition("://")[2].partition("/")

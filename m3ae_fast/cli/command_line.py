@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
     def short_help(self) -> str:
         """Return the help without the epilog and without groups of options. A group of commands is included."""
-        groups = self._action_groups[2:]  # after those of positional arguments and of options
+        groups = self._action_groups[2:]  # the first two groups are the positional arguments and the options
         more = [group for group in groups if all(action.option_strings for action in group._group_actions)]
         first = [group for group in self._action_groups if group not in more]
         actions = [action for group in first for action in group._group_actions if action.help != argparse.SUPPRESS]
@@ -183,7 +183,7 @@ def use_device(name: Device | None) -> None:
     """Hide the GPUs from this process and its child processes if `--device` names the CPU. Must be called before torch
     is imported."""
     if name == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also for DeepSpeed, which would use any visible GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # hides the GPUs from DeepSpeed too, which would use any visible GPU
 
 
 def add_resume(parser: argparse.ArgumentParser, folder: str) -> None:

@@ -188,8 +188,8 @@ class Uses:
     """The settings that a task or program uses in addition to those that all of them use."""
 
     names: tuple[str, ...] = ("encode",)  # sections, and single settings of other sections, such as "train.epochs"
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # by setting, in place of the defaults of pre-training
-    # by setting, for the documentation: how the default is derived, or a difference in meaning from pre-training
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # by setting; they replace those of pre-training
+    # notes by setting, for the documentation: how the default is derived, or how the meaning differs from pre-training
     notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -272,7 +272,7 @@ def evaluation_config(given: dict[str, Any], overrides: Iterable[str], reader: s
         given: sections as plain JSON data, which are modified.
         overrides: settings to change, in the form `section.key=value`.
         reader: name of the program or task that uses the config.
-        uses: the settings that it uses.
+        uses: the settings that the program or task uses.
 
     Raises:
         UserError: a setting is invalid, or is not used.

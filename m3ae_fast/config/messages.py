@@ -59,7 +59,7 @@ def _unknown(section: type[BaseModel], loc: tuple[int | str, ...], where: str, v
     near = [inside + name for name in difflib.get_close_matches(last, known, n=1, cutoff=_ALIKE)]
     if not near:
         name = where
-        while isinstance(value, dict) and value:  # the key is an unknown section: use the first setting in it
+        while isinstance(value, dict) and value:  # if it is an unknown section, use its first setting
             last, value = next(iter(value.items()))
             name += f".{last}"
         if near := settings_called(section, last):

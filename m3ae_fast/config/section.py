@@ -9,9 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 # The upper bounds are far above all useful values. They turn a typo into an error instead of an overflow or an endless
 # start-up.
-Size = Annotated[int, Field(gt=0, le=1 << 16)]  # widths, pixels, tokens
+Size = Annotated[int, Field(gt=0, le=1 << 16)]  # a width, or a number of pixels or tokens
 Layers = Annotated[int, Field(gt=0, le=1024)]
-Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # samples
+Batch = Annotated[int, Field(gt=0, le=1 << 24)]  # a number of samples
 Count = Annotated[int, Field(gt=0, le=1 << 40)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 

@@ -15,7 +15,7 @@ class Line(NamedTuple):
 
     metric: str
     label: str
-    colour: str  # used if there is a single run
+    colour: str  # colour of the curve if there is a single run
 
 
 class Chart(NamedTuple):

@@ -45,11 +45,11 @@ GIVEN_AWAY = (
 
 
 class _Row(NamedTuple):
-    """A sample in a figure, and the errors of its masked pixels; without loss.norm_pix, the errors are 0."""
+    """A sample in a figure, and the errors of its masked pixels. Without loss.norm_pix, the errors are 0."""
 
     picture: Image.Image
     error: float = 0.0  # sum of the squared errors of the reconstruction, in levels from 0 to 255
-    zero_error: float = 0.0  # the same for the zero prediction
+    zero_error: float = 0.0  # sum of the squared errors of the zero prediction, in the same units
 
 
 def open_weights(config: Config, weights: dict[str, Tensor]) -> M3AE:

@@ -11,8 +11,8 @@ from m3ae_fast.base.bad_samples import BadSample, NeedsRange
 from m3ae_fast.config import Range
 
 _BITS, _PHOTOMETRIC, _FORMAT = 258, 262, 339  # tags of TIFF
-_KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # by TIFF's SampleFormat
-# by Pillow's mode, for files without further information
+_KINDS = {1: "unsigned", 2: "signed", 3: "float"}  # type of the values by TIFF's SampleFormat
+# bit depths by Pillow's mode, for files without further information
 _MODES = {
     "I": ("signed", 32),
     "F": ("float", 32),

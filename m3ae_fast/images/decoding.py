@@ -43,7 +43,7 @@ _COLOUR_SPACES = {1: "GRAY", 3: "RGB"}
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _UPRIGHT = 1  # EXIF orientation of an image that is neither rotated nor mirrored
 _ON_A_SIDE = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-# by Pillow's raw mode: factors that convert the levels of a 2-bit or 4-bit PNG to 8-bit levels
+# factors that convert the levels of a 2-bit or 4-bit PNG to 8-bit levels, by Pillow's raw mode
 _SCALES = {"L;2": 85, "L;4": 17}
 
 # Pillow warns about unusual images, which are read or reported anyway.
@@ -95,7 +95,7 @@ def _plain_jpeg(data: bytes, header: Image.Image, channels: int) -> Tensor | Non
         return None
     try:
         levels = decode_jpeg(data, _COLOUR_SPACES[channels])  # [H, W, C]
-    except ValueError:  # it is damaged, but Pillow may be able to read it
+    except ValueError:  # the file is damaged, but Pillow may be able to read it
         return None
     return torch.from_numpy(levels).permute(2, 0, 1)
 
