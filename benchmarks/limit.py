@@ -16,7 +16,7 @@ ROUNDS = 5
 
 @functools.cache
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of matrix products according to the data sheet, or as measured if there is none."""
+    """Return the FLOP/s of matrix products according to the data sheet, or as measured without one."""
     return peak_flops(device, dtype)
 
 

@@ -39,8 +39,8 @@ class LossHead(nn.Module):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Return the outputs of the head, [..., V], for hidden [..., dim]: the predicted targets, or logits. They are
-        in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden. The module's hooks, whose
-        arguments and output are those of the loss, do not run."""
+        in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden. The module's hooks do not
+        run, because they expect the arguments and the output of the loss."""
         return F.linear(hidden, self.weight.to(hidden.dtype), None if self.bias is None else self.bias.to(hidden.dtype))
 
 
@@ -57,7 +57,7 @@ def check_head(
 
     Args:
         hidden, weight, bias, row_weight: the arguments of the loss.
-        rows: the shape that the ids of the patches have, which is that of hidden without its last dimension.
+        rows: the shape of the patch ids, which is the shape of hidden without its last dimension.
         outputs: number of outputs of the head.
         images: the images, on whose device all arguments must be.
 
@@ -213,9 +213,9 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. These are the
-    gradients of a summed loss in which the gradient of each row loss is the weight of its row. `loss(inputs,
-    row_weight, needs)` computes this summed loss."""
+    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. They are
+    computed as the gradients of a summed loss, in which the weight of each row is the gradient of its row loss.
+    `loss(inputs, row_weight, needs)` computes the gradients of this summed loss."""
     if upstream is None:
         return (None,) * len(ctx.others)
     inputs = [other if tensor is None else unwrapped(tensor) for tensor, other in zip(ctx.saved_tensors, ctx.others)]
@@ -238,9 +238,9 @@ def rows_backward(loss_op):
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     """Return the product of a gradient and a 0-d scale. On devices other than the CPU, torch first rounds a 0-d factor
-    to the dtype of the other factor, so that in float16, a usual loss scale of 65,536 would become infinite. There, the
-    scale is given a dimension, because such factors are not rounded. On a CPU, a 0-d factor is not rounded, and is
-    faster."""
+    to the dtype of the other factor, so that in float16, a usual loss scale of 65,536 would become infinite. On these
+    devices, the scale is therefore given a dimension, because torch does not round a factor with a dimension. On a CPU,
+    a 0-d factor is not rounded, and is faster."""
     return grad * (scale if grad.device.type == "cpu" else scale[None])
 
 

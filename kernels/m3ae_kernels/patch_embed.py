@@ -62,8 +62,8 @@ def patch_embed(
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
         IndexError: an id is out of range (checked by torch's implementation on a CPU, and everywhere with
-            M3AE_KERNELS_CHECK=1), or occurs twice although all ids are of the first of several images, so that
-            they seem to be numbered per image (checked only with M3AE_KERNELS_CHECK=1).
+            M3AE_KERNELS_CHECK=1), or ids seem to be numbered per image (checked only with M3AE_KERNELS_CHECK=1): the
+            batch has several images, but all ids are of the first image, and an id occurs twice.
     """
     scale, shift = check_pixels(images, patch_ids, patch_size, mean, std)
     check_float("weight", weight, (None, patch_size**2 * images.shape[1]), images)

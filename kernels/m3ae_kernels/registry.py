@@ -50,9 +50,9 @@ class Op:
 
 def once(name: str, backward: Callable) -> Callable:
     """Return `backward`, wrapped so that it raises NotImplementedError if it would itself be differentiated or batched
-    (`is_grads_batched=True`). torch's `once_differentiable` raises no error if the upstream gradient is a constant, as
-    it is for a loss. The gradients would then be treated as constants, so that a gradient penalty or a Hessian would
-    silently be 0."""
+    (`is_grads_batched=True`). torch's `once_differentiable` raises no error if the upstream gradient is a constant,
+    which is the case for a loss. The gradients would then be treated as constants, so that a gradient penalty or a
+    Hessian would silently be 0."""
     refuse, refuse_batch = _refusal(name, "second derivatives"), _refusal(name, "batched gradients")
 
     def formula(ctx, *grads):

@@ -1,4 +1,4 @@
-"""Kernels of the HOG targets; ..hog describes them.
+"""Kernels of the HOG targets; ../hog.py describes the targets.
 
 1. The squared norm of each patch's histogram, for all patches (`hog_energy`): one number per patch.
 2. The histograms of the predicted patches, which are normalised by the norms of their neighbours (`hog_targets`).
