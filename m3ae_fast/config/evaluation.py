@@ -188,7 +188,8 @@ class Uses:
     """The settings that a task or program uses in addition to those that all of them use."""
 
     names: tuple[str, ...] = ("encode",)  # sections, and single settings of other sections, such as "train.epochs"
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # by setting; they replace those of pre-training
+    # defaults by setting, which replace those of pre-training
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     # notes by setting, for the documentation: how the default is derived, or how the meaning differs from pre-training
     notes: Mapping[str, str] = field(default_factory=dict)
 

@@ -11,8 +11,8 @@ There are four scores, which are higher for samples that look in-distribution:
 
 The logits are those of the classifier's head or, with frozen features, of a logistic regression.
 
-Shapes: N training samples, M samples to score, R of either on this rank, B of them at a time, K classes, D width, V
-different scores.
+Shapes: N training samples, M samples to score, R samples of one of these sets on this rank, B samples at a time, K
+classes, D width, V different scores.
 """
 
 from __future__ import annotations
