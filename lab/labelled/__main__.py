@@ -9,7 +9,7 @@ python -m lab.labelled fashion data/fashion --package FILE.deb
 
 The shards are written to OUT as train-*.tar and val-*.tar, which python -m lab reads. Classes are in .cls; names,
 categories and subcategories are in .json. Licences: MIT (Fashion-MNIST, icons), CC-BY 4.0 (images of Twemoji),
-Apache 2.0 (images of Noto Emoji). The authors of CIFAR-10 state none.
+Apache 2.0 (images of Noto Emoji). The authors of CIFAR-10 state no licence.
 """
 
 from __future__ import annotations
