@@ -1,5 +1,5 @@
-"""m3ae-kernels tune [KERNEL ...]: find the fastest block sizes for this machine's GPU, and write them to the file of
-this kind of GPU in the package."""
+"""m3ae-kernels tune [KERNEL ...]: find the fastest block sizes for this machine's GPU, and write them to the package's
+file for this kind of GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .tuning.workloads import LARGE
 LIMIT_S = 300.0  # a process that makes no progress for this number of seconds is killed
 BROKEN = 4  # exit code of a process in which a kernel has failed, so that it can no longer use the GPU
 KERNELS = sorted({case.table or case.kernel for case in CASES})
-DTYPES = (torch.bfloat16, torch.float32)  # float16 uses the settings of bfloat16
+DTYPES = (torch.bfloat16, torch.float32)  # float16 is not tuned, because it uses the settings of bfloat16
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +83,7 @@ def in_processes(command: Sequence[str], trials: Path, seconds: float = LIMIT_S)
             return failed or code
         print(f"the process {limited_process.end_of(code, seconds)}", flush=True)
         failed, before, known = 1, known, len(search.read(trials))
-        if known == before:  # this process has tried no new settings
+        if known == before:  # the process tried no new setting, so another one would not get further
             return failed
 
 

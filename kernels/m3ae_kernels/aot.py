@@ -4,10 +4,10 @@
 
 For sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands) in
 bf16, and at the largest head dimension also in float32. For other architectures, each kernel is compiled in bf16 at
-M3AE-Large's sizes and at the largest head dimension. The cases that use the most registers and shared memory, those of
-the largest head dimension and the matmuls of images, are also compiled in float32. `--full` compiles every kernel at
-every size in every dtype, which takes three times as long; the additional cases have the same settings as the others,
-and nearly the same code.
+M3AE-Large's sizes and at the largest head dimension. Two groups of cases are also compiled in float32, because they use
+the most registers and shared memory: those of the largest head dimension, and the matmuls of images. `--full` compiles
+every kernel at every size in every dtype, which takes three times as long. The additional cases have the same settings
+as the others, and nearly the same code.
 
 The program prints one line per kernel, architecture and dtype: the numbers of registers and spills, the bytes of local
 and shared memory, and the matrix instruction. Nothing is compiled for architectures on which the ops run in torch. The
@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from . import tuning
 
 # Bytes of shared memory available to one program instance (CUDA C programming guide, technical specifications by
-# compute capability; CDNA 3 architecture guide, local data share). A multiprocessor has 1 kB more, and reserves 1 kB
-# per program instance. Registers are allocated in units of 8 per thread.
+# compute capability; CDNA 3 architecture guide, local data share). A multiprocessor has 1 kB more than this, and
+# reserves 1 kB per program instance. Registers are allocated in units of 8 per thread.
 SHARED_BYTES = {
     "sm_75": 65536, "sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
     "sm_120": 101376, "gfx942": 65536,
@@ -45,8 +45,8 @@ DTYPES = {"bf16": "16", "fp16": "16", "fp32": "32"}
 # as 3 bands).
 EVERYTHING = ("sm_90",)
 DECODER, WIDEST = 32, 128  # head dimension of M3AE-Large's decoder, and the largest head dimension
-# Architectures for which kernels are compiled only on request: they use the settings of sm_89, and the results are the
-# same as for sm_89.
+# Architectures for which kernels are compiled only on request, because their settings and the results are the same as
+# those of sm_89.
 AS_OTHERS = ("sm_86",)
 MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma|tcgen05\.mma|mma\.sync|v_mfma)")  # in PTX and in AMD's assembly
 
@@ -59,9 +59,10 @@ PIXEL_FLOATS = ("s0", "s1", "s2", "s3", "b0", "b1", "b2", "b3")
 @dataclass(frozen=True)
 class Case:
     """A call of a kernel, described by its arguments: pointers with their element types ("x": the dtype of the inputs),
-    sizes that are multiples of 16, other sizes, floats, and constants. `whole_rows`: 0, or the width of a row, a power
-    of two, by which TILE is divided. `sample`: the head dimension and the number of rows for which TILE_M and TILE_N
-    are chosen. `programs`: the minimum number of program instances that must fit on a multiprocessor."""
+    sizes that are multiples of 16, other sizes, floats, and constants. `whole_rows`: if a program instance processes
+    whole rows, the width of a row (a power of two), by which TILE is divided; otherwise 0. `sample`: the head dimension
+    and the number of rows for which TILE_M and TILE_N are chosen. `programs`: the minimum number of program instances
+    that must fit on a multiprocessor."""
 
     module: str
     kernel: str
@@ -118,7 +119,8 @@ def _attention(head_dim: int, keys: int, programs: int = 1) -> list[Case]:
 CASES = [
     *_attention(64, 81, programs=2),  # M3AE-Large's encoder
     *_attention(DECODER, 321, programs=2),  # M3AE-Large's decoder
-    # for other models: in float32, one program instance uses all registers or all shared memory of a multiprocessor
+    # Head dimensions of other models. `programs` is 1, because in float32, one program instance uses all registers or
+    # all shared memory of a multiprocessor.
     *(case for head_dim in (80, 96, WIDEST) for case in _attention(head_dim, 321)),
     *_with_bands(
         Case(
@@ -311,7 +313,7 @@ def _read_amd(report: Report, assembly: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the table and return the exit code."""
+    """Compile the kernels, print one line for each compilation, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m m3ae_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--arch",

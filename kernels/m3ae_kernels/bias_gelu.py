@@ -1,4 +1,4 @@
-"""The bias of a linear layer and the GELU that follows it, whose gradients are computed in one pass over memory.
+"""The bias of a linear layer, followed by GELU. Both gradients are computed in one pass over memory.
 
 Shapes: T rows, D width.
 """
@@ -20,9 +20,9 @@ def bias_gelu(x: Tensor, bias: Tensor, *, impl: str = "auto") -> Tensor:
         impl: "auto", "triton" or "torch".
 
     Returns:
-        [..., D] in x's dtype, regardless of autocast. For the backward pass, only x and the bias are kept. It computes
-        the gradient of x together with the sum of its rows, which is the gradient of the bias, in float32 (float64 for
-        float64).
+        [..., D] in x's dtype, regardless of autocast. For the backward pass, only x and the bias are kept. The backward
+        pass computes the gradient of x together with the sum of its rows, which is the gradient of the bias. This sum
+        is computed in float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: the dtype, shape or device of the named argument is wrong, or `impl` is unknown.

@@ -34,8 +34,7 @@ def requested_impl(impl: str) -> str:
 
 def choose_impl(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Return "triton" or "torch": the requested implementation or, for "auto", the best one for the device. On a GPU,
-    float64 always runs on torch, because Triton cannot compile some kernels for it, and other kernels spill
-    registers.
+    float64 always runs on torch, because in float64, some Triton kernels do not compile, and others spill registers.
 
     Raises:
         ValueError: the name is unknown, or it is "triton" for a CPU without Triton's interpreter.
@@ -61,8 +60,8 @@ def _on_gpu(device: torch.device) -> str:
     return _best_on_gpu(device)
 
 
-# has the effect of torch.compiler.assume_constant_result, which would import torch._dynamo; that takes longer than
-# importing torch
+# This has the effect of torch.compiler.assume_constant_result, but does not import torch._dynamo, which takes longer
+# than importing torch.
 _on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -82,9 +81,9 @@ def _best_on_gpu(device: torch.device) -> str:
 
 
 def compute_dtype(activations: Tensor, weight: Tensor) -> torch.dtype:
-    """Return the dtype of the matmul of `activations` with `weight`: autocast's dtype if autocast is enabled (except
-    for float64, as in torch), otherwise the dtype of the activations, or the dtype of the weight if the activations are
-    integers (pixels)."""
+    """Return the dtype of the matmul of `activations` with `weight`. If autocast is enabled, this is autocast's dtype
+    (except for float64, as in torch). Otherwise, it is the dtype of the activations or, for integer activations
+    (pixels), the dtype of the weight."""
     own = activations.dtype if activations.is_floating_point() else weight.dtype
     device = activations.device.type
     if own != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):

@@ -54,7 +54,7 @@ def gather_tokens(
         if norm_bias is not None:
             raise ValueError("norm_bias requires norm_weight")
         if impl == "torch" and not traced(x, rows):
-            # This path is as fast as the op at any size, and its overhead per call is half that of the op.
+            # A direct call of torch.embedding is as fast as the op at any size, and has half its overhead per call.
             _check(x, rows)
             return with_lead(_taken(torch.embedding, x, rows), lead)
         return with_lead(gather_rows(x, rows, impl), lead)
@@ -174,8 +174,8 @@ def _norm_gradients(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, and of the norm's weight and bias in the accumulator dtype. Those not selected by
-    `needs` are empty tensors."""
+    """Return the gradients of x, and of the norm's weight and bias in the accumulator dtype. Gradients that `needs`
+    does not select are empty tensors."""
     if impl == "triton":
         from .triton_impl.norm import gather_norm_backward
 
@@ -203,10 +203,11 @@ def norm_backward(
     totals: Sequence[Tensor],
 ) -> Tensor:
     """Run a LayerNorm's backward pass with torch. Return the gradient of x in its dtype, and add the gradients of
-    weight and bias to `totals` [D]. They are summed in float32 because torch's sums in 16 bits have errors of 3 to 7 %.
-    `wide_2CD` is a buffer for copies."""
+    weight and bias to `totals` [D]. For 16-bit inputs, these two gradients are summed in float32, because torch's sums
+    in 16 bits have errors of 3 to 7 %. `wide_2CD` is a buffer for the float32 copies of grad and x."""
     scale_D = weight_D.to(mean_C.dtype)
-    norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D  # the value of the bias has no effect
+    # The second scale_D is passed as the bias, which has no effect on the gradients.
+    norm = [x_CD.shape[1]], mean_C[:, None], rstd_C[:, None], scale_D, scale_D
     backward = torch.ops.aten.native_layer_norm_backward
     need_x, *need_sums = needs
     if x_CD.dtype == mean_C.dtype or not any(need_sums):
@@ -227,7 +228,7 @@ def _empty_gradients(grad, x, rows, weight, mean, rstd, needs, impl):
 
 def empty_norm_gradients(x: Tensor, weight: Tensor, mean: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Return uninitialised gradients of a LayerNorm's input x [M, D] in its dtype, and of its weight and bias [D] in
-    the accumulator dtype. Those not selected by `needs` are empty tensors."""
+    the accumulator dtype. Gradients that `needs` does not select are empty tensors."""
     parameters = (weight.new_empty(weight.shape if need else 0, dtype=mean.dtype) for need in needs[1:])
     return x.new_empty(x.shape if needs[0] else 0), *parameters
 
@@ -247,7 +248,7 @@ class GatherNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Return the rows of x [..., dim] at the indices `rows` [...] (int, distinct), normalised, as [..., dim]."""
+        """Return the normalised rows [..., dim] of x [..., dim] at the indices `rows` [...] (int, distinct)."""
         return gather_tokens(x, rows, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, impl=self.impl)
 
     def extra_repr(self) -> str:

@@ -1,10 +1,10 @@
 """Histograms of oriented gradients (HOG; Dalal and Triggs, CVPR 2005) of patches, as targets of a masked autoencoder
 (MaskFeat, arXiv 2112.09133, section 3). The targets are computed from the pixels of a few images at a time.
 
-A patch is one cell. The image is the mean of the channels, from 0 to 1. Each pixel votes, with the magnitude of its
-gradient, for the two nearest of nine orientations from 0 to 180 degrees. The votes of a cell are averaged, divided by
-the norm of the histograms of the 3 x 3 cells around it, clipped, and brought to a mean of about 0 and a variance of
-about 1.
+A patch is one cell. The gradients are those of a grey image, the mean of the channels, with values from 0 to 1. Each
+pixel votes, with the magnitude of its gradient, for the two nearest of nine orientations from 0 to 180 degrees. The
+votes of a cell are averaged, divided by the norm of the histograms of the 3 x 3 cells around it, clipped, and brought
+to a mean of about 0 and a variance of about 1.
 
 Shapes: M rows, B images, C channels, H x W pixels, P patch size, h x w patches of an image.
 """
@@ -52,21 +52,22 @@ def _cells(images: Tensor, patch_size: int, scale: Sequence[float], dtype: torch
     grey = F.pad(values.sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]  # in units of 1 / scale[0]
     dx, dy = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2], grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
     size = torch.addcmul(dx * dx, dy, dy).sqrt_()
-    # From -4.5 to 4.5. Where there is no gradient, 0 / 0 is replaced; such pixels do not vote.
+    # `place` is the orientation in steps of 20 degrees, from -4.5 to 4.5. Where the gradient is zero, 0 / 0 is replaced
+    # by 0; these pixels do not vote, because their `size` is 0.
     place = torch.div(dy, dx).nan_to_num_(0, math.inf, -math.inf).atan_().mul_(ORIENTATIONS / math.pi)
     low = place.floor()
     above = place.sub_(low).mul_(size)  # the vote for the orientation after `low`
     below = size.sub_(above)
     batch, height, width = low.shape
     h, w = height // patch_size, width // patch_size
-    # A cell has 11 bins, for the places from -5 to 5.
+    # A cell has 11 bins, with the numbers -5 to 5. Each pixel votes for the two numbers next to its `place`.
     first = torch.arange(5, batch * h * w * 11, 11, device=low.device)
     bins = low.long().view(batch, h, patch_size, w, patch_size).add_(first.view(batch, h, 1, w, 1)).flatten()
     votes = low.new_zeros(batch * h * w * 11)
     votes.scatter_add_(0, bins, below.flatten()).scatter_add_(0, bins.add_(1), above.flatten())
     bins_B11 = votes.mul_(scale[0] / patch_size**2).view(batch, h, w, 11)
-    cells = F.pad(bins_B11[..., 5:], (0, 3))  # the places from 0 to 5
-    cells[..., 4:] += bins_B11[..., :5]  # the places from -5 to -1 are the orientations from 4 to 8
+    cells = F.pad(bins_B11[..., 5:], (0, 3))  # the bins 0 to 5
+    cells[..., 4:] += bins_B11[..., :5]  # the bins -5 to -1 are the orientations 4 to 8, 180 degrees away
     return cells
 
 

@@ -87,7 +87,8 @@ def find_targets(
 def check_ids(
     op: str, images: Tensor, patch_ids: Tensor, patch_size: int, impl: str, row_weight: Tensor | None = None
 ) -> None:
-    """Check ids [M] as the ops do. With row weights [M], ids of rows whose weight is not 0 must be distinct.
+    """Check the range of ids [M] if `checked` returns True. With row weights [M] and M3AE_KERNELS_CHECK=1, also check
+    that the ids of rows whose weight is not 0 are distinct.
 
     Raises:
         IndexError: an id is out of range, or occurs twice.
@@ -134,7 +135,7 @@ def masked_hog_loss(
         images: [B, C, H, W], contiguous or channels_last. uint8 and uint16 images have the values 0 to 255 and 0 to
             65535; in floating-point images, black is 0 and white is 1, unless `std` is given. Images that require a
             gradient are rejected, because none is computed for them.
-        patch_ids: [...] int32 or int64, the target of each row; as in `masked_pixel_loss`.
+        patch_ids: [...] int32 or int64, the patch that each row predicts, numbered as in `masked_pixel_loss`.
         bias: [9] floating-point, or None for no bias.
         row_weight: [...] floating-point, or None for ones.
         patch_size: P, the side of a patch and of a cell.

@@ -31,13 +31,13 @@ def patch_model(
 ) -> nn.Module:
     """Patch a transformers model to use the ops of this library, and return it.
 
-    `ViTMAEForPreTraining`: only visible patches are embedded, and the un-shuffle is one op. In training, the decoder's
-    norm, head and loss run only for masked patches, and `logits` is None. In eval mode, outputs are unchanged.
-    `ViTMAEModel`: only the embedding is patched. Masks are sampled as in the unpatched model; losses and gradients are
-    equal except for rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained` are not
-    affected. Patch a model before calling torch.compile and before wrapping it, for example in DDP. After unpickling,
-    which restores the model's own code, patch the model again. Calls with `interpolate_pos_encoding=True` use the
-    model's own code, too.
+    `ViTMAEForPreTraining`: only visible patches are embedded, and one op restores the order of the patches. In
+    training, the decoder's norm, head and loss run only for masked patches, and `logits` is None. In eval mode, outputs
+    are unchanged. `ViTMAEModel`: only the embedding is patched. Masks are sampled as in the unpatched model; losses and
+    gradients are equal except for rounding. Parameters are unchanged, so optimisers, checkpoints and `save_pretrained`
+    are not affected. Patch a model before calling torch.compile and before wrapping it, for example in DDP. After
+    unpickling, which restores the model's own code, patch the model again. Calls with `interpolate_pos_encoding=True`
+    run the model's own code.
 
     Args:
         model: the model, which is changed in place.
@@ -109,7 +109,8 @@ def _patch_pre_training(model: nn.Module, options: _Options) -> None:
     _set_forward(whole.decoder.decoder_pred, _head_forward(options))
 
 
-_REPLACED = {"projection": nn.Conv2d, "decoder_norm": nn.LayerNorm, "decoder_pred": nn.Linear}  # by name
+# names of the torch layers whose forward is replaced, and the classes that they must have
+_REPLACED = {"projection": nn.Conv2d, "decoder_norm": nn.LayerNorm, "decoder_pred": nn.Linear}
 KNOWN = {"ViTMAEForPreTraining": _patch_pre_training, "ViTMAEModel": _patch_encoder}
 
 
@@ -151,7 +152,7 @@ def _embeddings_forward(options: _Options) -> Callable:
 
 
 def _firsts(like_BN: Tensor, each: int) -> Tensor:
-    """Return the index of the first row of each image, [B, 1], if every image has `each` rows."""
+    """Return the index of the first row of each image, [B, 1], when every image has `each` rows."""
     return each * torch.arange(len(like_BN), device=like_BN.device)[:, None]
 
 

@@ -56,8 +56,8 @@ def check_distinct(op: str, name: str, ids: Tensor) -> None:
 
 
 def without_padding(ids: Tensor) -> Tensor:
-    """Return ids [T] without their last run of equal ids, such as those of rows that pad a batch. A single id at the
-    end is kept."""
+    """Return ids [T] without the run of equal ids at their end, such as the ids of rows that pad a batch. A run of a
+    single id is kept."""
     ends = (ids != ids[-1:]).nonzero()
     used = int(ends[-1]) + 1 if len(ends) else 0
     return ids if len(ids) - used == 1 else ids[:used]

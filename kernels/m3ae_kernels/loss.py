@@ -103,7 +103,7 @@ def empty_gradients(
     hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return uninitialised gradients of hidden [M, D] in the matmul's dtype, weight [V, D] in its own dtype, and bias
-    [V] in the accumulator dtype. Those not selected by `needs` are empty tensors."""
+    [V] in the accumulator dtype. Gradients that `needs` does not select are empty tensors."""
     return (
         hidden.new_empty(hidden.shape if needs[0] else 0, dtype=dtype),
         weight.new_empty(weight.shape if needs[1] else 0),
@@ -154,8 +154,9 @@ def squared_errors(
     """Write the mean squared error of each row to row_loss [M] and the gradient of hidden to grad_hidden. Return the
     gradients of weight and bias in the dtype of unit_weight. Gradients that `needs` does not select are not computed.
 
-    Predictions are computed for `chunk` rows at a time. `targets` returns the targets of a slice of the rows, a new
-    tensor [rows, V] in the dtype of unit_weight. hidden, weight and bias must have the same dtype.
+    Predictions are computed for `chunk` rows at a time. `targets(rows)` returns the targets of a slice of rows as a new
+    tensor [rows, V] in the dtype of unit_weight, which is overwritten. hidden, weight and bias must have the same
+    dtype.
     """
     dtype, acc = hidden.dtype, unit_weight.dtype
     sum_VD = torch.zeros_like(weight if needs[1] else weight[:0], dtype=acc)
@@ -200,9 +201,9 @@ def scale_gradients(ctx, upstream: Tensor | None, inputs: int) -> tuple[Tensor |
 
 
 def save_inputs(ctx, inputs, output) -> None:
-    """Save the inputs of a loss with reduction "none", whose gradients are computed in the backward pass. This is the
-    `setup_context` of an op. Inputs start with (hidden, weight, bias). `output`: the row losses, or a tuple that begins
-    with them."""
+    """Save the inputs of a loss with reduction "none", because its gradients are computed in the backward pass. This is
+    the `setup_context` of an op. Inputs start with (hidden, weight, bias). `output`: the row losses, or a tuple that
+    begins with them."""
     ctx.set_materialize_grads(False)
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(*output[1:])
@@ -213,9 +214,9 @@ def save_inputs(ctx, inputs, output) -> None:
 
 
 def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. They are
-    computed as the gradients of a summed loss, in which the weight of each row is the gradient of its row loss.
-    `loss(inputs, row_weight, needs)` computes the gradients of this summed loss."""
+    """Return the gradients of the inputs saved by `save_inputs`, given the gradients of the row losses. The result
+    equals the gradients of a summed loss, in which the weight of each row is the gradient of its row loss.
+    `loss(inputs, row_weight, needs)` computes this summed loss and its gradients."""
     if upstream is None:
         return (None,) * len(ctx.others)
     inputs = [other if tensor is None else unwrapped(tensor) for tensor, other in zip(ctx.saved_tensors, ctx.others)]
@@ -227,7 +228,8 @@ def row_gradients(ctx, upstream: Tensor | None, loss) -> tuple[Tensor | None, ..
 
 def rows_backward(loss_op):
     """Return the backward pass of an op with reduction "none" whose inputs were saved by `save_inputs`. `loss_op`: the
-    op of the summed loss, which has row_weight as an additional input after bias, and `needs` before the last input."""
+    op of the summed loss. It has two inputs more than the saved ones: row_weight after bias, and `needs` before the
+    last input."""
 
     def loss(inputs, row_weight, needs):
         *inputs, impl = inputs

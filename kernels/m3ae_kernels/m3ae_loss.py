@@ -84,19 +84,19 @@ def m3ae_loss(
     Args:
         image_hidden: [I, D] floating-point; text_hidden: [W, D] floating-point, or None without a text head.
         image_head: a `MaskedPixelLoss`, a `MaskedHogLoss` or a `MaskedTokenLoss` with reduction "sum", or a module of
-            your own, called with (image_hidden, image_targets, image_row_weight), that has an attribute `reduction`,
-            "sum", and returns a scalar.
+            your own. Your module is called with (image_hidden, image_targets, image_row_weight) and returns a scalar;
+            its attribute `reduction` must be "sum".
         text_head: a `MaskedTokenLoss` with reduction "sum"; None for an image-only model.
         images: [B, C, H, W] as in `MaskedPixelLoss` or `MaskedHogLoss`; patch_ids: [I] int; image_row_weight: [I]
             floating-point, or None for ones: as in `masked_pixel_loss`.
-        image_targets: in place of images and patch_ids, the targets of an image_head that does not read images; [I]
-            int, the patches' token ids, if it is a `MaskedTokenLoss`.
+        image_targets: the targets of an image_head that does not read images, given in place of images and patch_ids.
+            For a `MaskedTokenLoss`, these are the patches' token ids, [I] int.
         targets: [W] int; text_row_weight: [W] floating-point, or None for ones: as in `masked_token_loss`.
         correct_weight: [W] floating-point, weights of the correct predictions; None for text_row_weight.
 
     Raises:
-        TypeError, ValueError, IndexError: as in `masked_pixel_loss` and `masked_token_loss`. Also ValueError if a head
-            has another reduction.
+        TypeError, ValueError, IndexError: as in `masked_pixel_loss` and `masked_token_loss`. ValueError also if the
+            reduction of a head is not "sum".
     """
     for name, head in (("image_head", image_head), ("text_head", text_head)):
         if head is not None and head.reduction != "sum":

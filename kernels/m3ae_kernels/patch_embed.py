@@ -121,7 +121,7 @@ def _fake(images, patch_ids, weight, bias, patch_size, scale, shift, dtype, keep
 def _setup_context(ctx, inputs, output):
     images, patch_ids, weight, bias, ctx.patch_size, ctx.scale, ctx.shift, _, _, ctx.impl = inputs
     ctx.mark_non_differentiable(output[1])
-    # The gradients of weight and bias require only the pixels.
+    # The weight is saved only for the gradient of the images: the gradients of weight and bias do not depend on it.
     ctx.save_for_backward(images, patch_ids, output[1], weight if ctx.needs_input_grad[0] else None)
     ctx.dtypes = weight.dtype, weight.dtype if bias is None else bias.dtype
 
@@ -148,7 +148,7 @@ def _gradients(
     bias_dtype: torch.dtype,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of images, weight and bias. Those not selected by `needs` are empty tensors."""
+    """Return the gradients of images, weight and bias. Gradients that `needs` does not select are empty tensors."""
     dtype = grad.dtype
     grad_images, grad_weight, grad_bias = _empty_gradients(
         grad, images, patch_ids, patches, weight, patch_size, scale, shift, needs, weight_dtype, bias_dtype, impl
@@ -226,8 +226,8 @@ class PatchEmbed(nn.Module):
         are used for integer images.
 
         Raises:
-            TypeError, ValueError: the module is not a `torch.nn.Conv2d`, or computes more, such as timm's StdConv2d, or
-                is not an embedding of square patches.
+            TypeError, ValueError: the module is not a `torch.nn.Conv2d`, computes more than this class, such as timm's
+                StdConv2d, or does not embed square patches.
         """
         check_plain("embedding", conv, nn.Conv2d)
         size = conv.kernel_size[0]

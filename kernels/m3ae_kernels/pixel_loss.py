@@ -46,7 +46,7 @@ from .registry import Op
 
 CHUNK_ROWS = 1024  # rows per chunk of the torch implementation
 
-# images, patch_ids, patch_size, scale, shift, norm_pix
+# the arguments that determine the targets: images, patch_ids, patch_size, scale, shift, norm_pix
 Target = tuple[Tensor, Tensor, int, Sequence[float], Sequence[float], bool]
 
 
@@ -75,9 +75,9 @@ def masked_pixel_loss(
             std, or not at all if mean and std are None. Images that require a gradient are rejected, because none is
             computed for them.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch. The patches of an
-            image are numbered in row-major order. `flat_ids` converts ids that are numbered per image. Equal ids are
-            counted correctly, but are refused with M3AE_KERNELS_CHECK=1 (except in rows of weight 0), because they are
-            usually a mistake.
+            image are numbered in row-major order. `flat_ids` converts ids that are numbered per image. Equal ids give
+            correct results. However, they are usually a mistake, so they are rejected with M3AE_KERNELS_CHECK=1, except
+            in rows of weight 0.
         bias: [P * P * C] floating-point, or None for no bias.
         row_weight: [...] floating-point, or None for ones.
         patch_size: P.
@@ -92,8 +92,9 @@ def masked_pixel_loss(
     Returns:
         The loss in float32 (float64 for float64 hidden), a scalar, or [...] with reduction "none". The matmuls run in
             autocast's dtype if autocast is enabled, otherwise in the dtype of hidden. Gradients are computed for
-            hidden, weight, bias and row_weight, but not for images. The first three are computed in the forward pass if
-            they are required; with "none", they are computed in the backward pass, which repeats the matmuls.
+            hidden, weight, bias and row_weight, but not for images. The required gradients of hidden, weight and bias
+            are computed in the forward pass. With "none", they are computed in the backward pass, which repeats the
+            matmuls.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
@@ -250,8 +251,8 @@ class MaskedPixelLoss(LossHead):
         further arguments of the constructor.
 
         Raises:
-            TypeError, ValueError: the module is not a `torch.nn.Linear`, or computes more, such as an adapter, or does
-                not predict whole patches.
+            TypeError, ValueError: the module is not a `torch.nn.Linear`, computes more than this class, such as an
+                adapter, or does not predict whole patches.
         """
         check_plain("head", linear, nn.Linear)
         check_patch_size(patch_size)

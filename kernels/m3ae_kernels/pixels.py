@@ -44,7 +44,7 @@ def check_pixels(
         raise ValueError(
             f"{kind} images need mean and std with one number for each of their {channels} channels{neither}"
         )
-    if not all(abs(value) < math.inf for value in means):  # false for NaN too
+    if not all(abs(value) < math.inf for value in means):  # also false for NaN
         raise ValueError(f"mean must be finite, got {tuple(means)}")
     if not all(0 < value < math.inf for value in stds):
         raise ValueError(f"std must be positive and finite, got {tuple(stds)}")
@@ -53,7 +53,7 @@ def check_pixels(
 
 
 def check_images(images: Tensor, patch_ids: Tensor, patch_size: int) -> None:
-    """Raise TypeError or ValueError unless these are images that can be divided into patches, and ids of patches."""
+    """Raise TypeError or ValueError unless `images` can be divided into patches and `patch_ids` are int32 or int64."""
     check_tensor("images", images)
     if images.dim() != 4:
         raise ValueError(f"images has shape {tuple(images.shape)}, expected [B, C, H, W]")
@@ -146,9 +146,9 @@ def take_patches(
     *,
     channels_last: bool = False,
 ) -> Tensor:
-    """Return the patches `patch_ids` [N] int of images [B, C, H, W], [N, K] of `dtype`, as pixel * scale + shift, or
-    unchanged if `scale` is empty. With `channels_last`, the order within patches is (row, column, channel), regardless
-    of the memory layout of the images."""
+    """Return the patches `patch_ids` [N] int of images [B, C, H, W], as [N, K] of `dtype`. The values are pixel * scale
+    + shift, or the pixels themselves if `scale` is empty. With `channels_last`, the order within patches is (row,
+    column, channel), regardless of the memory layout of the images."""
     channels = images.shape[1]
     if not len(patch_ids):
         return images.new_empty(0, channels * patch_size**2, dtype=dtype)

@@ -1,4 +1,5 @@
-"""Layers of which only the parameters are used: their own forward and hooks must not do anything else."""
+"""Checks of layers whose parameters are used without a call of the layer. Such a layer must not compute more than its
+class does, because an adapter or a hook, for example, would have no effect."""
 
 from torch import nn
 

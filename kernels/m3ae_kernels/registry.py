@@ -69,8 +69,8 @@ def once(name: str, backward: Callable) -> Callable:
 
 def unwrapped(value: object) -> object:
     """If the value is a wrapper of a finished transform of torch.func, return the tensor inside it; return any other
-    value unchanged. The function that torch.func.vjp returns saves tensors in such wrappers, whose memory kernels
-    cannot read."""
+    value unchanged. The function that torch.func.vjp returns saves tensors in such wrappers, and kernels cannot read
+    the memory of a wrapper."""
     return torch._C._functorch.unwrap_if_dead(value) if isinstance(value, Tensor) else value
 
 
@@ -90,9 +90,9 @@ def _nothing(ctx, inputs, output) -> None:
 
 
 def traced(*args) -> bool:
-    """Return whether a call needs torch's dispatcher, because calls are observed, for example by tracing, or because
-    the memory of a tensor does not contain its values (meta tensors, subclasses, zero tensors and lazily negated
-    tensors)."""
+    """Return whether a call must go through torch's dispatcher. This is the case if calls are observed, for example by
+    tracing. It is also the case for tensors whose memory may not contain their values: meta tensors, subclasses, zero
+    tensors and lazily negated tensors."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return True
     return any(

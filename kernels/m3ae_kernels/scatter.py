@@ -202,7 +202,8 @@ def _place_rows(grad_TD: Tensor, src_T: Tensor, count: int, impl: str) -> Tensor
         from .triton_impl.rows import place_rows
 
         return place_rows(grad_TD, src_T, count)
-    # The rows are gathered by their destinations. An additional last entry collects the rows with a negative `src`.
+    # The scatter is computed as a gather: `places` contains the row of grad for each row of the result, or -1. The
+    # additional last entry receives the rows with a negative `src`.
     places = src_T.new_full((count + 1,), -1)
     index_T = torch.where(src_T < 0, count, src_T).long()
     places.scatter_(0, index_T, torch.arange(len(src_T), dtype=src_T.dtype, device=src_T.device))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def segment_order(ids: Tensor) -> Tensor:
     """Return the order [T] int32 in which `segment_sum` adds rows with these ids [T]: a stable sort with negative ids
-    first. Callers that know the ids in advance can call it early."""
+    first. Callers that know the ids in advance can compute the order early."""
     return torch.argsort(ids, stable=True).int()
 
 
@@ -40,5 +40,5 @@ def segment_sum(
 
 
 def _sums(rows_TD: Tensor, ids_T: Tensor, count: int) -> Tensor:
-    # The backward pass of Embedding ignores the padding index.
+    # The backward pass of Embedding leaves out rows whose id is the padding index, here -1.
     return torch.ops.aten.embedding_dense_backward(rows_TD, ids_T, count, -1, False)

@@ -84,8 +84,9 @@ def masked_token_loss(
         also `correct`, bool [...]: whether the target is the index of the largest logit (the first one if several are
         equal). The matmuls run in autocast's dtype if autocast is enabled, otherwise in the dtype of hidden; the
         softmax runs in float32 (float64 for float64). Gradients are computed for hidden, weight, bias and row_weight.
-        The first three are computed in the forward pass if they are required; with "none", they are computed in the
-        backward pass, which repeats the matmuls. With the Triton kernel, the loss is NaN if a target is out of range.
+        The required gradients of hidden, weight and bias are computed in the forward pass. With "none", they are
+        computed in the backward pass, which repeats the matmuls. With the Triton kernel, the loss is NaN if a target is
+        out of range.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong.
@@ -263,7 +264,7 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
             hit_C = logits_CV.max(1).indices == targets[rows]  # faster than argmax
             correct[rows] = hit_C.masked_fill_(ignored_C1[:, 0], False)
         log_p_CV = torch.log_softmax(logits_CV, 1, dtype=acc, out=softmax_CV[: len(logits_CV)])
-        # The log-partition can be computed from any column; the target's column avoids cancellation in the loss.
+        # The logsumexp is logit - log_p in any column; the target's column avoids cancellation in the loss.
         log_p_target_C1 = log_p_CV.gather(1, target_C1)
         lse_C1 = logits_CV.gather(1, target_C1) - log_p_target_C1
         loss_C1 = -(1 - smoothing) * log_p_target_C1 + z_loss * lse_C1.square()
@@ -288,7 +289,7 @@ def _token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results
         for first in range(0, len(hidden_CD), softmax_rows):
             part_CV = grad_CV[first : first + softmax_rows]
             softmax(slice(start + first, start + first + len(part_CV)), part_CV)
-        # To save time, the row weights are applied to the narrow matrices and not to the wide one.
+        # To save time, the row weights are applied to matrices of width D and not to the logits' gradients of width V.
         if needs[0]:
             torch.mul(grad_CV @ weight, unit_weight_C1, out=grad_hidden[start : start + chunk])
         if needs[1]:
@@ -343,7 +344,7 @@ class MaskedTokenLoss(LossHead):
         of the constructor.
 
         Raises:
-            TypeError: the module is not a `torch.nn.Linear`, or computes more, such as an adapter.
+            TypeError: the module is not a `torch.nn.Linear`, or computes more than this class, such as an adapter.
         """
         check_plain("head", linear, nn.Linear)
         with torch.device("meta"):
