@@ -63,8 +63,8 @@ def evaluation_page() -> str:
 
 
 def _readers() -> str:
-    """Return a table of the tasks of `evaluate`, and of `embed`, with the sections that each of them uses. A section of
-    which it uses only some settings is followed by their keys, unless the section is on the page of training."""
+    """Return a table of the tasks of `evaluate`, and of `embed`, with the sections that each of them uses. If a
+    task uses only some settings of a section, their keys follow, unless the section is on the page of training."""
 
     def link(uses: Uses, section: str) -> str:
         if section in Config.model_fields:
@@ -79,7 +79,7 @@ def _readers() -> str:
 
 
 def _data() -> str:
-    """Return sentences that name the settings of the section `data` that are used."""
+    """Return sentences that name the settings of the section `data` that the tasks use."""
     uses = {name: task.uses.keys("data") for name, task in TASKS.items()}
     common = Uses().keys("data")
     readers: dict[tuple[str, ...], list[str]] = {}
@@ -134,7 +134,7 @@ def _links(sections: _Sections, page: str = "") -> dict[type[BaseModel], str]:
 
 def _page(head: str, root: type[BaseModel], elsewhere: dict[type[BaseModel], str] | None = None) -> str:
     """Return a page with a table for each section class. `elsewhere`: links to the sections that another page
-    explains; these get no table."""
+    explains; these sections get no table."""
     sections, known = _sections(root), elsewhere or {}
     links = _links(sections) | known
     tables = [_table(kind, *about, links) for kind, about in sections.items() if kind not in known]
@@ -142,7 +142,7 @@ def _page(head: str, root: type[BaseModel], elsewhere: dict[type[BaseModel], str
 
 
 def _table(section: type[BaseModel], name: str, note: str, links: dict[type[BaseModel], str]) -> str:
-    elsewhere = [base for base in section.__mro__[1:] if base in links]  # sections that this one extends
+    elsewhere = [base for base in section.__mro__[1:] if base in links]  # the section classes from which it inherits
     more = [f"It also has the settings of {links[base]}." for base in elsewhere]
     about = " ".join(filter(None, (inspect.cleandoc(section.__doc__ or ""), note, *more)))
     lines = [f"## {name}", "", about, "", "| key | default | allowed | meaning |", "|---|---|---|---|"]

@@ -53,7 +53,7 @@ derived.
   learning rate multiplied by the number of steps is at most about 5 times the number of training samples.
 
 `m3ae_fast/heads/length_and_rate.py` explains the reasons, and `lab/results/recipe.md` contains a comparison with other
-values. At its end, a task warns if the training accuracy was still rising, if the number of steps was small, or if the
+values. At the end, a task warns if the training accuracy was still rising, if the number of steps was small, or if the
 learning rate that the attentive probe selected was the lowest or the highest candidate.
 """
 
@@ -97,12 +97,12 @@ def _common() -> str:
             (row,) = _rows(task, [field])
             users = [other for other, each in TASKS.items() if field in {*each.model_fields} - {*each.__annotations__}]
             rows.setdefault(field, (*row, "all" if len(users) == len(TASKS) else ", ".join(users)))
-    first = sorted(rows.values(), key=lambda row: row[0].startswith("`-"))  # MODEL
+    first = sorted(rows.values(), key=lambda row: row[0].startswith("`-"))  # MODEL, then the options
     return f"## Common options\n\n{_table(('option', 'meaning', 'tasks'), first)}\n"
 
 
 def _rows(kind: type[Arguments], fields: list[str]) -> list[tuple[str, str]]:
-    """Return the form on the command line and the help of some fields of a class."""
+    """Return, for each of some fields of a class, its form on the command line and its help."""
     parser = argparse.ArgumentParser(add_help=False)
     add_arguments(parser, kind)
     found = {action.dest: action for action in parser._actions}
