@@ -106,7 +106,7 @@ def peak_of(process: int) -> int:
 
 
 def _status(process: str) -> dict[str, int]:
-    """Return the memory of a process in bytes, by the names of the kinds of memory in /proc/PID/status."""
+    """Return the entries of /proc/PID/status that state an amount of memory, in bytes, by their names."""
     lines = (line.split() for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return {words[0].removesuffix(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
 

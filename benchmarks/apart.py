@@ -22,13 +22,13 @@ LIMIT_S = 600.0
 
 
 def measured(function: Callable[[str], T], argument: str) -> T:
-    """Return `function(argument)`. On a GPU, it runs in a process of its own; see `apart`."""
+    """Return `function(argument)`. On a GPU, the function runs in a process of its own; see `apart`."""
     return apart(function, argument) if torch.cuda.is_available() else function(argument)
 
 
 def apart(function: Callable[[str], T], argument: str) -> T:
-    """Return the result of a function of a module, which is JSON data, from another process. Raises RuntimeError with
-    the end of the output if the process fails, crashes, or does not end within LIMIT_S seconds."""
+    """Call a function of a module in another process, and return its result, which must be JSON data. Raises
+    RuntimeError with the end of the output if the process fails, crashes, or does not end within LIMIT_S seconds."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+", errors="replace") as log:
         result = Path(folder) / "result.json"
         call = [function.__module__, function.__name__, argument, str(workload.IMAGE_SIZE), str(result)]
@@ -42,7 +42,7 @@ def apart(function: Callable[[str], T], argument: str) -> T:
 
 def main() -> None:
     module, function, argument, image_size, result = sys.argv[1:]
-    workload.IMAGE_SIZE = int(image_size)  # before the module imports it
+    workload.IMAGE_SIZE = int(image_size)  # set before the function's module imports it
     found = getattr(import_module(module), function)(argument)
     Path(result).write_text(json.dumps(found))
 

@@ -49,8 +49,8 @@ def _patches_given(work: Workload) -> Callable[..., Tensor]:
 
 
 class _Matmuls(torch.autograd.Function):
-    """Only the three matmuls of a head and its loss. The outputs of the head are also used as the gradients with
-    respect to them."""
+    """Only the three matmuls of a head and its loss. The outputs of the head also serve as their own
+    gradients."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -134,8 +134,11 @@ def _liger() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     parameters = inspect.signature(Liger.forward).parameters.values()
-    set_here = {"accum_dtype": torch.float32, "chunk_mem_const": LIGER_CHUNKS}  # older versions lack the second setting
-    options = [set_here.get(p.name, p.default) for p in list(parameters)[5:]]  # after ctx and the four tensors
+    set_here = {
+        "accum_dtype": torch.float32,
+        "chunk_mem_const": LIGER_CHUNKS,
+    }  # older Liger versions lack `chunk_mem_const`
+    options = [set_here.get(p.name, p.default) for p in list(parameters)[5:]]  # without ctx and the four tensors
 
     def loss(hidden, weight, bias, targets, **_) -> Tensor:
         result = Liger.apply(hidden, weight, targets.long(), bias, *options)

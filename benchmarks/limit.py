@@ -16,14 +16,14 @@ ROUNDS = 5
 
 @functools.cache
 def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of matrix products according to the data sheet, or as measured without one."""
+    """Return the FLOP/s of matrix products according to the data sheet, or as measured if there is no data sheet."""
     return peak_flops(device, dtype)
 
 
 @functools.cache
 def bandwidth(device: torch.device) -> float:
     """Return the bytes per second that memory reads or writes, according to the data sheet, or as measured by a copy if
-    there is none."""
+    there is no data sheet."""
     sheet = data_sheet(torch.cuda.get_device_name()) if device.type == "cuda" else None
     if sheet is not None:
         return sheet.bandwidth

@@ -59,8 +59,8 @@ def read(path: Path) -> dict[str, Table]:
 
 
 def write(name: str, title: str, rows: Sequence[Row], path: Path | None = None) -> None:
-    """Store a table in the file of the machine (`path`; None: this machine), whose other tables stay, and in `WRITTEN`.
-    All rows must have the same columns."""
+    """Store a table in `WRITTEN` and in the file of a machine, whose other tables stay unchanged. `path`: this file;
+    None: the file of this machine. All rows must have the same columns."""
     path = path or here()
     path.parent.mkdir(parents=True, exist_ok=True)
     table = {"title": title, "about": about(), "rows": list(rows)}

@@ -75,8 +75,8 @@ def section(folder: Path, readme: Path) -> str:
 
 
 def _cells(rows: dict[str, results.Row] | None, mark: str) -> list[str]:
-    """Return the cells for one model size on one machine: the engine's samples/s, and its speed-ups over the baselines,
-    which may be missing, because a baseline may need more memory than the machine has.
+    """Return the cells for one model size on one machine: the engine's samples/s, and its speed-ups over the baselines.
+    A speed-up is missing if the baseline needs more memory than the machine has.
 
     `mark` is added to the speed-up over the expert.
     """

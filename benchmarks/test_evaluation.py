@@ -164,13 +164,13 @@ def test_memory_of_an_online_attentive_probe(tmp_path):
     for count in IMAGES:
         probe = [sys.executable, "-m", "m3ae_fast", "evaluate", "attentive", str(tmp_path / "run")]
         probe += ["--train", str(paths[count]), "--val", str(paths[200]), "--out", str(tmp_path / f"{count}")]
-        probe += ["--no-baselines"]  # their pooled features are stored, which takes memory for each image
+        probe += ["--no-baselines"]  # baselines store pooled features of each image, which takes memory
         options = {"attentive.online": "true", "attentive.steps": 80, "attentive.batch": 256, "data.workers": 0}
         for key, value in options.items():
             probe += ["--set", f"{key}={value}"]
         with subprocess.Popen(probe) as process:
-            # resource.getrusage is not used, because it includes the memory that this process had when it started the
-            # other one
+            # resource.getrusage is not used, because it would include the memory that this process had when it started
+            # the process of the probe
             peak = 0
             while process.poll() is None:
                 peak = peak_of(process.pid) or peak

@@ -51,7 +51,7 @@ def case(name: str) -> tuple[Workload, dict]:
 
 
 def runs(work: Workload, module: object) -> bool:
-    """Return whether a library's op runs on this machine. It is compiled in the process if necessary."""
+    """Return whether a library's op runs on this machine. The trial run also compiles the op if necessary."""
     try:
         work.run(module)
     except Exception as error:  # any error, such as a missing driver or an argument that this version does not support

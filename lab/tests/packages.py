@@ -1,4 +1,4 @@
-"""Stand-ins for the packages of emoji in the registry."""
+"""Stand-ins for the emoji packages of npm."""
 
 import io
 import json
@@ -19,7 +19,7 @@ def tar_of(files, mode):
 
 
 def emoji(number, tones=(), vendors=("twitter", "google")):
-    """Return the row of an emoji in the table of a package."""
+    """Return the row of an emoji for emoji.json, the table of a package."""
     code = f"1F{number:03X}"
     row = {"name": f"FACE {number}", "short_names": [f"face_{number}", f"smile_{number}"], "unified": code,
            "category": ("Smileys", "Animals", "Flags")[number % 3], "subcategory": f"sub-{number % 7}"}  # fmt: skip

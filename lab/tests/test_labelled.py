@@ -43,7 +43,7 @@ def _idx(array):
 
 @pytest.fixture
 def clothes(tmp_path):
-    """Return the package, and the images and labels of each split."""
+    """Return a stand-in for the package of Fashion-MNIST, and the images and labels of each split."""
     random = np.random.RandomState(0)
     data = {split: (random.randint(256, size=(count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8))
             for split, count in (("train", 20), ("t10k", 10))}  # fmt: skip
@@ -55,7 +55,7 @@ def clothes(tmp_path):
 
 
 def _samples(shards):
-    """Return each sample's files by suffix, by the sample's key."""
+    """Return the files of each sample, by suffix."""
     found = {}
     for shard in shards:
         with tarfile.open(shard) as tar:
