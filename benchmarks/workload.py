@@ -34,8 +34,8 @@ def make_config(
     optim: OptimConfig | None = None,
     **train,
 ) -> Config:
-    """Return a config for an engine that receives its batches directly, without a loader. `train`: settings of the section
-    train."""
+    """Return a config for an engine that receives its batches directly, without a loader. `train`: settings of the
+    section train."""
     return Config(
         model=model,
         masking=masking or MaskingConfig(),
