@@ -14,7 +14,7 @@ import torch
 from m3ae_kernels import patch_model
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the model's image processor
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # as in the model's image processor
 
 
 def main() -> tuple[float, float]:

@@ -3,10 +3,11 @@
     pip install timm
     python kernels/examples/timm_naflexvit.py
 
-NaFlexVit pads all images of a batch to the largest number of patches, and masks the padding in attention. Here, its
-blocks process only the valid rows: `gather_tokens` selects these rows, `packed_attention` replaces the attention of the
-blocks, and `scatter_tokens` restores the padded layout for the model's head. This example uses random weights; a model
-created by `timm.create_model("naflexvit_...")` works in the same way if its blocks use timm's plain `Attention`.
+NaFlexVit pads all images of a batch to the largest number of patches, and masks the padding in attention. In this
+example, the model's blocks process only the valid rows: `gather_tokens` selects these rows, `packed_attention` replaces
+the attention of the blocks, and `scatter_tokens` restores the padded layout for the model's head. This example uses
+random weights; a model created by `timm.create_model("naflexvit_...")` works in the same way if its blocks use timm's
+plain `Attention`.
 
 Shapes: B images, N patches of the largest image, T valid rows, D width.
 """

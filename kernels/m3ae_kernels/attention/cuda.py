@@ -1,7 +1,7 @@
 """Attention on CUDA GPUs, with the fastest of the kernels of flash-attn (2, 3 and 4), cuDNN, torch and this package.
 
-No kernel is fastest in all cases: flash-attn 3 pads a head dimension of 32 to 64 and works in tiles of 192 keys, which
-a sample of 70 visible tokens fills only partly; flash-attn 2 has neither disadvantage, but does not use Hopper's
+No kernel is fastest in all cases. For example, flash-attn 3 pads a head dimension of 32 to 64, and a sample of 70
+visible tokens fills its tiles of 192 keys only partly. flash-attn 2 has neither disadvantage, but does not use Hopper's
 instructions. Therefore, each kernel is benchmarked once on random samples of a given length, forward and backward. A
 kernel that is not installed, fails or computes wrong results on this GPU is excluded, and the log states the reason.
 The same applies to this package's own Triton kernel.
@@ -28,7 +28,7 @@ SAMPLES = 64  # number of samples in a check
 HALVES = (torch.bfloat16, torch.float16)
 HEAD_START = 20_000_000  # GPU cycles (about 10 ms) that the GPU waits while the host launches kernels
 ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
-# minimum value that is passed as the length of the longest sample, because torch does not use cuDNN for shorter samples
+# minimum length of the longest sample that is passed to cuDNN; torch itself does not use cuDNN for shorter samples
 CUDNN_ROWS = 129
 ERROR = 0.03  # maximum relative difference (of norms) that is allowed between two kernels in bf16
 
@@ -268,9 +268,9 @@ def _torch_varlen(device: torch.device) -> Kernel:
 
 def _cudnn(device: torch.device) -> Kernel:
     """Return cuDNN's kernel. From version 2.14 on, torch's own attention over packed samples uses this kernel for
-    samples of more than 128 rows. Earlier versions never use it, and if they did, the backward pass of torch's op would
-    confuse the head dimension with the number of rows of the longest sample and write past its memory
-    (pytorch/pytorch#186142). Raises NotAvailable if torch would not use it."""
+    samples of more than 128 rows. Earlier versions never use it. Their backward pass would confuse the head dimension
+    with the number of rows of the longest sample, and write out of bounds (pytorch/pytorch#186142). Raises NotAvailable
+    if torch would not use it."""
     from torch.nn.attention import varlen
 
     if not varlen._should_use_cudnn(device.index or 0):

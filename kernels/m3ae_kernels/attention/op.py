@@ -50,14 +50,14 @@ def packed_attention(
     Returns:
         [..., H, D], one row per query, in autocast's dtype if autocast is enabled, otherwise in the dtype of qkv. Sums
         are computed in float32 (float64 for float64). Gradients are computed for qkv and q; the gradient of qkv is one
-        contiguous tensor with the layout of qkv. This package's kernels use no atomics; the kernel of another library,
-        which "auto" may choose on a GPU, may use them, so that two runs differ by rounding.
+        contiguous tensor with the layout of qkv. This package's kernels use no atomics. On a GPU, however, "auto" may
+        choose a kernel of another library that uses atomics; two runs then differ by rounding.
 
     Raises:
         TypeError, ValueError: the dtype, shape, device or value of the named argument is wrong, or another argument
             that it requires is missing.
         IndexError: cu_seqlens or cu_queries does not increase from 0 to the number of rows in steps of at most the
-            given maximum. They are checked on a CPU, and everywhere with M3AE_KERNELS_CHECK=1.
+            given maximum. The values are checked on a CPU, and everywhere with M3AE_KERNELS_CHECK=1.
     """
     check_float("qkv", qkv, (..., 3 if q is None else 2, None, None), qkv)
     check_sizes("qkv", qkv.shape[-2], qkv.shape[-1])
@@ -128,7 +128,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
+    tensors = ctx.saved_tensors  # read only once, because activation checkpointing recomputes them each time
     dq, dkv = attention_backward_op(grad, *tensors, *ctx.options)
     need_q, need_kv = ctx.needs_input_grad[:2]
     return dq if need_q else None, dkv if need_kv else None, *[None] * 5

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .kernel import Kernel, Segments
 
-_NEVER = -1e30  # a score with zero softmax weight; infinity is avoided because its differences are NaN
+_NEVER = -1e30  # score of masked keys; -inf is not used, because -inf - -inf is NaN
 
 
 def padded_attention(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, queries: Segments, keys: Segments) -> Tensor:

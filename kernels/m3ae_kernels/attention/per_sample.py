@@ -1,7 +1,7 @@
 """The torch implementation of `packed_attention`, optimised for CPUs.
 
-Shapes: Q query rows, T key rows, H heads, D values per head; in a group, B = samples * H, with q queries and k keys per
-sample.
+Shapes: Q query rows, T key rows, H heads, D values per head; in a group of samples (see below), B = samples * H, with q
+queries and k keys per sample.
 
 Samples of equal length are processed together by batched matmuls, so no padding and no mask are needed. The scores of a
 group fit into the cache. Probabilities are computed as powers of 2, which are several times faster in torch on a CPU
@@ -34,7 +34,7 @@ class _Group:
 
 
 def _groups(queries: Segments, keys: Segments, heads: int) -> Iterator[_Group]:
-    """Yield groups of the samples that have queries and keys."""
+    """Yield the samples that have queries and keys, in groups."""
     by_size: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for (q, q_end), (k, k_end) in zip(_ends(queries), _ends(keys)):
         if q_end > q and k_end > k:

@@ -71,7 +71,7 @@ def compiled(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     name = f"{Path(source).stem}-{_digest(bytes(1).join((*texts, shlex.join(command).encode())))}"
     cache = _users_cache()
     for library in sorted(cache.glob(f"{name}-*.so")) if cache else []:
-        with suppress(OSError):  # the library may have been compiled on a machine with another libc
+        with suppress(OSError):  # raised if it was compiled on a machine with another libc
             if _is_whole(library):
                 return ctypes.CDLL(str(library))
     library = _built([*command, str(FOLDER / source)], name, _folder_for_builds())

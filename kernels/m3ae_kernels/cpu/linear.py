@@ -30,7 +30,7 @@ def _flags() -> tuple[str, ...] | None:
 # The flags are evaluated at import, because a query inside a compiled function would break the graph.
 ONEDNN = torch.backends.mkldnn.is_available() and this_cpu().vendor == "AuthenticAMD"
 FLAGS = _flags()
-PANEL_BYTES = 1 << 20  # maximum bytes of the sums that a thread of weight_gradient.c computes at a time
+PANEL_BYTES = 1 << 20  # maximum size of the sums that a thread of weight_gradient.c computes at a time
 
 
 class Linear(nn.Linear):
@@ -44,8 +44,8 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """Return the result of torch.nn.functional.linear, [..., O] for x [..., I], including the behaviour of autocast.
 
-    For float32 on AMD CPUs, oneDNN is used, which is twice as fast as torch's choice, MKL; on Intel CPUs, MKL is
-    10 % faster. For bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c and
+    For float32 on AMD CPUs, oneDNN is used, which is twice as fast as torch's choice, MKL; on Intel CPUs, MKL is kept,
+    because it is 10 % faster. For bf16 on CPUs with AMX, and on AMD CPUs with AVX-512's bf16 dot products, linear.c and
     weight_gradient.c are used, which do not round the bias and the gradients of parameters to bf16.
     """
     dtype = matmul_dtype(x, weight_OI)
@@ -56,9 +56,9 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 def matmul_dtype(x: Tensor, weight_OI: Tensor) -> torch.dtype | None:
     """Return the dtype in which `linear` multiplies; None if torch's own function is used, for example on a GPU or for
-    two different dtypes. The result does not depend on the number of rows: otherwise, compiled graphs could differ
-    between ranks, which would then compute gradients in different orders. With ZeRO, the order must be the same on all
-    ranks, because it is also the order in which gradients are reduced."""
+    two different dtypes. The result does not depend on the number of rows. Otherwise, the compiled graphs of two ranks
+    could differ and compute gradients in different orders. With ZeRO, the order must be the same on all ranks, because
+    it is also the order in which gradients are reduced."""
     if x.device.type != "cpu":
         return None
     if torch.is_autocast_enabled("cpu"):
@@ -120,7 +120,7 @@ def product(
     """Return (x @ weight + bias, None), computed by linear.c. weight is [K, N], or [N, K] with `transposed`. Tensors
     are bf16; weight and bias may be float32. With `before_gelu`, the second result is GELU of the first result. With
     `hidden`, the first result is multiplied by the derivative of GELU at hidden, and the second result is GELU of
-    hidden. GELU is its tanh approximation. Call `multiplies` first.
+    hidden. GELU is its tanh approximation. `multiplies` must be True for these inputs.
 
     Raises:
         MemoryError: there is not enough memory for the workspace.

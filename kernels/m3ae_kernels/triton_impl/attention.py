@@ -149,9 +149,9 @@ def key_tile_backward(
     D: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of keys n0 to n0 + BLOCK_N of one sample and head, and of their values, and add their part
-    of the gradients of all queries. The arguments are those of `attention_backward_kernel`; the pointers point to the
-    first row of the sample."""
+    """Compute the gradients of the keys n0 to n0 + BLOCK_N of one sample and head, and the gradients of the
+    corresponding values. Add the contribution of these keys to the gradients of all queries. The arguments are those of
+    `attention_backward_kernel`; the pointers point to the first row of the sample."""
     n = n0 + tl.arange(0, BLOCK_N)
     last = n0 + BLOCK_N >= keys
     k_ND = load_rows(k, n, keys, stride_kv, D, BLOCK_D)
@@ -191,10 +191,10 @@ def attention_backward_kernel(
     D: tl.constexpr, LONG: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute one sample and head per program instance, so that no other instance adds to its gradients; scale is 1 /
-    sqrt(D), and scale2 is scale * log2(e). If there are LONG samples (more than BLOCK_N keys), `partial` [Q, H, D],
-    which stays in the cache, carries the running sums of dq from one tile of keys to the next; and the last tile of a
-    sample has half the size if that is sufficient. This is FlashAttention-2's algorithm 2
+    """Compute one sample and head per program instance, so that no two instances add to the same gradients. scale is 1
+    / sqrt(D), and scale2 is scale * log2(e). LONG: samples may have more than BLOCK_N keys. In this case, `partial` [Q,
+    H, D], which stays in the cache, carries the running sums of dq from one tile of keys to the next, and the last tile
+    of a sample has half the size if this is sufficient. This is FlashAttention-2's algorithm 2
     (https://arxiv.org/abs/2307.08691): p contains the weights, dp and ds contain the gradients of the weights and of
     the scores, and delta contains the sum of out * grad for each row.
 

@@ -44,7 +44,7 @@ def precision(dtype: torch.dtype) -> str:
     if dtype != torch.float32 or torch.version.hip:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # from torch 2.9 on, fp32_precision reflects both settings, and reading allow_tf32 may raise an error
+    # From torch 2.9 on, fp32_precision also reflects allow_tf32, and reading allow_tf32 may raise an error.
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
     return "tf32" if matmul.allow_tf32 else "tf32x3"
@@ -56,8 +56,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def padded(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix in `dtype`, contiguous, with rows and columns of zeros added up to [rows, columns]. A kernel
-    would load rows of odd width one element at a time."""
+    """Return the matrix in `dtype`, contiguous, with rows and columns of zeros added up to [rows, columns]. Without
+    padding, a kernel would load rows of odd width one element at a time."""
     if matrix.shape == (rows, columns):
         return matrix.to(dtype).contiguous()
     return F.pad(matrix.to(dtype), (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
@@ -111,9 +111,10 @@ def load_pixels(
 ):  # fmt: skip
     """Return elements of patches in the dtype ACC.
 
-    `starts`, [rows, 1] or [1, rows], contains the offset of each patch, and k the numbers of its elements; the two are
-    broadcast. With NORMALISE, each element is multiplied by the scale of its channel, and the shift of the channel is
-    added. Elements outside `mask` are not read; their values in the result are arbitrary, but finite."""
+    `starts`, [rows, 1] or [1, rows], contains the offset of each patch, and `k` contains the numbers of elements within
+    a patch; the two are broadcast against each other. With NORMALISE, each element is multiplied by the scale of its
+    channel, and the shift of the channel is added. Elements outside `mask` are not read; their values in the result are
+    arbitrary, but finite."""
     if PLANAR:
         channel = k // (P * P)
         offset = channel * (H * W) + k % (P * P) // P * W + k % P

@@ -52,7 +52,7 @@ def histograms(
     whether each id is that of a patch; `table`: factors of the channels."""
     grid_w: tl.constexpr = W // P
     patches: tl.constexpr = grid_w * (H // P)
-    STEP: tl.constexpr = 1 if PLANAR else C  # between neighbouring pixels
+    STEP: tl.constexpr = 1 if PLANAR else C  # stride between neighbouring pixels
     patch = (ids % patches).to(tl.int32)
     start = images + (ids // patches).to(tl.int64)[:, None] * (C * H * W)
     top, left = (patch // grid_w * P)[:, None], (patch % grid_w * P)[:, None]

@@ -1,4 +1,4 @@
-"""Code shared by the two losses: chunks of rows, and plain matrix products, for which torch calls vendor libraries."""
+"""Code shared by pixel_loss.py and token_loss.py: chunks of rows, and matrix products by vendor libraries."""
 
 import torch
 from torch import Tensor

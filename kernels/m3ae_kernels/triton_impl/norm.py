@@ -25,8 +25,8 @@ MAX_PARTIALS = 512
 
 @triton.jit
 def norm_rows(value, mask, weight, bias, d, D, eps, BIAS: tl.constexpr, ACC: tl.constexpr):
-    """Return the LayerNorm of whole rows, their means and reciprocal standard deviations; value is 0 where mask is
-    false."""
+    """Return the LayerNorm of whole rows, their means and reciprocal standard deviations. `value` must be 0 where
+    `mask` is false."""
     # 1. Mean, then variance around it.
     mu = tl.sum(value, 1) / D
     centred = tl.where(mask, value - mu[:, None], 0)
@@ -122,7 +122,7 @@ def gather_norm_backward_kernel(
     pid = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     w = tl.load(weight + d, mask=d < D, other=0).to(ACC)
-    # Each lane keeps its own sums. They are added across the threads of the program instance only once, at the end.
+    # Each row of the tile has its own sums. They are added across rows, and thus across threads, only once, at the end.
     sum_w = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     sum_b = tl.zeros((BLOCK_M, BLOCK_D), dtype=ACC)
     end = tl.minimum((pid + 1) * program_rows, T)
@@ -136,7 +136,7 @@ def gather_norm_backward_kernel(
         mu = tl.load(mean + m, mask=m >= 0, other=0)
         r = tl.load(rstd + m, mask=m >= 0, other=0)
         normed = tl.where(mask, (value - mu[:, None]) * r[:, None], 0)
-        # 2. Their gradient.
+        # 2. The gradient of x.
         if GRAD_X:
             out = norm_gradient(g * w[None, :], normed, r, D)
             tl.store(grad_x + t.to(tl.int64)[:, None] * D + d[None, :], out, mask=(t < end)[:, None] & (d < D)[None, :])
@@ -155,7 +155,7 @@ def gather_norm_backward(
     grad: Tensor, x: Tensor, rows: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x [T, D] in its dtype, and of weight and bias [D] in the accumulator dtype, given `grad`
-    [M, D]. Those not selected by `needs` are empty tensors."""
+    [M, D]. Gradients that `needs` does not select are empty tensors."""
     x = x if x.stride(1) == 1 else x.contiguous()
     count, dim = x.shape
     grad_x = x.new_empty(x.shape if needs[0] else 0)

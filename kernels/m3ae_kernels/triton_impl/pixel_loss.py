@@ -163,7 +163,7 @@ def pixel_loss(
     target: tuple,
 ) -> None:
     """Fill row_loss [M] and the gradients selected by `needs`; hidden, weight and bias must have the same dtype.
-    `target`: as in `..pixel_loss`."""
+    `target`: the arguments listed in `Target` of ../pixel_loss.py."""
     images, ids, patch_size, scale, shift, norm_pix = target
     dtype, acc = hidden.dtype, accumulator(hidden.dtype)
     (count, dim), patch = hidden.shape, len(weight)

@@ -76,7 +76,7 @@ def scatter_tokens_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = (d < D)[None, :]
     s = tl.load(src + t, mask=t < T, other=-1).to(tl.int64)[:, None]
-    # The token is 1. a row of x or 2. a row of fill, plus 3. a row of the table.
+    # The token is a row of x or a row of fill, plus a row of the table.
     token = tl.load(x + s * D + d[None, :], mask=(s >= 0) & inside, other=0).to(ACC)
     if FILL:
         f = tl.load(fill_ids + t, mask=t < T, other=-1).to(tl.int64)[:, None]
@@ -104,7 +104,7 @@ def scatter_tokens(
         grid = (cdiv(out.shape[0], tile["BLOCK_M"]), cdiv(out.shape[1], tile["BLOCK_D"]))
         given = {"FILL": fill is not None, "TABLE": table is not None}
         tensors = [x, src]
-        for rows, ids in ((fill, fill_ids), (table, table_ids)):  # tensors that are not given are not read
+        for rows, ids in ((fill, fill_ids), (table, table_ids)):  # x and src are stand-ins, which are not read
             tensors += [x if rows is None else rows, src if ids is None else ids]
         scatter_tokens_kernel[grid](
             *(t.contiguous() for t in tensors), out, *out.shape, **given, ACC=acc_type(x.dtype), **tile

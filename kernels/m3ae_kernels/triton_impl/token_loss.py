@@ -110,8 +110,8 @@ def token_loss(inputs: Inputs, options: Options, needs: Sequence[bool], results:
     space = hidden.new_empty(workspace_rows(count, most), stride)
     columns, last = hidden, dim if needs[1] else 0
     if needs[2]:
-        # The gradient of the bias is computed as the gradient of an additional column of the weight; its inputs are
-        # 1, so no further pass is needed.
+        # The gradient of the bias is computed as the gradient of an additional column of the weight whose inputs are 1.
+        # This saves a further pass over the logits.
         columns = torch.cat((hidden[:, :last], hidden.new_ones(count, 1)), 1)
         columns = padded(columns, count, up(last + 1), dtype)
     shape = (stride if needs[1] or needs[2] else 0, columns.shape[1])

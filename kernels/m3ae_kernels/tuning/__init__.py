@@ -67,8 +67,8 @@ def entry(width: str, samples: str = "") -> str:
 
 
 def settings(arch: str, kernel: str, width: str, samples: str = "") -> dict[str, int]:
-    """Return the settings of a kernel as a new dict. If there is no entry for `samples`, they are those of the entry
-    for all samples of this width."""
+    """Return the settings of a kernel as a new dict. If there is no entry for `samples`, the result is the entry for
+    all samples of this width."""
     entries = table(arch)[kernel]
     return dict(entries.get(entry(width, samples), entries[width]))
 

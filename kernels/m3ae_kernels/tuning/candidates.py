@@ -2,8 +2,8 @@
 
 For matmul kernels, settings that spill registers, do not fit into shared memory or do not use tensor cores are
 excluded. For each tile shape, the settings with the most bytes in flight to a multiprocessor are kept. Registers and
-shared memory determine how many program instances run on it; in each instance, the loads of all stages except one are
-in flight.
+shared memory determine how many program instances run on a multiprocessor. In each instance, the loads of all stages
+except one are in flight.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ DTYPES = {"16": "bf16", "32": "fp32"}
 PER_TILE = 2
 # registers and warps of a multiprocessor from compute capability 8.0 on (CUDA C programming guide)
 REGISTERS, WARPS = 65536, 64
-MOST_ACCUMULATORS = 128  # maximum number of a thread's 255 registers for accumulators
+MOST_ACCUMULATORS = 128  # maximum number of accumulators of a thread, which has 255 registers
 # Tile shapes by width of the inputs. A float32 product is computed as three TF32 products, which need three times as
 # many registers.
 TILES = {
     "16": ((64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128)),
     "32": ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128)),
 }
-DEPTHS = {"16": ((32, 4), (64, 3), (64, 4), (128, 2)), "32": ((16, 4), (32, 2), (32, 3))}  # BLOCK_K, stages
+DEPTHS = {"16": ((32, 4), (64, 3), (64, 4), (128, 2)), "32": ((16, 4), (32, 2), (32, 3))}  # (BLOCK_K, stages)
 
 Settings = dict[str, int]
 
@@ -76,8 +76,8 @@ def compiled(kernel: str, arch: str, width: str) -> list[Settings]:
 def settings_to_try(kernel: str, now: Settings, arch: str, width: str) -> list[Settings]:
     """Return the settings to try. For a matmul kernel, these are the settings that `compiled` returns. For attention,
     which takes seconds to compile, they are the present tile with other numbers of warps and stages, followed by other
-    tiles with two stages (which prefetch) and with the present number of stages. For small kernels, they are all
-    settings close to the present ones."""
+    tiles, first with two stages (which prefetch) and then with the present number of stages. For small kernels, they
+    are all settings close to the present ones."""
     if "BLOCK_K" in now:
         return compiled(kernel, arch, width)
     if "TILE_M" in now:

@@ -44,8 +44,8 @@ class CpuDevice:
 class CudaDevice:
     """Measurement of the time between two events around each call, after the second-level cache has been overwritten.
 
-    Overwriting the cache also gives the host a head start, so that calls for which the GPU takes less time than the
-    host (about 100 us) are measured without gaps.
+    Overwriting the cache also gives the host a head start. Calls are therefore measured without gaps even if the GPU
+    needs less time for them than the host, which needs about 100 us.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ Device = CudaDevice | CpuDevice
 Trial = dict[str, Any]
 GAIN = 0.99  # new settings must take less than this fraction of the best settings' time; a smaller gain may be noise
 REPEATS = 7
-# These kernels are tuned first. The backward pass of attention takes most of its time.
+# The kernels that are tuned first. Most of the time of attention is spent in its backward pass.
 FIRST = ("attention_backward", "attention")
 
 
@@ -159,8 +159,8 @@ def tune(
 
 class _Search:
     """A search for the best settings of one kernel, timed within one op. The search starts with the present settings,
-    and proceeds to settings close to the best ones so far. At any time, the loaded table contains the best settings so
-    far whose results are correct; they are also marked in the trials."""
+    and proceeds to settings close to the best ones so far. After each trial, the loaded table contains the best
+    settings so far, whose trial is marked as "kept". New settings must also give correct results."""
 
     def __init__(
         self,

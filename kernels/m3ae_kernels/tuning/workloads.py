@@ -94,8 +94,8 @@ class Sizes:
     samples: int
     patch: int
     grid: int  # patches per side
-    visible: int  # patches per sample
-    words: int  # words of a caption on average, of which a quarter is visible
+    visible: int  # visible patches per sample
+    words: int  # average number of words of a caption; a quarter of them is visible
     encoder: int
     decoder: int
     vocab: int
@@ -272,7 +272,7 @@ def _lengths(s: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _attention(lengths: Tensor, queries: Tensor, width: int, dim: int, dtype, device) -> Workload:
     """Return an attention workload. `lengths`: number of rows of each sample; `queries`: number of queries of each
-    sample; if it equals `lengths`, all rows are queries."""
+    sample. If `queries` equals `lengths`, all rows are queries."""
     h, t, m = width // dim, int(lengths.sum()), int(queries.sum())
     some = m < t
     tensors = {
