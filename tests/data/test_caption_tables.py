@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.shards.sources.caption_table import read_captions
+from m3ae_fast.shards.sources.caption_table import read_captions, samples_of_images
 
 fuzz = settings(
     max_examples=200,
@@ -137,6 +137,8 @@ WRONG = {
     'image,caption\n0.jpg,"a dog"s\n': "row 1 .*line 2",
     "image,caption,caption\n0.jpg,a,b\n": "has 2 matching columns, caption and caption; rename or remove",
     "image,caption,Caption\n0.jpg,a,b\n": "caption and Caption; specify one with --caption-column",
+    "image,caption,year,year\n0.jpg,a,1,2\n": "has several columns year; rename or remove all but one",
+    'image,caption\n0.jpg,"a\n' + "1.jpg,b\n" * 20_000: "lines 2 to .*131,072 characters; close its quote",
     "image,caption\n0.jpg,a\0b\n": "row 1 .*null byte",
     "image,caption\n,a\n": "row 1 .*image must be the name of a file",
     b"image,caption\n0.jpg,a\n1.jpg,caf\xe9\n": "line 3 is not UTF-8",
@@ -157,6 +159,7 @@ def test_columns_that_differ_only_in_case_can_be_selected(tmp_path):
 
 def test_the_error_for_a_partly_quoted_tsv_names_the_row(tmp_path):
     table = tmp_path / "captions.tsv"
+    assert "has no columns" in error(table, "\n")
     assert "row 2" in error(table, 'image\tcaption\n0.jpg\t"a dog\nrunning"\n')
     for fields in ("a dog\trunning", '"a dog"s\trunning', 'a "dog\trunning'):
         assert "row 1" in error(table, f"image\tcaption\n0.jpg\t{fields}\n")
@@ -199,6 +202,9 @@ def test_a_parquet_of_other_columns_or_types_is_refused(tmp_path):
     assert "row 2" in error(table)
     pyarrow.parquet.write_table(pyarrow.table({"image": [{"bytes": b"", "path": "a"}], "caption": ["a"]}), table)
     assert "image must be the name of a file" in error(table)
+    late = pyarrow.array([1 << 62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["0.jpg"], "caption": ["a"], "date": late}), table)
+    assert "row 1 cannot be read (date value out of range)" in error(table)
     table.write_bytes(table.read_bytes()[:-20])
     error(table)
 
@@ -278,3 +284,10 @@ def test_the_separator_of_a_csv_is_detected(tmp_path, separator):
     assert (row.image, row.captions) == ("0.jpg", ["one, two; three\tfour"])
     assert json.loads(row.fields) == {"price; net": "3,50"}
     assert "has the columns image, the" in error(tmp_path / "t.csv")
+
+
+def test_a_field_whose_name_is_not_valid_text_can_be_printed(tmp_path):
+    table = tmp_path / "captions.jsonl"
+    table.write_text('{"image": "0.jpg", "caption": "a", "f\\ud800": 1}\n')
+    _, _, notes = samples_of_images(table, (None, None), tmp_path, ["0.jpg"], has_splits=False)
+    assert "json.f" in "".join(notes).encode().decode()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.data.index import printable
 from m3ae_fast.shards.sources.columns import (
     CAPTION_COLUMNS,
     CAPTION_OPTION,
@@ -66,7 +67,8 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
 
     Raises:
         NoColumns: no column has a usual name.
-        UserError: the file cannot be read, a named column is missing, or a row does not fit the columns.
+        UserError: the file cannot be read, a named column is missing, two columns have the same name, or a row does not
+            fit the columns.
     """
     reader = READERS.get(table.suffix.lower())
     if reader is None:
@@ -80,6 +82,8 @@ def read_captions(table: Path, image: str | None = None, caption: str | None = N
             if caption != NO_CAPTIONS or len(columns) < 2:
                 captions = choose_column(columns, caption or None, CAPTION_COLUMNS, CAPTION_OPTION, str(table))
                 place = columns.index(captions)
+            if twice := next((name for name in columns if name and columns.count(name) > 1), None):
+                raise UserError(f"--captions {table}: has several columns {twice}; rename or remove all but one")
             for row in rows:
                 found.append(_row(len(found) + 1, columns, row, columns.index(images), place))
     except OSError as error:
@@ -126,7 +130,7 @@ def samples_of_images(
     if (name := next((each for each in fields if each.lower() == "split"), "")) and not has_splits:
         notes.append(f"the column {name} of {table} is not used: only sub-folders, such as train and val, are splits")
     if fields:
-        notes.append(f"fields of {table} for --labels: {', '.join(f'json.{name}' for name in fields)}")
+        notes.append(f"fields of {table} for --labels: {', '.join(f'json.{printable(name)}' for name in fields)}")
     return samples, has_captions, notes
 
 

@@ -68,13 +68,17 @@ def _quoted(lines: Iterable[str], delimiter: str) -> Rows:
             first = rows.line_num + 1
     except csv.Error as error:
         where = f"line {first}" if rows.line_num <= first else f"lines {first} to {rows.line_num}"
-        reason = "a quote is not closed" if "end of data" in str(error) else error
+        reason = "a quote is not closed" if "end of data" in str(error) else str(error)
+        if "field limit" in reason:
+            reason = f"a field has more than {csv.field_size_limit():,} characters; close its quote or use .jsonl"
         raise ValueError(f"{where}: {reason}") from None
 
 
 def _tsv(table: Path) -> Rows:
     with closing(_lines(table)) as lines:
         head = next(filter(str.strip, lines), "")
+        if not head:
+            return
         columns = head.rstrip("\r\n").split("\t")
         if all(_QUOTED.fullmatch(column) for column in columns):
             yield from _quoted(chain([head], lines), "\t")
@@ -124,7 +128,7 @@ def _parquet(table: Path) -> Rows:
         try:
             for batch in file.iter_batches():
                 yield from map(list, zip(*(column.to_pylist() for column in batch.columns)))
-        except pyarrow.ArrowException as error:  # not all of pyarrow's exceptions are ValueErrors
+        except (pyarrow.ArrowException, OverflowError) as error:  # not all of them are ValueErrors
             raise ValueError(error) from None
 
 
