@@ -30,9 +30,9 @@ _SHOWN = 80  # maximum number of characters of a wrong value in a message
 
 
 class Option:
-    """The form of a field on the command line if it is not the usual one. The attributes are arguments of
-    `argparse.ArgumentParser.add_argument`. A name without dashes is a positional argument. `group`: title under which
-    `--help all` shows the field; the short help only names it."""
+    """The form of a field on the command line, if it is not the form that follows from the field's type. All arguments
+    except `group` are those of `argparse.ArgumentParser.add_argument`. A name without dashes makes a positional
+    argument. `group`: title under which `--help all` shows the field; the short help shows only the field's name."""
 
     def __init__(self, *names: str, group: str = "", **how: Any) -> None:
         self.names, self.group, self.how = names, group, how
@@ -54,8 +54,8 @@ class Arguments(BaseModel):
 
     @classmethod
     def of_command(cls: type[A], given: Mapping[str, Any]) -> A:
-        """Return the arguments that a parser with `add_arguments` has found. Raises UserError, which calls an argument
-        by its name on the command line."""
+        """Return the arguments found by a parser to which `add_arguments` added the fields. Raises UserError if an
+        argument is missing or invalid; the message uses its name on the command line, such as --held-out."""
         try:
             return cls(**given)
         except UserError as error:
@@ -66,7 +66,7 @@ class Arguments(BaseModel):
 
     @classmethod
     def _explained(cls, error: ValidationError) -> str:
-        """Return one line about the first mistake, which begins with the name of the argument."""
+        """Return one line that describes the first mistake and begins with the name of the argument."""
         first = error.errors()[0]
         name, value = str(first["loc"][0]), " ".join(str(first["input"]).split())[:_SHOWN] or "''"
         if first["type"] == "extra_forbidden":
@@ -87,8 +87,8 @@ class Arguments(BaseModel):
 
 
 def accepts(arguments: type[Arguments]) -> Callable[[F], F]:
-    """Return a decorator for a function that passes its keyword arguments `**options` to `arguments`: `help` and
-    editors then show the fields in place of `**options`."""
+    """Return a decorator for a function that passes its keyword arguments `**options` to `arguments`. Because of the
+    decorator, `help` and editors show the fields in place of `**options`."""
 
     def decorate(function: F) -> F:
         whole = inspect.signature(function)
@@ -144,7 +144,7 @@ def _written(name: str, field: FieldInfo) -> tuple[tuple[str, ...], dict[str, An
 
 
 def _option(field: FieldInfo) -> Option:
-    """Return the form of a field on the command line. A field may have another form than its type."""
+    """Return the Option of a field; a field without one has the form that follows from its type."""
     return next((each for each in reversed(field.metadata) if isinstance(each, Option)), Option())
 
 

@@ -23,8 +23,9 @@ _ALWAYS = (  # the settings of these sections that every task reads
     *("run", "model", "data.train", "data.val", "data.tokenizer", "data.workers", "data.cache_dir", "data.cache_gb"),
     "data.max_bad_fraction",
 )
-CROPS = ("data.crop_scale", "data.flip", "data.repeats", "data.shuffle_shards", "data.lanes")  # for random crops
-SHOWN = "data.show_channels"  # for figures that show images
+# the settings used only by tasks that train on random crops
+CROPS = ("data.crop_scale", "data.flip", "data.repeats", "data.shuffle_shards", "data.lanes")
+SHOWN = "data.show_channels"  # the setting used only by tasks whose figures contain images
 
 
 class ImageConfig(Section):
@@ -185,7 +186,7 @@ class EvaluationConfig(Section):
 
 @dataclass(frozen=True)
 class Uses:
-    """The settings that a task or program uses in addition to those that all of them use."""
+    """The settings that a task or program uses, in addition to the settings that every task uses."""
 
     names: tuple[str, ...] = ("encode",)  # sections, and single settings of other sections, such as "train.epochs"
     # defaults by setting, which replace those of pre-training
@@ -195,7 +196,7 @@ class Uses:
 
     @property
     def sections(self) -> list[str]:
-        """Return the sections of which at least one setting is used, without those of which every task uses some."""
+        """Return the names of all sections with a used setting, except the sections that every task uses."""
         found = dict.fromkeys(name.partition(".")[0] for name in self.names)
         return [name for name in found if name not in _COMMON]
 
@@ -204,11 +205,11 @@ class Uses:
         return any(name == each or str(name).startswith(f"{each}.") for each in (*self.names, *_ALWAYS))
 
     def keys(self, section: str) -> list[str]:
-        """Return the keys of a section that are used."""
+        """Return the keys of the used settings of a section."""
         return [key for key in section_class(section).model_fields if f"{section}.{key}" in self]
 
     def default(self, name: str) -> str:
-        """Return the default of a setting as Markdown; "" if the setting is the same as in pre-training."""
+        """Return the default of a setting and the note on it, as Markdown; "" if both are as in pre-training."""
         value = [f"`{json.dumps(self.defaults[name])}`"] if name in self.defaults else []
         return ", ".join([*value, *([self.notes[name]] if name in self.notes else [])])
 
@@ -291,8 +292,9 @@ def evaluation_config(given: dict[str, Any], overrides: Iterable[str], reader: s
 
 
 def _require_used(section: str, key: str, reader: str, uses: Uses) -> None:
-    """Raise UserError if the reader does not use a setting. An unknown section, or an unknown setting of a section that
-    the reader uses, is left to `parse`, unless another section has a setting of this name."""
+    """Raise UserError if the reader does not use a setting. If the section is unknown, or if the reader uses the
+    section but the key is unknown, no error is raised, because `parse` will report the unknown name. An exception is a
+    key that the reader uses in another section: an error is raised, which suggests that section."""
     used = uses.keys(section) if section in EvaluationConfig.model_fields else []
     meant = [name for name in settings_called(EvaluationConfig, key) if name in uses]
     if key in used or not (meant or section in EvaluationConfig.model_fields):

@@ -11,7 +11,7 @@ from m3ae_fast.config.training_sections import TrainingSections
 def require_libraries_of(config: Config, ranks: int) -> None:
     """Raise UserError if a library that a run on this number of ranks requires is not installed. Shards that are listed
     in a manifest are not checked, because they are known only when the manifest is read."""
-    # loggers are named after their libraries
+    # the name of a logger is also the name of its library
     require_libraries(engine_libraries(config, ranks) | dict.fromkeys(config.run.loggers, "run.loggers"))
     probe = config.train.probe
     sources = [*config.data.train, *config.data.val, *([*probe.train, *probe.val] if probe else [])]

@@ -17,7 +17,7 @@ from m3ae_fast.config.section import Section
 from m3ae_fast.config.settings import Config
 
 T = TypeVar("T", bound=Section)
-# Overrides of settings in Python: "section.key=value", several of them, or the values by "section.key".
+# Overrides of settings in Python: one text "section.key=value", several such texts, or the values by "section.key".
 Overrides: TypeAlias = "str | Sequence[str] | Mapping[str, Any]"
 
 
@@ -90,8 +90,9 @@ def stored_config(config: Config) -> dict[str, Any]:
 
 def follow(data: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """Return the config that was stored in `run_dir`, as plain JSON data. If the stored path of the run folder is
-    absolute and differs from `run_dir`, the folder has been moved or copied. Paths below its former location are then
-    replaced with paths in `run_dir` if their first component exists there."""
+    absolute and differs from `run_dir`, the folder has been moved or copied. A path below the former location is then
+    replaced with the corresponding path in `run_dir`, if the file or folder directly in `run_dir` that begins this path
+    exists."""
     run = data["run"] if isinstance(data.get("run"), dict) else {}
     was = run.get("dir")
     if not isinstance(was, str) or not was.startswith("/") or Path(was) == run_dir.resolve():
@@ -123,10 +124,10 @@ def parse(section: type[T], data: Any, where: str) -> T:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Apply the override `section.key=value` to plain JSON data. Raises UserError if the override is malformed, or if
-    it names a list item that does not exist or a key below a value that is not a section."""
+    """Apply the override `section.key=value` to plain JSON data. Raises UserError if the override is malformed, names
+    a list item that does not exist, or names a key below a value that is not a section."""
     name, equals, text = override.partition("=")
-    override = " ".join(override.split())[:200]  # for messages
+    override = " ".join(override.split())[:200]  # as shown in messages
     if not equals or not name:
         raise UserError(f"override {override}: must have the form section.key=value")
     try:

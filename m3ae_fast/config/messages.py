@@ -59,7 +59,7 @@ def _unknown(section: type[BaseModel], loc: tuple[int | str, ...], where: str, v
     near = [inside + name for name in difflib.get_close_matches(last, known, n=1, cutoff=_ALIKE)]
     if not near:
         name = where
-        while isinstance(value, dict) and value:  # if it is an unknown section, use its first setting
+        while isinstance(value, dict) and value:  # the unknown key is a section: use its first setting
             last, value = next(iter(value.items()))
             name += f".{last}"
         if near := settings_called(section, last):
@@ -83,8 +83,8 @@ def _section_at(section: type[BaseModel], loc: tuple[int | str, ...]) -> type[Ba
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the section class in a field's annotation, which may be a section, a list of sections or an optional
-    section; None for other annotations."""
+    """Return the section class in the annotation of a field that is a section, a list of sections or an optional
+    section; None for other fields."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

@@ -38,15 +38,15 @@ _MOST_FEATURES = 4096  # poolings with more features are not candidates
 
 
 def candidates(width: int, is_image: bool) -> list[Pool]:
-    """Return the poolings among which one is chosen, the mean first. `width`: width of the encoder; `is_image`: whether
-    it sees only images."""
+    """Return the poolings from which a task chooses one, the mean first. `width`: width of the encoder; `is_image`:
+    whether the samples consist only of images."""
     most = max(_MOST_FEATURES // width, 1)
     return [pool for pool, each in POOLINGS.items() if each.vectors <= most and (is_image or not each.needs_images)]
 
 
 def usual_pool(width: int) -> Pool:
-    """Return the pooling of images for which no labels are known: the largest grid with at most 4,096 features, which
-    was the best pooling of all models in lab/results/targets.md. `width`: width of the encoder."""
+    """Return the pooling of images whose labels are unknown: the largest grid with at most 4,096 features, because this
+    pooling was the best for every trained model in lab/results/targets.md. `width`: width of the encoder."""
     fitting = candidates(width, is_image=True)
     return max(fitting, key=lambda pool: POOLINGS[pool].vectors)
 

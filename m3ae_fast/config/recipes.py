@@ -33,8 +33,8 @@ METHODS: dict[Recipe, dict[str, Any]] = {
     "hog": _FAST | {"model.image_targets": "hog", "loss.norm_pix": False},
     "mae": _OFFICIAL | {"model.vocab_size": 0, "loss.norm_pix": True},
 }
-# Further settings for `train`, for which `pretrain` has its own rules. The settings of MAE are those of its training on
-# ImageNet.
+# Further settings, which a recipe has only in `train`, because `pretrain` has its own rules for them. The settings of
+# `mae` are those with which the official MAE was trained on ImageNet.
 _FURTHER: dict[Recipe, dict[str, Any]] = {
     "official": {},
     "fast": {"optim.clip_grad": 1.0},

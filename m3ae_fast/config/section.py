@@ -16,7 +16,7 @@ Count = Annotated[int, Field(gt=0, le=1 << 40)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-# one number per channel; in strict mode, pydantic would not accept a JSON array for a tuple
+# one number per channel; not strict, because pydantic's strict mode does not accept a JSON array for a tuple
 Channels = Annotated[tuple[float, ...], Strict(False)]
 
 

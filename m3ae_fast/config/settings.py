@@ -19,7 +19,9 @@ from m3ae_fast.config.section import Batch, Beta, Channels, Count, Layers, Named
 from m3ae_fast.config.value_range import Range, check_range
 
 MAX_VOCAB = 1 << 24
-ORIENTATIONS = 9  # numbers per patch with HOG targets, as in m3ae_kernels.hog, whose import would import torch
+# Number of values per patch with HOG targets. It is defined in m3ae_kernels.hog too, which cannot be imported here,
+# because that would import torch.
+ORIENTATIONS = 9
 MAX_CHANNELS = 256  # more than any imaging spectrometer in use has
 LONGEST = 800  # maximum number of epochs of a run with a time limit; MAE trains for this number of epochs
 MAX_POSITIONS = 1 << 27  # maximum number of elements in a table of position embeddings: 512 MB
@@ -126,8 +128,8 @@ class ModelConfig(Section):
     """Order of mean pooling and the final LayerNorm. `after_norm`: features are averaged over tokens after the
     LayerNorm; `before_norm`: they are averaged before it, as in fine-tuned MAEs (timm's `fc_norm`)."""
     pool: Pool = "mean"
-    """Pooling of the features of images in `encode`, `embed`, evaluations and exports, unless they set another one; see
-    `encode.pool`. Texts and pairs use `mean` in place of a grid."""
+    """Pooling of the features of images in `encode`, `embed`, evaluations and exports, if no other pooling is set
+    there; see `encode.pool`. Texts and pairs use `mean` in place of a grid."""
     init_from: str | None = None
     """Export folder or Hugging Face model id whose weights initialise a new run. If it contains no decoder, or a
     decoder with a different `dec_attention`, the decoder is randomly initialised."""
@@ -191,8 +193,8 @@ class ModelConfig(Section):
         return self
 
     def default_pool(self, *, texts: bool) -> Pool:
-        """Return the pooling that is used unless another one is set: `pool`, or "mean" if it needs images and there are
-        `texts`."""
+        """Return the pooling that is used if no other is set: `pool`, or "mean" if `pool` is for images only and there
+        are `texts`."""
         return "mean" if texts and POOLINGS[self.pool].needs_images else self.pool
 
     @property
@@ -225,7 +227,7 @@ class ModelConfig(Section):
 
     @property
     def image_output_dim(self) -> int:
-        """Return the number of outputs of the image head per patch. Raises ValueError if it is not known yet."""
+        """Return the number of outputs of the image head per patch. Raises ValueError if it is still unknown."""
         if self.image_targets == "features" and self.target_width is None:
             raise ValueError("model.target_width is not set: the width of the teacher is known when it has been opened")
         sizes = {"pixels": self.patch_dim, "hog": ORIENTATIONS, "vqgan": self.codebook_size}
@@ -514,7 +516,7 @@ class DeepSpeedConfig(Section):
 
     def is_needed(self, ranks: int) -> bool:
         """Return whether DeepSpeed takes the steps on this number of ranks. A single rank has nothing to partition or
-        to reduce, so plain torch takes the same steps, except for stage 3 and with offloading."""
+        to reduce, so plain torch takes the same steps instead, unless the stage is 3 or tensors are offloaded."""
         zero = self.zero_optimization
         return ranks > 1 or zero.stage == 3 or zero.offloads_optimizer
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Strict
 
-# (black, white), or "dtype": the lowest and the highest value of the file's data type, or 0 and 1 for floats. Strict
-# mode would not accept a JSON array as a tuple.
+# (black, white), or "dtype": the lowest and the highest value of the file's data type, or 0 and 1 for floats. The tuple
+# is not strict, because pydantic's strict mode does not accept a JSON array for a tuple.
 Range = Annotated[tuple[float, float], Strict(False)] | Literal["dtype"]
 
 

@@ -1,8 +1,8 @@
 """Online training of attentive probes, without storing patch tokens: each step encodes a batch and discards its tokens,
 so that memory use does not grow with the dataset.
 
-Shapes: S samples of a batch on this rank, L patches, D width, K layers, or pairs of a layer and a pooling, F types of
-features, H heads of a type, C classes.
+Shapes: S samples of a batch on this rank, L patches, D width, K layers (for pooled features: pairs of a layer and a
+pooling), F types of features, H heads of a type, C classes.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _DIGEST = 1 << 64
 
 
 def is_held_out(key: str) -> bool:
-    """Return whether a training sample belongs to the tenth that is held out to choose the learning rate. A hash of its
-    key decides this."""
+    """Return whether a training sample belongs to the tenth that is held out to choose the learning rate. This depends
+    only on a hash of the sample's key."""
     return int.from_bytes(key_digest(key)[:8], "big") < _HELD_OUT * _DIGEST
 
 
@@ -117,7 +117,7 @@ def predict_online(
         whole: pace of the task, whose total is the number returned by `passes`.
 
     Raises:
-        UserError: as `encode_types` does, or a score is not finite.
+        UserError: for the reasons given in `encode_types`, or because a score is not finite.
     """
     train, held_out = corpora
     trying = len(recipe.rates) > 1
@@ -140,7 +140,7 @@ def predict_online(
     heads = {kind: stack.heads for kind, stack in stacks.items()}
 
     def reduced(corpus: Corpus, title: str, reduce: Reduce) -> FeatureBank:
-        """Return the results of `reduce` for each sample and type of features."""
+        """Return a bank with the results of `reduce` for each sample and type of features."""
         monitor = PassMonitor(title, heartbeats, whole=whole, part=corpus.samples)
         encode, folder = config.encode, config.run.dir
         batches = corpus_batches(model, corpus, config.data, encode, ranks)
@@ -162,7 +162,7 @@ def predict_online(
 
 
 def _shape(kind: FeatureType, model: MultimodalEncoder) -> tuple[int, ...]:
-    """Return the shape of a sample's features of a type: (D,) or (L, D)."""
+    """Return the shape of one sample's features of the type `kind`: (D,) or (L, D)."""
     width = model.config.emb_dim
     return (model.config.most_patches, width) if kind.pool is None else (POOLINGS[kind.pool].vectors * width,)
 
@@ -179,8 +179,8 @@ def _judged(
     pooled_SKD: Tensor,
     tokens_SKLD: Tensor,
 ) -> Tensor:
-    """Return the results of `losses` for each sample and feature type, to be summed over samples and passed to
-    `verdicts`: float32 [S, F, 3, H]."""
+    """Return the results of `losses` for each sample and feature type: float32 [S, F, 3, H]. `_tried` sums them over
+    the samples."""
     inputs = _inputs(types, pooled_SKD, tokens_SKLD)
     parts = [losses(heads[kind](inputs[kind].float()), labels_S) for kind in types]
     return torch.stack([torch.stack(part, 1) for part in parts], 1)

@@ -39,8 +39,8 @@ def mean_average_precisions(
     Args:
         truth_NC: whether a sample belongs to a class, bool.
         scores_NC: scores of the samples.
-        weights_BN: integer weights of the samples, with which at least one class occurs; None: one weighting, in which
-            all weights are 1.
+        weights_BN: integer weights of the samples. In each weighting, a sample of at least one class must have a
+            positive weight. None: one weighting, in which all weights are 1.
     """
     weights_BN = np.ones((1, len(truth_NC)), np.int64) if weights_BN is None else weights_BN
     occurring = np.flatnonzero(truth_NC.any(0))
@@ -49,8 +49,8 @@ def mean_average_precisions(
 
 
 def resampled(truth_NC: np.ndarray, scores_NC: np.ndarray, hashes: Sequence[str] = ()) -> Resampled:
-    """Return the mAP of the scores for the samples and for bootstrap samples of their images, which are the same for
-    all scores.
+    """Return the mAP of the scores on the given samples and on bootstrap samples, which are drawn by image. The
+    bootstrap samples do not depend on the scores.
 
     Args:
         truth_NC, scores_NC: as for `mean_average_precisions`.

@@ -87,7 +87,7 @@ class Classifier(nn.Module):
         state = self.state_dict() if weights is None else self.state_dict() | weights
         save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / MODEL_FILE)
         (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors makes it readable only by its owner
+        shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors makes it unreadable for other users
         if self.backbone.tokenizer is not None:
             self.backbone.tokenizer.save(folder / TOKENIZER_FILE)
 

@@ -63,7 +63,7 @@ class PassMonitor(NamedTuple):
     heartbeats: Heartbeats | None = None  # the heartbeats of this rank, marked at each batch
     stop: StopRequest | None = None  # stop requests, checked before each batch
     whole: Pace | None = None  # pace of the whole task, of which this pass is a part; see `progress`
-    part: float = 0.0  # size of this pass, in units of the whole task
+    part: float = 0.0  # size of this pass, in the units of `whole`
 
     def over(self, loader: DataLoader[PackedBatch], ranks: Ranks) -> Iterable[PackedBatch]:
         """Yield the batches of a loader. Raises Stopped if a rank is asked to stop."""
@@ -77,7 +77,7 @@ NO_MONITOR = PassMonitor()
 
 
 class Batches(NamedTuple):
-    """This rank's batches of a dataset, each of at most `encode.batch` samples, which are not masked. All ranks have
+    """This rank's batches of a dataset. Each batch has at most `encode.batch` samples, without masks. All ranks have
     the same number of batches; batch b of rank r is number b * world + r among the batches of all ranks."""
 
     loader: DataLoader[PackedBatch]
@@ -89,8 +89,8 @@ class Batches(NamedTuple):
 def corpus_batches(
     model: MultimodalEncoder, corpus: Corpus, data: DataConfig, config: EncodeConfig, ranks: Ranks
 ) -> Batches:
-    """Return this rank's batches of all samples of a corpus, in file order, for encoders with the input of `model`.
-    Images are cropped to the central square unless the model has native aspect ratio. The modalities of the sources
+    """Return this rank's batches of all samples of a corpus, in file order, for encoders with the same input as
+    `model`. Images are cropped to the central square if the model's images are squares. The modalities of the sources
     determine whether images, texts or pairs are encoded. Raises UserError if there are captions but the model has no
     tokenizer."""
     if corpus.has_captions:
@@ -128,8 +128,9 @@ def encode_types(
     reduce: Reduce | None = None,
     folder: Path | None = None,
 ) -> list[FeatureBank]:
-    """Return features of all samples by each model; see `FeatureBank.of`. Each batch is decoded only once for all
-    models. Each rank stores the features that it has computed: float32, or float16 for patch tokens.
+    """Return a bank of the features of all samples for each model; `FeatureBank.of` selects the features of one type.
+    Each batch is decoded only once for all models. Each rank stores the features that it has computed: float32, or
+    float16 for patch tokens.
 
     Args:
         models: encoders with the same input, on the device of `ranks`.
@@ -206,8 +207,8 @@ class _Known(NamedTuple):
 def _one_behind(
     encode: Callable[[PackedBatch], T], batches: Iterable[PackedBatch], device: torch.device
 ) -> Iterator[tuple[PackedBatch, T]]:
-    """Yield each batch with its result. A result is yielded only after the next batch has been launched, so that the
-    GPU is busy while results are copied."""
+    """Yield each batch with its result. A result is yielded only after the computation for the next batch has
+    been launched, so that the GPU is busy while results are copied."""
     last = None
     for batch in batches:
         encoded = encode(batch.to(device, non_blocking=True))

@@ -1,7 +1,7 @@
 """Features of a dataset. Each rank stores the features of its own samples: on its device, in host memory or in a file.
 
-Shapes: N samples of all ranks, R of them on this rank, S stored rows, D width. Features of several layers and patch
-tokens have further dimensions before D.
+Shapes: N samples of all ranks, R of them on this rank, S stored rows, D width. Patch tokens, and features of
+several layers, have further dimensions before D.
 """
 
 from __future__ import annotations
@@ -95,18 +95,18 @@ class FeatureBank:
 
     keys: list[str]
     stored_SD: Tensor  # float32, or float16 for patch tokens; see `features_RD`
-    # on the CPU: int64 class ids or, for lists of labels, bool [N, C], whether a sample belongs to each class; None for
-    # a dataset without labels
+    # labels of all samples, on the CPU: class ids, int64 [N]; or for lists of labels, whether each sample belongs to
+    # each class, bool [N, C]; None for a dataset without labels
     labels_N: Tensor | None
     patches_SLD: Tensor | None = None  # float16
     skipped: list[Skipped] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)  # rows and columns of patches of the samples with an image
     own_R: Tensor | None = None  # int64, ascending: numbers of the samples that this rank stores; None: all samples
-    at_R: Tensor | None = None  # int64: row in `stored_SD` of each of these samples; None: all rows, in order
+    at_R: Tensor | None = None  # int64: row of each sample of `own` in `stored_SD`; None: all rows, in order
     ranks: Ranks | None = None
     image_hashes: list[str] = field(default_factory=list)  # see `Sample.image_hash`; empty: they are unknown
     standard: Standard | None = None  # how features are scaled when they are read; None: not at all
-    types: Sequence[FeatureType] = ()  # the types that are stored, as [S, K, D]; empty: there is only one, as [S, D]
+    types: Sequence[FeatureType] = ()  # types of the stored features [S, K, D]; empty: one type, stored as [S, D]
 
     @property
     def labels(self) -> Tensor:
@@ -126,8 +126,8 @@ class FeatureBank:
 
     @property
     def features_RD(self) -> Tensor:
-        """Return the features of this rank's samples, as `take` does: a copy if the storage also contains other
-        samples, or if they are scaled."""
+        """Return the features of this rank's samples, as `take` does. They are a copy if the storage also contains
+        other samples, or if the features are scaled."""
         rows = slice(None) if self.at_R is None else torch.arange(len(self.at_R))
         return self.take(rows)
 
@@ -170,18 +170,18 @@ class FeatureBank:
         return replace(self, keys=keys, labels_N=labels_N, **more, own_R=own_R[kept], at_R=at_R[kept])
 
     def part(self, number: int) -> FeatureBank:
-        """Return a bank with one of the feature vectors of each sample."""
+        """Return a bank that contains only the feature vector with this number of each sample."""
         return replace(self, stored_SD=self.stored_SD[:, number], patches_SLD=None, types=())
 
     def of(self, kind: FeatureType) -> FeatureBank:
-        """Return a bank of one of `types`, whose features are [R, D], or [R, L, D] for patch tokens."""
+        """Return a bank that contains only the type `kind`: features [R, D], or [R, L, D] for patch tokens."""
         found_S = select(kind, self.types, self.stored_SD, self.patches_SLD)
         return replace(self, stored_SD=found_S, patches_SLD=None, types=())
 
     def gathered(self) -> FeatureBank:
         """Return a bank of one type of features that stores all samples on the CPU of every rank. Every rank must call
         it."""
-        alone = replace(self, own_R=None, at_R=None, ranks=None, standard=None)  # `features_RD` returns scaled features
+        alone = replace(self, own_R=None, at_R=None, ranks=None, standard=None)  # `features_RD` has scaled the features
         return replace(alone, stored_SD=self.complete(self.features_RD))
 
     def complete(self, values_R: Tensor) -> Tensor:
@@ -192,7 +192,8 @@ class FeatureBank:
 
     def beside(self, other: FeatureBank, folder: Path | None = None) -> FeatureBank:
         """Return a bank with the features of two banks side by side, [R, D of both], each scaled to unit length. The
-        cosine similarity of two samples is then the mean of their two similarities. Every rank must call it.
+        cosine similarity of two samples is then the mean of their similarities in the two banks. Every rank must call
+        it.
 
         Args:
             other: features of the same samples, stored by the same ranks.
@@ -220,8 +221,8 @@ class FeatureBank:
             refuse_not_finite(sorted(row for part in parts for row in part), self.keys)
 
     def predictions(self, scores_RC: Tensor, *, votes: bool = False) -> Predictions:
-        """Return the predictions of all samples on every rank, given the scores of this rank's samples, float. `votes`:
-        see `Predictions.of`. Raises UserError on every rank if a score on any rank is not finite."""
+        """Return the predictions of all samples on every rank. `scores_RC`: floating-point scores of this rank's
+        samples. `votes`: see `Predictions.of`. Raises UserError on every rank if a score on any rank is not finite."""
 
         def own() -> Predictions:
             keys, images = ([rows[row] for row in self.own.tolist() if rows] for rows in (self.keys, self.image_hashes))
@@ -247,7 +248,7 @@ def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _ordered(values: Any, order: Tensor) -> Any:
-    """Return a column of a table with its rows in the given order. A column that is unknown is empty."""
+    """Return a column of a table with its rows in the given order. The column stays empty if its values are unknown."""
     if isinstance(values, Tensor):
         return values[order]
     return [values[row] for row in order.tolist() if values] if isinstance(values, list) else values

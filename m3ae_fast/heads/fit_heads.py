@@ -36,7 +36,7 @@ class HeadBatch(NamedTuple):
     """This rank's part of a step."""
 
     inputs: Mapping[FeatureType, Tensor]  # features [S, D], or patch tokens [S, L, D]
-    targets: Tensor  # one of the three kinds of `losses`
+    targets: Tensor  # in one of the three forms that `losses` accepts
     samples: int  # number of samples of the step, over all ranks
 
 
@@ -136,8 +136,8 @@ def logits(heads: Heads, bank: FeatureBank, number: int = 0) -> Tensor:
 
 @torch.no_grad()
 def judge(heads: Heads, bank: FeatureBank) -> list[tuple[float, float | None]]:
-    """Return the accuracy or, for lists of labels, the mAP of each head on the samples of all ranks, and its loss; (0,
-    None) for a head that has diverged. Every rank must call it."""
+    """Return two numbers for each head: its accuracy (for lists of labels, its mAP) on the samples of all ranks, and
+    its loss. They are (0, None) for a head that has diverged. Every rank must call it."""
     totals_3H, labels_R = torch.zeros(3, len(heads.linear.bias), dtype=torch.float64), bank.labels[bank.own]
     for part, part_SHK in _logits(heads, bank):
         totals_3H += torch.stack(losses(part_SHK, labels_R[part].to(part_SHK.device))).double().sum(1).cpu()
@@ -177,10 +177,13 @@ def losses(logits_SHK: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
     Args:
         logits_SHK: the logits.
-        targets: one of three kinds. Class ids, int64 [S]. The count of each class in a sample, float32 [S, K], such as
-            the number of pixels of a patch that belong to the class; the second result is then the count of the
-            predicted class. Whether each sample belongs to each class, bool [S, K]; the first result is then the sum of
-            the binary cross entropies of the classes, and a prediction is correct if the sample belongs to that class.
+        targets: the labels, in one of three forms:
+
+            - int64 [S]: class ids.
+            - float32 [S, K]: the count of each class in each sample, such as the number of pixels of a patch that
+              belong to the class. The second result is then the count of the predicted class.
+            - bool [S, K]: whether each sample belongs to each class. The first result is then the sum of the binary
+              cross entropies of the classes, and a prediction is correct if the sample belongs to the predicted class.
     """
     samples, heads, _ = logits_SHK.shape
     targets = targets[:, None].expand(samples, heads, *targets.shape[1:])

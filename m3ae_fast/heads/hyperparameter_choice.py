@@ -23,9 +23,9 @@ class Trial(NamedTuple):
 
 def split(bank: FeatureBank, most: int | None = None) -> tuple[list[int], list[int]]:
     """Split the samples, and return the numbers of the training samples and those of the held-out samples, ascending. A
-    tenth of the samples is held out, but at most `most`, and none if there are fewer than ten. They are selected by a
-    hash of their image or, if this is unknown, of their key. Copies of an image are on the same side, so slightly fewer
-    samples may be held out."""
+    tenth of the samples is held out, but at most `most`, and none if there are fewer than ten samples. Held-out samples
+    are selected by a hash of the image or, if this is unknown, of the key. Copies of an image are either all held out
+    or all used for training, so slightly fewer samples may be held out."""
     names = [image or key for image, key in zip(bank.image_hashes or [""] * len(bank.keys), bank.keys)]
     digests = [key_digest(name) for name in names]
     order = sorted(range(len(names)), key=digests.__getitem__)

@@ -23,9 +23,9 @@ _MOST_HELD_OUT = 10_000  # maximum number of held-out samples on which NUMBERS a
 
 
 def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, temperature: float) -> Tensor:
-    """Return the votes of the k nearest training samples for each class, for this rank's queries: float32 [R, C], on
-    the CPU, in units of the vote of the nearest sample or, for lists of labels, of all k votes. Every rank must call
-    it."""
+    """Return the sum of the votes for each class by the k nearest training samples of each of this rank's queries:
+    float32 [R, C], on the CPU. The vote of the nearest sample has the weight 1. For lists of labels, the weights of the
+    k votes have the sum 1 instead. Every rank must call it."""
     similarity_RK, number_RK = nearest(bank, queries, k)
     # Weights are relative to the weight of the nearest sample, which avoids overflow at low temperatures.
     weights_RK = ((similarity_RK.double() - similarity_RK[:, :1]) / temperature).exp()
@@ -37,11 +37,11 @@ def knn_scores(bank: FeatureBank, queries: FeatureBank, classes: int, k: int, te
 
 
 def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, config: KnnConfig) -> Predictions:
-    """Return the k-NN predictions of all queries, with neighbours from `bank`. Their `chosen` contains the number of
-    neighbours, "k", and whether features were standardised, "standardised". If `config.k` is null, both are chosen by
-    the quality on a tenth of the samples of `bank`, with neighbours from the others, and the number is one of NUMBERS.
-    In a tie, and if there are fewer than ten samples, features are not standardised, and the number is USUAL_K. Every
-    rank must call it."""
+    """Return the k-NN predictions of all queries, with neighbours from `bank`. The predictions' `chosen` contains the
+    number of neighbours, "k", and whether features were standardised, "standardised". If `config.k` is null, each of
+    NUMBERS is tried with and without standardisation: a tenth of the samples of `bank` is classified with neighbours
+    from the other samples, and the combination with the highest quality is used. In a tie, and if there are fewer than
+    ten samples, features are not standardised, and the number is USUAL_K. Every rank must call it."""
     k, standardised = (config.k, False) if config.k else _chosen(bank, classes, config.temperature)
     found = _predictions(bank, queries, classes, k, standardised, config.temperature)
     return replace(found, chosen={"k": min(k, len(bank.keys)), "standardised": standardised})
@@ -50,7 +50,8 @@ def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, confi
 def _predictions(
     bank: FeatureBank, queries: FeatureBank, classes: int, k: int, standardised: bool, temperature: float
 ) -> Predictions:
-    """Return the predictions by the votes of `knn_scores`. The standardisation is that of the features of `bank`."""
+    """Return the predictions that follow from the votes of `knn_scores`. `standardised`: whether features are
+    standardised, with the mean and the standard deviation of the features of `bank`."""
     if standardised:
         standard = bank.measured()
         bank, queries = replace(bank, standard=standard), replace(queries, standard=standard)

@@ -1,13 +1,12 @@
-"""Default training length and learning rate of a classifier, by number of training samples, for settings that are not
-given.
+"""Default training length and learning rate of a classifier, which replace settings that are not given. They depend on
+the number of training samples.
 
 For a dataset of ImageNet's size, the defaults are the official recipe. For fewer samples, they are changed as follows:
 
 - Batch size: it is reduced in proportion to the number of samples, down to a minimum, so that an epoch has about as
   many steps as an epoch of ImageNet.
 - Epochs: their number is increased if there would otherwise be too few steps. Fine-tuning processes at least 256,000
-  samples, as in BiT-HyperRule (arXiv 1912.11370). The warm-up is always the same
-  fraction of the run.
+  samples, as in BiT-HyperRule (arXiv 1912.11370). The warm-up is always the same fraction of the run.
 - Learning rate of the linear probe: it is proportional to the batch size (arXiv 1706.02677), and higher for fewer
   steps. A step of LARS changes a weight by a fraction of its norm, so the learning rate summed over all steps
   determines how far the weights can move. This sum is slightly larger for fewer samples, but at most 5 per sample,
@@ -103,7 +102,7 @@ def _power_of_two(value: float) -> int:
 def with_defaults(
     config: EvaluationConfig, official: Official, samples: int, saved: Mapping[str, Any]
 ) -> EvaluationConfig:
-    """Return the config with default hyper-parameters in place of those that are not given.
+    """Return the config with defaults in place of the hyper-parameters that are not given.
 
     Args:
         config: the config of the task.
@@ -134,7 +133,7 @@ def epochs_of(schedule: Schedule) -> float:
 
 
 def chosen(config: EvaluationConfig) -> dict[str, Any]:
-    """Return those settings of a config with default hyper-parameters that belong to a recipe."""
+    """Return the settings that belong to a recipe, from a config that `with_defaults` has completed."""
     optim = config.optim.model_dump(include={"peak_lr", "warmup_epochs"})
     return optim | config.train.model_dump(include={"global_batch", "epochs", "steps"})
 

@@ -31,8 +31,8 @@ from m3ae_fast.process.ranks import Ranks
 USUAL = 1.0  # scikit-learn's default inverse strength
 INVERSE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, USUAL)  # inverse strengths that `fit_chosen` tries
 # Minimum number of held-out samples for the one-standard-error rule. With fewer, the standard error is so large that
-# the rule often selects a far too strong penalty. Compared with the most accurate strength, it cost 7 to 14 points of
-# accuracy with 50 training samples, 3 to 5 points with 100, and 1.2 +- 0.4 points with 800 (scikit-learn's digits as
+# the rule often selects a far too strong penalty. Compared to the most accurate strength, the rule cost 7 to 14 points
+# of accuracy with 50 training samples, 3 to 5 points with 100, and 1.2 +- 0.4 points with 800 (scikit-learn's digits as
 # pixels and as HOG, wine and breast cancer; 20 random splits each).
 # The rule is not used for lists of labels: with 1,200 samples of data/openclipart and its 40 most frequent keywords, it
 # cost 3.8, 0.7 and 2.0 points of mAP for HOG, pixels and colour histograms (means of 6 random subsets).
@@ -45,15 +45,15 @@ _ROUNDING = 1e-7  # relative rounding error of a loss
 _SHORTEST = 1e-6  # minimum step length
 _AT_A_TIME = 1 << 22  # maximum number of logits that are computed at a time
 # For wider features, only the largest eigenvalues of the covariance are computed. The time for all of them grows with
-# the cube of the width: for a width of 3,072, all take 34 CPU seconds, and the largest 256 take 0.6.
+# the cube of the width: for a width of 3,072, computing all eigenvalues takes 34 CPU seconds, and only 256 takes 0.6.
 _WIDE, _EIGENVALUES, _POWERS = 512, 256, 2
-# A feature is constant if its standard deviation is below this fraction of its mean (a few roundings of float32), or
-# below the second value, whose inverse float32 can still represent.
+# A feature counts as constant if its standard deviation is below _CONSTANT times its mean (a few roundings of float32),
+# or below _TINY, whose inverse float32 can still represent.
 _CONSTANT, _TINY = 1e-6, 1e-30
 
 
 class Tried(NamedTuple):
-    """Classifiers with each of INVERSE_STRENGTHS, fitted to the samples of a bank that are not held out."""
+    """One classifier for each of INVERSE_STRENGTHS, fitted to those samples of a bank that are not held out."""
 
     trials: list[Trial]  # results on the held-out samples; empty if no samples are held out, because there are too few
     held_out: int  # number of held-out samples
@@ -68,12 +68,18 @@ class Tried(NamedTuple):
 def fit_chosen(
     bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None, tried: Tried | None = None
 ) -> tuple[LinearHeads, float]:
-    """Fit one classifier to labels, or one for each class to lists of labels. The penalty is the strongest one whose
-    accuracy on a held-out tenth of the samples is within one standard error of the highest; see `within_error`. If this
-    tenth is smaller than _ENOUGH, the penalty with the highest accuracy is used; in a tie, the one with the lowest
-    loss. For lists of labels, it is always the penalty with the highest mAP. The inverse strength is USUAL if there
-    are fewer than ten samples, or if no held-out sample is classified correctly, for example because each class has one
-    sample. Every rank must call it.
+    """Choose the strength of the penalty on a held-out tenth of the samples, and fit a classifier to all samples: one
+    multinomial regression or, for lists of labels, one binary regression per class. Every rank must call it.
+
+    The strength is chosen as follows:
+
+    - By default, it is the strongest penalty whose accuracy on the held-out samples is within one standard error of the
+      highest accuracy; see `within_error`.
+    - If fewer than _ENOUGH samples are held out, it is the penalty with the highest accuracy; in a tie, the one of them
+      with the lowest loss.
+    - For lists of labels, it is the penalty with the highest mAP.
+    - If there are fewer than ten samples, the inverse strength is USUAL. This is also so if no held-out sample is
+      classified correctly, for example because each class has one sample.
 
     Args:
         bank: the features.
@@ -97,8 +103,8 @@ def fit_chosen(
 
 
 def try_strengths(bank: FeatureBank, classes: int, heartbeats: Heartbeats | None = None) -> Tried:
-    """Fit a classifier with each of INVERSE_STRENGTHS to nine tenths of the samples, and evaluate it on the others.
-    Every rank must call it."""
+    """Fit a classifier with each of INVERSE_STRENGTHS to nine tenths of the samples, and evaluate it on the remaining
+    tenth. Every rank must call it."""
     train, held_out = (bank.rows(numbers) for numbers in split(bank))
     if not held_out.keys:
         return Tried([], 0, None)
@@ -114,8 +120,9 @@ def predict(
     heartbeats: Heartbeats | None = None,
     tried: Tried | None = None,
 ) -> Predictions:
-    """Fit a classifier as `fit_chosen` does, and return its predictions for the held-out samples. They contain the
-    classifier and, in `chosen`, its inverse strength, "inverse_strength". Every rank must call it."""
+    """Fit a classifier as `fit_chosen` does, and return its predictions for the held-out samples. Their `chosen`
+    contains the "inverse_strength". Except for lists of labels, they also contain the classifier. Every rank must call
+    it."""
     heads, strength = fit_chosen(bank, classes, heartbeats, tried)
     found = held_out.predictions(logits(heads, held_out))
     return replace(found, chosen={"inverse_strength": strength}, classifier=None if bank.has_lists else heads)
@@ -123,7 +130,7 @@ def predict(
 
 def fit(bank: FeatureBank, targets: Tensor, classes: int) -> LinearHeads:
     """Return a classifier with the inverse strength USUAL, as a single head. Every rank must call it. `targets`: labels
-    that replace those of the bank, of the same kinds; `classes`: number of classes."""
+    that replace the labels of the bank, in the form of `FeatureBank.labels`; `classes`: number of classes."""
     return _fit(replace(bank, labels_N=targets), classes, [USUAL])[1]
 
 
@@ -134,12 +141,15 @@ def _fit(
     heartbeats: Heartbeats | None = None,
     start_HKP: Tensor | None = None,
 ) -> tuple[Tensor, LinearHeads]:
-    """Return the weights, float64, and a head for each strength: a multinomial regression or, for lists of labels, one
-    binary regression per class, whose weights are 0 for a class to which all or no samples belong. As in scikit-learn,
-    the penalty that is added to the mean loss is half the sum of the squared weights, divided by the inverse strength
-    and by N. Biases are not penalised. For two classes of a multinomial regression, scikit-learn has a single vector of
-    weights, which is the difference of the two vectors here. Its squared norm is twice the sum of their squared norms,
-    so the penalty is doubled."""
+    """Return the weights, float64 [H, K, P], and a stack of heads, one for each strength. A head is a multinomial
+    regression or, for lists of labels, one binary regression per class. The weights of a class to which all or no
+    samples belong are then 0.
+
+    As in scikit-learn, a penalty is added to the mean loss. It is half the sum of the squared weights, divided by the
+    inverse strength and by N; biases are not penalised. A multinomial regression with two classes has a single vector
+    of weights w in scikit-learn, but two vectors here, w / 2 and -w / 2. The squared norm of w is twice the sum of the
+    squared norms of the two vectors, so the penalty is doubled here.
+    """
     features, targets = Standardised(bank), bank.labels
     device, samples = features.device, len(bank.keys)
     counts_K = (targets.sum(0) if bank.has_lists else targets.bincount(minlength=classes)).double().to(device)
@@ -159,11 +169,12 @@ def _fit(
         bank.ranks,
         heartbeats,
     )
-    if not bank.has_lists:  # the softmax does not depend on the mean of the biases
+    if not bank.has_lists:  # remove the mean of the biases, on which the softmax does not depend
         weight_HKP[..., -1] -= weight_HKP[..., -1].mean(1, keepdim=True)
     heads = LinearHeads(bank.stored_SD.shape[-1], classes, [0] * len(penalty_H)).to(device).eval()
     heads.norm.mean.copy_(features.mean_D)
-    heads.norm.var.fill_(1 - BATCH_NORM_EPS)  # the weights contain the scale, because the norm would add eps to it
+    # the norm only subtracts the mean, because it would add eps to a variance; the weights contain the scale instead
+    heads.norm.var.fill_(1 - BATCH_NORM_EPS)
     heads.linear.weight.data.copy_(weight_HKP[..., :-1] * features.scale_D)
     heads.linear.bias.data.copy_(weight_HKP[..., -1])
     return weight_HKP, heads

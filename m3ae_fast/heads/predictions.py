@@ -58,7 +58,7 @@ class Predictions:
     keys: list[str]
     labels_N: Tensor  # labels as in `FeatureBank`
     best_NK: Tensor  # result of `best_classes`
-    scores_N: Tensor  # float32: scores of the best classes, from 0 to 1
+    scores_N: Tensor  # float32: score of each sample's best class, from 0 to 1
     image_hashes: list[str] = field(default_factory=list)  # see `Sample.image_hash`; empty: they are unknown
     chosen: Mapping[str, Any] = field(default_factory=dict)  # hyper-parameters that were selected
     warnings: tuple[str, ...] = ()  # warnings about the reliability of the accuracy
@@ -149,8 +149,8 @@ class ListPredictions(Predictions):
         return self.resampled.entries("map")
 
     def columns(self, classes: Classes) -> dict[str, list[Any]]:
-        """Return the columns of the table: keys and labels and, for each of `classes` in order, whether the
-        sample belongs to the class, and the score of the class."""
+        """Return the columns of the table: keys, labels, truth and scores. The truth contains, for each of `classes`
+        in order, whether the sample belongs to the class; the scores are in the same order."""
         labels = [[str(classes[number]) for number in row_C.nonzero()[:, 0]] for row_C in self.labels_N]
         images = {IMAGE_HASH: self.image_hashes} if self.image_hashes else {}
         each = {"truth": [*self.labels_N.numpy()], "scores": [*self.scores_N.numpy()]}

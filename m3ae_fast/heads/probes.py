@@ -45,7 +45,7 @@ def predict(
         held_out: features of the held-out samples, of the same types.
         recipe: kind of the probes, and their hyper-parameters.
         ranks, heartbeats: the ranks, and the heartbeats of this rank.
-        tried: for logistic regression on a single type: result of `try_strengths` for its features if it is known.
+        tried: result of `try_strengths` for the features if it is known; only for logistic regression on a single type.
 
     Raises:
         UserError: a head diverged, so its weights or scores are not finite.
@@ -79,7 +79,7 @@ def _by_attention(
     return found
 
 
-# The docstring of `tasks.py` lists what else a new probe needs.
+# The docstring of `evaluation/tasks.py` lists what else a new probe needs.
 PROBES: dict[str, Callable[[Banks, Banks, Recipe, Ranks, Heartbeats, Tried | None], dict[FeatureType, Predictions]]] = {
     "knn": _by_neighbours,
     "logistic": _by_regression,

@@ -11,7 +11,7 @@ from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import warmup_cosine
 from m3ae_fast.heads.length_and_rate import OFFICIAL
 
-ATTENTIVE = "attentive"  # the probe that is trained on patch tokens, so that its result depends on the seed
+ATTENTIVE = "attentive"  # the probe of patch tokens; the only one whose result depends on the seed
 ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # peak learning rates to try with AdamW
 _WARMUP = 1 / 9  # fraction of the steps that belong to the warm-up, as for the linear probe
 
@@ -29,7 +29,7 @@ class Recipe:
     batch: int  # samples per step
     attention_heads: int
     weight_decay: float
-    rates: Sequence[float]  # peak learning rates; if there are several, they are tried
+    rates: Sequence[float]  # peak learning rates; if there are several, `try_rates` tries them
 
     @classmethod
     def of(

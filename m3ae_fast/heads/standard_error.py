@@ -46,7 +46,7 @@ def error_of_accuracy(correct_N: np.ndarray, clusters_N: np.ndarray | None = Non
     """
     clusters_N = np.arange(len(correct_N)) if clusters_N is None else clusters_N
     mean = float(correct_N.mean())
-    if not 0 < mean < 1 or not clusters_N.any():  # the residuals of all clusters are 0
+    if not 0 < mean < 1 or not clusters_N.any():  # in both cases, all residuals_C would be 0
         return standard_error(mean, effective_samples(clusters_N))
     residuals_C = np.bincount(clusters_N, correct_N - mean)
     return math.sqrt(residuals_C @ residuals_C) / len(correct_N)
