@@ -1,10 +1,11 @@
 /* Linear layers in bf16 on CPUs with AMX, or with AVX512_BF16's dot products: x w^T + bias, optionally followed by GELU, and
-   the gradient of their input, grad w, optionally through a GELU.
+   the gradient of their input, grad w, optionally times the derivative of a GELU.
 
    Products are [R, K] by [K, N]. The weight is packed first: pairs along K are adjacent, and N is split into panels of 32
-   columns, whose blocks of 32 by 32 are two tiles each. Each part of the weight is multiplied by all rows before the next part
-   is used; a strip of rows stays in a core's first-level cache. Results are written with non-temporal stores, because they do
-   not fit into the caches. Every result is a single sum over K in float, regardless of the number of threads. */
+   columns. A panel consists of blocks of 32 x 32 values, and each block consists of two tiles. The panels are divided into parts.
+   Each part is multiplied by all rows before the next part is used; a strip of rows stays in a core's first-level cache.
+   Results are written with non-temporal stores, because they do not fit into the caches. Every result is a single sum over K
+   in float, regardless of the number of threads. */
 
 #include <omp.h>
 
@@ -50,7 +51,7 @@ static void pack(const void *w, long N, long k, long n, int wide, bf16 *tiles) {
     }
 }
 
-/* STRIP x 32 sums, and where to write their results. */
+/* STRIP x 32 sums, and the addresses to which the results are written. */
 typedef struct {
     float *sums;
     const float *bias;

@@ -3,8 +3,8 @@
 #include "vectors.h"
 
 /* x, grad and dx are [R, D]; weight is [D]; mean and rstd, the reciprocal standard deviation, are [R]. sums [blocks, 2, D] must
-   be zero; they receive the contributions of each block of `rows` rows to the gradients of weight and bias, which do not
-   depend on the number of threads. */
+   be zero; they receive the contributions of each block of `rows` rows to the gradients of weight and bias. The sums do
+   not depend on the number of threads. */
 void backward(const bf16 *grad, const bf16 *x, const float *weight, const float *mean, const float *rstd, bf16 *dx, float *sums,
               long R, long D, long rows, int threads) {
 #pragma omp parallel for num_threads(threads)
