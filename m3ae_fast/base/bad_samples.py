@@ -32,7 +32,7 @@ class NeedsRange(BadSample):
 @dataclass(frozen=True)
 class Skipped:
     """An invalid or unreadable sample, or an unreadable shard. For a shard, the key is "". For an image file outside of
-    shards, the shard is the folder that is encoded, or ""."""
+    shards, `shard` is "" or the folder that is encoded."""
 
     shard: str
     key: str

@@ -95,6 +95,6 @@ def check_dtypes(state: Mapping[str, Tensor], where: str) -> None:
 
 
 def write_tensors(path: Path, state: dict[str, Tensor]) -> None:
-    """Write tensors of any shape and dtype as a safetensors file. The file contains a mark, by which `output_folder`
-    recognises that this package has written it. Raises OSError or SafetensorError if the file cannot be written."""
+    """Write tensors of any shape and dtype as a safetensors file. A mark in the file shows `output_folder` that this
+    package has written it. Raises OSError or SafetensorError if the file cannot be written."""
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata=_MARK)

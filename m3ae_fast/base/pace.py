@@ -34,7 +34,7 @@ class Pace:
         Args:
             total: units of the whole work; None if that is unknown.
             first: number of calls of `advance` whose time is excluded as soon as later calls have been measured.
-            report: called once, with the seconds left, as soon as they are reliable.
+            report: called once, with the seconds left, as soon as this estimate is reliable.
             now: the clock; None: `time.monotonic`.
         """
         self.total, self.done = total, 0.0
@@ -45,11 +45,12 @@ class Pace:
         self.missing = first + 1  # number of calls of `advance` that are still to come until the first measured call
         self._report, self._last = report, self.now()
         self._units = self._duration = 0.0  # weighted sums over the measured parts
-        self._pauses: dict[str, tuple[float, float]] = {}  # seconds of a pause and pauses per unit, by name
+        self._pauses: dict[str, tuple[float, float]] = {}  # by name: seconds of the last pause, pauses per unit
 
     def advance(self, units: float = 1.0, recent: float = math.inf) -> None:
-        """Count the units that were done since the last call. If there are none, this time is added to that of the next
-        units. `recent`: seconds of work within which the weight of earlier units decreases by a factor of e."""
+        """Count the units that were done since the last call. If there are none, the time since then is added to the
+        time of the next units. `recent`: seconds of work within which the weight of earlier units decreases by a
+        factor of e."""
         if not units:
             return
         now = self.now()
@@ -75,9 +76,9 @@ class Pace:
 
         Args:
             name: name of the pause.
-            frequency: number of pauses with this name per unit; there is one more after the last unit.
-            counts: whether this is one of these pauses. If False, no pause was due; the time that it took to find that
-                out is excluded, but does not count as a pause.
+            frequency: number of pauses with this name per unit of work. One more pause follows the last unit.
+            counts: whether the context is such a pause, whose duration is used to estimate the time left. If False, the
+                time in the context is only excluded, for example because no pause was due.
         """
         began = self.now()
         yield

@@ -71,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
         except UserError as error:  # raised by the function that parses a value
             refuse(str(error))
         if unknown:
-            from m3ae_fast.cli.option_hints import hint  # the config takes a while to import
+            from m3ae_fast.cli.option_hints import hint  # here, because it imports the config, which takes a while
 
             instead = hint(self.prog, unknown)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{instead and f'; {instead}'}")

@@ -17,8 +17,9 @@ from m3ae_fast.drawing.reconstructions import can_draw, draw_run, open_weights
 def draw_training(
     config: Config, weights: dict[str, Tensor], corpus: Corpus, tokenizer: CaptionTokenizer | None
 ) -> dict[str, Path]:
-    """Plot samples of `corpus`, write the figures to the run folder, and return their paths by name. There is
-    "reconstructions" unless no sample is valid or the predictions cannot be drawn, and "attention" if there are images.
+    """Plot samples of `corpus`, write the figures to the run folder, and return their paths by name. The name
+    "reconstructions" is included if at least one sample is valid and the model's predictions can be drawn. The name
+    "attention" is included if at least one sample has an image.
     See `draw_run` for the arguments and errors."""
     folder, count = config.run.dir, config.train.pictures
     drawn = {}

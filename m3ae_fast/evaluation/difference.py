@@ -304,8 +304,9 @@ class _Classified(NamedTuple):
 def _classified(result: Result, name: str = "") -> _Classified:
     """Compare the predictions of a result with the labels, and return which samples are classified correctly. If there
     are several layers, poolings or numbers of training samples, the main ones are used. `name`: name of the classifier;
-    "": it is named by the folder and, if the table has several, by layer, pooling and number of training samples.
-    Raises UserError unless the table has exactly one prediction for each sample and draw."""
+    "": its name is the folder. If the table has several layers, poolings or numbers of training samples, the name then
+    also contains the main ones. Raises UserError if the table does not have exactly one prediction for each sample and
+    draw."""
     folder = result.folder
     result, case = _main_part(result)
     draws = [*result.parts("draw").values()] if "draw" in result.table else [result]

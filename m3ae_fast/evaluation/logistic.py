@@ -10,8 +10,8 @@ from m3ae_fast.evaluation.tasks import Logistic
 
 
 def run(job: Job[Logistic]) -> dict[str, Any]:
-    """Run the task, write the classifier if there is only one and its labels are not lists, and return the result.
-    Raises UserError as `run_probes` does."""
+    """Run the task and return the result. The classifier is written too, if there is only one and the samples have
+    single labels instead of lists. Raises UserError as `run_probes` does."""
     entries, found, _ = run_probes(job)
     if found.classifier and not job.options.is_image_features:  # a saved classifier needs a network
         job.save_probe("logistic", found.classifier.head(0), found.chosen["pool"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from m3ae_fast.images.patch_grid import Native
 
 _TRIES = 10  # maximum number of random crops that are drawn until one fits into the image, as in torchvision
-_RATIO = (3 / 4, 4 / 3)  # width / height; for a native aspect ratio, relative to that of the image
+_RATIO = (3 / 4, 4 / 3)  # range of width / height of a crop; see `own` in `draw_box`
 
 
 def random_crop(
@@ -51,7 +51,8 @@ def draw_box(
     height: int, width: int, scale: tuple[float, float], draws: list[float], own: float = 1.0
 ) -> tuple[int, int, int, int]:
     """Return the top, left, height and width of a crop, sampled as in
-    torchvision.transforms.RandomResizedCrop.get_params, with aspect ratios relative to the aspect ratio `own`."""
+    torchvision.transforms.RandomResizedCrop.get_params. `own`: factor of the aspect ratios in _RATIO: the aspect ratio
+    of the image if its native aspect ratio is kept, otherwise 1."""
     least, most = own * _RATIO[0], own * _RATIO[1]
     for i in range(0, 4 * _TRIES, 4):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])

@@ -61,10 +61,12 @@ class Native:
         return 0 < grid[0] * grid[1] <= self.most and max(grid) <= self.longest
 
     def position_indices(self, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return first_B, step_B and the number of rows of the position table. The patch at row r and column c of a
-        grid has the table index first + r * step + c. The table has `longest` x `longest` positions, and
-        each grid takes the upper left corner or the centre of it. For positions from a checkpoint, the table contains
-        the `distinct` grids one after another."""
+        """Return first_B, step_B and the number of rows of the table of position embeddings. In this table, the patch
+        at row r and column c of grid b has the row first_B[b] + r * step_B[b] + c.
+
+        For computed embeddings, the table contains a square of `longest` x `longest` positions, and each grid uses the
+        upper left corner or the centre of the square. For stored embeddings, it contains the `distinct` grids one after
+        another."""
         rows_B, columns_B = np.array(grids, np.int64).reshape(-1, 2).T
         if self.positions == "stored":
             starts, end = {}, 0
