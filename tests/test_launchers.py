@@ -43,7 +43,8 @@ def adopted(environment):
     (SLURM | PMI, ("502", "508", "6", "6", "head")),  # srun --mpi=pmi2; variables that the user has set are kept
     (SLURM | {"SLURM_NODEID": "64"}, ("502", "508", "6", "1", "gpu003")),  # the 64 nodes have the ids 0 to 63
     (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8(x62),4,2"}, ("502", "508", "6", "4", "gpu003")),
-    (SLURM | {"SLURM_JOB_NODELIST": "login1,gpu[003-065]"}, ("502", "508", "6", "6", "gpu003")),  # more nodes
+    # the nodes of the job are ignored, because those of the step are known
+    (SLURM | {"SLURM_JOB_NODELIST": "login1,gpu[003-065]"}, ("502", "508", "6", "6", "gpu003")),
     (OMPI, ("3", "4", "3", "4", "127.0.0.1")),
     (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_NODELIST": "b1,b2"}, ("3", "4", "3", "2", "b1")),
     # mpirun starts its daemons with srun, one per node

@@ -230,11 +230,11 @@ SETTINGS = {
     "loss": dict.fromkeys(
         ("image_weight", "text_weight", "image_all_tokens", "text_all_tokens", "norm_pix", "per"), NOTED
     )
-    | {"teacher": FREE},  # compared by the hash of its weights in the fingerprint
+    | {"teacher": FREE},  # the fingerprint contains a hash of the teacher's weights
     "data": dict.fromkeys(("crop_scale", "flip", "repeats", "image_tokens"), STREAM)
     # compared by the fingerprint, regardless of the location of the files
     | dict.fromkeys(("train", "tokenizer", "image_tokenizer"), FREE)
-    | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # compared by the order in the fingerprint
+    | dict.fromkeys(("shuffle_shards", "lanes"), FREE)  # the fingerprint contains the order of the samples
     | {"show_channels": FREE}
     | dict.fromkeys(("val", "workers", "cache_dir", "cache_gb", "max_bad_fraction"), FREE),
     "optim": {"name": REFUSED}

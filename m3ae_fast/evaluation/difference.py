@@ -82,8 +82,8 @@ class Result:
 
 
 def compare_results(folders: Sequence[Path]) -> str:
-    """Return lines that state for each pair of results which result is better. There is one line for each pair, but for
-    results of robustness one line for each attack, and for results of ood one line for each set and score. If a result
+    """Return lines that state for each pair of results which result is better. There is one line for each pair, except
+    for results of robustness (one line for each attack) and of ood (one line for each set and score). If a result
     has several layers, poolings or numbers of training samples, its main accuracy is compared (see `main_case`). Raises
     UserError if there are fewer than two folders, a folder has no predictions, or the results are not on the same
     samples."""

@@ -63,7 +63,8 @@ def test_shard_groups_limit_the_number_of_open_shards():
     groups = [set(shards[i : i + 30]) for i in range(0, 120, 30)]
     assert all(len(group) == 3 for group in groups)
     assert set.union(*groups) == set(range(12))
-    groups.append({place.sample // 10 for place in places(order, range(120, 150))})  # the same window in the next epoch
+    # the first window of the second epoch
+    groups.append({place.sample // 10 for place in places(order, range(120, 150))})
     for first, end, known in ((0, 1, 1), (29, 30, 1), (29, 31, 2), (30, 31, 1), (65, 119, 2)):
         (needs,) = order.upcoming_windows([0], first, end)
         found = [(need.ahead, set(need.shards)) for need in needs]

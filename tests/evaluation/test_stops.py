@@ -12,7 +12,7 @@ from tests.helpers.ranks import LIMIT_S, await_ranks, fork_ranks
 
 pytestmark = pytest.mark.slow
 
-ENDLESS = 10_000_000  # steps
+ENDLESS = 10_000_000  # number of steps that no test completes
 
 
 @pytest.fixture

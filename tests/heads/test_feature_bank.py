@@ -124,7 +124,7 @@ def test_features_stored_in_a_file_are_unchanged_and_the_file_is_removed(monkeyp
     monkeypatch.setattr(
         feature_bank.tempfile,
         "TemporaryFile",
-        lambda dir: folders.append(dir) or real(dir=dir),  # in the output folder
+        lambda dir: folders.append(dir) or real(dir=dir),  # `dir` must be the output folder
     )
     parts = [torch.randn(count, 3, 2).to(dtype) for count in (4, 0, 3)]
     with join_ranks() as ranks:

@@ -151,7 +151,7 @@ def _damage(path: Path, chance: random.Random) -> bool:
 
 def _damage_checkpoint(run_dir: Path, chance: random.Random) -> bool:
     last = checkpoint.saved_steps(run_dir)[-1:]
-    # only files with a suffix, which excludes the marks
+    # "*.*" matches only files with a suffix, so the marks "good" and "failed" are not damaged
     return any([_damage(chance.choice(sorted(path.glob("*.*"))), chance) for path in last])
 
 
