@@ -96,21 +96,31 @@ def expected(teacher, images, grid, side=None):
     mean, std = (torch.tensor(about[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
         found = network.forward_features((unit - mean) / std)
+        maps = [found]
         if found.ndim == 3:
             tokens = found[:, network.num_prefix_tokens :]
-            found = tokens.transpose(1, 2).unflatten(2, (round(tokens.shape[1] ** 0.5),) * 2)
-        elif name == CHANNELS_LAST:
-            found = found.permute(0, 3, 1, 2)
-        found = F.interpolate(found, (grid, grid), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
-    centred = found - found.mean(2, keepdim=True)
-    return centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()
+            maps = [tokens.transpose(1, 2).unflatten(2, (round(tokens.shape[1] ** 0.5),) * 2)]
+        elif name in (CNN, CHANNELS_LAST):
+            last = found.permute(0, 3, 1, 2) if name == CHANNELS_LAST else found
+            maps = [
+                *network.forward_intermediates((unit - mean) / std, indices=[-3, -2], intermediates_only=True),
+                last,
+            ]
+    width = sum(each.shape[1] for each in maps)
+    parts = []
+    for each in maps:
+        rows = F.interpolate(each, (grid, grid), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+        centred = rows - rows.mean(2, keepdim=True)
+        standard = centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()
+        parts.append(standard * (width / len(maps) / each.shape[1]) ** 0.5)
+    return torch.cat(parts, 2)
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [(VIT, 64), (CNN, 96), (CHANNELS_LAST, 64), (f"{VIT}@96", 64), (f"{CNN}@48", 96)]
+    ("name", "width"), [(VIT, 64), (CNN, 336), (CHANNELS_LAST, 144), (f"{VIT}@96", 64), (f"{CNN}@48", 336)]
 )
 @pytest.mark.parametrize("size", [16, 32])
-def test_the_targets_are_the_standardised_features_of_the_last_map(tmp_path, name, width, size):
+def test_the_targets_are_the_standardised_features_of_the_maps(tmp_path, name, width, size):
     """The teacher computes features in evaluation mode and without gradients, for each image by itself."""
     given = weights(tmp_path, name.partition("@")[0])
     teacher = given.replace(name.partition("@")[0], name, 1)
@@ -507,12 +517,12 @@ def test_a_run_learns_records_its_teacher_and_resumes_bitwise(trainer):
     words = [*options(teacher, *settings, "train.pictures=2"), *zero(None)]
     out = trainer("run", *words)
     whole = trainer.losses("run")
-    assert len(whole) == 6 and "the targets are the 96 features per patch of timm:test_resnet" in out
+    assert len(whole) == 6 and "the targets are the 336 features per patch of timm:test_resnet" in out
     relative = [line[1] for line in trainer.lines("run", "val_image_relative")]
     assert relative[-1] < relative[0]
     last = checkpoint.saved_steps(trainer.folder / "run")[-1]
     info = checkpoint.read_info(last)
-    assert info.config["loss"]["teacher"] == teacher and info.config["model"]["target_width"] == 96
+    assert info.config["loss"]["teacher"] == teacher and info.config["model"]["target_width"] == 336
     identity = info.stream["loss.teacher"]
     assert re.match(r"timm's test_resnet, images of 160 x 160 pixels, normalisation \w{12}, weights \w{12}$", identity)
     assert identity in out.replace("\n", " ")
@@ -680,7 +690,7 @@ def test_pretrain_trains_with_a_teacher_and_compares_the_run_with_it(tmp_path, c
         shards[0], tmp_path / "run", val=[shards[1]], teacher=teacher, overrides=few, device="cpu"
     )
     out = capsys.readouterr().out
-    assert outcome.finished and "teacher: the targets are the 96 features per patch of timm:test_resnet@64" in out
+    assert outcome.finished and "teacher: the targets are the 336 features per patch of timm:test_resnet@64" in out
     assert "recipe: fast (" in out and re.search(r"^its teacher  +\d", out, re.M)
     assert re.search(r"verdict: by .*its teacher", out)
     assert outcome.results.keys() == {"knn", "logistic"} and "its teacher" in outcome.results["knn"]
