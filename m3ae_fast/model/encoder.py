@@ -154,10 +154,8 @@ class MultimodalEncoder(nn.Module):
         Args:
             batch: the batch, on the model's device.
             pool: one of `config.POOLINGS`, with the LayerNorm before or after the pooling according to the config's
-                `mean_pool`. "mean": the mean of all rows except cls (0 if there are none). "cls": the row of the cls
-                token. "grid" and a number n: the mean of the patches in each of n x n cells with equal areas, row by
-                row, so that D is n^2 times the width of the encoder. Grids need unmasked images; the tokens of captions
-                are not part of the means, but patches attend to them.
+                `mean_pool`. The functions in `model.pooling` describe the features. Grids need unmasked images; D is
+                the number of cells times the width of the encoder.
         """
         return self.pooled_of_layers(batch, [self.config.depth], [pool]).flatten(1)
 
@@ -256,9 +254,8 @@ class MultimodalEncoder(nn.Module):
                 size, such as (0, 1) for the output of torchvision's ToTensor or (0, 255) for 8-bit levels stored as
                 floats. With None, tensors that are evidently not normalised raise ValueError, and float32 arrays are
                 read with the model's value_range.
-            pool: the pooling; see `pooled`. "mean": the mean of all tokens except cls. "cls": the cls token. A grid
-                such as "grid2" keeps positions in the image. None: `config.pool`, or "mean" if that is a grid and there
-                are texts.
+            pool: the pooling, one of `config.POOLINGS`. A grid such as "grid2" keeps positions in the image. None:
+                `config.pool`, or "mean" if that is a grid and there are texts.
             layer: number of the block after which features are taken, from 1; None: the last block.
             batch_size: samples per forward pass.
             precision: precision of matmuls; "auto": bf16 if it is faster on the hardware.

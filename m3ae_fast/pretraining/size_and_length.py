@@ -33,8 +33,8 @@ _START, _TASK, _REPORT = 1.5, 2.0, 5.0
 # Seconds that logistic regressions with all penalties take for each training sample, class and feature, on two CPU
 # cores and on a GPU. One core took 2e-7 s with 4,500 samples, 10 classes and 128 or 512 features.
 _REGRESSION = {"cpu": 1e-7, "cuda": 1e-9}
-# Numbers of features: of a network in all poolings together, from which one pooling is chosen (2,300 to 4,600 for
-# images); of a network in the chosen pooling; of the baselines without a network; and of the run and HOG together.
+# Typical numbers of features: of a network in all poolings together, from which one pooling is chosen; of a network in
+# the chosen pooling; of the baselines without a network; and of the run and HOG together.
 _POOLINGS, _CHOSEN, _WITHOUT, _TOGETHER = 4000, 2000, 1500, 3000
 # Number of passes over the images: for the run, for random weights, and for features without a network. Number of these
 # passes that belong to the baselines, which are evaluated together with the run. Number of tasks: k-NN and logistic
