@@ -87,7 +87,8 @@ def name(q: Tensor) -> str:
 
 
 def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments) -> dict[str, Tensor]:
-    """Return outputs and gradients, which are slices of one tensor; nothing else is written to this tensor."""
+    """Return outputs and gradients. Gradients are NaN where the kernel does not write. Those of keys and values are
+    slices of one tensor."""
     kernel = kernel_of(q)
     out, lse = kernel.forward(q, k, v, queries, keys)
     dq, dkv = q.new_full(q.shape, torch.nan), k.new_full((len(k), 2, *k.shape[1:]), torch.nan)
@@ -182,7 +183,8 @@ def test_unused_lanes_after_the_last_key_have_no_effect(build):
     assert all(result.isfinite().all() for result in results.values())
     for name in ("out", "lse", "dv"):  # the other gradients are differences of equal numbers
         got = results[name]
-        # The weights of dv are exp2(score - lse), which is as accurate as float32 is at the magnitude of the scores.
+        # dv is a sum with the weights exp2(score - lse). Their relative error is the rounding error of score - lse,
+        # which grows with the size of the scores.
         bound = 2 * build[1] + (2 * 2**-23 * float(scores.abs().max()) if name == "dv" else 0)
         assert (got.double() - exact[name]).norm() <= bound * (1 + exact[name].norm()), name
 
@@ -229,7 +231,7 @@ def test_a_damaged_library_is_rebuilt(cache):
         library = Path(sys.argv[1])
         whole = library.read_bytes()
         for left in (0, 5000, -1):
-            library.unlink()  # somebody has it open
+            library.unlink()  # it is not overwritten, because this process may have mapped it
             library.write_bytes(whole[:left])
             build.compiled("gelu.c", ()).forward
             assert library.read_bytes() == whole, left

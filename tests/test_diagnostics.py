@@ -119,7 +119,7 @@ def lines(**series):
     [
         ({"val_rankme": (3.0, 9.0, 1.9)}, "collapse"),
         ({"val_rankme": (3.0, 1.0, 2.0)}, None),
-        ({"val_rankme": (100.0, 120.0, 49.0)}, "collapse"),  # many dimensions are left, but half of them are lost
+        ({"val_rankme": (100.0, 120.0, 49.0)}, "collapse"),  # 49 dimensions are left, but more than half are lost
         ({"val_rankme": (100.0, 10.0, 51.0)}, None),
         ({"val_rankme": (2.0, 1.9)}, "collapse"),
         ({"val_rankme": (1.9, 1.5)}, None),  # too few samples for a higher rank

@@ -49,7 +49,7 @@ def _cells(images: Tensor, patch_size: int, scale: Sequence[float], dtype: torch
     values = images.to(dtype)
     if images.is_floating_point():
         values = values * values.new_tensor([each / scale[0] for each in scale])[:, None, None]
-    grey = F.pad(values.sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]  # in units of 1 / scale[0]
+    grey = F.pad(values.sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate")[:, 0]  # in units of scale[0]
     dx, dy = grey[:, 1:-1, 2:] - grey[:, 1:-1, :-2], grey[:, 2:, 1:-1] - grey[:, :-2, 1:-1]
     size = torch.addcmul(dx * dx, dy, dy).sqrt_()
     # `place` is the orientation in steps of 20 degrees, from -4.5 to 4.5. Where the gradient is zero, 0 / 0 is replaced

@@ -136,9 +136,9 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int) -> Tokenizer:
     contain more distinct characters.
     """
     tokenizer = _bert(models.WordPiece(unk_token=UNKNOWN))
-    # The trainer breaks ties by the numbers of symbols. For reproducibility, it is given all symbols in sorted order;
-    # otherwise, it would number them in the order of their hashes. Because it treats the given symbols as special
-    # tokens, a new tokenizer is then built from the vocabulary.
+    # The trainer breaks ties between equally frequent pairs by the ids of their symbols. For reproducibility, it is
+    # given all symbols in sorted order; otherwise, the ids would be in the order of their hashes. Because it treats the
+    # given symbols as special tokens, a new tokenizer is then built from the vocabulary.
     symbols = sorted({symbol for caption in captions for symbol in _symbols(tokenizer, caption)})
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=[*SPECIAL, *symbols], show_progress=False)
     tokenizer.train_from_iterator(captions, trainer)

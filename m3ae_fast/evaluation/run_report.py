@@ -264,8 +264,8 @@ def _number(value: Any) -> str:
 
 
 def _png(path: Path) -> bytes | None:
-    """Return the content of a PNG file; None if the file is missing or not a PNG, for example if a link refers to a
-    private file."""
+    """Return the content of a PNG file; None if the file is missing or does not begin like a PNG, so that a link cannot
+    bring another file, such as a private key, into the page."""
     data = path.read_bytes() if path.is_file() else b""
     return data if data.startswith(b"\x89PNG\r\n") else None
 

@@ -77,7 +77,7 @@ class CrossDecoder(Blocks):
                 nn.init.xavier_uniform_(weight_XE)
 
     def forward(self, x_ME: Tensor, memory_TE: Tensor, keys: Segments, queries: Segments, draws_S: Tensor) -> Tensor:
-        """Map [M, E] to [M, E] before the final norm.
+        """Return the hidden rows [M, E], to which the final norm has not been applied.
 
         Args:
             x_ME: mask embeddings with positions.

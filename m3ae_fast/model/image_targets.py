@@ -62,7 +62,8 @@ class Pixels:
         return MaskedPixelLoss(self._config.dec_emb_dim, **options, norm_pix=self._norm_pix, reduction="sum")
 
     def of(self, batch: PackedBatch, chosen_I: Tensor) -> Tensor:
-        """Return the targets, float32 [I, K]. `chosen_I`: bool, the rows of the image loss whose targets to return."""
+        """Return the targets, float32 [I, K]. `chosen_I`: bool mask of the rows of the image loss; the result has a
+        row for each True."""
         c, ids = self._config, batch.image_patch_ids[chosen_I]
         means = (None, None) if batch.images.is_floating_point() else (c.image_mean, c.image_std)
         scale, shift = check_pixels(batch.images, ids, c.patch_size, *means)

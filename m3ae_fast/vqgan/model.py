@@ -116,7 +116,7 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x)
             level, within = divmod(i + 1, per_level)
-            # after all blocks of a level; the first group of blocks precedes the levels
+            # upsample after the last block of each level except the finest; the first group of blocks is no level
             if not within and 2 <= level <= len(ups) + 1:
                 x = ups[level - 2](F.interpolate(x, scale_factor=2, mode="nearest"))
         return last(F.silu(self.norm(x)))
@@ -211,8 +211,8 @@ class VQGAN(nn.Module):
 
 
 def with_image_targets(batch: PackedBatch, vqgan: VQGAN, config: ModelConfig) -> PackedBatch:
-    """Return `batch` with image targets, int32 [I]: the token id of each patch that carries loss, or 0 if the weight of
-    its row is 0. `batch` and `vqgan` must be on the same device.
+    """Return `batch` with image targets, int32 [I]: for each row of the image loss, the token id of its patch, or 0
+    for a padding row, whose weight is 0. `batch` and `vqgan` must be on the same device.
 
     The VQGAN expects pixels in [0, 1], so normalised floating-point images are converted back. (The official code
     passes normalised images to it.)

@@ -319,7 +319,7 @@ def test_long_captions_are_truncated_at_a_utf8_character(tmp_path, store):
     files = [("a.txt", "ü".encode() * 50_000), ("b.txt", b"x" + "ü".encode() * 50_000), ("c.txt", b"\xff\xfe")]
     files += [
         ("d.txt", b"x" * 65_532 + b"\xff" + b"y" * 9)
-    ]  # the invalid byte is the fourth from the end, but an incomplete character has at most three bytes
+    ]  # in the 65,536 bytes that are kept, the invalid byte is the fourth from the end, too early for a cut character
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
     reader = Reader(corpus.sources[0], store)
     assert reader.read(0, 0).caption == "ü" * 32768

@@ -130,7 +130,7 @@ def test_a_detection_figure_shows_both_distributions_in_different_colours(drawn,
         for bars in panels[0].containers
     ]
     assert centres[0] > centres[1]
-    # bars of few and of many samples have the same height
+    # the area of each histogram is 1, whatever its number of samples
     for bars in (bars for panel in panels for bars in panel.containers):
         assert sum(bar.get_width() * bar.get_height() for bar in bars) == pytest.approx(1)
 
@@ -169,7 +169,8 @@ def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
 
 
 def shown_by(names=(), corpora=()):
-    """Return a job whose samples are represented by their keys. Its cells record the displayed arguments."""
+    """Return a job without images: a sample is the name of its corpus followed by its key, and a cell is the tuple of
+    the sample, its text and its colour."""
     return argparse.Namespace(
         out=Path("out"),
         names=names,

@@ -15,8 +15,8 @@ from tests.soak.faults import DAMAGES, FAULTS, FREEZE, FULL_DISK
 from tests.soak.runs import CLIPART, LAYOUTS, Soak
 from tests.soak.server import faulty_server
 
-# Faults that affect other ranks or divided checkpoints. All others are injected into a single rank, which starts
-# fastest.
+# Faults that affect the other ranks, or a checkpoint that is divided among ranks. All other faults are injected into
+# runs of one rank, because these start fastest.
 OF_SEVERAL_RANKS = {
     "2 ranks": [FREEZE, "a rank is killed", "a rank gets SIGTERM", "the launcher is killed"],
     "2 ranks with ZeRO-3": ["all processes get SIGINT", "the launcher gets SIGTERM", "the last checkpoint is damaged"],
@@ -25,8 +25,8 @@ OF_SEVERAL_RANKS = {
 
 def faults_of(layout: str) -> list[str]:
     """Return the faults that are injected into the runs of a layout. Each fault occurs in one layout. The order is
-    random, but damage to files comes first, because it waits until another fault has left files behind. If damage came
-    last, no other fault might follow."""
+    random, except that damage to files is at the front of the list. The first fault of the list that is possible is
+    injected, and damage is possible only after another fault has left files behind."""
     elsewhere = [fault for faults in OF_SEVERAL_RANKS.values() for fault in faults]
     others = [fault for fault in (*FAULTS, *DAMAGES, FULL_DISK) if fault not in elsewhere]
     faults = OF_SEVERAL_RANKS.get(layout, others)
@@ -40,5 +40,7 @@ def test_runs_with_injected_faults_end_bitwise_identical_to_an_undisturbed_run(t
         soak = Soak(tmp_path, server.url, layout, faults_of(layout), seed=0)
         soak.run()
     if soak.wrong:
-        pytest.fail("\n".join([*soak.wrong, f"after {soak.injected}"]))  # whole, because tracebacks are long
+        pytest.fail(
+            "\n".join([*soak.wrong, f"after {soak.injected}"])
+        )  # prints the whole text; an assertion would cut it
     assert not soak.faults  # each has been injected

@@ -44,7 +44,8 @@ class Workload:
 
     @property
     def samples(self) -> str:
-        """The result of `samples_class`, which selects the settings of attention in the tables; empty for other ops."""
+        """The result of `samples_class`, by which the settings of attention are found in a tuning table; "" for other
+        ops."""
         if self.op != "packed_attention":
             return ""
         return samples_class(self.tensors["qkv"].shape[-1], self.options["max_seqlen"])
@@ -183,8 +184,8 @@ def _bias_gelu(s: Sizes, dtype: torch.dtype, device: torch.device) -> Workload:
 
 
 def _scatter(s: Sizes, n: int, fill: int, length: int, d: int, dtype, device) -> Workload:
-    """Return a workload that assembles samples of `length` rows. In total, n of these rows come from x, and the others
-    from `fill`."""
+    """Return a workload that assembles samples of `length` rows. Of all rows, n come from the input `x` of the op,
+    and the others from its input `fill`, which has `fill` rows."""
     t = s.samples * length
     src = torch.full((t,), -1, dtype=torch.int32, device=device)
     places = torch.randperm(t, device=device)[:n].sort().values
