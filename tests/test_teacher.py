@@ -135,6 +135,29 @@ def test_the_targets_are_the_standardised_features_of_the_maps(tmp_path, name, w
     torch.testing.assert_close(many[69], found[0], rtol=1e-3, atol=1e-4)
 
 
+def test_without_the_maps_of_its_stages_a_network_has_only_its_last_map(tmp_path, monkeypatch):
+    """This is so for networks of timm that lack the method, have fewer stages, or return other last features."""
+    teacher = weights(tmp_path, CNN)
+    original = timm.models.resnet.ResNet.forward_intermediates
+
+    def fail(*_, **options):
+        raise ValueError("no stages")
+
+    def other(self, images, **options):
+        last, maps = original(self, images, **options)
+        return last + 1, maps
+
+    for replaced in (fail, other):
+        monkeypatch.setattr(timm.models.resnet.ResNet, "forward_intermediates", replaced)
+        config, opened = config_of(teacher)
+        images = images_of(config)
+        found = opened.features(images)
+        assert found.shape == (3, config.model.patches_per_image, 96) and opened.width == 96
+        monkeypatch.undo()
+        *_, last = config_of(teacher)[1].features(images).split([48, 192, 96], 2)
+        torch.testing.assert_close(last * (3 * 96 / 336) ** 0.5, found)
+
+
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("name", [VIT, CNN])
 def test_a_folder_or_a_repository_of_timm_is_a_teacher(tmp_path, monkeypatch, name, safe):

@@ -63,8 +63,8 @@ class MaskSampler:
         return draw_mask(patches, self.config.image_ratio, self._image_stream(key, step))
 
     def predicted_patches(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:
-        """Return which of the patches that are masked in `mask` are predicted in training, bool with the shape of
-        `mask`. Return None if all of them are predicted, or if there is no mask."""
+        """Draw the masked patches that are predicted in training, and return them as a mask, bool with the shape of
+        `mask`. Return None if all masked patches are predicted, or if there is no mask."""
         return self._predicted(mask, self.config.image_predicted, Purpose.PREDICTED_PATCHES, key)
 
     def predicted_tokens(self, mask: Tensor | None, key: tuple[int, ...]) -> Tensor | None:

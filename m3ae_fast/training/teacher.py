@@ -189,8 +189,9 @@ class _TimmMaps(nn.Module):
         if not isinstance(found, Tensor) or self._as_map(found) is None:
             shape = [*found.shape[1:]] if isinstance(found, Tensor) else type(found).__name__
             raise UserError(f"{where}: its last features are {shape}, not a square map of {self.channels} features")
-        self._has_stages = self._computes_stages(opened, found)
-        self.width = sum(each.shape[1] for each in self(_black(opened)))
+        earlier = self._earlier(opened.black_image(), found)
+        self._has_stages = bool(earlier)
+        self.width = self.channels + sum(each.shape[1] for each in earlier)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -203,16 +204,16 @@ class _TimmMaps(nn.Module):
         return [*earlier, found]
 
     @torch.no_grad()
-    def _computes_stages(self, opened: TimmModel, last: Tensor) -> bool:
-        """Return whether the network has several stages, and timm returns the maps of the earlier stages, too. `last`:
-        the last features of a black image."""
-        if last.ndim != 4 or not hasattr(self.network, "forward_intermediates"):
-            return False
+    def _earlier(self, image: Tensor, last: Tensor) -> list[Tensor]:
+        """Return the maps of the earlier stages for an image; [] if the network has no stages of decreasing resolution,
+        or if timm does not return their maps. `last`: the last features of this image."""
+        if last.ndim != 4:
+            return []
         try:
-            again, maps = self.network.forward_intermediates(_black(opened), indices=_EARLIER)
-        except Exception:  # some networks of timm have fewer stages, or do not support this method
-            return False
-        return torch.equal(again, last) and all(each.ndim == 4 for each in maps)
+            again, maps = self.network.forward_intermediates(image, indices=_EARLIER)
+        except Exception:  # some networks of timm lack this method, do not support it, or have fewer stages
+            return []
+        return maps if torch.equal(again, last) and all(each.ndim == 4 for each in maps) else []
 
     def _as_map(self, found: Tensor) -> Tensor | None:
         """Return the output of the network as a map [B, K, h, w]; None if it is not one."""
@@ -222,10 +223,6 @@ class _TimmMaps(nn.Module):
         if found.ndim == 3 and found.shape[1:] == (self.prefix + side**2, self.channels) and side:
             return found[:, self.prefix :].mT.unflatten(2, (side, side))
         return None
-
-
-def _black(opened: TimmModel) -> Tensor:
-    return torch.zeros(1, opened.channels, opened.side, opened.side)
 
 
 class _OwnMaps(nn.Module):

@@ -30,6 +30,10 @@ class TimmModel(NamedTuple):
     mean: tuple[float, ...]  # by channel, with black = 0 and white = 1
     std: tuple[float, ...]
 
+    def black_image(self) -> Tensor:
+        """Return a batch with one image whose values are 0, [1, C, S, S]."""
+        return torch.zeros(1, self.channels, self.side, self.side)
+
 
 def open_timm_model(name: str) -> TimmModel:
     """Return a timm model, with the size and the normalisation of the images with which it was trained.
@@ -92,8 +96,7 @@ def output_of(model: TimmModel, forward: Callable[[Tensor], Tensor], where: str)
     """Return the output of a function of the model for one black image. Raises UserError, whose message begins with
     `where`, if the model does not accept images of this size."""
     with torch.no_grad():
-        black = torch.zeros(1, model.channels, model.side, model.side)
-        return _try(lambda: forward(black), where, model.side)
+        return _try(lambda: forward(model.black_image()), where, model.side)
 
 
 def _try(call: Callable[[], Any], where: str, side: int | None) -> Any:
