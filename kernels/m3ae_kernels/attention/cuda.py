@@ -268,9 +268,9 @@ def _torch_varlen(device: torch.device) -> Kernel:
 
 def _cudnn(device: torch.device) -> Kernel:
     """Return cuDNN's kernel. From version 2.14 on, torch's own attention over packed samples uses this kernel for
-    samples of more than 128 rows. Earlier versions never use it. Their backward pass would confuse the head dimension
-    with the number of rows of the longest sample, and write out of bounds (pytorch/pytorch#186142). Raises NotAvailable
-    if torch would not use it."""
+    samples of more than 128 rows. Earlier versions never use it. If they did, the backward pass of torch's op would
+    confuse the head dimension with the number of rows of the longest sample, and write out of bounds
+    (pytorch/pytorch#186142). Raises NotAvailable if torch would not use it."""
     from torch.nn.attention import varlen
 
     if not varlen._should_use_cudnn(device.index or 0):
