@@ -23,6 +23,7 @@ from m3ae_fast.base.errors import ErrorElsewhere, ErrorReport, UserError, exit_c
 from m3ae_fast.process import ranks
 from m3ae_fast.process import session as program
 from m3ae_fast.process.failure_messages import explain
+from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.node_groups import HeartbeatGroup
 from tests.helpers.ranks import await_ranks, fork_each, fork_ranks, run_ranks
 from tests.helpers.threads import map_threads
@@ -107,6 +108,29 @@ def few_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
     with ranks.join_ranks():
         return 0
+
+
+def stopped_unheard():
+    """Stop rank 0 while rank 1 is slow: it exchanges heartbeats every two seconds, and an error of a collective, after
+    rank 0 has closed their connection, reaches its session only after 1.5 seconds."""
+    if os.environ["RANK"] == "1":
+        Heartbeats._interval = property(lambda _: 2.0)
+    with program.joined_program() as (joined, *_):
+        joined.gather(None)
+        if joined.is_main:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        try:
+            joined.from_main(None)
+        except RuntimeError:
+            time.sleep(1.5)
+            raise
+    return 0
+
+
+def test_a_stopped_rank_0_keeps_the_store_until_the_others_have_ended(tmp_path):
+    code, out = run_ranks(__name__, ["stopped unheard"], 2, tmp_path / "log")
+    assert code == 0 and out == "stopped before the first step (SIGTERM); nothing to save\n", out
 
 
 def test_a_store_of_300_clients_starts_under_a_low_limit_of_open_files(tmp_path):
@@ -456,6 +480,7 @@ def test_a_user_error_on_one_rank_is_printed_once_and_all_ranks_exit_with_its_co
 PROGRAMS = {
     "mistake": with_a_mistake,
     "many clients": many_clients,
+    "stopped unheard": stopped_unheard,
     "few files": few_files,
     "nodes": on_nodes,
 }

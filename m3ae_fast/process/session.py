@@ -96,6 +96,9 @@ def joined_program(device: Device | None = None) -> Iterator[Session]:
             yield Session(ranks, stop, heartbeats)
         except Stopped:
             _end_stopped(ranks)
+        except SystemExit:  # this rank was stopped before there was anything to save
+            _end_stopped(ranks)
+            raise
         except Exception as error:
             if heartbeats.stop_requested():  # a rank that stopped has closed its connections
                 stop.request(BY_ANOTHER)

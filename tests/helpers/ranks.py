@@ -124,10 +124,14 @@ def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path
     os.dup2(file, 1)
     os.dup2(file, 2)
     faulthandler.register(_SHOW_STACKS, file=2)
+    code: str | int | None = None
     try:
-        sys.exit(exit_cleanly(lambda: import_module(module).main(arguments)))
+        code = exit_cleanly(lambda: import_module(module).main(arguments))
+    except SystemExit as end:  # handled before the functions below, because its traceback keeps connections open
+        code = end.code
     finally:
         atexit._run_exitfuncs()  # a program would run these functions when it exits, but multiprocessing does not
+    sys.exit(code)
 
 
 @contextmanager
