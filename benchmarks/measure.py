@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from m3ae_kernels.tuning.devices import CpuDevice, CudaDevice
+from m3ae_kernels.tuning.timing import CpuDevice, CudaDevice
 
 
 @dataclass

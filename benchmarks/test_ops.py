@@ -8,7 +8,7 @@ from functools import partial
 import m3ae_kernels
 import pytest
 import torch
-from m3ae_kernels.tuning.devices import CpuDevice, CudaDevice
+from m3ae_kernels.tuning.timing import CpuDevice, CudaDevice
 from m3ae_kernels.tuning.workloads import LARGE, OPS, Sizes, Workload, make
 
 from benchmarks import results

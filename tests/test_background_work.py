@@ -15,7 +15,7 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base import hardware
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.packing import Geometry
-from m3ae_fast.data import shared_memory
+from m3ae_fast.data import batches_ahead
 from m3ae_fast.process import garbage_collection
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.garbage_collection import GarbageCollection
@@ -187,7 +187,7 @@ def test_a_packed_batch_does_not_exceed_its_estimated_size(width):
         samples.append(sample)
     (joined, _, _, others) = pack(samples, geometry).__reduce__()[1]
     size = joined.nbytes + others["images"].nbytes
-    assert 0.9 * shared_memory.batch_bytes(geometry, 3) < size <= shared_memory.batch_bytes(geometry, 3)
+    assert 0.9 * batches_ahead.batch_bytes(geometry, 3) < size <= batches_ahead.batch_bytes(geometry, 3)
 
 
 def _free(monkeypatch, size):
@@ -203,7 +203,7 @@ def test_prefetched_batches_fit_into_shared_memory(monkeypatch, free, ranks, wor
     _free(monkeypatch, free)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     size = 80_000_000
-    got = shared_memory.fitting_prefetch(workers, size)
+    got = batches_ahead.fitting_prefetch(workers, size)
     assert got == prefetch
     assert got == 1 or (got + 1) * workers * size <= free / ranks
 
@@ -212,13 +212,13 @@ def test_too_little_shared_memory_is_reported_before_a_worker_is_killed(monkeypa
     _free(monkeypatch, 64e6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(UserError, match=r"has 51 MB available per rank, but the batches of 4 workers.* 640 MB.*--shm"):
-        shared_memory.fitting_prefetch(4, 80_000_000)
-    assert shared_memory.most_workers(80_000_000) == 1 and shared_memory.most_workers(1_000_000) == 25
+        batches_ahead.fitting_prefetch(4, 80_000_000)
+    assert batches_ahead.most_workers(80_000_000) == 1 and batches_ahead.most_workers(1_000_000) == 25
 
 
 def test_shared_memory_of_unknown_size_is_not_limited(monkeypatch, tmp_path):
-    monkeypatch.setattr(shared_memory, "SHM", tmp_path / "none")
-    assert shared_memory.fitting_prefetch(16, 80_000_000) == 4
+    monkeypatch.setattr(batches_ahead, "SHM", tmp_path / "none")
+    assert batches_ahead.fitting_prefetch(16, 80_000_000) == 4
 
 
 def test_missing_build_requirements_of_triton_are_found(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ from m3ae_fast.cli.draw import main as draw_program
 from m3ae_fast.cli.evaluate import main as transfer
 from m3ae_fast.cli.shards import main as data_tools
 from m3ae_fast.config import Config, ModelConfig, load_config, parse
-from m3ae_fast.data.shared_memory import batch_bytes
+from m3ae_fast.data.batches_ahead import batch_bytes
 from m3ae_fast.drawing.attention import draw_attention
 from m3ae_fast.drawing.figures import levels
 from m3ae_fast.drawing.reconstructions import draw_reconstructions, views_of

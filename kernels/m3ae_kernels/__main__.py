@@ -15,7 +15,7 @@ import torch
 from . import dispatch, tuning
 from .aot import CASES
 from .tuning import limited_process, search
-from .tuning.devices import CudaDevice
+from .tuning.timing import CudaDevice
 from .tuning.workloads import LARGE
 
 LIMIT_S = 300.0  # a process that makes no progress for this number of seconds is killed

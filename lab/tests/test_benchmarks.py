@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from m3ae_kernels.tuning.devices import CpuDevice
+from m3ae_kernels.tuning.timing import CpuDevice
 
 from benchmarks import alone, apart, baselines, limit, results, table, test_attention, test_ops, test_step
 from benchmarks.alone import Alone

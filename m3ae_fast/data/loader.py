@@ -19,6 +19,7 @@ from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Geometry, Sample, pack
 from m3ae_fast.batch.tokenizer import check_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig
+from m3ae_fast.data.batches_ahead import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.data.corpus import Corpus
 from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
 from m3ae_fast.data.fetcher import FetcherOfNode
@@ -26,7 +27,6 @@ from m3ae_fast.data.lane_count import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
 from m3ae_fast.data.prefetch_schedule import PrefetchSchedule
 from m3ae_fast.data.rank_share import MicroBatches, Share
-from m3ae_fast.data.shared_memory import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.model.flops import executed_flops
 from m3ae_fast.process.ranks import Node
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker

@@ -28,7 +28,7 @@ from m3ae_fast.base.randomness import RandomStreams
 from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.config import MaskingConfig, SourceConfig
-from m3ae_fast.data import ShardStore, open_corpus, shared_memory
+from m3ae_fast.data import ShardStore, batches_ahead, open_corpus
 from m3ae_fast.data.dataset import Samples
 from m3ae_fast.data.loader import samples_of
 from m3ae_fast.data.shard_store import ATTEMPTS
@@ -255,7 +255,7 @@ def test_captions_are_tokenised_into_the_batch(load, paired):
 
 
 def test_the_limit_of_open_files_is_raised_for_many_prefetched_batches(load, paired, monkeypatch):
-    monkeypatch.setattr(shared_memory, "PREFETCH", 20)
+    monkeypatch.setattr(batches_ahead, "PREFETCH", 20)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 64, hard))
     try:
@@ -622,7 +622,7 @@ def test_a_shard_that_was_temporarily_missing_is_read_again(load, tmp_path, monk
 
 
 def test_signals_are_left_to_the_main_process(load, paired, monkeypatch):
-    monkeypatch.setattr(shared_memory, "PREFETCH", 1)
+    monkeypatch.setattr(batches_ahead, "PREFETCH", 1)
     before = multiprocessing.active_children()
     batches = iter(load(paired, steps=40, config={"workers": 1}))
     next(batches)

@@ -19,7 +19,7 @@ from m3ae_kernels import reference, tuning
 from m3ae_kernels.aot import Report
 from m3ae_kernels.tuning import candidates, limited_process, search
 from m3ae_kernels.tuning.check import DTYPES, check_small, check_timed
-from m3ae_kernels.tuning.devices import CpuDevice
+from m3ae_kernels.tuning.timing import CpuDevice
 from m3ae_kernels.tuning.workloads import LARGE, ODD, OPS, make
 
 from tests.helpers.trainer import ROOT
@@ -325,7 +325,7 @@ def test_kernel_launches_are_timed_and_tuned_on_the_interpreter(tmp_path):
         from pathlib import Path
         from m3ae_kernels import tuning
         from m3ae_kernels.tuning import search
-        from m3ae_kernels.tuning.devices import CpuDevice
+        from m3ae_kernels.tuning.timing import CpuDevice
         from m3ae_kernels.tuning.workloads import ODD, make
         folder = Path({str(tmp_path)!r})
         work = make("gather_tokens + LayerNorm", ODD, torch.float32, torch.device("cpu"))

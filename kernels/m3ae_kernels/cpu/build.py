@@ -1,4 +1,5 @@
-"""Compilation of the C kernels in this folder with the system's compiler, on first use."""
+"""The instruction sets that the C kernels in this folder need, and their compilation on first use, with the system's
+compiler."""
 
 from __future__ import annotations
 

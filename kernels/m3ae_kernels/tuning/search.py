@@ -21,7 +21,7 @@ from .. import tuning
 from ..aot import CASES
 from . import candidates
 from .check import LIBRARY, check_timed
-from .devices import CpuDevice, CudaDevice
+from .timing import CpuDevice, CudaDevice
 from .workloads import OPS, Sizes, Workload, make
 
 Device = CudaDevice | CpuDevice

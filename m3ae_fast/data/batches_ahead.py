@@ -1,4 +1,4 @@
-"""Limits on the batches that loader workers prepare in advance, which must fit into shared memory."""
+"""Number of batches that loader workers prepare in advance. The batches must fit into shared memory."""
 
 from __future__ import annotations
 
