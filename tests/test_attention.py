@@ -165,8 +165,8 @@ def fill(grads: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> None:
 
 
 class StandIns:
-    """Stand-ins for importable modules, and a record of their calls. Those in `slow` sleep, those in `wrong` return
-    other results."""
+    """Stand-ins for the modules of other libraries, and a record of their calls. The library named by `wrong` returns
+    wrong results."""
 
     def __init__(self, wrong: str = "") -> None:
         self.calls: list[str] = []
@@ -337,7 +337,7 @@ def test_third_party_attention_kernels_are_called_with_correct_arguments(monkeyp
 
 @pytest.mark.slow
 def test_the_fastest_attention_kernel_is_chosen_and_the_reasons_against_the_others_are_logged(monkeypatch, caplog):
-    """The times are those of the stand-ins."""
+    """The test sets the times of the kernels."""
     stand_ins = StandIns(wrong="3")
     stand_ins.install(monkeypatch, "flash_attn_2", "flash_attn_3")
     stand_ins.install_in_torch(monkeypatch)
@@ -374,8 +374,8 @@ def test_flash_attn_is_deterministic_if_torch_is(monkeypatch, module, determinis
 
 
 def test_kernels_that_fail_are_excluded(monkeypatch, caplog):
-    """A build that cannot be loaded and a build for another GPU are excluded. Padded attention remains, as for
-    float32."""
+    """One kernel cannot be loaded, and the other one does not support this GPU. Padded attention is used instead, as
+    for float32, with which no other kernel is tried."""
 
     def broken(device) -> Kernel:
         raise ImportError("libcudart.so.11: cannot open shared object file")
@@ -426,8 +426,8 @@ def test_kernels_with_wrong_results_are_excluded(monkeypatch, caplog):
 
 
 def test_kernels_that_are_wrong_for_fewer_queries_are_excluded(monkeypatch, caplog):
-    """The last block has fewer queries than keys. Kernels whose log-sum-exps have another shape, with which compiled
-    code would fail, are also excluded."""
+    """In the last block of an encoder, there are fewer queries than keys. A kernel is also excluded if its log-sum-exps
+    have another shape, because compiled code would then fail."""
 
     def near(q, k, v, queries, keys):
         out, lse = PADDED.forward(q, k, v, queries, keys)

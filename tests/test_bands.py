@@ -89,7 +89,8 @@ def test_encode_accepts_arrays_files_and_tensors(dtype, tmp_path):
 @pytest.mark.parametrize("size", [(16, 16), (40, 23)])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_8_bit_images_are_bitwise_equal_in_every_accepted_form(dtype, size, tmp_path):
-    """The images are bitwise equal, and can be combined with other images in a batch."""
+    """In every form, the image is converted to the dtype of the model, so that it can be combined with other images in
+    a batch."""
     config = make(dtype).config.model_copy(update={"channels": 3, "image_mean": MEAN[:3], "image_std": STD[:3]})
     levels = np.random.RandomState(0).randint(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(levels).save(tmp_path / "a.png")

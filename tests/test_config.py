@@ -1,4 +1,5 @@
-"""A user's mistake gives a message of one line that names the mistake, and exit code 2, and nothing is written."""
+"""If a user makes a mistake, the program prints one line that names the mistake, writes no files, and exits with code
+2."""
 
 import json
 import re
@@ -45,9 +46,9 @@ from tests.helpers.trainer import CLIPART, ROOT, TINY
 
 @pytest.fixture
 def run(tmp_path, capsys, monkeypatch):
-    """Return a function that runs train.py's main in this process with the tiny config. It returns the exit code and
-    stderr or, with `out`, stdout."""
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest keeps its own Ctrl-C
+    """Return a function that runs train.py's main in this process with the tiny config. The function returns the exit
+    code and the text of stderr or, with `out`, of stdout."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # so that pytest's handler of Ctrl-C is not replaced
     monkeypatch.setattr("m3ae_fast.training.dry_run.MEASURED_S", 0.1)
     config = tmp_path / "tiny.json"
     config.write_text(json.dumps(TINY))
@@ -442,7 +443,8 @@ def test_a_batch_is_split_evenly_into_few_micro_batches():
         return share.micro_batch, share.accumulation
 
     assert [parts(world, micro_batch=50) for world in (1, 3, 8, 360)] == [(45, 8), (40, 3), (45, 1), (1, 1)]
-    assert [parts(world, micro_batch=50) for world in (7, 5)] == [(26, 2), (36, 2)]  # 51 or 52 samples per rank, and 72
+    # on 7 ranks, each has 51 or 52 samples; on 5, each has 72
+    assert [parts(world, micro_batch=50) for world in (7, 5)] == [(26, 2), (36, 2)]
     assert parts(4) == (90, 1)
     with pytest.raises(UserError, match="is 360, which leaves some of the 361 ranks without a sample"):
         parts(361)
@@ -705,7 +707,7 @@ def test_paths_in_a_config_follow_a_moved_run_folder_if_it_contains_the_files(tm
         "data": {"train": [{"shards": ["/a/shards/0.tar", "/a/b.tar", "/ab/shards/0.tar"]}]},
     }
     found = follow(config, tmp_path)
-    assert found["run"] == {"dir": str(tmp_path)}  # even if the config contains nothing else
+    assert found["run"] == {"dir": str(tmp_path)}  # no other setting is added to the section
     assert found["data"]["train"][0]["shards"] == [f"{tmp_path}/shards/0.tar", "/a/b.tar", "/ab/shards/0.tar"]
     for other in ({"run": {"dir": str(tmp_path)}}, {"run": {"dir": "a"}}, {"run": {"dir": 5}}, {"run": None}, {}):
         assert follow(other, tmp_path) is other

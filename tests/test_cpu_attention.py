@@ -287,7 +287,7 @@ def test_kernels_are_built_without_a_home(monkeypatch, tmp_path, caplog, home):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if home == "none":
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    else:  # a file in place of a folder, which stops root too
+    else:  # there is a file in place of the folder, because root can write to a folder without permissions
         (tmp_path / ".cache").touch()
         monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert builds.compiled("gelu.c", ()).forward and builds.compiled("gelu.c", ("-DOTHER",)).forward

@@ -16,7 +16,7 @@ EXTREMES = (0.0, -0.0, 1e-30, 65.0, -65.0, 1e20, -1e20)
 
 @pytest.fixture
 def fresh_libraries():
-    """Forget all loaded libraries before the test, and those that the test has loaded after it."""
+    """Forget all loaded libraries before and after the test."""
     libraries = (build.load, mlp._library, linear._library, linear._product_library)
     for library in libraries:
         library.cache_clear()
@@ -53,7 +53,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 
 def values(dtype: torch.dtype) -> Tensor:
-    """Return an odd number of values, 1008 + 7, which is not a multiple of the kernel's vector length."""
+    """Return 1015 values. This number is not a multiple of the kernel's vector length."""
     torch.manual_seed(0)
     return torch.cat([3 * torch.randn(1001), torch.linspace(-9, 9, 7), torch.tensor(EXTREMES)]).to(dtype).view(5, 203)
 
@@ -130,7 +130,7 @@ def test_products_equal_float64(products, rows, depth, width, transposed, dtype,
         through = linear.product(x, weight, None, transposed=transposed, hidden_RN=hidden)
         results.append((plain[0], *before, *through))
     assert plain[1] is None and all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
-    # GELU of the stored values, as the backward pass recomputes it
+    # GELU is computed from the stored values, which are rounded, because the backward pass recomputes GELU from them
     assert torch.equal(before[1], mlp.gelu(before[0])) and torch.equal(through[1], mlp.gelu(hidden))
     rounded = weight.to(BF16).double()
     exact = x.double() @ (rounded.t() if transposed else rounded)
@@ -280,8 +280,9 @@ def _within(event, other) -> bool:
 
 
 def test_the_backward_pass_allocates_no_zeros_for_the_input_of_gelu(mlp_dtypes):
-    """The only tensors of this size are the gradients before and after GELU, which are a single tensor if the product
-    computes both, and the recomputed GELU. Copies in torch's own products and sums do not count."""
+    """Only three tensors as large as the input of GELU are allocated: the gradients of the output and of the input of
+    GELU, and the recomputed output. If the kernel of the product computes both gradients, they share one tensor. Copies
+    in torch's own products and sums do not count."""
     rows, hidden = 4096, 256
     for dtype in mlp_dtypes:
         parameters = [torch.randn(shape).requires_grad_() for shape in ((hidden, 32), (hidden,), (32, hidden), (32,))]

@@ -186,7 +186,8 @@ def test_padding_to_repeated_shapes_does_not_change_results(kinds, fraction, att
 
 
 def test_padding_is_spread_evenly_over_samples():
-    """No sample becomes much longer, because all other samples may be padded to its length."""
+    """If the padding were added to a single sample, this sample would become much longer. Some kernels pad all samples
+    to the length of the longest one, so they would become slower."""
     samples, geometry = samples_of("ppite"), make_model().geometry
     tight, padded = (pack(samples, geometry, repeat_shapes=repeat).loss for repeat in (False, True))
     added = (padded.cu_seqlens.diff()[:5] - tight.cu_seqlens.diff()).tolist()
@@ -255,7 +256,8 @@ def test_predicted_tokens_must_be_masked():
 
 
 def test_flops_of_the_cross_decoder_are_counted():
-    """The count equals torch's count for the same matrix products. The pixels of the embedding require no gradient."""
+    """The FLOPs of the decoder's blocks equal those computed by hand from the shapes of their matrix products. The
+    backward pass takes twice as many as the forward pass."""
     model, samples = make_model(), samples_of("ppit", 4, 0.5)
     batch = pack(samples, model.geometry)
     with FlopCounterMode(display=False) as counter:

@@ -57,7 +57,8 @@ def test_the_patch_with_the_highest_attention_is_red_and_other_patches_are_bluer
     patches = [shown[:, y : y + 8, x : x + 8].flatten(1) for y in (0, 8) for x in (0, 8)]
     assert all((patch == patch[:, :1]).all() for patch in patches)
     brighter = shade_patches(torch.full((3, 16, 16), 200, dtype=torch.uint8), weights, 8).int()
-    assert (brighter - shown).unique().tolist() == [50]  # half of the image's brightness
+    # images are drawn with half of their brightness, so a difference of 100 becomes 50
+    assert (brighter - shown).unique().tolist() == [50]
     redness = torch.tensor([(patch[0, 0] - patch[2, 0]).item() for patch in patches])
     assert redness.argsort().tolist() == weights.argsort().tolist() and redness[1] > 100 > -50 > redness[0]
 

@@ -57,7 +57,8 @@ def test_true_pixels_as_predictions_reproduce_the_image():
 
 
 def test_a_uniform_patch_is_reconstructed_exactly():
-    """The prediction is standardised by the mean and the variance of the patch. Here, the patch is uniform."""
+    """With loss.norm_pix, a prediction is multiplied by the standard deviation of the true patch, and its mean is
+    added. A prediction of zero therefore gives the mean, which is the exact value of all pixels of a uniform patch."""
     sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
     image, mask = torch.full((3, 12, 12), 200, dtype=torch.uint8), torch.arange(9) % 2 == 0
     _, _, rebuilt, _ = views_of(M3AE(sizes, LossConfig(norm_pix=True)), image, mask, torch.zeros(5, 48))
@@ -65,7 +66,8 @@ def test_a_uniform_patch_is_reconstructed_exactly():
 
 
 def test_the_zero_prediction_shows_what_a_figure_takes_from_the_original():
-    """With loss.norm_pix, a prediction of zero is drawn with the mean of the true patch, in the same units."""
+    """With loss.norm_pix, a figure takes the mean and the standard deviation of each patch from the original.
+    Therefore, a prediction of zero is drawn as the mean of the true patch."""
     sizes = SMALL.model_copy(update={"image_mean": (0.5,) * 3, "image_std": (0.25,) * 3})
     image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(9) % 2 == 0
@@ -74,7 +76,8 @@ def test_the_zero_prediction_shows_what_a_figure_takes_from_the_original():
     patches = _cut(image, 4).float()
     patches[mask] = patches[mask].mean(1, keepdim=True).round().expand(-1, 48)
     assert (zero - _join(patches, (3, 3), 4)).abs().max() <= 1 and not torch.equal(rebuilt, zero)
-    assert len(views_of(M3AE(sizes), image, mask, torch.zeros(5, 48))) == 3  # grey in the units of the model
+    # without norm_pix, nothing is taken from the original, so there is no fourth picture
+    assert len(views_of(M3AE(sizes), image, mask, torch.zeros(5, 48))) == 3
 
 
 def test_a_figure_of_standardised_patches_states_what_it_takes_from_the_original(tmp_path, monkeypatch):

@@ -28,8 +28,8 @@ def main(argv):
 
 @pytest.fixture
 def faulty(tmp_path):
-    """Return a function that runs the trainer, `embed` or `evaluate` on 2 ranks with a fault and returns the codes and
-    the output. A rank that hangs receives SIGTERM."""
+    """Return a function that runs the trainer, `embed` or `evaluate` on 2 ranks with a fault and returns the exit codes
+    and the output. A rank that hangs receives SIGTERM."""
     trainer = Trainer(tmp_path)
 
     def run(place, rank, error, *options):

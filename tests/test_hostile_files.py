@@ -1,5 +1,6 @@
-"""Untrusted or damaged files give one line for the user or a counted skip, but never a traceback or an endless wait.
-The examples are fixed (derandomised)."""
+"""An untrusted or damaged file leads to an error of one line, or to a sample that is skipped and counted, but never to
+a traceback or an endless wait. Hypothesis generates the examples. It generates the same ones in each run
+(derandomize=True)."""
 
 import hashlib
 import json

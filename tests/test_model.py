@@ -101,8 +101,8 @@ def test_loss_weights_scale_losses_but_not_accuracies_and_counts():
 @pytest.mark.parametrize("per", ["sample", "batch"])
 @pytest.mark.parametrize("all_tokens", [False, True])
 def test_the_text_accuracy_is_computed_on_the_predicted_tokens(per, all_tokens):
-    """The accuracy is a mean over captions, in which an empty caption counts as 0, or over words, for any number of
-    images."""
+    """With per="sample", the accuracy is a mean over captions, and an empty caption counts as 0. Otherwise, it is a
+    mean over words. The images of the batch have no effect on it."""
     model, samples = make_model(text_all_tokens=all_tokens, per=per), []
     for sample in MIXED:  # captions of two words, which the model predicts with high probability
         samples.append(replace(sample, tokens=None if sample.tokens is None else sample.tokens % 2))
@@ -278,7 +278,8 @@ def test_the_mlp_uses_the_op_for_bias_and_gelu_on_a_gpu_unless_gelu_is_recompute
     learned = (x, *mlp.parameters())
     expected = torch.autograd.grad(mlp(x).square().sum(), learned)
     calls = []
-    monkeypatch.setattr(transformer, "mlp", lambda *_: None)  # no kernel of the CPU
+    # `mlp` would compute the whole MLP with a kernel of the CPU
+    monkeypatch.setattr(transformer, "mlp", lambda *_: None)
     monkeypatch.setattr(transformer, "choose_impl", lambda *_: "triton")
     monkeypatch.setattr(transformer, "bias_gelu", lambda *inputs: calls.append(inputs) or bias_gelu(*inputs))
     for got, want in zip(torch.autograd.grad(mlp(x).square().sum(), learned), expected):
@@ -483,8 +484,10 @@ def test_flops_equal_those_counted_by_torch(monkeypatch, head_depth, mlp_ratio):
     forward._get_raw = backward._get_raw = True
     ops = torch.ops.m3ae
     formulas = {ops.packed_attention: forward, ops.packed_attention_backward: backward}
-    monkeypatch.setattr(registry, "traced", lambda *_: False)  # the counter sees what the kernels' ops call
-    for name in ("attention_op", "attention_backward_op"):  # except these ops, which recompute the scores
+    # the ops of m3ae_kernels are called as functions, so that the counter sees the torch ops inside them
+    monkeypatch.setattr(registry, "traced", lambda *_: False)
+    # attention remains one op, because its backward pass recomputes the scores, which must not be counted
+    for name in ("attention_op", "attention_backward_op"):
         monkeypatch.setattr(op, name, getattr(op, name).registered)
     config = TINY.model_copy(update={"output_head_depth": head_depth, "mlp_ratio": mlp_ratio})
     model = make_model(config).double()
@@ -615,7 +618,7 @@ def test_pack_refuses_invalid_samples():
     ("targets", "resize"), [("pixels", "square"), ("pixels", "native"), ("hog", "square"), ("vqgan", "square")]
 )
 def test_samples_that_share_an_image_have_the_losses_of_separate_images(targets, attention, resize):
-    """The batch contains the image once."""
+    """In one of two equal batches, an image of several samples is stored only once."""
     model = make_model(TINY.model_copy(update={"image_targets": targets, "dec_attention": attention, "resize": resize}))
     apart = [make_sample(0, words=None), *(make_sample(i) for i in range(3)), make_sample(4, image=False)]
     for sample in apart[:4]:

@@ -186,7 +186,8 @@ def test_stored_position_embeddings_are_resampled_as_by_timm_and_pillow(rows):
 
 
 def test_every_kernel_implementation_accepts_patch_rows(monkeypatch):
-    """Every implementation of the ops treats native pixels as images of one patch each."""
+    """The pixels of native images are stored as rows, one for each patch. Every implementation of the ops treats each
+    row as an image of one patch."""
     model, samples = make_model(config()), make_samples()
     expected, _ = gradients(model, samples)
     monkeypatch.setenv("M3AE_KERNELS_IMPL", "torch")

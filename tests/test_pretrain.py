@@ -143,7 +143,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     monkeypatch.setattr(stages, "pre_train", lambda *_, **options: trained.append(options) or 0.0)
     monkeypatch.setattr(stages, "status", lambda _: ("finished", ""))
     monkeypatch.setattr(stages, "unused_gpus", lambda world, device: 3)
-    # the stand-in returns None, which means that the evaluation was stopped
+    # this function replaces `evaluate_run` and returns None, as `evaluate_run` does if the user stops it
     monkeypatch.setattr(stages, "evaluate_run", lambda *args: seen.append(args))
     overrides = ["train.probe.k=7", 'optim={"clip_grad": 2}']  # the other settings of the section are kept
     assert not pretrain(shards, run, val=[shards], overrides=overrides, device="cpu").finished
@@ -163,7 +163,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_a_copied_run_folder_resumes_in_its_new_location(tmp_path, monkeypatch):
-    """The config contains the former path, which may be relative to another folder."""
+    """The config in the copied folder still contains the path of the original folder."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
     monkeypatch.chdir(tmp_path)
@@ -180,7 +180,8 @@ def test_a_copied_run_folder_resumes_in_its_new_location(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_moved_run_folder_remains_complete(tmp_path, monkeypatch, capsys):
-    """Another run has begun at the old path, and another relative path to the folder is given."""
+    """After the move, there is a new folder at the old path, whose files must not be used. The moved folder is given by
+    relative paths from several working directories."""
     photos = make_pictures(tmp_path / "photos", each=2)
     overrides = ["data.workers=0", "train.steps=1", "train.probe=null", "train.pictures=0"]
     monkeypatch.chdir(tmp_path)
@@ -217,7 +218,7 @@ def test_a_second_call_is_refused_at_once_in_every_stage_of_the_first(tmp_path, 
             pretrain(photos, run, dry_run=dry_run)
         assert os.listdir(run) == [LOCK_FILE]
         first.kill()
-    monkeypatch.setattr(stages, "choose", lambda *_: None)  # as if it was stopped
+    monkeypatch.setattr(stages, "choose", lambda *_: None)  # `choose` returns None if the user stops it
     assert not pretrain(photos, run, dry_run=dry_run).finished and (run / "shards").is_dir()
 
 
@@ -325,7 +326,8 @@ def test_the_same_command_resumes_a_run_stopped_in_any_stage(tmp_path):
     assert (
         whole[2] == "0"
         and "this run" in whole[1]
-        and not re.search("step 3(?! of 3)", whole[1])  # it is not trained again; the summary names the last step
+        # "step 3" occurs only in the summary, because the run is not trained again
+        and not re.search("step 3(?! of 3)", whole[1])
         and (tmp_path / "run/export").is_dir()
     )
     outputs = [output for _, output, _ in [*stopped, whole]]
@@ -426,7 +428,8 @@ def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path):
     assert "the shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     assert (out / "shards/train-00000.tar").stat().st_mtime_ns != first and not (out / "config.json").exists()
     (photos / "red/0.txt").write_text("a third one")
-    assert "the shards are created again" in find_shards(str(photos), out, None, []).notes[-1]  # after a dry run
+    # there is no config.json, as after a dry run
+    assert "the shards are created again" in find_shards(str(photos), out, None, []).notes[-1]
     shutil.rmtree(out / "shards")
     shard_commands.make(photos, out / "shards")
     with pytest.raises(UserError, match="contains shards that pretrain has not made; choose another --out"):
@@ -555,7 +558,8 @@ def test_duplicate_images_in_folders_and_tables_are_in_the_same_split(tmp_path):
     for i in range(10):
         shutil.copy(photos / f"{i}.jpg", photos / f"copy of {i}.jpg")
         (photos / f"{i + 10}.png").write_bytes(picture(i, fmt="PNG"))
-    # the copy has the content of one image and the name of another, so that both belong to one group
+    # These two copies have equal names without the suffix, so they count as one image. Therefore, the images 10 and 11,
+    # whose contents they have, are in one group, too.
     shutil.copy(photos / "10.png", photos / "copy of 11.jpg")
     shutil.copy(photos / "11.jpg", photos / "copy of 11.png")
     find_shards(str(photos), tmp_path / "other", None, [])
@@ -646,8 +650,8 @@ def _paths(folder, split):
 
 
 def test_duplicate_images_in_shards_are_in_the_same_split(tmp_path):
-    """Samples are removed from held-out shards if their image is also in other shards. For held-out shards that the
-    user names, a note states their number."""
+    """Samples are removed from held-out shards if their image is also in other shards. If the user names the held-out
+    shards, nothing is removed, and a note states the number of such samples."""
     images = {0: (1, 2, 3), 1: (3, 4, 5), 2: (5, 6, 7)}
     for number, numbers in images.items():
         write_tar(tmp_path / f"{number}.tar", [(f"{i}-{number}.jpg", picture(i)) for i in numbers])
@@ -897,8 +901,8 @@ def test_steps_and_batch_size_fit_the_data_and_the_time():
 @example(samples=3, pace=0.001, seconds=1e6)
 def test_batch_size_and_steps_are_the_largest_within_their_bounds(samples, pace, seconds):
     def fits(batch):
-        """Return whether a batch size is allowed: an epoch must have at least 24 steps or, with a small batch, at least
-        4."""
+        """Return whether a batch size is allowed: an epoch must have at least 24 steps. With at most 64 samples per
+        batch, 4 steps are enough."""
         return batch == 1 or (batch <= 1024 and batch * (24 if batch > 64 else 4) <= samples)
 
     batch = batch_of(samples)
@@ -953,7 +957,9 @@ def test_automatic_settings_equal_those_of_the_rules_computed_by_hand():
     assert (few.train.eval_samples, few.data.val, few.data.tokenizer, few.train.probe.every) == (1, [], None, 10)
     assert chosen(samples=5000, steps=5).train.eval_every == 5
     assert automatic_settings.peak_rate(4096, 768) == 1.5e-4  # the learning rate of MAE
-    # for a quarter of the batch, a step has half of the rate; stated for a batch of 256, this is twice the rate
+    # The learning rate of a step is proportional to the square root of the batch size, so a quarter of the batch has
+    # half of the rate. `peak_lr` is the rate for a batch of 256, to which a step applies the factor batch / 256; it is
+    # therefore doubled.
     assert automatic_settings.peak_rate(1024, 384) == 3e-4
     assert chosen(samples=6400, steps=9, size=2).optim.peak_lr == 1.2e-3 == automatic_settings.peak_rate(64, 383) / 4
 
@@ -1084,7 +1090,8 @@ def test_the_time_of_a_step_begins_at_the_end_of_the_previous_step(monkeypatch):
 
 
 def test_the_updates_of_a_gpu_are_measured_with_events(monkeypatch):
-    """The update of a step is complete when the gradients of the next step have been computed."""
+    """Only when the gradients of a step have been computed is it certain that a GPU has finished the update of the
+    previous step. Therefore, the measured duration is that of the previous update."""
     recorded = []
 
     class Event:
@@ -1096,7 +1103,8 @@ def test_the_updates_of_a_gpu_are_measured_with_events(monkeypatch):
             recorded.append(self)
 
         def elapsed_time(self, other):
-            assert recorded.index(other) + 2 < len(recorded)  # otherwise, torch raises an error
+            # torch raises an error if the GPU has not reached the later event yet
+            assert recorded.index(other) + 2 < len(recorded)
             return other.ms - self.ms
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -1140,7 +1148,7 @@ def test_throughput_is_computed_from_the_second_half_of_the_steps(monkeypatch):
 def test_throughput_is_measured_until_it_is_stable(monkeypatch):
     """Measuring ends when the later half of the steps has a constant pace, or when the time is used up."""
     calm = [9.0, 9.0, *[0.001] * 1000]
-    assert paced(monkeypatch, calm).steps == 19  # the later half of 40 steps, of which the first two are not counted
+    assert paced(monkeypatch, calm).steps == 19  # the later half of 38 steps: of 40, the first two are not counted
     # measuring uses a quarter of the time: 18 s for two slow steps, and the rest for 500 fast ones
     assert paced(monkeypatch, calm, seconds=74.0).steps > 200
     falling = [9.0, 9.0, *(0.5 / (each + 1) for each in range(40)), *[0.01] * 1000]
@@ -1404,7 +1412,7 @@ def test_automatic_settings_yield_to_and_fit_the_settings_of_the_user():
 
     config = chosen("model.size=small", "train.epochs=3")
     assert config.model.emb_dim == 384 and config.train.epochs == 3 and config.train.steps is None
-    # narrow models have four times the learning rate
+    # the default model is narrower than "small", and narrow models have four times the learning rate
     assert chosen().optim.peak_lr == pytest.approx(4 * config.optim.peak_lr)
     twice = chosen("model.image_size=64", "model.image_size=48").model  # the last value counts
     assert (twice.image_size, twice.patch_size) == (48, 4)
@@ -1493,8 +1501,9 @@ def test_the_hours_include_preparation_and_evaluation(monkeypatch):
 
 
 def test_the_time_for_regressions_grows_with_samples_and_classes_and_is_short_on_a_gpu():
-    """Two networks choose a pooling with 4,000 features and at most 5,000 samples; the chosen pooling then has 2,000
-    features and all samples. Other models have 1,500 features, and the run and HOG together have 3,000."""
+    """For each of two networks, regressions with 4,000 features and at most 5,000 samples choose the pooling. A
+    regression with the chosen pooling then has 2,000 features and uses all samples. The features without a network are
+    1,500, and those of the run and HOG together are 3,000."""
 
     def seconds(samples, classes, **more):
         return size_and_length.Budget(small(classes, samples), True, 1.0, 0.0, **more).regressions()
@@ -1524,7 +1533,8 @@ def test_a_training_length_set_by_the_user_is_kept(monkeypatch):
 @pytest.mark.parametrize(("held_out", "training"), [(0, "0:01:40"), (100, "0:01:51"), (2000, "0:02:22")])
 def test_the_printed_time_includes_updates_and_evaluations(monkeypatch, held_out, training):
     """Each of 100 steps takes 0.1 s for its samples and 0.9 s for the update. There is an evaluation before the first
-    step, and one after every 25 steps. It takes 1.5 s, and 2 s for 300 samples, of which it uses at most 1,024."""
+    step, and one after every 25 steps. An evaluation takes 1.5 s, and in addition 1/150 s for each held-out sample. It
+    uses at most 1,024 held-out samples."""
     length = ["train.steps=100", "train.global_batch=10", "train.eval_every=25"]
     found = planned(monkeypatch, replace(small(), held_out=held_out), 0.5, 0.01, length, update=0.9)
     assert found.lines[3].startswith(f"time: {training} for training at 10 samples/s, measured over 24 steps")

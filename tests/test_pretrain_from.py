@@ -59,7 +59,8 @@ def test_settings_are_derived_from_the_given_weights(base, tmp_path):
 def test_pre_training_on_images_continues_from_an_mae_without_a_decoder(tmp_path):
     mae = {name: t for name, t in MAE().state_dict().items() if not name.startswith(("decoder", "mask"))}
     torch.save({"model": mae}, tmp_path / "mae.pth")
-    with pytest.raises(UserError, match="num-heads"):  # the width is not that of a published size
+    # it must be given, because the width is not that of a published size
+    with pytest.raises(UserError, match="num-heads"):
         given_weights(str(tmp_path / "mae.pth"), tmp_path / "run", [])
     convert(tmp_path / "mae.pth", tmp_path / "converted", num_heads=3)
     given = given_weights(str(tmp_path / "converted"), tmp_path / "run", [])
@@ -99,9 +100,8 @@ def write_deep(folder, highest):
 
 
 def test_the_values_of_files_are_compared_with_the_range_of_the_given_weights_before_shards_are_made(tmp_path):
-    """The values in shards have 8 bits: those beyond the range would be clipped, and a small part of the range would be
-    left with few levels.
-    """
+    """Shards store values with 8 bits. Values outside the range of the weights would be clipped, and values that occupy
+    only a small part of this range would be rounded to few levels."""
     suits, bright = write_deep(tmp_path / "suits", 4095), write_deep(tmp_path / "bright", 65535)
     for highest, folder in ((4095, bright), (65535, suits)):
         with pytest.raises(UserError, match=f"the weights were trained with black = 0 and white = {highest}; convert"):
@@ -262,7 +262,7 @@ def test_a_run_starts_from_the_given_weights(base, tmp_path, capsys):
     assert (
         found.finished and "continuing from the weights in " in output and 'model: "as its weights", width 32' in output
     )
-    assert "recipe: " not in output  # neither recipe is used
+    assert "recipe: " not in output  # no recipe is used
     before, after = checkpoint.read_weights(checkpoint.locate(base)), M3AE.from_pretrained(found.export).state_dict()
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-20)

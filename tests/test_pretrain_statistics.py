@@ -1,5 +1,5 @@
-"""The statistics that `pretrain` derives from images, captions and labels, and the agreement of chosen settings with
-`--set`."""
+"""The statistics that `pretrain` derives from images, captions and labels. The settings that it chooses from them agree
+with the settings that the user gives with `--set`."""
 
 import re
 import time
@@ -71,7 +71,8 @@ def _grey_and_alpha():
     return np.stack((_levels(24, 20), np.full((24, 20), 255, np.uint8)), axis=2)
 
 
-# name and bytes of a file, channels and dtype of the model, and its range
+# for each kind of image: the suffix of its files, a function that returns the bytes of a file, and the channels, dtype
+# and value range that the model must have
 IMAGES = {
     "grey": ("png", lambda: _png(_levels(24, 20)), 1, "uint8", None),
     "grey, stored as colour": ("png", lambda: _png(_grey_colours()), 1, "uint8", None),
@@ -216,9 +217,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("override", SETTINGS)
 def test_each_single_override_leads_to_a_consistent_config(tmp_path, override):
-    """Hypothetical statistics that fit the setting replace the statistics of samples, as in the check before the
-    samples are opened.
-    """
+    """The statistics are assumed to fit the setting. `pretrain` also makes this assumption when it checks the overrides
+    before it opens the samples."""
     check_overrides([override])
     c = _chosen(override, statistics=assumed([override], samples=640))
     assert eval(SETTINGS[override], {"c": c, "m": c.model, "t": c.train, "o": c.optim, "len": len})
@@ -313,7 +313,7 @@ def test_the_vocabulary_size_set_by_the_user_is_used(tmp_path):
 
 
 def test_a_subset_of_many_captions_is_read(tmp_path, monkeypatch):
-    """The part consists of evenly spaced samples from evenly spaced shards."""
+    """The subset consists of evenly spaced samples from evenly spaced shards."""
     monkeypatch.setattr("m3ae_fast.shards.tokenizer_training._SHARDS", 2)
     for shard in range(6):
         files = [(f"{i}.txt", f"{shard} {i}".encode()) for i in range(10)]

@@ -68,7 +68,7 @@ def main(argv):
 
         assert joined.main_first(work, heartbeats.waiting) == joined.rank
         total = torch.ones(1)
-        dist.all_reduce(total)  # in the group with the short timeout
+        dist.all_reduce(total)  # its timeout is TIMEOUT_S, which does not include the work above
         print(f"{total.item():g} ranks\n", end="", flush=True)  # a single write, because the ranks share the output
     return 0
 
@@ -93,7 +93,8 @@ def test_tracebacks_of_a_single_rank_are_printed_unchanged():
 
 
 def many_clients():
-    """Create a store in a process with a low limit of open files, which `join_ranks` raises."""
+    """Create a store for many clients in a process whose limit of open files is low. `join_ranks` increases the
+    limit."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with ranks.join_ranks():
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -111,8 +112,8 @@ def few_files():
 
 
 def stopped_unheard():
-    """Stop rank 0 while rank 1 is slow: it exchanges heartbeats every two seconds, and an error of a collective, after
-    rank 0 has closed their connection, reaches its session only after 1.5 seconds."""
+    """Stop rank 0 while rank 1 is slow to notice it: rank 1 exchanges heartbeats only every two seconds. When rank 0
+    ends, the collective on rank 1 fails, but rank 1 raises this error only 1.5 seconds later."""
     if os.environ["RANK"] == "1":
         Heartbeats._interval = property(lambda _: 2.0)
     with program.joined_program() as (joined, *_):
@@ -145,7 +146,8 @@ def test_a_hard_limit_of_open_files_that_is_too_low_is_reported_in_one_line(tmp_
 
 
 def on_nodes(what, folder):
-    """Run ranks that simulate nodes of two ranks each. Rank 3 asks the others to stop, stalls or is killed."""
+    """Run ranks that simulate nodes of two ranks each. `what`: "stop" or "stall" if rank 3 asks the others to stop or
+    stalls, or "killed RANK" if a rank kills itself."""
     rank = int(os.environ["RANK"])
     ranks.node_name = lambda: f"node {rank // 2}"
     with program.joined_program() as (joined, stop, heartbeats):
@@ -170,7 +172,7 @@ def on_nodes(what, folder):
             joined.sum([1.0])
         while not stop.requested:
             time.sleep(0.01)
-        joined.gather(None)  # before one of the ranks exits
+        joined.gather(None)  # so that no rank exits before the others have finished
     return 0
 
 
@@ -185,7 +187,7 @@ def check_sums(joined):
 
 
 def stall_here(heartbeats):
-    heartbeats.timeout = 6.0  # this rank is not the first to detect the stall
+    heartbeats.timeout = 6.0  # longer than on the other ranks, so that one of them detects the stall first
     time.sleep(20)
 
 
@@ -203,9 +205,8 @@ def test_ranks_of_a_node_monitor_its_leader_and_receive_stop_requests(tmp_path):
 
 @pytest.mark.parametrize("killed", [3, 0])
 def test_a_killed_rank_ends_the_others_during_an_all_reduce(tmp_path, killed):
-    """The other ranks end: ranks on the same node directly, and ranks on the other node through the leader. They report
-    the killed rank, even if the store has ended with rank 0, and exit with the code that requests a restart.
-    """
+    """All other ranks end, on both nodes. They report the killed rank, and exit with the code that requests a restart.
+    This is also the case if the killed rank is rank 0, with which the store has ended."""
     processes = fork_ranks(__name__, ["nodes", f"killed {killed}", str(tmp_path)], 4, tmp_path / "log")
     _, output = await_ranks(processes, tmp_path / "log")
     assert [p.exitcode for p in processes] == [-signal.SIGKILL if rank == killed else 75 for rank in range(4)]
@@ -261,7 +262,8 @@ def test_errors_that_a_user_can_fix_are_explained_and_other_errors_are_bugs(erro
 
 @pytest.mark.parametrize(("cores", "here", "threads"), [(8, 2, 4), (8, 1, 8), (2, 3, 1), (7, 2, 3)])
 def test_the_ranks_of_a_node_share_its_cores(monkeypatch, cores, here, threads):
-    """The ranks of a node share the cores of this node only. A number that the user has set is kept."""
+    """The cores of a node are divided among the ranks of this node. A number of threads that the user has set is
+    kept."""
     found = []
     variables = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(here)}
     for name, value in variables.items():
@@ -331,8 +333,8 @@ def test_only_the_first_rank_with_an_error_prints_it_and_all_ranks_exit_with_its
 
 
 def test_connection_errors_after_a_rank_has_left_are_not_reported(join):
-    """An error is not reported after the rank has left. An unexpected error before that gives a traceback on every
-    rank."""
+    """After a stop has been requested, an error is not reported, because other ranks may have closed their connections.
+    Without such a request, an unexpected error gives a traceback on every rank."""
     for first in (True, False):
         join(first)
         with program.joined_program() as session:
@@ -407,7 +409,8 @@ def test_other_ranks_begin_only_after_the_main_rank_has_succeeded(rank, failing,
 
     with pytest.raises(UserError, match="no shard"):
         OneOfTwo(rank, 2, 0, torch.device("cpu"), None, [], [], None, None, [], None).main_first(work)
-    assert done == [rank] * runs and len(turns) == 1 + failing  # the failure is known at once
+    # a failure ends both ranks after the turn in which it occurs
+    assert done == [rank] * runs and len(turns) == 1 + failing
 
 
 @pytest.mark.parametrize(
@@ -470,7 +473,8 @@ def with_a_mistake(rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_user_error_on_one_rank_is_printed_once_and_all_ranks_exit_with_its_code(tmp_path, rank):
-    """The rank may host the store, and other ranks may work until it has ended."""
+    """This is also the case for rank 0, which hosts the store, and for rank 2, which still computes when the store has
+    ended."""
     processes = fork_ranks(__name__, ["mistake", str(rank)], 3, tmp_path / "log")
     output = await_ranks(processes, tmp_path / "log")[1]
     assert [line for line in output.splitlines() if "error" in line] == [f"error: rank {rank} finds no shard"]

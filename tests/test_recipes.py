@@ -18,7 +18,7 @@ from tests.helpers.shards import members, write_tar
 from tests.helpers.trainer import ROOT, SHORT
 
 SIZES = {"small": (384, 12), "base": (768, 12), "large": (1024, 24), "huge": (1280, 32), "quickstart": (192, 6)}
-# settings of a recipe that `pretrain` derives by its own rules
+# settings that a recipe changes only for `train`, because `pretrain` chooses them by its own rules
 OF_TRAIN = {
     "official": {},
     "fast": {"optim.clip_grad": 1.0},

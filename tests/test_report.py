@@ -83,8 +83,8 @@ def test_the_head_of_a_report_summarises_the_run_in_words(run):
 
 
 def test_results_show_standard_errors_and_the_fraction_of_the_largest_class(run):
-    """The report does not use the accuracy of random guesses, which a model for imbalanced data exceeds by always
-    predicting one class."""
+    """The chance level is the fraction of the largest class, not the accuracy of random guesses: if the data are
+    imbalanced, a model exceeds the accuracy of random guesses by always predicting one class."""
     result = {"task": "knn", "top1": 0.5, "top5": 1.0, "classes": 10, "val_samples": 98, "model": "random:<run>"}
     shares = {"chance": 0.4, "chance_top5": 0.8}
     (run / "probe/result.json").write_text(json.dumps(result))
@@ -177,7 +177,7 @@ def test_each_curve_shows_the_metric_named_in_title_and_label(monkeypatch):
         ("Peak memory", "peak"): "peak_memory_gb",
     }
     names, plotted = list(expected.values()), []
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # it would take a long time
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)  # saving figures takes a long time
     plot = Axes.plot
     monkeypatch.setattr(
         Axes, "plot", lambda *a, **options: plotted.append((options["label"], a[1:])) or plot(*a, **options)

@@ -107,8 +107,8 @@ def test_signals_to_the_process_group_save_a_checkpoint_and_exit(trainer, number
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_run_whose_launcher_died_saves_a_checkpoint(trainer, launcher):
-    """A killed launcher does not forward signals, and DeepSpeed's outer launcher never does. The ranks detect its
-    end."""
+    """A killed launcher does not forward signals, and DeepSpeed's outer launcher never does. In both cases, the ranks
+    notice that the launcher has ended."""
     options = ["--set", "train.steps=100000", "--set", "train.save_every=100000"]
     process = trainer.start("run", *options, ranks=2, launcher=launcher)
     _wait_for_steps(trainer, "run", lambda: process.poll() is None, 3)
@@ -450,7 +450,8 @@ def test_resume_auto_skips_failed_checkpoints(tmp_path):
     assert resuming.find(tmp_path, "auto") == two
     assert len(resuming.skipped_checkpoints(tmp_path)) == 1 and str(three) in resuming.skipped_checkpoints(tmp_path)[0]
     checkpoint.mark(tmp_path, 2, checkpoint.GOOD, "")
-    assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"  # it is good, so it is not marked as failed
+    # step 2 is known to be good, so it is not marked as failed
+    assert judge(tmp_path, 3) == f"the last good checkpoint is {two}"
     assert resuming.find(tmp_path, "auto") == two
     assert resuming.find(tmp_path, str(three)) == three
     checkpoint.mark(tmp_path, 1, checkpoint.FAILED, "")

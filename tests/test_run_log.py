@@ -124,7 +124,8 @@ def test_the_lock_persists_after_its_file_is_removed(tmp_path):
         second = subprocess.run([sys.executable, "-c", program, str(folder.path)], capture_output=True, text=True)
         assert "another run is using this folder" in second.stderr
         assert folder.keep() and not folder.keep()
-        worker = os.fork()  # like a loader worker, which may outlive the run by a few seconds
+        # Like a loader worker, this process may outlive the run by a few seconds. It must not keep the folder locked.
+        worker = os.fork()
         if worker == 0:
             signal.pause()
     RunFolder(tmp_path / "run").__exit__()
@@ -141,7 +142,7 @@ def test_a_folder_that_vanishes_does_not_replace_the_error_that_ends_the_run(tmp
 def test_a_run_folder_removed_during_training_is_reported_and_recreated(tmp_path, capsys):
     with RunFolder(tmp_path / "run") as folder, RunLog(folder.path, 0, 9) as metrics:
         metrics.log(1, {"loss": 1.0})
-        while folder.path.exists():  # TensorBoard's thread may write meanwhile
+        while folder.path.exists():  # repeated, because TensorBoard's thread may write another file meanwhile
             shutil.rmtree(folder.path, ignore_errors=True)
         for step in (2, 3):
             metrics.log(step, {"loss": 1.0})

@@ -214,8 +214,8 @@ def test_compiled_blocks_are_correct_and_compile_once():
 @torch._functorch.config.patch(activation_memory_budget=1.0)
 @torch.compiler.config.patch(cache_key_tag="")
 def test_compiled_graphs_are_cached_by_the_size_of_the_micro_batch():
-    """The number of rows in the first batch determines how sums over rows are split, which is not part of the key of
-    torch's cache."""
+    """Compiled code splits sums over rows in a way that depends on the number of rows in the first batch. The key of
+    torch's cache does not contain this number, so it is added to the key as a tag."""
     tags = []
     for samples in (64, 512, 512):
         M3AE(TINY).encoder.compile_blocks(samples)

@@ -1,4 +1,5 @@
-"""The detection of stalls of a process itself and of other ranks on a simulated clock, and the effects of signals.
+"""A process detects its own stalls and those of other ranks. The tests simulate the clock. Other tests check the
+effects of signals.
 
 test_stop_and_stall.py tests real processes."""
 
@@ -73,7 +74,7 @@ class SimulatedRank:
 
 @pytest.mark.parametrize("timeout", [0.5, 5.0, 600.0])
 def test_idle_workers_end_the_run_after_the_timeout_and_not_before(monkeypatch, timeout):
-    """The main thread, which waits for the workers, does not affect the timeout."""
+    """The main thread waits for the workers. The CPU time that it uses meanwhile does not count as their activity."""
     simulated = SimulatedRank(monkeypatch, timeout)
     simulated.busy = {"self"}
     simulated.heartbeats.mark("waiting for its loader", loading=True)
@@ -166,7 +167,8 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
 
 
 def test_a_rank_that_makes_progress_ends_no_other_rank(monkeypatch):
-    """Another rank may be silent for long. If this is a stall, a rank that waits reports it."""
+    """Another rank may be silent for long while this rank makes progress. If the other rank has stalled, a rank that
+    waits for it reports the stall."""
     simulated = SimulatedRank(monkeypatch, 60.0, ranks=2)
     assert simulated.ended(1000, lambda now: simulated.heartbeats.mark("step")) is None
 
@@ -182,7 +184,8 @@ def test_a_rank_sends_heartbeats_only_while_it_is_active(monkeypatch):
         assert simulated.beats(50) > 45
         assert simulated.store.get("beat 0").endswith(b" step")
     assert simulated.beats(50) <= 1
-    assert simulated.store.get("beat 0").endswith(b" starting")  # the rank has left that step
+    # at its end, the block `waiting` sets the activity to "starting"
+    assert simulated.store.get("beat 0").endswith(b" starting")
     simulated.busy = {"self"}
     simulated.heartbeats.mark("waiting for its loader", loading=True)
     assert simulated.beats(50) <= 1

@@ -1,5 +1,5 @@
-"""Signals, launchers that end, and ranks or loaders that stall. The tests run the trainer until its start is complete,
-and small programs that use the modules in question."""
+"""Signals, launchers that end, and ranks or loaders that stall. Some tests start the trainer, and the others start
+small programs that use the tested modules."""
 
 import json
 import os
@@ -129,7 +129,8 @@ def test_a_closed_terminal_is_ignored_under_nohup():
 
 
 def test_a_stopped_process_exits_even_if_code_swallows_the_exception():
-    process = program(STARTING.format("import ctypes; ctypes.PyDLL(None).sleep(60)"))  # blocks even the interpreter
+    # holds the GIL, so that no Python code runs, in any thread
+    process = program(STARTING.format("import ctypes; ctypes.PyDLL(None).sleep(60)"))
     assert process.stdout.readline() == "ready\n"
     time.sleep(1)  # wait until it sleeps, because an earlier signal would not interrupt the sleep
     process.send_signal(signal.SIGTERM)  # the signal interrupts the C library's sleep
@@ -231,7 +232,8 @@ def test_a_process_exits_if_its_launcher_has_died(when, world):
     child += in_main(STARTING.format("threading.Event().wait()"))
     code = f"""
         import subprocess, sys
-        out = subprocess.PIPE if {when == "after"} else subprocess.DEVNULL  # a broken pipe would end it, too
+        # not a pipe, because a broken pipe would end the child, too
+        out = subprocess.PIPE if {when == "after"} else subprocess.DEVNULL
         child = subprocess.Popen([sys.executable, "-c", {child!r}], stdin=subprocess.PIPE, stdout=out)
         if {when == "after"}: child.stdout.readline()
         print(child.pid, flush=True)
@@ -241,7 +243,7 @@ def test_a_process_exits_if_its_launcher_has_died(when, world):
     child = psutil.Process(int(launcher.stdout.readline()))
     launcher.kill()  # this also closes the input of the child
     try:
-        launcher.communicate(timeout=20)  # the output of the child goes there too
+        launcher.communicate(timeout=20)  # waits for the child, too, which has inherited the output
         child.wait(20)
     finally:
         if child.is_running():
@@ -353,7 +355,7 @@ def test_a_signal_during_start_up_ends_all_ranks_and_leaves_no_files(trainer, la
     source = json.dumps([{"shards": STUCK}])
     process = trainer.start("run", "--set", f"data.train={source}", ranks=ranks, launcher=launcher)
     run = trainer.folder / "run"
-    while not run.exists():  # it has joined the ranks and has begun
+    while not run.exists():  # the folder is created after the ranks have joined
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.1)
     time.sleep(0.5)

@@ -131,12 +131,13 @@ def test_the_targets_are_the_standardised_features_of_the_maps(tmp_path, name, w
     torch.testing.assert_close(found, expected(teacher, images, size // 4), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(opened.features(images[1:2]), found[1:2], rtol=1e-3, atol=1e-4)
     assert opened.features(images[:0]).shape == (0, *found.shape[1:])
-    many = opened.features(images[:1].expand(70, -1, -1, -1))  # more than in one pass
+    many = opened.features(images[:1].expand(70, -1, -1, -1))  # more images than the teacher encodes in one pass
     torch.testing.assert_close(many[69], found[0], rtol=1e-3, atol=1e-4)
 
 
 def test_without_the_maps_of_its_stages_a_network_has_only_its_last_map(tmp_path, monkeypatch):
-    """This is so for networks of timm that lack the method, have fewer stages, or return other last features."""
+    """The maps of earlier stages come from timm's `forward_intermediates`. They are not used if this method fails, or
+    if it returns other last features than `forward_features`."""
     teacher = weights(tmp_path, CNN)
     original = timm.models.resnet.ResNet.forward_intermediates
 
@@ -309,7 +310,7 @@ def test_an_own_model_is_a_teacher(tmp_path):
     maps = m3ae_fast.load_model(tmp_path / "own").patch_features(unit, value_range=(0, 1), precision="fp32")
     maps = F.interpolate(maps.permute(0, 3, 1, 2), (2, 2), mode="bilinear", antialias=True)
     standard = F.layer_norm(maps.flatten(2).mT, (24,))
-    for _ in range(2):  # the index tensors of the first pass are used again
+    for _ in range(2):  # the second pass uses the index tensors that the first one has created
         torch.testing.assert_close(opened.features(images), standard, rtol=1e-3, atol=1e-4)
     assert opened.bytes < sum(each.nbytes for each in own.parameters())
 
@@ -318,7 +319,8 @@ def test_an_own_model_is_a_teacher(tmp_path):
 def test_images_of_every_dtype_have_the_same_targets(tmp_path, dtype):
     teacher = weights(tmp_path, VIT)
     config, opened = config_of(teacher)
-    images = images_of(config) // 4 + 96  # floats are not limited to the range from black to white
+    # no values near black and white: resizing can exceed this range, and then only integer images are clipped
+    images = images_of(config) // 4 + 96
     config, other = config_of(teacher, image_dtype=dtype)
     mean, std = config.model.image_mean, config.model.image_std
     given = (images.int() * 257).to(torch.uint16) if dtype == "uint16" else normalised(images, mean, std)
@@ -326,8 +328,8 @@ def test_images_of_every_dtype_have_the_same_targets(tmp_path, dtype):
 
 
 def test_grey_and_coloured_images_are_converted_for_the_teacher(tmp_path):
-    """Grey images are shown to a teacher of colours in three equal channels. Colours are weighted as in Pillow for a
-    teacher of grey images. Other numbers of channels are refused."""
+    """A teacher of coloured images receives grey images as three equal channels. For a teacher of grey images, the
+    three channels of coloured images are added with the weights of Pillow."""
     teacher = weights(tmp_path, CNN)
     config, opened = config_of(teacher, **GREY)
     images = images_of(config)
@@ -430,7 +432,8 @@ def test_the_memory_of_a_pass_is_estimated_from_one_image(tmp_path, name, precis
         M3AE(TINY.model_copy(update={"image_size": 64, "emb_dim": 96})).save_pretrained(tmp_path / name)
     config, opened = config_of(tmp_path / name if name == "own" else weights(tmp_path, name), precision)
     images = images_of(config, 16)
-    opened.features(images)  # the index tensors of an own model are kept
+    # the first pass of a model of this library creates index tensors, which are kept; they must not be counted below
+    opened.features(images)
     found = allocated(lambda: opened.features(images))
     features = 16 * config.model.patches_per_image * opened.width * 4
     needed = found + images.nbytes + features
@@ -438,7 +441,8 @@ def test_the_memory_of_a_pass_is_estimated_from_one_image(tmp_path, name, precis
     assert opened.pass_bytes(16, 3) == opened.pass_bytes(16) + 2 * features
     views = config.model_copy(update={"data": config.data.model_copy(update={"repeats": 4})})
     shared = open_teacher(views)
-    assert shared.pass_bytes(64) == pytest.approx(opened.pass_bytes(16) + 3 * features)  # sixteen images
+    # 64 samples are 4 views each of 16 images
+    assert shared.pass_bytes(64) == pytest.approx(opened.pass_bytes(16) + 3 * features)
 
 
 def test_the_estimate_for_a_run_includes_the_pass_of_the_teacher(tmp_path, monkeypatch):
@@ -569,7 +573,8 @@ def test_a_run_learns_records_its_teacher_and_resumes_bitwise(trainer):
 def test_a_run_is_a_teacher_and_its_student_is_exported_without_it(trainer, tmp_path, capsys):
     """The export does not need the teacher. Captions are drawn, features are not."""
     trainer("first", *zero(None))
-    words = options(trainer.folder / "first", "train.pictures=2", "data.repeats=3")  # some of them on two ranks
+    # on two ranks, some samples have only a part of their views on the same rank
+    words = options(trainer.folder / "first", "train.pictures=2", "data.repeats=3")
     trainer("second", *words, *zero(None))
     trainer("two", *words, *zero(3), ranks=2)
     np.testing.assert_allclose(np.array(trainer.losses("two")), np.array(trainer.losses("second")), rtol=2e-5)

@@ -359,7 +359,7 @@ class OneOfTwo:
         self.other, self.own = other, None
 
     def sum(self, values):
-        if len(values) == 1:  # whether a rank is asked to stop
+        if len(values) == 1:  # the only value is whether a rank is asked to stop
             return list(values)
         self.own = list(values)
         return [a + b for a, b in zip(values, self.other)] if self.other else list(values)
@@ -472,7 +472,8 @@ def test_modules_are_set_to_training_mode_only_after_an_evaluation(monkeypatch):
 
 
 def test_the_first_non_finite_step_is_reported_with_the_non_finite_quantity():
-    """A step has two micro-batches, whose losses are known before the norm."""
+    """A step has two micro-batches. Their losses are known before the norm of the gradients, so a loss is reported
+    first."""
     fine, wrong = torch.tensor(1.0), torch.tensor(math.nan)
     for place, what in ((0, "loss"), (1, "loss"), (2, "gradient norm")):
         watch = LossWatch()
@@ -502,7 +503,8 @@ def saver(ranks, folder, log=print) -> Saver:
 
 
 def test_the_earliest_failed_step_of_all_ranks_is_reported():
-    """A step fails on the rank that has the bad sample. Its gradients make the next step of the other ranks fail."""
+    """The step fails on the rank that has the bad sample. This rank's gradients are summed with those of the others, so
+    that the other ranks fail one step later."""
     judged = []
     for mine, other in ((7, 8), (8, 7), (7, None), (None, 7)):
         trainer = argparse.Namespace(
@@ -572,8 +574,8 @@ def test_utilisation_includes_newton_schulz_iterations(monkeypatch):
 
 @pytest.mark.parametrize(("name", "zero"), [("adamw", {}), ("muon", {}), ("muon", {"stage": 1})])
 def test_utilisation_is_relative_to_the_peak_throughput_of_all_ranks(monkeypatch, tmp_path, mixed, name, zero):
-    """The rank is alone, or one of two ranks of which only this one runs. Without ZeRO, each rank orthogonalises all
-    matrices."""
+    """The rank is either the only one, or it is told that there are two ranks although only one runs. Without ZeRO,
+    each rank orthogonalises all matrices."""
     monkeypatch.setattr(run_module, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(run_module, "build_engine", lambda *_: SimpleNamespace())
     sections = {"deepspeed": {"zero_optimization": zero}} if zero else {}

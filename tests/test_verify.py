@@ -98,8 +98,8 @@ def test_verify_fails_on_nan(tmp_path):
 
 
 def test_gradient_clipping_equals_that_of_optax(tmp_path):
-    """A small clip_gradient scales the gradients of the first step. A wrong rule would change the parameters after
-    it."""
+    """A small clip_gradient scales the gradients of the first step. If clipping were different from that of optax, the
+    parameters after this step would be different."""
     golden = Golden.load(next(f for f in FILES if f.stem == "paired"))
     golden.meta |= {"clip_gradient": 0.01, "steps": 1}
     after = [

@@ -1,4 +1,5 @@
-"""Image targets that are ids of a VQGAN: the official tokenizer, and the two places where ids are computed."""
+"""Image targets that are ids of a VQGAN. The tests compare the VQGAN with the official one, and the ids that loader
+workers compute with those that are computed on the device."""
 
 import json
 from contextlib import nullcontext
