@@ -78,7 +78,8 @@ def pointers(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["apart", "expanded"])
 def test_c_kernels_read_contiguous_parameters(pointers, kind):
-    """C kernels receive pointers without strides. Runs on any CPU."""
+    """C kernels receive pointers without strides, so the parameters must be contiguous. The kernels are replaced, so
+    this test runs on any CPU."""
     vector = dict(layouts(torch.arange(1.0, 65.0)))[kind]
     linear.product(torch.ones(4, 32, dtype=BF16), torch.ones(64, 32), vector, transposed=True)
     assert torch.equal(pointers["bias"], vector)

@@ -1,10 +1,9 @@
 """The CUDA path of the engine, the training program and the kernels' launchers, on a machine without a GPU.
 
-The tests in tests/cuda_path run with a simulated GPU whose tensors are on the CPU (see fake_cuda.py). On every
-commit, only these tests execute the copies on a separate stream, the checks that lag behind the GPU, and the code that
-depends on the kind of GPU. They run in a separate process, because Triton and DeepSpeed read environment variables when
-they are imported.
-"""
+The tests in tests/cuda_path run with a simulated GPU whose tensors are on the CPU (see fake_cuda.py). On a machine
+without a GPU, no other tests execute the code for GPUs: copies on a separate stream, checks of values that the GPU
+computed some steps ago, and code that depends on the kind of GPU. The tests run in a separate process, because Triton
+and DeepSpeed read environment variables when they are imported."""
 
 import os
 import subprocess

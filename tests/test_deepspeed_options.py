@@ -79,7 +79,8 @@ def test_the_last_block_computes_only_the_queries_that_it_needs_at_every_stage(m
             config = config_of(1, stage, 1, "fp32", {})
             take(ranks, engine_of(ranks, config), config, range(1))
         found.append(list(rows))
-    assert found[0] == found[1] and len(found[0]) == 2  # queries, and keys and values, of the decoder's last block
+    # a product for the queries, and one for the keys and values, of the decoder's last block
+    assert found[0] == found[1] and len(found[0]) == 2
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The README, the guide and --help are correct: commands are accepted, and settings and files with these names
-exist."""
+"""The README, the guide and --help are correct: the programs accept the commands that they show, and the settings and
+files that they name exist."""
 
 import argparse
 import importlib

@@ -28,7 +28,8 @@ def test_the_average_of_the_weights_follows_the_formula():
     track_ema(optimizer, 0.9)
     expected = None
     for step in range(4):
-        p.grad = torch.randn(5) * (step != 2)  # includes a step without a gradient, in which momentum acts
+        # in step 2, the gradient is 0, but the momentum still changes the weights
+        p.grad = torch.randn(5) * (step != 2)
         optimizer.step()
         expected = p.detach().clone() if expected is None else 0.9 * expected + 0.1 * p.detach()
     torch.testing.assert_close(optimizer.state[p][EMA], expected)

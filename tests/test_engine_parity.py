@@ -67,7 +67,7 @@ def test_shipped_configs_train_as_in_plain_torch(tmp_path):
 
 
 def test_the_trainer_has_the_same_loss_curve_on_two_ranks(trainer):
-    """The runs have stochastic depth, and one of them has another micro-batch size."""
+    """The runs have stochastic depth. Those on two ranks have another micro-batch size than the run on one rank."""
     drops = ["--set", "model.drop_path=0.3"]
     trainer("one", *zero(None), *drops)
     for stage in (None, 3):

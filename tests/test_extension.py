@@ -66,7 +66,8 @@ def require_stable_phase(plan, start):
 @pytest.mark.parametrize("hours", [1.3, 2.0, 10.0])
 @pytest.mark.parametrize(("step_time", "pace"), [(3.6, 1), (7.2, 0.5), (1.8, 2)])
 def test_a_run_with_a_longer_time_limit_has_a_stable_phase_again(monkeypatch, hours, step_time, pace):
-    """The decay of the first run began after 800 steps. The machine may be slower or faster when it resumes."""
+    """The run is stopped after 800 steps, when its decay would begin. When it is resumed, the machine may be slower or
+    faster."""
     machine, info = stopped_at(monkeypatch, configured(), 800)
     assert info.changes[-1][1] == 1000
     plan = finish(machine, configured(hours=hours), info, step_time)

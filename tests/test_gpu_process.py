@@ -63,7 +63,7 @@ def run(folder: Path, gpu: bool) -> str:
 
 
 @pytest.mark.slow
-def test_a_gpu_test_that_fails_dies_or_hangs_costs_only_itself(tmp_path):
+def test_a_gpu_test_that_fails_dies_or_hangs_does_not_affect_the_others(tmp_path):
     out = run(tmp_path, gpu=True)
     assert re.search(r"^PASSED test_gpu.py::test_passes$", out, re.MULTILINE), out
     assert re.search(r"^PASSED test_gpu.py::test_without_a_gpu$", out, re.MULTILINE)

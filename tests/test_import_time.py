@@ -1,4 +1,4 @@
-"""The imports of a program before its arguments are parsed, because importing torch takes seconds."""
+"""Programs import no large library before they have parsed their arguments, because importing torch takes seconds."""
 
 import os
 import re

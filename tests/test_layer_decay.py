@@ -1,8 +1,8 @@
 """Layer-wise learning rates in pre-training: the rate of each parameter, settings that are rejected, and resuming on
 another number of ranks.
 
-test_engine_parity.py compares their curves at all ZeRO stages. heads/test_heads.py tests the layer-wise learning
-rates of fine-tuning."""
+test_engine_parity.py compares the loss curves of runs with such rates at all ZeRO stages. heads/test_heads.py tests the
+layer-wise learning rates of fine-tuning."""
 
 import json
 import shutil

@@ -94,7 +94,7 @@ def test_the_memory_estimate_covers_native_images_and_image_only_models():
         update={"model": native.model.model_copy(update={"resize": "native", "max_patches": 30})}
     )
     model = M3AE(native.model)
-    assert typical_batch(native, model).grids == [(5, 5)]  # the largest square
+    assert typical_batch(native, model).grids == [(5, 5)]  # the largest square grid of at most 30 patches
     alone = native.model_copy(update={"model": config().model.model_copy(update={"vocab_size": 0})})
     assert typical_batch(alone, M3AE(alone.model)).decoder.rows == 1 + 16
 

@@ -128,7 +128,8 @@ def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, mon
     ("patch", "frame"), [((1, 3), (96, 143, 144, 191)), ((3, 1), (144, 191, 96, 143)), ((1, 2), (96, 143, 96, 143))]
 )
 def test_a_patch_is_outlined_in_images_of_any_aspect_ratio_that_contain_it(tmp_path, monkeypatch, patch, frame):
-    """One image is wide and one is high, with 2 x 4 patches each. All four sides of the frame are checked."""
+    """One image is wide, with 2 x 4 patches, and the other is high, with 4 x 2 patches. All four sides of the frame are
+    checked."""
     model = M3AE(SIZES.model_copy(update={"resize": "native"})).eval()
     model.tokenizer, words = Words(), torch.arange(5)
     monkeypatch.setattr(attention, "attention_to_words", lambda *_: torch.ones(5))

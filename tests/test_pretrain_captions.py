@@ -1,4 +1,5 @@
-"""`pretrain` reads the captions of a table, or says why it cannot. It never trains without captions that were named."""
+"""`pretrain` reads the captions of a table, or says why it cannot. It never trains without captions that the user has
+named."""
 
 import csv
 import re
@@ -99,7 +100,8 @@ def test_a_note_counts_captions_that_look_like_missing_values(tmp_path, photos):
 
 @pytest.mark.parametrize("name", ["metadata.csv", "Metadata.jsonl", "metadata.parquet"])
 def test_tables_in_sub_folders_are_refused_instead_of_ignored(tmp_path, photos, name):
-    """The `datasets` library reads a table in each folder of a split."""
+    """The `datasets` library reads such tables, one in the folder of each split, so a user may expect that `pretrain`
+    does, too."""
     for split in ("train", "validation"):
         (photos / split).mkdir()
         (photos / f"{split == 'train':d}.png").rename(photos / split / "a.png")

@@ -45,7 +45,7 @@ def test_progress_lines_begin_after_seconds_and_become_less_frequent(clock):
 
 def test_short_work_prints_no_progress(clock):
     assert _printed(Lines("encoding", Pace(5, now=clock)), clock, 5, 0.5) == {}
-    assert _printed(Lines("encoding", Pace(1, now=clock)), clock, 1, 30.0) == {}, "it is over"
+    assert _printed(Lines("encoding", Pace(1, now=clock)), clock, 1, 30.0) == {}, "finished work has no remaining time"
 
 
 def test_without_a_total_no_remaining_time_is_printed(clock):

@@ -80,7 +80,8 @@ def test_an_extended_run_returns_to_a_checkpoint_that_is_not_marked_as_failed(tm
     checkpoint.mark(tmp_path, 4, checkpoint.FAILED, "step 5 was not finite")
     assert checkpoint.step_of(resuming.find(tmp_path, "auto", lambda _: True)) == 2
     saved = checkpoint.saved_steps(tmp_path)
-    (saved[-1] / checkpoint.INFO_FILE).write_text("{}")  # damaged: it is not known to have decayed
+    # damaged, so it is not known whether its learning rate has decayed
+    (saved[-1] / checkpoint.INFO_FILE).write_text("{}")
     assert checkpoint.before_decay(saved) == saved[-1]
 
 
@@ -89,8 +90,8 @@ WSD = ["--set", "optim.schedule=wsd", "--set", "optim.decay_fraction=0.5", "--se
 
 @pytest.mark.slow
 def test_an_extended_run_equals_a_run_of_the_new_length(trainer):
-    """The run continues from the checkpoint before the decay, which is always kept, even if only few checkpoints are
-    kept."""
+    """The run continues from the last checkpoint before the decay. This checkpoint is always kept, even if train.keep
+    is 1."""
     options = [*WSD, "--set", "train.save_every=1", "--set", "train.keep=1"]
     trainer("whole", *options, "--set", "train.steps=8")
     out = trainer("run", *options, "--set", "train.steps=6")

@@ -82,7 +82,7 @@ def test_a_run_whose_folder_is_locked_is_reported_as_running_and_not_disturbed(t
         command = [sys.executable, "-m", "m3ae_fast", "report", str(tmp_path)]
         done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
         assert done.stdout.startswith("Running, step 2 of 10 logged."), done.stderr
-        assert folder.keep() == ""  # its lock is unchanged
+        assert folder.keep() == ""  # the run still has its lock
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -232,7 +232,7 @@ def test_a_process_exits_if_its_launcher_has_died(when, world):
     child += in_main(STARTING.format("threading.Event().wait()"))
     code = f"""
         import subprocess, sys
-        # not a pipe, because a broken pipe would end the child, too
+        # without a pipe, which would break and end the child, too, when the launcher is killed
         out = subprocess.PIPE if {when == "after"} else subprocess.DEVNULL
         child = subprocess.Popen([sys.executable, "-c", {child!r}], stdin=subprocess.PIPE, stdout=out)
         if {when == "after"}: child.stdout.readline()

@@ -1,5 +1,5 @@
-"""Text is read and written as UTF-8 everywhere, regardless of the locale, and no file names folders of the machine on
-which it was written."""
+"""Text is read and written as UTF-8 everywhere, regardless of the locale. No text file contains the path of a folder of
+the machine on which it was written."""
 
 import ast
 import sys

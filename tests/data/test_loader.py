@@ -146,8 +146,8 @@ def test_the_global_random_generator_is_not_used(load, paired):
     ids=repr,
 )
 def test_a_batch_that_a_worker_cannot_send_ends_the_loader(load, paired, failure, explanation):
-    """The thread of the queue would drop the batch, and the loader would wait forever. In this test, sharing memory
-    fails as on a full disk."""
+    """By default, the thread of the queue drops such a batch, and the loader waits forever. In this test, sharing
+    memory fails as on a full disk."""
 
     def refuse(storage):
         raise failure
@@ -179,7 +179,7 @@ def test_an_exception_in_a_worker_keeps_its_type_message_and_traceback(load, pai
     monkeypatch.setattr(Samples, "__getitems__", broken)
     with pytest.raises(KeyError) as error:
         next(iter(load(paired, steps=20, config={"workers": count})))
-    assert explain(error.value) is None  # it is a bug, whose traceback is shown
+    assert explain(error.value) is None  # the error is a bug, so its traceback is shown
     assert "KeyError: 'position " in str(error.value) and "in broken" in str(error.value)
 
 
@@ -275,7 +275,7 @@ def test_workers_start_if_the_path_of_the_temporary_folder_is_long(load, paired,
 
 
 def test_a_deleted_loader_keeps_no_shard_open(load, paired):
-    """A run creates a loader for each figure that it draws."""
+    """A run creates a loader for each figure that it draws, so shards that stayed open would accumulate."""
 
     def shards_open() -> int:
         paths = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
@@ -320,8 +320,8 @@ def test_training_predicts_a_fraction_of_the_masked_tokens_and_evaluations_predi
 
 
 def test_samples_that_share_a_mask_select_the_predicted_tokens_separately(load, paired):
-    """Each sample selects some of its masked patches. The selected positions in the list of masked patches are the same
-    as with a mask per sample."""
+    """Each sample selects some of its masked patches. The selected positions in its list of masked patches are the
+    same, whether it has a mask of its own or shares one."""
     selected = {}
     for per in ("sample", "batch"):
         masking = MaskingConfig(image_predicted=0.25, per=per)
@@ -554,7 +554,7 @@ def test_bad_samples_are_skipped_and_named(load, tmp_path, name, workers):
     assert reason in skipped.reason
     assert str(skipped) == f"{path}/x: {skipped.reason}"
     good = dict(stream(load(write_tar(tmp_path / "b.tar", [*members(range(4)), *members(range(4, 8))]), steps=2)))
-    for key, sample in content(batch):  # the other samples are the same as without it
+    for key, sample in content(batch):  # the other samples are the same as without the bad sample
         assert good[key.replace("a.tar", "b.tar")] == sample
 
 
@@ -637,7 +637,8 @@ def test_signals_are_left_to_the_main_process(load, paired, monkeypatch):
 
 
 def test_workers_begin_with_signals_blocked(tmp_path):
-    """A thread that started earlier would still receive them."""
+    """If a worker blocked the signals only after its start, a thread that it had started before would still receive
+    them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
     def note(worker):

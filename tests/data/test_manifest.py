@@ -233,7 +233,7 @@ def test_a_counted_shard_has_the_modality_of_the_manifest(store, samples):
 
 @pytest.mark.parametrize("case", ["another", "damaged"])
 def test_nodes_whose_manifests_differ_count_again(tmp_path, remote, case):
-    """The nodes counted in separate runs, and a shard changed in between."""
+    """The nodes have counted the samples in separate runs, between which a shard has changed."""
     pattern, fetched = remote
     stores = [ShardStore(tmp_path / f"node{n}") for n in range(2)]
     for number, store in enumerate(stores):

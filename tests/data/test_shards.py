@@ -26,7 +26,7 @@ from tests.helpers.shards import members, picture, write_tar
 @pytest.fixture
 def server(tmp_path):
     """Return (url, served folder, Counter of requested paths) of a server on the local host. The query after `?` in a
-    path names a fault; with `?once`, only the first request has it."""
+    path names a fault. If the name ends with `-once`, only the first request has the fault."""
     folder = tmp_path / "served"
     folder.mkdir()
     requests = Counter()
@@ -147,7 +147,7 @@ def test_temporary_download_errors_are_retried(server, store, no_waiting):
     for fault in ("408", "425", "429", "500", "503", "short", "cut", "html"):
         assert samples(f"{url}/a.tar?{fault}-once", store) == 3, fault
         assert requests[f"/a.tar?{fault}-once"] == 2
-    assert no_waiting == [1, 1, 7, 1, 1, 1, 1, 1]  # 7 from its Retry-After header
+    assert no_waiting == [1, 1, 7, 1, 1, 1, 1, 1]  # with fault 429, the header Retry-After asks for 7 seconds
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_two_processes_may_evict_shards_at_the_same_time(server, store, monkeypa
         write_tar(folder / f"{i}.tar", members(range(3)))
     copy = store.path(f"{url}/0.tar")
 
-    def usage(path):  # the disk is full, and the other process is faster
+    def usage(path):  # the disk is full, and another process removes the copy first
         copy.unlink(missing_ok=True)
         return shutil._ntuple_diskusage(100, 100, 0)
 
@@ -469,7 +469,7 @@ def test_a_download_inspects_few_cached_shards_regardless_of_their_number(server
         copy = store.cache_dir / "shards" / f"{age:03d}.tar"
         copy.write_bytes(bytes(size))
         os.utime(copy, (age, age))
-    store.path(names[0])  # the process has then scanned the copies
+    store.path(names[0])  # in this call, the process scans the copies
     monkeypatch.setattr(shard_store, "_SCAN_S", float("inf"))
     calls, stat, scandir, usage = Counter(), Path.stat, os.scandir, shutil.disk_usage
     monkeypatch.setattr(Path, "stat", lambda self, **more: calls.update(stat=1) or stat(self, **more))

@@ -151,7 +151,7 @@ def test_progress_within_a_shard_is_shown_with_several_workers(tmp_path, picture
     monkeypatch.setattr(writer, "_TICK_S", 0.05)
     assert make(pictures, out, "--samples-per-shard", "5", workers=2) == 0
     assert sum(count for count, _ in seen) == 10
-    assert sum(count for count, whole in seen if not whole) >= 2, "before the first shard was whole"
+    assert sum(count for count, whole in seen if not whole) >= 2, "progress is shown before the first shard is complete"
 
 
 def test_an_interrupted_conversion_is_resumed(tmp_path, pictures, monkeypatch, capsys):
@@ -186,7 +186,8 @@ def test_an_interrupted_conversion_is_resumed(tmp_path, pictures, monkeypatch, c
 
 
 def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures, monkeypatch):
-    """Python ignores exceptions that are raised in hooks around a fork, such as those of logging."""
+    """Python ignores exceptions that are raised in hooks around a fork, such as those of logging. A KeyboardInterrupt
+    in such a hook must not be lost."""
     once: list[int] = []
     os.register_at_fork(after_in_parent=lambda: once and os.kill(os.getpid(), once.pop()))
 
@@ -274,7 +275,7 @@ def test_samples_are_shuffled_unless_their_order_is_kept(tmp_path, keep_order):
     assert len(names) == 9 and (names == sorted(names)) == keep_order
 
 
-def test_duplicate_images_are_the_connected_components_of_both_relations():
+def test_samples_joined_by_either_of_two_relations_form_connected_components():
     random = np.random.default_rng(0)
     for count in (1, 2, 9, 40):
         first, second = random.integers(0, count, (2, count))
@@ -441,7 +442,7 @@ def test_a_split_without_usable_columns_is_refused(tmp_path, capsys):
     (tmp_path / "in" / "good.jpg").write_bytes(picture(1))
     for number in range(9):
         (tmp_path / "in" / f"{number}.jpg").write_bytes(b"no image")
-    assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2  # the only option that differs
+    assert make(tmp_path / "in", tmp_path / "out", "--held-out", "0.1") == 2
     assert re.search(
         r"no sample of train can be used; the first error is: \d.jpg: the file is not an image", capsys.readouterr().err
     )
@@ -650,7 +651,7 @@ def test_groups_and_identical_images_are_joined_and_stay_in_one_split(tmp_path, 
 
 
 def test_a_note_compares_the_number_of_held_out_samples_with_the_requested_number(tmp_path, capsys):
-    """Groups of 60 and 40 samples cannot be divided into 90 and 10 samples."""
+    """Groups of 12 and 8 samples cannot be divided into 18 and 2 samples."""
     for number in range(20):
         (tmp_path / f"in/{'ab'[number % 5 > 2]}").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"in/{'ab'[number % 5 > 2]}/{number}.jpg").write_bytes(picture(number))

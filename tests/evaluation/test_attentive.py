@@ -151,7 +151,7 @@ def test_heads_are_trained_by_adamw_on_the_cross_entropy_with_warm_up_and_cosine
         F.cross_entropy(logits, bank.labels_N).backward()
         optimizer.step()
     torch.testing.assert_close(found.heads.linear.weight, expected.linear.weight, rtol=1e-4, atol=1e-6)
-    assert found.accuracies[0] == pytest.approx(right), "before the step"
+    assert found.accuracies[0] == pytest.approx(right), "the accuracy is that before the step"
     if linear:
         mean, var = bank.features_RD.mean(0), bank.features_RD.var(0, correction=0)
         torch.testing.assert_close(found.heads.norm.mean, (1 - 0.9**18) * mean)

@@ -1,4 +1,4 @@
-"""The baselines that a representation has to exceed: the share of the largest class, random weights, and the pixels
+"""The baselines that a representation has to exceed: the fraction of the largest class, random weights, and the pixels
 themselves."""
 
 import io
@@ -56,7 +56,7 @@ SKEWED = {number: int(number % 9 == 0) for number in range(18)}  # two classes w
     ],
 )
 def test_every_result_contains_the_fraction_of_the_largest_class(transfer, tmp_path, task, options, capsys):
-    """The result also states whether the accuracy is significantly above that share."""
+    """The result also states whether the accuracy is significantly above that fraction."""
     shard = labelled_tar(tmp_path / "a.tar", range(18), SKEWED)
     result = transfer(task, *options, train=shard, val=shard)
     assert result["chance"] == pytest.approx(16 / 18) and "chance_top5" not in result
@@ -397,7 +397,8 @@ def test_baselines_of_a_grid_use_the_layer_of_its_main_accuracy(transfer, monkey
 
 
 def test_a_report_names_the_probe_of_the_baselines(tmp_path):
-    """A separate evaluation of random weights with the task's own classifier is compared as well."""
+    """The baselines of fine-tuning use another probe, which is named in brackets. If random weights have also been
+    fine-tuned, in an evaluation of their own, the report compares both results as well."""
     keys, better = [*map(str, range(50))], Difference(0.4, 0.3, 0.5, 0.01).entries()
     results = {
         "tuned": ("finetune", "m", {"verdict": "", "baselines": {UNTRAINED: {"probe": "probe", "difference": better}}}),
@@ -473,7 +474,7 @@ def test_the_verdict_claims_only_differences_above_two_standard_errors(tmp_path)
     )
 
 
-def test_the_verdict_says_plainly_that_a_run_is_no_better_than_what_is_free(tmp_path):
+def test_the_verdict_says_that_a_run_is_not_better_than_baselines_that_need_no_training(tmp_path):
     """The verdict is about the probe with the highest accuracy, even if only a baseline reached it."""
     knn = _predicted(tmp_path / "results/knn", 0.3, 120, {UNTRAINED: (0.31, -0.03, 0.01, 0.6)})
     logistic = _predicted(tmp_path / "results/logistic", 0.25, 100, {SCALED: (0.5, -0.3, -0.2, 1e-9)})
@@ -557,5 +558,6 @@ def test_the_difference_from_a_baseline_is_undefined_for_a_single_sample(samples
     right, wrong = (Predictions.of(keys, labels_N, torch.tensor([row] * samples)) for row in ([2.0, 1.0], [1.0, 2.0]))
     entries = accuracy_entries({MODEL: [wrong], UNTRAINED: [right]})["baselines"][UNTRAINED]
     assert entries["top1"] == 1 and ("difference" in entries) == (samples > 1)
-    other = replace(right, keys=[*keys[1:], "another"])  # such as after a read error that only one of the two had
+    # as if one sample could be read in only one of the two evaluations
+    other = replace(right, keys=[*keys[1:], "another"])
     assert "difference" not in accuracy_entries({MODEL: [wrong], UNTRAINED: [other]})["baselines"][UNTRAINED]

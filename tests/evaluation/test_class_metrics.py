@@ -47,7 +47,8 @@ def test_metrics_equal_those_of_scikit_learn(tmp_path):
 
 
 def test_classes_that_do_not_occur_among_the_held_out_samples_do_not_count(tmp_path):
-    """With two of three classes left, the score of a prediction is not one minus that of the other class."""
+    """Only two of three classes occur. The scores of these two need not add up to 1, so the area under the ROC curve
+    cannot be computed from the score of the predicted class."""
     _table(tmp_path, ["a", "a", "b"], ["a", "c", "b"])
     found = class_metrics(tmp_path, ["a", "b", "c"], ["a", "b", "c"], {})
     assert found["balanced_accuracy"] == 0.75 and not {"auroc", "auroc_se"} & found.keys()
@@ -58,7 +59,8 @@ def test_classes_that_do_not_occur_among_the_held_out_samples_do_not_count(tmp_p
         ("b", 1, 1),
     ]
     _table(tmp_path, ["b", "b"], ["a", "b"])
-    found = class_metrics(tmp_path, ["a", "b"], ["a", "b"], {})  # an area under the curve requires negatives
+    # an area under the curve requires samples of both classes
+    found = class_metrics(tmp_path, ["a", "b"], ["a", "b"], {})
     assert found["balanced_accuracy"] == 0.5 and "auroc" not in found
 
 
@@ -170,7 +172,7 @@ def test_a_task_reports_all_class_metrics(transfer, run, tmp_path, capsys):
     assert (rows[0][0] == "0") == (accuracies[0] < accuracies[1]) and accuracies[0] != accuracies[1], "lowest first"
     for model in (f"random:{run}", "pixels"):
         (tmp_path / "out/result.json").write_text(json.dumps(result | {"model": model}))
-        write_report(tmp_path / "out", tmp_path / "report.html")  # the report requires no other entries
+        write_report(tmp_path / "out", tmp_path / "report.html")
         assert "<b>warning</b>" not in (tmp_path / "report.html").read_text()
 
 

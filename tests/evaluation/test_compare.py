@@ -97,7 +97,7 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
         assert main([task, model, *data, *_short(task), *options]) == 0
         alone = parquet.read_table(tmp_path / task / "predictions.parquet").to_pandas()
         own = table[(table.model == name) & (table.probe == task) & (table.seed == seed)]
-        assert alone.score.tolist() == own.score.tolist(), "each is what its task alone would give, to the bit"
+        assert alone.score.tolist() == own.score.tolist(), "each score is bitwise equal to that of the separate task"
 
 
 def test_an_interrupted_comparison_continues_with_the_probe_that_was_interrupted(
@@ -129,7 +129,7 @@ def test_an_interrupted_comparison_continues_with_the_probe_that_was_interrupted
     assert len(encoded) == 6 and not (tmp_path / "out/trials").exists()
     shutil.rmtree(tmp_path / "out")
     interrupted(*settings("knn.k=3"))
-    interrupted()  # other settings have other predictions
+    interrupted()  # the stored predictions are not used, because the settings have changed
     assert len(encoded) == 6 and len([*(tmp_path / "out/trials").iterdir()]) == 10
     capsys.readouterr()
     found = perform()

@@ -73,7 +73,7 @@ def test_features_from_a_file_have_the_results_of_the_model_that_computed_them(r
         scores = [table[(table.model == name) & (table.probe == probe)] for name in ("own.npz", run.name)]
         assert scores[0].key.tolist() == scores[1].key.tolist()
         np.testing.assert_allclose(scores[0].score, scores[1].score, rtol=1e-4)
-    assert ("random weights", "knn") in rows, "they have the architecture of the first M3AE"
+    assert ("random weights", "knn") in rows, "the random weights have the architecture of the first M3AE"
     assert "own.npz does not differ significantly from" in (tmp_path / "out/comparison.md").read_text().replace(
         run.name + " does not differ significantly from own.npz", "own.npz does not differ significantly from"
     )

@@ -119,8 +119,8 @@ def test_encode_accepts_pil_images_and_tensors_of_any_size(model):
 
 
 def test_floats_are_read_according_to_value_range(model):
-    """In each of the three ranges, floating-point images have the same features as uint8 images, at the model's size
-    and at other sizes, and as arrays too."""
+    """For each value range, floating-point images have the same features as the uint8 images from which they were
+    computed. This holds at the size of the model and at other sizes, and for tensors and arrays."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (model.config.image_mean, model.config.image_std))
     close = {"rtol": 0, "atol": 1e-5}
     for size in (32, 50):
@@ -202,8 +202,8 @@ def test_values_evidently_in_units_other_than_value_range_are_refused(model, sca
 
 
 def test_a_few_values_outside_value_range_are_clipped(model):
-    """The values are clipped for a few bright pixels, for the overshoot of resizing, and for a dark image of integer
-    levels."""
+    """The images have a few bright pixels, or values slightly outside the range as after resizing, or only the levels 0
+    and 1 of a range up to 255."""
     unit = images(1) / 255
     bright = unit.clone()
     bright[..., 0] = 1000.0

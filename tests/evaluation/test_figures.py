@@ -51,7 +51,7 @@ def test_each_row_of_a_confusion_matrix_shows_fractions_of_one_label(drawn, tmp_
 
 
 def test_a_confusion_matrix_of_very_many_classes_shows_the_largest_ones(drawn, tmp_path, monkeypatch):
-    """The rest is left out, but its predictions still count in the fractions."""
+    """The other classes are left out, but predictions of these classes still count in the fractions."""
     monkeypatch.setattr(figures, "_MOST_CONFUSED", 2)
     labels, predicted = torch.tensor([0, 1, 1, 1, 1, 3, 3]), torch.tensor([3, 1, 1, 3, 0, 3, 1])
     figures.draw_confusion(tmp_path / "a.png", labels, predicted, ["a", "b", "c", "d"])

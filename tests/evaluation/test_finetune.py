@@ -67,7 +67,9 @@ def test_fine_tuning_learns_and_its_classifier_can_be_loaded(transfer, tmp_path,
     assert result["task"] == "finetune" and result["top1"] >= 0.7 and "top5" not in result
     counts = [result[name] for name in ("classes", "train_samples", "val_samples", "skipped", "steps")]
     assert counts == [3, 48, 18, 0, 3 * changed.get("epochs", 4)]
-    assert read_metrics(tmp_path / "out")[0]["lr"] == pytest.approx(3e-3), "it is not multiplied by the batch size"
+    assert read_metrics(tmp_path / "out")[0]["lr"] == pytest.approx(3e-3), (
+        "the learning rate is not multiplied by the batch size"
+    )
     model = Classifier.from_pretrained(tmp_path / "out").eval()
     assert model.config.classes == [0, 1, 2] and model.config.modality == modality
     assert (model.backbone.tokenizer is None) == (modality == "image")
@@ -116,7 +118,7 @@ def test_a_stop_request_during_an_evaluation_saves_the_state(transfer, run, shar
     evaluated = [
         [line["step"] for line in read_metrics(tmp_path / run) if "val_top1" in line] for run in ("whole", "parts")
     ]
-    assert evaluated[0] == evaluated[1], "what the stop cut short is made up for"
+    assert evaluated[0] == evaluated[1], "the resumed run repeats the interrupted evaluation"
 
 
 def test_fine_tuning_does_not_depend_on_ranks_or_zero_stage(transfer, run, shards, tmp_path):
@@ -368,7 +370,7 @@ def test_a_sample_without_its_partner_is_not_mixed_and_views_are_mixed_with_view
     batch = _labelled_batch(model, 4)  # two views of each of two samples
     _, labels = _mixing(mixup=0.8, repeats=2)(replace(batch, labels=torch.tensor([0, 0, 1, 1])), torch.float32)
     assert ((labels[:, :2] > 0) & (labels[:, :2] < 1)).all()
-    assert labels[0, 0] != labels[1, 0], "each view is drawn on its own"
+    assert labels[0, 0] != labels[1, 0], "the mixing weight of each view is drawn independently"
 
 
 @pytest.mark.parametrize(("batch", "world", "repeats", "fits"), [(24, 3, 1, True), (28, 4, 1, False), (16, 3, 1, False),

@@ -218,7 +218,7 @@ def test_k_nn_votes_and_logistic_regression_are_computed_per_class():
 
 
 def _tagged_bank(signal, samples=300, width=20):
-    """Return a bank with lists of two labels. The features have this strength of signal."""
+    """Return a bank of samples with lists of two labels. `signal`: how strongly the features depend on the labels."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(samples, width, generator=generator)
     truth = torch.rand(samples, 2, generator=generator) < torch.tensor([0.5, 0.2])

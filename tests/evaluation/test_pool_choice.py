@@ -57,7 +57,8 @@ def test_the_most_accurate_pooling_is_chosen_and_the_mean_in_a_tie(informative, 
 def test_the_mean_is_used_if_no_sample_can_be_held_out():
     assert _best_pool(_bank(9, [1])) == "mean"
     assert _best_pool(_bank(30, [1])) == "cls"
-    copies = replace(_bank(30, [1]), image_hashes=["a", "b", "c"] * 10)  # each image would be held out and trained on
+    # every image would be both held out and trained on
+    copies = replace(_bank(30, [1]), image_hashes=["a", "b", "c"] * 10)
     assert _best_pool(copies) == "mean"
 
 

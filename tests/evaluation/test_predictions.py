@@ -98,10 +98,12 @@ def test_significant_and_insignificant_differences_are_described():
         "MAE does not differ significantly from M3AE on these samples: +2.0 points" in sentence
         and "p = 0.5" in sentence
     )
-    five, six = (difference(right, np.arange(100) >= count) for count in (5, 6))  # all of 5 and 6 coins are heads
+    # as if 5 or 6 tossed coins all showed heads
+    five, six = (difference(right, np.arange(100) >= count) for count in (5, 6))
     assert (five.p, six.p) == pytest.approx((2 / 2**5, 2 / 2**6)) and min(five.low, six.low) > 0
     assert six.is_significant and not five.is_significant
-    of_seeds = difference(np.full(100, 2 / 3), np.full(100, 1 / 3))  # right in two of three seeds, in one of three
+    # one model is right with two of three seeds, the other with one
+    of_seeds = difference(np.full(100, 2 / 3), np.full(100, 1 / 3))
     assert of_seeds.value == pytest.approx(1 / 3) and of_seeds.is_significant
 
 

@@ -170,7 +170,7 @@ def test_few_shot_accuracies_equal_those_of_k_nn_computed_by_hand(transfer, run,
             expected = judge.predict(queries)
             own = table[(table.shots == shots) & (table.draw == draw)]
             assert own.prediction.tolist() == expected.tolist()
-            # other draws have other scores
+            # the scores show that these are the samples of this draw, because other draws have other scores
             np.testing.assert_allclose(own.score, judge.predict_proba(queries).max(1), rtol=1e-3)
             accuracies.append((expected == np.arange(100, 118) % 3).mean())
         row = next(row for row in rows if row["shots"] == shots)
@@ -246,7 +246,8 @@ def test_user_errors_are_reported_in_one_line_and_leave_no_files(transfer, tmp_p
 
 @pytest.fixture
 def peak(monkeypatch):
-    """Record the peak number of bytes of patch tokens at a time, and of the stored features of a sample."""
+    """Record the largest number of bytes of patch tokens that exist at the same time, and the largest number of bytes
+    that are stored for a sample."""
     most, alive = {"tokens": 0, "stored": 0}, weakref.WeakSet()
     encode, encoded, append = (
         MultimodalEncoder.pooled_and_patches,
@@ -280,8 +281,8 @@ def peak(monkeypatch):
 
 
 def test_the_memory_of_an_online_probe_does_not_grow_with_the_number_of_images(transfer, tmp_path, peak, capsys):
-    """Three times as many images require the same memory. The probe is not trained on the tenth of the samples with
-    which its learning rate is chosen."""
+    """Three times as many images require the same memory. While learning rates are tried, the probe is not trained on
+    the tenth of the samples with which they are compared."""
     options = settings("attentive.steps=4", "attentive.batch=16", "encode.batch=8", "attentive.online=true")
     peaks = []
     for count in (60, 180):

@@ -168,7 +168,7 @@ def test_the_random_start_of_an_attack_depends_only_on_seed_and_sample():
         assert all(torch.equal(start, whole[key]) for key, start in starts(keys).items())
     values = torch.stack([*whole.values(), *starts(["a/1"], seed=4).values()])
     assert len({start.numpy().tobytes() for start in values}) == 5
-    # native images are the patches of all samples
+    # in a native batch, `images` contains the patches of all samples
     native = argparse.Namespace(keys=["a/1", "a/2"], images=torch.zeros(8, 3, 4, 4), grids=[(1, 3), (5, 1)])
     assert _start(native, 3).shape == (8, 3, 4, 4)
     assert -1 <= values.min() < -0.98 and 0.98 < values.max() <= 1 and abs(values.mean()) < 0.05

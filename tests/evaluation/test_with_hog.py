@@ -1,4 +1,4 @@
-"""The features of the model and HOG side by side, whose result is reported beside that of the model."""
+"""The features of the model and HOG are concatenated. Their result is reported next to that of the model alone."""
 
 import json
 import re
@@ -52,12 +52,12 @@ def test_the_result_is_that_of_the_file_that_the_guide_makes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [("--no-baselines",), ("--pools", "mean"), ("--shots", "2")])
-def test_other_results_lack_it(transfer, options):
+def test_other_results_have_no_entry_with_hog(transfer, options):
     assert WITH_HOG not in transfer("knn", *options, baselines=options[0] != "--no-baselines")
 
 
 @pytest.mark.slow
-def test_it_is_left_out_if_the_features_of_both_do_not_fit_into_memory(transfer, monkeypatch):
+def test_the_result_with_hog_is_left_out_if_the_features_of_both_do_not_fit_into_memory(transfer, monkeypatch):
     def lacks(*_):
         raise UserError("the features do not fit")
 
@@ -82,7 +82,7 @@ def _result(top1, **more):
     return {"top1": top1, "top1_se": 0.01, "val_samples": 100, "chance": 0.1} | more
 
 
-def test_a_run_ends_with_its_accuracy(tmp_path):
+def test_a_run_ends_with_the_accuracy_with_hog(tmp_path):
     apart = {MODEL: Difference(0.04, 0.02, 0.06, 1e-4).entries()}
     knn = _result(0.5, **{WITH_HOG: {"top1": 0.54, "top1_se": 0.02, "differences": apart}})
     (row,) = (line for line in table({"knn": {RUN: knn}}) if line.startswith(f"{RUN} with HOG"))
