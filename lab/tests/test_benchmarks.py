@@ -1,4 +1,4 @@
-"""The benchmarks compare like with like."""
+"""The implementations that the benchmarks compare do the same work."""
 
 import json
 import re
@@ -195,7 +195,7 @@ def test_an_implementation_is_measured_in_its_own_process():
 
 
 def test_an_implementation_that_hangs_ends(monkeypatch):
-    monkeypatch.setattr(alone, "LIMIT_S", 0.01)  # before torch is imported
+    monkeypatch.setattr(alone, "LIMIT_S", 0.01)  # shorter than the import of torch
     with pytest.raises(RuntimeError, match=r"exit code -9 because it did not answer within 0\.01 s"):
         Alone("reference", TINY.model_dump(mode="json"), 2)
 

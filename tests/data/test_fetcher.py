@@ -1,4 +1,4 @@
-"""One fetcher per node, with a server that counts requests and with the cache folders of several nodes."""
+"""Each node has a fetcher and a cache folder. The tests simulate several nodes, and a server that counts requests."""
 
 import contextlib
 import os

@@ -58,7 +58,8 @@ def test_shards_on_a_network_file_system_are_read_from_complete_cached_copies(ne
     assert corpus.samples == SHARDS * PER and not copies(store)
     assert len(list(network_folder.glob("*.index"))) == SHARDS
     expected = captions(ShardStore(network_folder / "cache"), network_folder)
-    assert not copies(ShardStore(network_folder / "cache"))  # a copy in this folder would not be any closer
+    # this cache is on the same network file system, so copies would not be read faster
+    assert not copies(ShardStore(network_folder / "cache"))
     assert captions(store, network_folder) == expected
     assert len(copies(store)) == SHARDS
     # a larger shard, for which the old copy is not used

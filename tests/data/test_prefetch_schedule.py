@@ -122,8 +122,9 @@ def test_a_failed_download_is_retried_after_a_while(needs, monkeypatch):
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_cached_shards_are_dated_while_there_is_space_for_all_connections(needs, used):
-    """The modification times of required copies are set once."""
+def test_the_order_of_eviction_is_set_only_if_further_downloads_might_exceed_the_limit(needs, used):
+    """The order is stored as the modification times of the copies. It is not set again while the same shards are
+    required."""
     built = needs(limit=7 * CONNECTIONS, largest=7, used=used)
     fetcher = Fetcher(built)
     for span in (Span(0, 10, False), Span(1, 11, False)):

@@ -60,7 +60,7 @@ def test_crops_equal_those_of_earlier_versions(monkeypatch):
 
 
 def test_masks_are_independent_of_crops(load, tmp_path, monkeypatch):
-    """The first random number of a stream has a large effect, so masks and crops must not share it."""
+    """The first random number of a stream has a large effect on masks and on crops, so they must not share it."""
     path = write_tar(tmp_path / "a.tar", members(range(4), "image"))
     samples: Samples = load(path, tokenizer=False).dataset
     firsts, real = [], RandomStreams.generator

@@ -1,4 +1,5 @@
-"""The setting that maps values of more than 8 bits to levels reaches every program that decodes for a model."""
+"""The setting `value_range` maps values of more than 8 bits to levels. Every program that decodes images for a model
+uses it."""
 
 import io
 

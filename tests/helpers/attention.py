@@ -1,4 +1,4 @@
-"""An interface to the attention op for tests, which takes segments."""
+"""An interface to the attention op for tests. It takes the boundaries of samples as `Segments`."""
 
 from m3ae_kernels import packed_attention
 from m3ae_kernels.attention import Segments

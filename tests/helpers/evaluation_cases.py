@@ -25,7 +25,8 @@ from m3ae_fast.process.ranks import Ranks, join_ranks
 from tests.helpers.zero_cases import LR, config_of, engine_of, samples
 
 PER_STEP = 6  # number of samples over all ranks
-# numbers of samples of evaluations: 1 is on only one rank; the last step of 7 is on only one rank; 12 are on all ranks
+# The numbers of samples of the evaluations. A single sample is on one rank, and so is the last of 7, in a second step.
+# With 12 samples, every rank has samples in both steps.
 COUNTS = (1, 7, 12)
 TRAINED = (PER_STEP, 2)  # numbers of samples of the training steps
 

@@ -92,8 +92,9 @@ def fork_each(module: str, arguments: list[str], each: list[dict[str, str]], log
 
 
 def run_ranks(module: str, arguments: list[str], ranks: int, log: Path) -> tuple[int, str]:
-    """Run `module.main(arguments)` on `ranks` ranks to the end. Return the first exit code that is not 0 (or 0) and the
-    output. If a rank has not ended after LIMIT_S, the test fails with the stack traces of all late ranks."""
+    """Run `module.main(arguments)` on `ranks` ranks to the end. Return the first exit code that is not 0, or 0 if all
+    ranks have succeeded, and the output. If a rank has not ended after LIMIT_S, the test fails with the stack traces of
+    all late ranks."""
     return await_ranks(fork_ranks(module, arguments, ranks, log), log)
 
 

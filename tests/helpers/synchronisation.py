@@ -73,7 +73,8 @@ class Races(TorchDispatchMode):
         stream = self.cpu.current
         stream.done[stream.name] += 1
         self.ran.add((stream.name, func.name()))
-        collective = func.name().startswith("c10d::")  # their schemas do not declare which arguments they write
+        # the schemas of collectives do not declare which arguments are written
+        collective = func.name().startswith("c10d::")
         for argument, value in zip(func._schema.arguments, args):
             writes = argument.alias_info is not None and argument.alias_info.is_write
             self._use(func.name(), stream, value, writes or collective)

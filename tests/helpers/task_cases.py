@@ -1,9 +1,8 @@
 """A program that runs evaluation tasks once, on the ranks on which it is started: `main([RUN, DATA, OUT, *CASES])`. By
 default, it runs all of them.
 
-DATA is a folder written by `write_data`. The results are written to folders in OUT, and the messages of tasks that too
-many unreadable samples end are written to OUT/refused.json.
-"""
+DATA is a folder written by `write_data`. The results are written to folders in OUT. If a task ends because too many
+samples are unreadable, its error message is written to OUT/refused.json."""
 
 from __future__ import annotations
 

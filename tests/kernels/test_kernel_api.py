@@ -1,5 +1,5 @@
-"""Behaviour that users of torch, Liger, timm and transformers expect. Runs on both implementations, as
-test_kernel_ops.py does."""
+"""Behaviour that users of torch, Liger, timm and transformers expect. The tests run on both implementations, like those
+of test_kernel_ops.py."""
 
 import importlib
 import inspect
@@ -238,8 +238,8 @@ def test_the_bias_gradient_of_an_embedding_is_summed_in_float32():
 
 @pytest.mark.parametrize("offset", [1, 2, 4, 6, 8])
 def test_images_and_rows_may_begin_at_any_offset(offset):
-    """Slices of a buffer may begin at any element. Rows that are usually read as wide elements are then read as
-    narrower ones."""
+    """Slices of a buffer may begin at any element. If rows are not aligned, kernels read them as narrower elements than
+    usual."""
     torch.manual_seed(0)
     buffer, weight = torch.randint(0, 256, (2 * 3 * 16 * 16 + 8,), dtype=torch.uint8), torch.randn(5, 192)
     images = buffer[offset : offset + 2 * 3 * 16 * 16].view(2, 3, 16, 16)
@@ -539,7 +539,7 @@ CHANGES = [with_hook, with_forward, lambda layer: parametrize.register_parametri
 
 @pytest.mark.parametrize("linear", [Doubled(12, 192), *(change(nn.Linear(12, 192)) for change in CHANGES)], ids=str)
 def test_heads_that_compute_more_than_a_linear_layer_are_refused(linear):
-    """The losses read only the parameters, so the rest would be lost silently."""
+    """The losses read only the parameters of the layer, so anything else that it computes would be lost silently."""
     for kind, options in ((m3ae_kernels.MaskedTokenLoss, {}), (m3ae_kernels.MaskedPixelLoss, {"patch_size": 8})):
         with pytest.raises(TypeError, match=r"^the head is a .* that computes more than a torch\.nn\.Linear, "):
             kind.from_linear(linear, **options)
@@ -662,7 +662,7 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
 
 
 def test_devices_other_than_gpus_and_the_cpu_use_plain_torch():
-    """The C kernels would mistake their addresses for addresses in host memory."""
+    """C kernels would take the addresses of tensors on such devices for addresses in host memory."""
     for impl in ("auto", "torch"):
         assert kernel_for(impl, torch.device("mps"), torch.float32, 2, 16, 37) is PADDED
 

@@ -1,5 +1,5 @@
-"""The HOG targets, compared with a computation pixel by pixel. Runs on both implementations, as test_kernel_ops.py
-does."""
+"""The HOG targets, compared with a computation pixel by pixel. The tests run on both implementations, like those of
+test_kernel_ops.py."""
 
 import importlib
 import math
@@ -16,7 +16,8 @@ from tests.kernels.kernel_cases import CASES, run
 from tests.kernels.test_kernel_ops import double, error, largest_allocation
 
 TRITON = os.environ.get("M3AE_KERNELS_IMPL") == "triton"
-EMPTY, FULL = (0 - 0.06) / 0.07, (0.2 - 0.06) / 0.07  # the targets of orientations without votes, and of clipped ones
+# the targets of orientations without votes, and of orientations whose votes are clipped
+EMPTY, FULL = (0 - 0.06) / 0.07, (0.2 - 0.06) / 0.07
 
 
 def by_hand(grey: list[list[float]], patch: int) -> list[list[float]]:

@@ -1,5 +1,5 @@
-"""Ids that are out of range raise errors: in torch's code on a CPU and, with M3AE_KERNELS_CHECK, everywhere. Runs on
-both implementations, as test_kernel_ops.py does."""
+"""Ids that are out of range raise errors: in torch's code on a CPU and, with M3AE_KERNELS_CHECK, everywhere. The tests
+run on both implementations, like those of test_kernel_ops.py."""
 
 import os
 import re

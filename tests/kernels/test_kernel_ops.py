@@ -1,7 +1,7 @@
 """Every op, compared with float64, and the guarantees of the library.
 
-Runs on the torch implementations; test_kernel_interpreter.py runs this file again on the Triton ones.
-"""
+The tests run on the torch implementations. test_kernel_interpreter.py runs this file again on the Triton
+implementations."""
 
 import importlib
 import os
@@ -164,7 +164,7 @@ def test_inputs_of_any_stride(case):
 @pytest.mark.parametrize("kind", ["apart", "offset", "across", *SHARED])
 @pytest.mark.parametrize("case", SMALL)
 def test_inputs_of_each_layout_give_the_results_of_their_copies(case, kind):
-    """Ids keep their values, which must be distinct, so their elements do not share memory."""
+    """Ids must be distinct, so they are not given a layout in which elements share memory."""
     inputs = make(case, torch.float32)
     results = []
     for copied in (True, False):
@@ -233,8 +233,8 @@ def test_mixed_dtypes(case, other):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("case", SMALL)
 def test_autocast(case, dtype):
-    """Matmuls have autocast's dtype, outputs the dtypes of torch's Linear and Embedding, and gradients the dtypes of
-    the inputs."""
+    """Matmuls are computed in the dtype of autocast. Outputs have the dtypes that torch's Linear and Embedding return,
+    and gradients have the dtypes of the inputs."""
     inputs = make(case, torch.float32)
     true = run(reference, case, double(inputs))
     with torch.autocast("cpu", dtype=dtype):

@@ -1,4 +1,4 @@
-"""Rows in any number of dimensions. Runs on both implementations, as test_kernel_ops.py does."""
+"""Rows in any number of dimensions. The tests run on both implementations, like those of test_kernel_ops.py."""
 
 import m3ae_kernels
 import pytest
@@ -11,7 +11,7 @@ from tests.kernels.kernel_cases import Inputs
 
 IMAGES = {"rows": 12, "dim": 16, "batch": 4, "channels": 3, "patch": 8}
 TOKENS = {"rows": 12, "dim": 16, "vocab": 31, "ignored": True}
-ROWS = {  # the inputs whose first dimension may be replaced by several
+ROWS = {  # the inputs whose first dimension may be replaced by several dimensions
     "patch_embed": ("patch_ids",),
     "gather_tokens": ("x", "rows"),
     "bias_gelu": ("x",),

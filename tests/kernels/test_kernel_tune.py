@@ -1,4 +1,5 @@
-"""`m3ae-kernels tune` without a GPU: its refusal, and the search with a stand-in for the clock."""
+"""`m3ae-kernels tune` on a machine without a GPU: the command is refused. Its search is tested with a simulated
+clock."""
 
 import json
 import os
@@ -231,8 +232,8 @@ def test_a_setting_that_breaks_the_device_is_not_tried_again(tuned, monkeypatch)
     assert trials_of(tuned) == [(10.0, False, "ok"), (None, False, "under way"), (5.0, True, "ok")]
 
 
-def test_an_op_that_ends_its_process_before_the_search_costs_only_this_op(tuned, monkeypatch, capsys):
-    """The op ends the first process, or makes it hang until it is killed. The kernel is then tuned in another op."""
+def test_a_kernel_is_tuned_in_another_op_if_an_op_ends_its_process_before_the_search(tuned, monkeypatch, capsys):
+    """The op ends the first process, or makes it hang until it is killed."""
     clock = search.kernel_ms
 
     def ends(device, work, repeats=0):

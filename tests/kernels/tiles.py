@@ -1,6 +1,6 @@
-"""Cases with incomplete tiles at the shipped block sizes for an H100, with unwritten memory poisoned; cases that
-otherwise occur only for far larger inputs; and the official model. Run by test_kernel_interpreter.py, because only
-Triton's interpreter can run them."""
+"""Ops with the block sizes that are shipped for an H100: tiles are incomplete, and memory that has not been written
+contains NaN. Other tests reach code that usually runs only for far larger inputs, or compare the kernels with the
+official model. test_kernel_interpreter.py runs this file, because only Triton's interpreter can run these tests."""
 
 import itertools
 
@@ -54,8 +54,8 @@ def test_ops_with_the_shipped_tiles_equal_the_reference(case, dtype, monkeypatch
 @pytest.mark.parametrize("other", [False, True], ids=["whole", "queries of some rows"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_attention_is_correct_at_the_edges_of_its_tiles(dtype, other, poisoned):  # noqa: F811
-    """Samples have half a tile of rows; one tile, also with one row less or more; one and a half tiles, also with one
-    row more; or two tiles. There are such samples for the tiles of keys and of queries."""
+    """The lengths of the samples are 0.5, 1, 1.5 and 2 tiles, one row less or more than 1 tile, and one row more than
+    1.5 tiles. There are such lengths for the tiles of keys and for the tiles of queries."""
     rows = {side: attention.as_rows(tuning.config("attention_backward", CPU, dtype), 16)[side] for side in SIDES}
     edges = sorted({n for b in rows.values() for n in (b // 2, b - 1, b, b + 1, b + b // 2, b + b // 2 + 1, 2 * b)})
     inputs = packed_attention(dtype, edges, 1, 16, queries=[*edges[1:], edges[0]] if other else None)
