@@ -56,6 +56,7 @@ class Preparation:
     tokenizer: CaptionTokenizer | None  # None if there are no captions
     seed: int  # seed of the run
     image_tokenizer: VQGAN | None = None  # computes the images' token ids in the loader
+    transform: Transform | None = None  # function that is applied to each cropped image
     one_crop: bool = False  # whether all views of a sample have the crop of the first one, so that only masks differ
     # the loader counts the FLOPs of this model for each batch; None: they are not counted
     counted_for: ModelConfig | None = None
@@ -86,7 +87,6 @@ class Samples(Dataset[Sample | Skipped]):
     augment: Augment | None  # None: no augmentation; the central square or the whole native image is used
     positions_per_mask: int  # number of positions per step, which share a mask if `masking.per` is "batch"
     repeats: int = 1  # number of consecutive views of each sample
-    transform: Transform | None = None  # function that is applied to each cropped image
 
     def __post_init__(self) -> None:
         self._readers = [Reader(source, self.corpus.store) for source in self.corpus.sources]
@@ -186,8 +186,8 @@ class Samples(Dataset[Sample | Skipped]):
     def _input(self, image: Tensor, key: tuple[int, ...]) -> Tensor:
         """Return the crop of a decoded image as the model expects it."""
         crop = self._crop(image, key)
-        if self.transform:
-            crop = self.transform(crop, self._streams.seed(Purpose.TRANSFORM, *key))
+        if self.preparation.transform:
+            crop = self.preparation.transform(crop, self._streams.seed(Purpose.TRANSFORM, *key))
         geometry = self.preparation.geometry
         return model_input(crop, geometry.image_mean, geometry.image_std)
 

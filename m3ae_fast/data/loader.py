@@ -21,7 +21,7 @@ from m3ae_fast.batch.tokenizer import check_tokenizer
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.data.batches_ahead import batch_bytes, fitting_prefetch, most_workers
 from m3ae_fast.data.corpus import Corpus
-from m3ae_fast.data.dataset import Augment, Preparation, Samples, Transform
+from m3ae_fast.data.dataset import Augment, Preparation, Samples
 from m3ae_fast.data.fetcher import FetcherOfNode
 from m3ae_fast.data.lane_count import Layout, lay_out
 from m3ae_fast.data.order import FileOrder, Order
@@ -41,7 +41,6 @@ def train_loader(
     *,
     layout: Layout | None = None,
     node: Node | None = None,
-    transform: Transform | None = None,
     pin_memory: bool = False,
 ) -> DataLoader[PackedBatch]:
     """Return a loader of `share.accumulation` shuffled and augmented micro-batches per step, over all epochs.
@@ -55,7 +54,6 @@ def train_loader(
         steps: range of steps; a resumed run starts above 0.
         layout: lanes of the sample order; None: as computed by `lay_out`.
         node: the ranks of this node, which share a fetcher; None: only this rank.
-        transform: applied to each cropped image.
         pin_memory: whether to return batches in pinned memory.
 
     Raises:
@@ -64,7 +62,7 @@ def train_loader(
     lanes, window = layout or lay_out(config, corpus.sizes, share.global_batch)
     order = Order(corpus.sizes, corpus.weights, window, preparation.seed, lanes)
     augment = Augment(config.crop_scale, config.flip)
-    samples = Samples(corpus, order, preparation, augment, share.global_batch, config.repeats, transform)
+    samples = Samples(corpus, order, preparation, augment, share.global_batch, config.repeats)
     work = _patches(corpus, order, preparation.geometry) if config.repeats == 1 else None
     ranks = node.ranks if node else [share.rank]
     micro_batches = MicroBatches(steps, share, lanes, config.repeats, work=work, ranks=ranks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -178,9 +178,10 @@ class Job(Generic[T_co]):
         transform: Transform | None = None,
     ) -> DataLoader[PackedBatch]:
         """Return a loader of this rank's training batches for the given steps."""
-        more: dict[str, Any] = {"node": self.ranks.node(), "pin_memory": pins_memory(self.ranks.device)}
+        preparation, node = replace(self.preparation, transform=transform), self.ranks.node()
+        pin = pins_memory(self.ranks.device)
         return train_loader(
-            self.config.data, train, self.preparation, share, steps, layout=layout, transform=transform, **more
+            self.config.data, train, preparation, share, steps, layout=layout, node=node, pin_memory=pin
         )
 
     def samples(self, corpus: Corpus, keys: Sequence[str]) -> dict[str, Sample]:

@@ -21,7 +21,7 @@ from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import POOLINGS
 from m3ae_fast.config.evaluation import EncodeConfig, EvaluationConfig
-from m3ae_fast.data import Corpus, Preparation, Share, lay_out, train_loader
+from m3ae_fast.data import Corpus, Preparation, Share, train_loader
 from m3ae_fast.heads.encoding import PassMonitor, Reduce, corpus_batches, encode_types, key_digest
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType, layers_of, pools_of, select
 from m3ae_fast.heads.fit_heads import HeadBatch, Heads, fit_heads, losses, verdicts
@@ -129,7 +129,6 @@ def predict_online(
         Preparation(model.geometry, UNMASKED, model.tokenizer, recipe.seed),
         Share(recipe.batch, accumulation, ranks.rank, ranks.world),
         range(recipe.steps),
-        layout=lay_out(config.data, train.sizes, recipe.batch),
         node=ranks.node(),
         pin_memory=pins_memory(ranks.device),
     )

@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain, islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -212,7 +213,7 @@ def test_no_two_uses_of_a_sample_share_random_numbers(load, paired, monkeypatch)
     monkeypatch.setattr(RandomStreams, "seed", lambda *key: seeds.append(seed_of(*key)) or seeds[-1])
     masking = MaskingConfig(image_predicted=0.5, text_predicted=0.5)
     loader = load(paired, micro_batch=6, steps=12, config={"repeats": 2}, masking=masking)
-    loader.dataset.transform = lambda image, seed: image
+    loader.dataset.preparation = replace(loader.dataset.preparation, transform=lambda image, seed: image)
     assert sum(len(batch.keys) for batch in loader) == 72
     assert len(seeds) == len(set(seeds)) == 6 * 72
 
