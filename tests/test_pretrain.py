@@ -44,6 +44,7 @@ from m3ae_fast.pretraining import automatic_settings, final_evaluation, size_and
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (
     DatasetStatistics,
+    Inputs,
     Shards,
     batch_of,
     image_and_patch,
@@ -137,7 +138,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     shards, run, seen = write_tar(tmp_path / "a.tar", members(range(3), "image")), tmp_path / "run", []
     statistics = DatasetStatistics(3, 3, 32, [0.5] * 3, [0.2] * 3, classes=2, vocab_size=0, text_length=8)
     run.mkdir()
-    config = settings(statistics, Shards([shards], [shards], []), run, MODEL_SIZES[0], 1, 9, "cls", [])
+    config = settings(Inputs(statistics, Shards([shards], [shards], []), run), MODEL_SIZES[0], 1, 9)
     (run / "config.json").write_text(config.model_dump_json())
     trained = []
     monkeypatch.setattr(stages, "pre_train", lambda *_, **options: trained.append(options) or 0.0)
@@ -437,9 +438,9 @@ def test_shards_of_changed_images_are_rewritten_before_a_run_starts(tmp_path):
 
 
 def test_settings_are_chosen_again_if_the_images_change_before_a_run_starts(tmp_path, monkeypatch, capsys):
-    def plan(statistics, shards, out, hours, labels, overrides, *_):
-        config = settings(statistics, shards, out, MODEL_SIZES[0], 4, 9, labels, overrides)
-        return size_and_length.Plan(config, [f"{statistics.samples} training samples"])
+    def plan(inputs, *_):
+        config = settings(inputs, MODEL_SIZES[0], 4, 9)
+        return size_and_length.Plan(config, [f"{inputs.statistics.samples} training samples"])
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -462,7 +463,7 @@ def test_a_folder_without_captions_leads_to_an_image_only_model(tmp_path):
     out = tmp_path / "run"
     shards = find_shards(str(photos), out, None, [])
     statistics, notes = inspect(shards, out, "cls")
-    config = settings(statistics, shards, out, MODEL_SIZES[1], 8, 100, "cls", [])
+    config = settings(Inputs(statistics, shards, out), MODEL_SIZES[1], 8, 100)
     assert config.model.vocab_size == 0 and config.data.tokenizer is None and statistics.classes == 3 and not notes
     assert not (out / "tokenizer.json").exists()
     assert (config.model.emb_dim, config.model.image_size, config.model.patch_size) == (192, 40, 4)
@@ -940,7 +941,7 @@ def test_automatic_settings_equal_those_of_the_rules_computed_by_hand():
             samples, held_out, 100, [0.5] * 3, [0.2] * 3, classes=3, vocab_size=words, text_length=24
         )
         shards = Shards(["a.tar"], ["b.tar"] if held_out else [], [])
-        return settings(statistics, shards, Path("r"), MODEL_SIZES[size], batch, steps, "json.kind", [])
+        return settings(Inputs(statistics, shards, Path("r"), labels="json.kind"), MODEL_SIZES[size], batch, steps)
 
     config = chosen(samples=6400, steps=4000)
     t, o = config.train, config.optim
@@ -1253,7 +1254,7 @@ def test_size_batch_and_length_take_the_time_of_an_update_into_account(monkeypat
     until there are 1,000 steps."""
     simulated(monkeypatch, update, lambda width: 0.094 * width / 384)
     statistics, shards = small(samples=samples), Shards(["a.tar"], ["b.tar"], [])
-    found = size_and_length.choose(statistics, shards, Path("r"), 30.0, "cls", [], one_rank(), 0.0)
+    found = size_and_length.choose(Inputs(statistics, shards, Path("r")), 30.0, one_rank(), 0.0)
     train, step = found.config.train, update + batch * 0.094 * size / 384
     assert (found.config.model.emb_dim, train.global_batch) == (size, batch)
     assert 0.9 * 30 * 3600 < train.steps * step < 30 * 3600
@@ -1309,10 +1310,10 @@ def test_a_model_size_that_exceeds_the_memory_is_not_tried(tmp_path, monkeypatch
     )
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     found = size_and_length.choose(
-        statistics, Shards(["a.tar"], [], []), tmp_path, 1.0, "cls", [], session, time.monotonic()
+        Inputs(statistics, Shards(["a.tar"], [], []), tmp_path), 1.0, session, time.monotonic()
     )
     sizes = [
-        settings(statistics, Shards(["a.tar"], [], []), tmp_path, size, 64, 1, "cls", []) for size in MODEL_SIZES[1:3]
+        settings(Inputs(statistics, Shards(["a.tar"], [], []), tmp_path), size, 64, 1) for size in MODEL_SIZES[1:3]
     ]
     assert needed == [memory_needed(config, 1, 64) for config in sizes]
     assert tried == [128, 192] and found.config.model.emb_dim == 192
@@ -1341,7 +1342,7 @@ def test_model_sizes_are_tried_from_the_smallest_to_the_first_unsuitable_one(tmp
     monkeypatch.setattr(size_and_length, "missing_memory", missing)
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     found = size_and_length.choose(
-        statistics, Shards(["a.tar"], [], []), tmp_path, 1000.0, "cls", [], session, time.monotonic()
+        Inputs(statistics, Shards(["a.tar"], [], []), tmp_path), 1000.0, session, time.monotonic()
     )
     chosen = place - 1 if ends else 4
     assert found.config.model.emb_dim == widths[chosen]
@@ -1398,7 +1399,7 @@ def test_a_throughput_trial_takes_a_small_and_limited_part_of_the_time(tmp_path,
     monkeypatch.setattr(size_and_length, "missing_memory", lambda size, device: "")
     device = torch.device("cpu")
     session = SimpleNamespace(ranks=SimpleNamespace(device=device))
-    size_and_length.choose(statistics, Shards(["a.tar"], [], []), tmp_path, hours, "cls", [], session, time.monotonic())
+    size_and_length.choose(Inputs(statistics, Shards(["a.tar"], [], []), tmp_path), hours, session, time.monotonic())
     assert trials == [(fast_precision(device), pytest.approx(seconds))] * 2
 
 
@@ -1407,7 +1408,7 @@ def test_automatic_settings_yield_to_and_fit_the_settings_of_the_user():
 
     def chosen(*overrides):
         return settings(
-            statistics, Shards(["a.tar"], ["b.tar"], []), Path("r"), MODEL_SIZES[0], 64, 9, "cls", overrides
+            Inputs(statistics, Shards(["a.tar"], ["b.tar"], []), Path("r"), overrides), MODEL_SIZES[0], 64, 9
         )
 
     config = chosen("model.size=small", "train.epochs=3")
@@ -1445,9 +1446,11 @@ def test_the_largest_model_size_that_fits_the_time_is_chosen(tmp_path, monkeypat
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     shards = Shards(["a.tar"], ["b.tar"], [])
     monkeypatch.setattr(size_and_length, "time", SimpleNamespace(monotonic=lambda: 50.0))
-    found = size_and_length.choose(statistics, shards, tmp_path, 1.0, "cls", [], session, 50.0)
+    found = size_and_length.choose(Inputs(statistics, shards, tmp_path), 1.0, session, 50.0)
     assert f'model: "{size}"' in found.lines[1] and why in found.lines[1]
-    larger = size_and_length.choose(statistics, shards, tmp_path, 1.0, "cls", ["train.global_batch=256"], session, 50.0)
+    larger = size_and_length.choose(
+        Inputs(statistics, shards, tmp_path, ["train.global_batch=256"]), 1.0, session, 50.0
+    )
     assert larger.config.train.global_batch == 256
     for train in (found.config.train, larger.config.train):
         taken = train.steps * train.global_batch * paces[size]
@@ -1473,7 +1476,7 @@ def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error
     monkeypatch.setattr(size_and_length, "missing_memory", lambda *_: "there is no memory")
     session = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")))
     return size_and_length.choose(
-        statistics, Shards(["a.tar"], ["b.tar"], []), Path("r"), hours, "cls", overrides, session, 0.0
+        Inputs(statistics, Shards(["a.tar"], ["b.tar"], []), Path("r"), overrides), hours, session, 0.0
     )
 
 
@@ -1578,7 +1581,7 @@ def test_a_run_that_is_too_short_is_reported_with_a_sufficient_length(monkeypatc
 def test_a_run_that_is_too_short_requires_confirmation(monkeypatch, tmp_path, capsys, terminal, answer, starts):
     """A user at a terminal is asked; otherwise, a note is printed."""
     photos = make_pictures(tmp_path / "photos", each=2, captions=False)
-    config = settings(small(), Shards(["a.tar"], [], []), tmp_path / "run", MODEL_SIZES[0], 1, 9, "cls", [])
+    config = settings(Inputs(small(), Shards(["a.tar"], [], []), tmp_path / "run"), MODEL_SIZES[0], 1, 9)
     monkeypatch.setattr(stages, "choose", lambda *_: size_and_length.Plan(config, [], "9 steps: give more"))
     monkeypatch.setattr(stages, "pre_train", lambda *_, **__: 0.0)
     monkeypatch.setattr(stages, "status", lambda _: ("stopped", ""))

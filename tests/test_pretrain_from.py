@@ -12,7 +12,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.pretrain import parse_args
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.pretraining import final_evaluation
-from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, Shards, assumed, model_sizes, settings
+from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, Inputs, Shards, assumed, model_sizes, settings
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.given_weights import FOLDER, given_weights
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES
@@ -43,16 +43,16 @@ def test_settings_are_derived_from_the_given_weights(base, tmp_path):
     saved = M3AE.from_pretrained(tmp_path / FOLDER)
     statistics = DatasetStatistics(20_000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8)
     (size,) = model_sizes(statistics, given.overrides)
-    config = settings(statistics, SHARDS, tmp_path, size, 64, 1000, "cls", given.overrides)
+    config = settings(Inputs(statistics, SHARDS, tmp_path, given.overrides), size, 64, 1000)
     free = {"size", "init_from", "pool"}
     assert config.model.model_dump(exclude=free) == saved.config.model_dump(exclude=free)
     assert config.model.init_from == str(tmp_path / FOLDER)
     assert config.data.tokenizer == str(tmp_path / FOLDER / "tokenizer.json")
     fresh = [override for override in given.overrides if not override.startswith("model.init_from")]
-    usual = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", fresh)
+    usual = settings(Inputs(statistics, SHARDS, tmp_path, fresh), MODEL_SIZES[0], 64, 1000)
     assert config.optim.peak_lr == pytest.approx(usual.optim.peak_lr / 4, rel=1e-2)
     assert 0 < config.optim.warmup_epochs < usual.optim.warmup_epochs / 2
-    own = settings(statistics, SHARDS, tmp_path, size, 64, 1000, "cls", [*given.overrides, "optim.peak_lr=0.5"])
+    own = settings(Inputs(statistics, SHARDS, tmp_path, [*given.overrides, "optim.peak_lr=0.5"]), size, 64, 1000)
     assert own.optim.peak_lr == 0.5
 
 
@@ -84,7 +84,7 @@ def test_the_value_range_is_that_of_the_given_weights(tmp_path):
     M3AE(deep).save_pretrained(tmp_path / "deep")
     overrides = given_weights(str(tmp_path / "deep"), tmp_path / "run", []).overrides
     (size,) = model_sizes(assumed(overrides), overrides)
-    config = settings(assumed(overrides), SHARDS, tmp_path, size, 64, 1000, "cls", overrides)
+    config = settings(Inputs(assumed(overrides), SHARDS, tmp_path, overrides), size, 64, 1000)
     assert config.model.value_range == (0, 4095)
     with pytest.raises(UserError, match=r"does not fit .*, which have model\.value_range=\[0\.0, 4095\.0\]"):
         given_weights(str(tmp_path / "deep"), tmp_path / "run", ["model.value_range=[0,1023]"])
@@ -168,7 +168,7 @@ def test_another_image_size_is_possible_if_position_embeddings_are_computed(base
     given = given_weights(str(base), tmp_path, ["model.image_size=64"])
     overrides = [*given.overrides, "model.image_size=64"]
     (size,) = model_sizes(assumed(overrides), overrides)
-    config = settings(assumed(overrides), SHARDS, tmp_path, size, 64, 1000, "cls", overrides)
+    config = settings(Inputs(assumed(overrides), SHARDS, tmp_path, overrides), size, 64, 1000)
     assert (config.model.image_size, config.model.patch_size) == (64, 8)
 
 
@@ -239,8 +239,10 @@ def test_the_initial_weights_are_evaluated(tmp_path):
         DatasetStatistics(1000, 100, 300, [0.1] * 3, [0.2] * 3, 3, 512, 8),
         ThroughputEstimate(1e-3, 64, 9),
     )
-    config = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", [])
-    continued = settings(statistics, SHARDS, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", [f"model.init_from={tmp_path}"])
+    config = settings(Inputs(statistics, SHARDS, tmp_path), MODEL_SIZES[0], 64, 1000)
+    continued = settings(
+        Inputs(statistics, SHARDS, tmp_path, [f"model.init_from={tmp_path}"]), MODEL_SIZES[0], 64, 1000
+    )
     assert final_evaluation.STARTED not in final_evaluation._models(config)
     assert final_evaluation._models(continued)[final_evaluation.STARTED] == str(tmp_path)
     three, four = (Budget(statistics, True, 1.0, 0.0, models).after(pace) for models in (3, 4))

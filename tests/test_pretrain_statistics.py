@@ -20,7 +20,7 @@ from m3ae_fast.config import load_config
 from m3ae_fast.data.shard_store import ShardStore
 from m3ae_fast.images.bit_depth import Depth
 from m3ae_fast.images.image_kind import Kind
-from m3ae_fast.pretraining.automatic_settings import Shards, assumed, by_setting, check_overrides, settings
+from m3ae_fast.pretraining.automatic_settings import Inputs, Shards, assumed, by_setting, check_overrides, settings
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.image_settings import range_of
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES
@@ -106,7 +106,7 @@ def test_channels_dtype_and_range_of_the_model_are_those_of_the_images(tmp_path,
     own = Shards([write_tar(tmp_path / "a.tar", files[:6])], [write_tar(tmp_path / "b.tar", files[6:])], [])
     for shards in (find_shards(str(photos), tmp_path / "run", None, []), own):
         statistics, _ = inspect(shards, tmp_path / "run", "cls")
-        config = settings(statistics, shards, tmp_path / "run", MODEL_SIZES[0], 2, 9, "cls", [])
+        config = settings(Inputs(statistics, shards, tmp_path / "run"), MODEL_SIZES[0], 2, 9)
         m = config.model
         assert (m.channels, m.image_dtype, m.value_range) == (channels, dtype, value_range)
         assert len(m.image_mean) == len(m.image_std) == channels
@@ -162,13 +162,13 @@ def test_channels_set_by_the_user_are_used(tmp_path):
     shards = find_shards(str(photos), tmp_path / "run", None, [])
     for override, channels in (("model.channels=3", 3), ("model.image_mean=[0.5,0.5,0.5]", 3), ("model.size=small", 1)):
         statistics, _ = inspect(shards, tmp_path / "run", "cls", None, [override])
-        config = settings(statistics, shards, tmp_path / "run", MODEL_SIZES[0], 2, 9, "cls", [override])
+        config = settings(Inputs(statistics, shards, tmp_path / "run", [override]), MODEL_SIZES[0], 2, 9)
         assert config.model.channels == channels == len(config.model.image_std)
 
 
 def _chosen(*overrides, statistics=None):
     shards, statistics = Shards(["a.tar"], ["b.tar"], []), statistics or assumed(overrides)
-    return settings(statistics, shards, Path("r"), MODEL_SIZES[1], 64, 100, "cls", overrides)
+    return settings(Inputs(statistics, shards, Path("r"), overrides), MODEL_SIZES[1], 64, 100)
 
 
 # each setting that `pretrain` chooses, with another value, and an expression that must hold then
@@ -408,6 +408,6 @@ def test_the_plan_states_that_images_are_flipped_unless_the_user_excludes_it(tmp
 
 def plan_of(statistics, shards, overrides):
     """Return the lines of the plan of a run of the smallest model."""
-    config = settings(statistics, shards, Path("run"), MODEL_SIZES[0], 4, 1000, "cls", overrides, hours=1.0)
+    config = settings(Inputs(statistics, shards, Path("run"), overrides), MODEL_SIZES[0], 4, 1000, hours=1.0)
     budget = Budget(statistics, False, 1.0, time.monotonic())
     return _lines(config, budget, MODEL_SIZES[0], "", ThroughputEstimate(1e-3, 64, 9))

@@ -30,6 +30,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import check_start, missing_decoder, read_pretrained, start_for
 from m3ae_fast.pretraining import final_evaluation, size_and_length
 from m3ae_fast.pretraining.automatic_settings import (
+    Inputs,
     Shards,
     assumed,
     assumed_config,
@@ -673,7 +674,7 @@ def test_pretrain_accepts_a_teacher_and_chooses_another_recipe(tmp_path, monkeyp
 def test_the_teacher_is_evaluated_and_this_is_planned(tmp_path):
     teacher = f"timm:{VIT}"
     statistics, shards = assumed([]), Shards(["a.tar"], ["b.tar"], [])
-    config = settings(statistics, shards, tmp_path, MODEL_SIZES[0], 64, 1000, "cls", teacher_settings(teacher))
+    config = settings(Inputs(statistics, shards, tmp_path, teacher_settings(teacher)), MODEL_SIZES[0], 64, 1000)
     assert final_evaluation._models(config)[final_evaluation.TEACHER] == teacher
     assert size_and_length.evaluated_models(teacher_settings(teacher)) == size_and_length.evaluated_models([]) + 1
 

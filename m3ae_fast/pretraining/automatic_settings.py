@@ -82,6 +82,17 @@ class DatasetStatistics:
     fitted: tuple[str, ...] = ()  # overrides that adapt the settings of given weights to the images
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the settings of a run are derived from."""
+
+    statistics: DatasetStatistics
+    shards: Shards
+    out: Path  # the run folder
+    overrides: Sequence[str] = ()  # the user's overrides "section.key=value", which take precedence
+    labels: str = "cls"  # source of the labels
+
+
 def model_sizes(statistics: DatasetStatistics, overrides: Sequence[str] = ()) -> list[ModelSize]:
     """Return the model sizes for which there are enough samples, smallest first. If the run starts from given weights,
     only the size of these weights is returned."""
@@ -260,11 +271,11 @@ def assumed_config(overrides: Sequence[str]) -> Config:
     """Return the config with these overrides for hypothetical samples, to validate the overrides before the samples are
     opened. Raises UserError if the overrides are invalid regardless of the samples, or require a library that is not
     installed."""
-    statistics = assumed(overrides)
     shards = Shards(["train.tar"], ["val.tar"], [])
+    inputs = Inputs(assumed(overrides), shards, Path("run"), overrides)
 
     def config_of(size: ModelSize) -> Config:
-        return settings(statistics, shards, Path("run"), size, 64, 1000, "cls", overrides)
+        return settings(inputs, size, 64, 1000)
 
     config = config_of(possible(MODEL_SIZES, config_of)[0])
     require_libraries_of(config, ranks=1)  # `pretrain` has a single rank
@@ -298,14 +309,10 @@ def _length(statistics: DatasetStatistics, batch: int, steps: int, overrides: Se
 
 
 def settings(
-    statistics: DatasetStatistics,
-    shards: Shards,
-    out: Path,
+    inputs: Inputs,
     size: ModelSize,
     batch: int,
     steps: int,
-    labels: str,
-    overrides: Sequence[str],
     *,
     hours: float | None = None,
     evaluations: int = EVALUATIONS,
@@ -313,14 +320,10 @@ def settings(
     """Return the config of a run.
 
     Args:
-        statistics: statistics of the samples.
-        shards: the shards.
-        out: the run folder.
+        inputs: what the settings are derived from.
         size: the model size.
         batch: number of samples per step.
         steps: number of steps.
-        labels: source of the labels.
-        overrides: the user's overrides "section.key=value", which take precedence.
         hours: time limit in hours. The number of steps is adjusted to it during training unless the user sets a length.
             None: the number of steps is not adjusted.
         evaluations: approximate number of evaluations between the first step and the last.
@@ -328,15 +331,16 @@ def settings(
     Raises:
         UserError: an override is invalid.
     """
+    statistics, shards, overrides = inputs.statistics, inputs.shards, inputs.overrides
     steps, per_epoch = _length(statistics, batch, steps, overrides)
     warm_up, factor = (_CONTINUED_WARM_UP, _CONTINUED_RATE) if continues(overrides) else (_WARM_UP, 1.0)
     config: dict[str, Any] = {
-        "run": {"dir": str(out)},
+        "run": {"dir": str(inputs.out)},
         "model": _model_section(statistics, size, overrides),
         "loss": {"norm_pix": set_to(overrides, "model.image_targets", "pixels") == "pixels"},
-        "data": _data_section(statistics, shards, out),
+        "data": _data_section(inputs),
         "optim": {"warmup_epochs": round(warm_up * steps / per_epoch, 3), "clip_grad": 1.0},
-        "train": _train_section(statistics, shards, batch, steps, labels, evaluations) | {"hours": hours},
+        "train": _train_section(inputs, batch, steps, evaluations) | {"hours": hours},
         "deepspeed": None,
     }
     _drop_incompatible(config, overrides)
@@ -368,23 +372,24 @@ def _model_section(statistics: DatasetStatistics, size: ModelSize, overrides: Se
     }
 
 
-def _data_section(statistics: DatasetStatistics, shards: Shards, out: Path) -> dict[str, Any]:
+def _data_section(inputs: Inputs) -> dict[str, Any]:
+    shards = inputs.shards
     return {
         "train": [{"shards": shards.train}],
         "val": [{"shards": shards.val}] if shards.val else [],
-        "tokenizer": str((out / TOKENIZER).resolve()) if statistics.vocab_size else None,
+        "tokenizer": str((inputs.out / TOKENIZER).resolve()) if inputs.statistics.vocab_size else None,
         "crop_scale": [0.4, 1.0],
     }
 
 
-def _train_section(
-    statistics: DatasetStatistics, shards: Shards, batch: int, steps: int, labels: str, evaluations: int
-) -> dict[str, Any]:
+def _train_section(inputs: Inputs, batch: int, steps: int, evaluations: int) -> dict[str, Any]:
+    statistics, shards = inputs.statistics, inputs.shards
     often = max(steps // evaluations, min(steps, 10)) if evaluations else None
     probe = None
     if statistics.classes:
         train, val = ([{"shards": part, "modality": "image"}] for part in (shards.train, shards.val))
-        probe = {"train": train, "val": val, "labels": labels, "every": often if statistics.samples <= PROBED else None}
+        every = often if statistics.samples <= PROBED else None
+        probe = {"train": train, "val": val, "labels": inputs.labels, "every": every}
     return {
         "global_batch": batch,
         "steps": steps,

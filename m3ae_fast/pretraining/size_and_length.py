@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 
 from m3ae_fast.base.hardware import missing_memory, resolve_precision
 from m3ae_fast.base.pace import duration
@@ -17,7 +16,7 @@ from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.heads.pool_choice import MOST_SAMPLES
 from m3ae_fast.pretraining import automatic_settings
-from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, Shards
+from m3ae_fast.pretraining.automatic_settings import DatasetStatistics, Inputs
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES, ModelSize
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.teacher import open_teacher
@@ -135,25 +134,12 @@ def evaluated_models(overrides: Sequence[str]) -> int:
     return _MODELS + automatic_settings.continues(overrides) + has_teacher
 
 
-def choose(
-    statistics: DatasetStatistics,
-    shards: Shards,
-    out: Path,
-    hours: float,
-    labels: str,
-    overrides: Sequence[str],
-    session: Session,
-    began: float,
-) -> Plan:
+def choose(inputs: Inputs, hours: float, session: Session, began: float) -> Plan:
     """Return the plan of a run that fits into the available time.
 
     Args:
-        statistics: statistics of the samples.
-        shards: the shards.
-        out: the run folder.
+        inputs: what the settings are derived from.
         hours: hours for the whole call.
-        labels: source of the labels.
-        overrides: the user's overrides "section.key=value".
         session: session of the ranks.
         began: value of `time.monotonic` at the beginning of the call.
 
@@ -161,6 +147,7 @@ def choose(
         UserError: an override is invalid, or the run could not start with the chosen config.
         Stopped: a stop is requested.
     """
+    statistics, overrides = inputs.statistics, inputs.overrides
 
     def config_of(
         size: ModelSize,
@@ -169,8 +156,7 @@ def choose(
         time_limit: float | None = None,
         evaluations: int = automatic_settings.EVALUATIONS,
     ) -> Config:
-        given = (statistics, shards, out, size, batch, steps, labels, overrides)
-        return automatic_settings.settings(*given, hours=time_limit, evaluations=evaluations)
+        return automatic_settings.settings(inputs, size, batch, steps, hours=time_limit, evaluations=evaluations)
 
     allowed = automatic_settings.possible(
         automatic_settings.model_sizes(statistics, overrides),

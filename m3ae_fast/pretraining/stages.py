@@ -30,7 +30,7 @@ from m3ae_fast.evaluation.knn_during_training import knn_probe
 from m3ae_fast.evaluation.run_report import REPORT_FILE, summary, write_report
 from m3ae_fast.model.pretrained import Pretrained
 from m3ae_fast.pretraining import SEVERAL_RANKS
-from m3ae_fast.pretraining.automatic_settings import by_setting, check_overrides, teacher_settings
+from m3ae_fast.pretraining.automatic_settings import Inputs, by_setting, check_overrides, teacher_settings
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.final_evaluation import (
     RUN,
@@ -243,7 +243,7 @@ def _chosen_config(call: _Call, value_range: Range | None) -> Config | None:
             own=own,
         )
         given = [*method.overrides, *weights.overrides, *statistics.fitted, *own]
-        plan = choose(statistics, shards, call.out, call.hours, call.labels, given, session, call.began)
+        plan = choose(Inputs(statistics, shards, call.out, given, call.labels), call.hours, session, call.began)
     if plan is None:
         return None
     notes = [*weights.notes, *shards.notes, *notes]
