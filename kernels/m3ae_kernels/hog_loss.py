@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .dispatch import accumulator, as_rows, check_tensor, choose_impl, compute_dtype, wants_grad, with_lead
 from .hog import ORIENTATIONS, fill_targets
-from .ids import check_distinct, check_range, checked, checks_enabled
 from .loss import (
     LossHead,
     check_head,
@@ -26,7 +25,7 @@ from .loss import (
     squared_errors,
     squared_loss,
 )
-from .pixels import LARGEST, check_images, check_patch_size, count_patches, per_channel
+from .pixels import LARGEST, check_images, check_patch_ids, check_patch_size, per_channel
 from .registry import Op
 
 
@@ -84,25 +83,10 @@ def find_targets(
     return out
 
 
-def check_ids(
-    op: str, images: Tensor, patch_ids: Tensor, patch_size: int, impl: str, row_weight: Tensor | None = None
-) -> None:
-    """Check the range of ids [M] if `checked` returns True. With row weights [M] and M3AE_KERNELS_CHECK=1, also check
-    that the ids of rows whose weight is not 0 are distinct.
-
-    Raises:
-        IndexError: an id is out of range, or occurs twice.
-    """
-    if checked(patch_ids, impl):
-        check_range(op, "patch_ids", patch_ids, count_patches(images, patch_size))
-    if row_weight is not None and checks_enabled():
-        check_distinct(op, "patch_ids", torch.where(row_weight == 0, -1, patch_ids))
-
-
 def _targets_forward(
     images: Tensor, patch_ids: Tensor, patch_size: int, scale: Sequence[float], dtype: torch.dtype, impl: str
 ) -> Tensor:
-    check_ids("hog_targets", images, patch_ids, patch_size, impl)
+    check_patch_ids("hog_targets", images, patch_ids, patch_size, impl)
     return find_targets(images, patch_ids, patch_size, scale, dtype, impl)
 
 
@@ -183,7 +167,7 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the results of `squared_loss`."""
-    check_ids("masked_hog_loss", images, patch_ids, patch_size, impl, row_weight)
+    check_patch_ids("masked_hog_loss", images, patch_ids, patch_size, impl, row_weight)
     targets_MK = find_targets(images, patch_ids, patch_size, scale, row_weight.dtype, impl)
     return squared_loss(hidden, weight, bias, row_weight, dtype, needs, partial(_hog_loss, targets=targets_MK))
 

@@ -17,7 +17,6 @@ from .dispatch import (
     wants_grad,
     with_lead,
 )
-from .ids import check_distinct, check_range, checked, checks_enabled
 from .loss import (
     LossHead,
     check_head,
@@ -32,9 +31,9 @@ from .loss import (
     squared_loss,
 )
 from .pixels import (
+    check_patch_ids,
     check_patch_size,
     check_pixels,
-    count_patches,
     from_cut,
     normalisation_for,
     standardise,
@@ -137,12 +136,8 @@ def _forward(
     needs: Sequence[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, the row losses, the unit (see `unit_weights`), and the gradients of hidden, weight and bias
-    divided by the unit."""
-    if checked(patch_ids, impl):
-        check_range("masked_pixel_loss", "patch_ids", patch_ids, count_patches(images, patch_size))
-    if checks_enabled():
-        check_distinct("masked_pixel_loss", "patch_ids", torch.where(row_weight == 0, -1, patch_ids))
+    """Return the results of `squared_loss`."""
+    check_patch_ids("masked_pixel_loss", images, patch_ids, patch_size, impl, row_weight)
     if impl == "triton":
         from .triton_impl.pixel_loss import pixel_loss
     else:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import DTYPES, check_index, check_tensor, is_integer
+from .ids import check_distinct, check_range, checked, checks_enabled
 from .wide import widest
 
 NORM_PIX_EPS = 1e-6
@@ -68,6 +69,21 @@ def check_images(images: Tensor, patch_ids: Tensor, patch_size: int) -> None:
     check_index("patch_ids", patch_ids, (...,), images)
     if images.dtype not in DTYPES and images.dtype not in LARGEST:
         raise TypeError(f"images must be uint8, uint16 or floating-point with 16, 32 or 64 bits, not {images.dtype}")
+
+
+def check_patch_ids(
+    op: str, images: Tensor, patch_ids: Tensor, patch_size: int, impl: str, row_weight: Tensor | None = None
+) -> None:
+    """Check the range of `patch_ids` [M] if `checked` returns True. With row weights [M] and M3AE_KERNELS_CHECK=1, also
+    check that the ids of rows whose weight is not 0 are distinct. It is called inside an op; see ids.py.
+
+    Raises:
+        IndexError: an id is out of range, or occurs twice.
+    """
+    if checked(patch_ids, impl):
+        check_range(op, "patch_ids", patch_ids, count_patches(images, patch_size))
+    if row_weight is not None and checks_enabled():
+        check_distinct(op, "patch_ids", torch.where(row_weight == 0, -1, patch_ids))
 
 
 def check_patch_size(patch_size: int) -> None:
