@@ -149,7 +149,7 @@ class Job(Generic[T_co]):
             labelled.append(found)
             self.print(about)
         assert classes is not None
-        self.classes, self.names = classes, [] if has_lists else class_names(labelled[0], classes)
+        self.classes, self.names = classes, [*map(str, classes)] if has_lists else class_names(labelled[0], classes)
         return labelled[0], labelled[1], classes
 
     def warn_of_colours(self, corpus: Corpus, channels: int, name: str = "the model") -> None:

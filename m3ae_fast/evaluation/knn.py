@@ -5,12 +5,12 @@ Shapes: M held-out samples, K neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from m3ae_fast.drawing.figures import GREEN, RED, draw_sheet
+from m3ae_fast.drawing.figures import BLACK, GREEN, RED, draw_sheet
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.probe_grid import run_probes
 from m3ae_fast.evaluation.tasks import Knn
@@ -25,9 +25,8 @@ def run(job: Job[Knn]) -> dict[str, Any]:
     entries, found, encoded = run_probes(job)
     if encoded and not job.options.is_grid:
         (bank,), (queries,) = encoded.train.values(), encoded.val.values()
-        if not bank.has_lists:
-            shown, predicted_M = _shown(bank, queries), found.best_NK[:, 0]
-            job.pictures.append(lambda: _draw_neighbours(job, (bank, queries), shown, predicted_M))
+        shown, predicted_M = _shown(bank, queries), None if bank.has_lists else found.best_NK[:, 0]
+        job.pictures.append(lambda: _draw_neighbours(job, (bank, queries), shown, predicted_M))
     return entries
 
 
@@ -44,21 +43,42 @@ def _draw_neighbours(
     job: Job,
     features: tuple[FeatureBank, FeatureBank],
     shown: Mapping[int, Sequence[int]],
-    predicted_M: Tensor,
+    predicted_M: Tensor | None,
 ) -> None:
     """Plot some queries with the training samples that are most similar to each. The text of a training sample is green
-    if it has the query's class. `shown`: numbers of the training samples, keyed by the query's number."""
+    if it has the query's class or, for lists of labels, one of the query's classes.
+
+    Args:
+        job: the job.
+        features: features of the training and the held-out samples.
+        shown: numbers of the training samples, keyed by the query's number.
+        predicted_M: predicted classes of the held-out samples; None for lists of labels.
+    """
     bank, queries = features
     keys = [bank.keys[row] for rows in shown.values() for row in rows], [queries.keys[row] for row in shown]
     neighbours, shown_queries = (job.samples(corpus, names) for corpus, names in zip(job.corpora, keys))
     sheet = []
     for row, nearest_K in shown.items():
-        label, predicted = int(queries.labels[row]), int(predicted_M[row])
-        right = GREEN if label == predicted else RED
-        text = job.names[label] + ("" if label == predicted else f", predicted as {job.names[predicted]}")
-        cells = [job.cell(shown_queries.get(queries.keys[row]), text, right)]
+        classes = _classes(queries, row)
+        text, colour = _text(job, classes), BLACK
+        if predicted_M is not None:
+            predicted = int(predicted_M[row])
+            colour = GREEN if predicted in classes else RED
+            text += "" if predicted in classes else f", predicted as {job.names[predicted]}"
+        cells = [job.cell(shown_queries.get(queries.keys[row]), text, colour)]
         for other in nearest_K:
-            own = int(bank.labels[other])
-            cells.append(job.cell(neighbours.get(bank.keys[other]), job.names[own], GREEN if own == label else RED))
+            own = _classes(bank, other)
+            colour = RED if classes.isdisjoint(own) else GREEN
+            cells.append(job.cell(neighbours.get(bank.keys[other]), _text(job, own), colour))
         sheet.append(cells)
     draw_sheet(job.out / "neighbours.png", sheet, ("held-out sample", "nearest training samples"))
+
+
+def _classes(bank: FeatureBank, row: int) -> set[int]:
+    """Return the class ids of a sample: all classes in its list of labels, or its only class."""
+    label = bank.labels[row]
+    return {*label.nonzero()[:, 0].tolist()} if bank.has_lists else {int(label)}
+
+
+def _text(job: Job, classes: Iterable[int]) -> str:
+    return ", ".join(job.names[number] for number in sorted(classes))

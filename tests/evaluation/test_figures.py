@@ -14,7 +14,7 @@ from sklearn.metrics import auc
 from m3ae_fast.batch.packing import Sample
 from m3ae_fast.config import ModelConfig, OptimConfig, TrainConfig
 from m3ae_fast.drawing import figures
-from m3ae_fast.drawing.figures import GREEN, RED, Cell
+from m3ae_fast.drawing.figures import BLACK, GREEN, RED, Cell
 from m3ae_fast.engine.schedule import Schedule
 from m3ae_fast.evaluation import job, knn, labelled_task
 from m3ae_fast.heads.feature_bank import FeatureBank
@@ -207,6 +207,19 @@ def test_neighbour_figures_show_the_most_similar_samples_with_those_of_the_same_
         nearest = torch.cos(angles[0] - angles[1][mine]).argsort(descending=True)[:7].tolist()
         expected = [(f"train{i}", classes[labels[0][i]], GREEN if labels[0][i] == own else RED) for i in nearest]
         assert found == expected
+
+
+def test_neighbour_figures_of_lists_of_labels_show_samples_with_a_common_label_in_green(monkeypatch):
+    sheets = []
+    monkeypatch.setattr(knn, "draw_sheet", lambda path, rows, titles: sheets.append(rows))
+    lists = [torch.tensor(own).bool() for own in ([[1, 1, 0], [0, 0, 1], [0, 0, 0]], [[0, 1, 1], [0, 0, 0]])]
+    angles = [torch.tensor(own) for own in ([0.0, 0.1, 0.2], [-1.0, 2.0])]
+    bank, asked = (FeatureBank([*range(len(a))], on_a_circle(a), own, None, []) for a, own in zip(angles, lists))
+    job = shown_by(names=["cat", "dog", "emu"], corpora=("train", "val"))
+    knn._draw_neighbours(job, (bank, asked), knn._shown(bank, asked), None)
+    neighbours = [("train0", "cat, dog", GREEN), ("train1", "emu", GREEN), ("train2", "", RED)]
+    unlike = [(sample, text, RED) for sample, text, _ in neighbours[::-1]]
+    assert sheets == [[[("val0", "dog, emu", BLACK), *neighbours], [("val1", "", BLACK), *unlike]]]
 
 
 def test_a_cell_shows_the_image_or_otherwise_the_caption_and_a_text():

@@ -27,7 +27,7 @@ from m3ae_fast.heads.logistic_regression import fit, fit_chosen
 from m3ae_fast.heads.modules import LinearHeads
 from m3ae_fast.heads.pool_choice import best_type
 from m3ae_fast.heads.predictions import Predictions
-from tests.evaluation.conftest import same_as_baseline, settings
+from tests.evaluation.conftest import figure_names, same_as_baseline, settings
 from tests.helpers.labelled import NAMES, coloured
 from tests.helpers.shards import write_tar
 
@@ -76,6 +76,7 @@ def test_labels_determined_by_the_colour_are_predicted(transfer, tmp_path, task,
     output = capsys.readouterr().out
     assert "note: 1 labels of --val have no training samples, and are left out" in output
     assert f"{task}: {result['verdict']}\n" in output and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in output
+    assert figure_names(tmp_path / "out") == (["neighbours"] if task == "knn" else [])
     table = read_parquet(tmp_path / "out/predictions.parquet")
     assert table["labels"][0] == ["blue", "cold"] and table["labels"][2] == []
     truth, scores = np.array([["green" in own for own in table["labels"]]])[0], np.array(table["scores"])[:, 2]
