@@ -79,7 +79,7 @@ def test_epochs_and_steps_are_mutually_exclusive():
 def test_an_increase_of_the_accuracy_is_reported_only_if_it_is_significant():
     rise = [{"step": i, "accuracy": i / 100} for i in range(40)]
     assert rising(rise, 64) == pytest.approx(0.1)
-    assert rising(rise, 1) == 0.0, "ten samples say nothing"
+    assert rising(rise, 1) == 0.0, "with ten samples in each quarter, the increase is not significant"
     assert rising([{"step": i, "accuracy": 0.5 + i / 10_000} for i in range(40)], 4096) == 0.0
     little = [{"step": i, "accuracy": 0.53 if i >= 30 else 0.5} for i in range(40)]  # 1.5 or 3 standard errors
     assert (rising(little, 125), rising(little, 500)) == (0.0, pytest.approx(0.03))

@@ -1,4 +1,5 @@
-"""Steps of many engines, one after another in the same process, on one rank or two: run by test_engine_parity.py.
+"""Steps of many engines, one after another in the same process, on one to three ranks: run by test_engine_parity.py and
+other tests.
 
     python -m torch.distributed.run --nproc-per-node 2 -m tests.helpers.zero_cases CASES FILE
 

@@ -34,7 +34,7 @@ SCRIPT = str(ROOT / "m3ae_fast/train.py")
 STEPS = 60
 RUNS, STARTS = 12, 14  # maximum numbers of disturbed runs, and of starts of a run
 LIMIT_S = 600.0  # time limit of a start in seconds
-STARTING_S = 6.0  # a trainer takes its first step later than this, in seconds
+STARTING_S = 6.0  # seconds after the start of a trainer within which it does not take its first step yet
 LEAVING_S = 40.0  # time limit in seconds for processes to exit after their launcher
 CONFIG = {
     "run": {"stall_timeout": 10},
@@ -150,7 +150,8 @@ class Soak:
             self.wrong.append(f"{name}: a traceback: {own[0].strip()[:1500]!r}")
         ranks, _ = LAYOUTS[self.layout]
         saves = fault in STOPS or (ranks == 1 and fault and fault.startswith("all processes get"))
-        struck_at_exit = code < 0 and self._complete(name)  # the run is complete, and its signal handlers are removed
+        # the signal came after the end of the run, when its handlers had been removed
+        struck_at_exit = code < 0 and self._complete(name)
         if code and not struck_at_exit and (saves or fault is None or fault == "all processes are suspended"):
             reason = "\n".join(re.findall(r"^error: .*", out, re.MULTILINE)) or out.strip()[-300:]
             self.wrong.append(f"{name}: exit code {code}: {reason!r}")

@@ -1,4 +1,4 @@
-"""Runs that start from other weights (model.init_from), and the parts of them that stay fixed."""
+"""Runs that start from given weights (model.init_from), and the parts of these weights that are not trained."""
 
 import json
 from types import SimpleNamespace
@@ -144,8 +144,8 @@ def test_a_run_is_not_resumed_with_another_activation_function(run):
 
 
 def test_every_setting_of_a_model_affects_its_weights_or_is_compared():
-    """Settings that change neither the names nor the shapes of weights, but how the weights are used, must be equal for
-    `model.init_from`."""
+    """Some settings change neither the names nor the shapes of weights, but how the weights are used. `model.init_from`
+    requires that these settings are equal."""
     base = {
         **TINY["model"],
         "vocab_size": 64,
