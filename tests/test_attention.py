@@ -425,7 +425,7 @@ def test_kernels_with_wrong_results_are_excluded(monkeypatch, caplog):
     assert list(cuda.fastest(makers | {"right": lambda _: right}, CPU, inputs, inputs)) == ["right"]
 
 
-def test_kernels_that_are_wrong_for_fewer_queries_are_excluded(monkeypatch, caplog):
+def test_kernels_that_are_wrong_for_fewer_queries_than_keys_are_excluded(monkeypatch, caplog):
     """In the last block of an encoder, there are fewer queries than keys. A kernel is also excluded if its log-sum-exps
     have another shape, because compiled code would then fail."""
 
@@ -488,7 +488,7 @@ def test_attention_kernels_are_ranked_by_measured_time(monkeypatch):
         assert list(times) == ["fast", "slow"] and 0 < times["fast"] < times["slow"]
 
 
-def test_kernels_are_checked_small_and_timed_at_the_micro_batchs_size(monkeypatch):
+def test_kernels_are_checked_with_few_samples_and_timed_with_those_of_a_micro_batch(monkeypatch):
     rows = []
 
     def forward(q, *others):

@@ -281,7 +281,7 @@ def test_the_out_of_memory_error_suggests_a_fix(run, monkeypatch):
     assert code == 2 and err.startswith("error: out of memory: lower train.micro_batch") and err.count("\n") == 1
 
 
-def test_offloading_may_be_disabled_by_its_device():
+def test_offloading_to_the_device_none_is_no_offloading():
     nowhere = {"stage": 1, "offload_optimizer": {"device": "none"}}
     muon = ["optim.name=muon", f"deepspeed={json.dumps({'zero_optimization': nowhere})}"]
     assert not load_config(ROOT / "configs/quickstart.json", muon).zero.offloads_optimizer

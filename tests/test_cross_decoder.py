@@ -306,7 +306,7 @@ def test_losses_on_all_tokens_are_refused():
         parse(Config, data, "config")
 
 
-def test_encoder_weights_fit_either_decoder_and_decoder_weights_only_their_own():
+def test_encoder_weights_fit_both_kinds_of_decoder_and_decoder_weights_only_their_own_kind():
     torch.manual_seed(0)
     whole = M3AE(SELF)
     with pytest.raises(UserError, match="check that the model config fits"):

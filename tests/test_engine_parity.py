@@ -37,7 +37,7 @@ def test_loss_curves_equal_those_of_plain_torch(tmp_path):
             np.testing.assert_allclose(curve, plain[precision], rtol=tolerance, err_msg=f"{name} on {ranks} ranks")
 
 
-def test_ranks_need_not_divide_the_batch(tmp_path):
+def test_the_number_of_ranks_need_not_divide_the_batch(tmp_path):
     """Sixteen samples are split over three ranks, in one or more micro-batches, at every ZeRO stage. The images have
     different sizes."""
     curves, one = _curves(tmp_path, "uneven", 3), _curves(tmp_path, "uneven", 1)

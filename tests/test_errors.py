@@ -11,7 +11,7 @@ import pytest
 from m3ae_fast.base.errors import ErrorElsewhere, UserError, attempt, error_report, exit_cleanly, raise_shared
 
 
-def test_an_error_is_one_line_for_any_name_in_it(capsys):
+def test_an_error_is_one_line_even_if_a_name_in_it_contains_line_breaks(capsys):
     def main():
         raise UserError("a\n  b.jpg: is damaged \x1b[2J\udcff\n")
 

@@ -82,7 +82,7 @@ def test_a_missing_library_is_reported_before_any_output_is_written(tmp_path, mo
 
 
 @pytest.mark.parametrize("source", ["nosuch", "photos/cats", "C:/photos", "C:\\photos"])
-def test_a_source_that_does_not_exist_is_first_of_all_not_a_folder(tmp_path, monkeypatch, hide, source):
+def test_a_missing_source_is_reported_as_a_missing_folder_before_a_missing_library(tmp_path, monkeypatch, hide, source):
     monkeypatch.chdir(tmp_path)
     hide("datasets")
     with pytest.raises(UserError) as error:

@@ -281,7 +281,7 @@ def test_the_memory_in_a_dry_run_includes_one_moment_of_a_matrix(name, stage, pa
     assert found == f"{expected / 1e9:,.3g}"
 
 
-def test_a_muon_update_allocates_less_memory_than_the_activations():
+def test_a_muon_update_allocates_less_memory_than_the_activations_of_a_large_batch():
     """Activations are freed before the update. With a large batch, the peak is reached before this, so the only
     difference from AdamW is the missing second moment of matrices. With a batch of one sample, the update of Muon needs
     more memory than the activations."""

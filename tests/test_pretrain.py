@@ -570,7 +570,7 @@ def test_duplicate_images_in_folders_and_tables_are_in_the_same_split(tmp_path):
     assert len(val) == 4 and not {image[name] for name in train} & {image[name] for name in val}
 
 
-def test_samples_with_the_only_label_of_their_kind_are_trained_on_and_a_run_keeps_its_labels(tmp_path, monkeypatch):
+def test_a_sample_that_is_the_only_one_of_its_class_is_trained_on_and_a_run_keeps_its_labels(tmp_path, monkeypatch):
     photos, out = tmp_path / "photos", tmp_path / "run"
     photos.mkdir()
     for number in range(40):
@@ -627,7 +627,7 @@ def test_a_note_counts_held_out_images_that_are_also_in_the_folder_of_training_i
     assert "held-out samples whose image also occurs in training shards: 2" in notes
 
 
-def test_values_of_a_group_that_are_not_written_uniformly_are_the_same_group(tmp_path):
+def test_values_of_a_group_that_differ_only_in_their_notation_are_the_same_group(tmp_path):
     photos, rows = tmp_path / "photos", []
     photos.mkdir()
     for number in range(20):
@@ -784,7 +784,7 @@ def test_the_splits_of_a_hugging_face_dataset_are_used(tmp_path, monkeypatch):
         find_shards("nowhere", tmp_path / "other", None, [])
 
 
-def test_several_ranks_are_referred_to_the_training_program(tmp_path, monkeypatch, capsys):
+def test_pretrain_on_several_ranks_is_refused_and_the_training_program_is_named(tmp_path, monkeypatch, capsys):
     """If several ranks ran `pretrain`, each of them would create the shards and the report."""
     monkeypatch.setattr("m3ae_fast.cli.command_line._FIRST_S", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")

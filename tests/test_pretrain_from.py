@@ -207,7 +207,7 @@ def test_files_that_are_not_a_model_are_refused(base, tmp_path):
     assert args.start_from == "base"
 
 
-def test_text_that_only_the_weights_or_only_the_samples_have_is_reported(base, tmp_path):
+def test_it_is_reported_if_only_the_weights_or_only_the_samples_have_text(base, tmp_path):
     pairs = Shards([str(labelled_tar(tmp_path / "pairs.tar", range(6)))], [], [])
     images = [(name, data) for name, data in labelled_members(range(6)) if not name.endswith(".txt")]
     alone = Shards([str(write_tar(tmp_path / "alone.tar", images))], [], [])

@@ -120,7 +120,7 @@ def test_the_official_recipe_is_used_if_a_setting_prevents_the_others(override, 
 
 
 @pytest.mark.parametrize("recipe", ["official", None])
-def test_the_line_of_the_official_recipe_does_not_deny_what_the_user_sets(recipe):
+def test_the_line_about_the_official_recipe_mentions_settings_of_the_user_that_depart_from_it(recipe):
     """With --set optim.name=muon, the optimiser is not that of the official M3AE."""
     exception = "the official M3AE except for the settings given with --set"
     assert exception in choose_recipe(recipe, ["train.steps=9", "optim.name=muon"]).line

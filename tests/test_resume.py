@@ -414,7 +414,7 @@ def test_resuming_does_not_loop_on_weights_with_a_non_finite_loss(trainer):
     assert [step for step, *_ in trainer.losses("run")] == [1, 2, 3, 4, 5]
 
 
-def test_keep_never_removes_the_last_good_checkpoint(tmp_path):
+def test_the_last_good_checkpoint_is_never_removed_to_keep_few_checkpoints(tmp_path):
     for step in range(1, 6):
         _save(tmp_path, step, keep=2)
         if step in (1, 2):

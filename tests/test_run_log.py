@@ -96,7 +96,7 @@ def test_a_file_is_locked_if_the_file_system_cannot_lock_folders(tmp_path, monke
         assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 1
 
 
-def test_a_question_about_its_own_lock_does_not_release_it(tmp_path):
+def test_asking_whether_the_own_run_folder_is_locked_does_not_release_the_lock(tmp_path):
     """A process loses its POSIX lock on a file when it closes another descriptor of the file."""
     with RunFolder(tmp_path) as folder:
         assert not run_lock.is_held(folder.path)
@@ -188,7 +188,7 @@ def test_renaming_the_run_folder_during_a_save_loses_no_data(tmp_path, monkeypat
     assert checkpoint.saved_steps(run) == [saved]
 
 
-def test_the_loss_of_a_folder_is_reported_once(tmp_path):
+def test_a_deleted_folder_or_lock_is_reported_once(tmp_path):
     with RunFolder(tmp_path / "run") as folder:
         shutil.rmtree(folder.path)
         assert "its contents were deleted during the run" in folder.keep() and not folder.keep()

@@ -166,7 +166,7 @@ def test_each_silent_rank_that_is_watched_is_named(monkeypatch, rank, others):
     assert f"from rank {others[-1]} (last activity: saving step 4)" in why
 
 
-def test_a_rank_that_makes_progress_ends_no_other_rank(monkeypatch):
+def test_a_rank_that_makes_progress_does_not_end_the_run_if_another_rank_is_silent(monkeypatch):
     """Another rank may be silent for long while this rank makes progress. If the other rank has stalled, a rank that
     waits for it reports the stall."""
     simulated = SimulatedRank(monkeypatch, 60.0, ranks=2)

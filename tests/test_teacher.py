@@ -136,7 +136,7 @@ def test_the_targets_are_the_standardised_features_of_the_maps(tmp_path, name, w
     torch.testing.assert_close(many[69], found[0], rtol=1e-3, atol=1e-4)
 
 
-def test_without_the_maps_of_its_stages_a_network_has_only_its_last_map(tmp_path, monkeypatch):
+def test_only_the_last_map_is_used_if_timm_does_not_return_the_maps_of_earlier_stages(tmp_path, monkeypatch):
     """The maps of earlier stages come from timm's `forward_intermediates`. They are not used if this method fails, or
     if it returns other last features than `forward_features`."""
     teacher = weights(tmp_path, CNN)
@@ -189,7 +189,7 @@ def test_a_folder_or_a_repository_of_timm_is_a_teacher(tmp_path, monkeypatch, na
     assert asked == {("owner/name", None), ("owner/name", "v1")}
 
 
-def test_a_network_whose_modules_receive_a_parameter_is_a_teacher(tmp_path):
+def test_a_network_whose_modules_receive_a_parameter_as_an_argument_is_a_teacher(tmp_path):
     """Counting the FLOPs of such a network fails if the parameter requires a gradient."""
     network = timm.create_model("cait_xxs24_224", img_size=32, depth=1)
     timm.models.save_for_hf(network, str(tmp_path), safe_serialization=True)
@@ -217,7 +217,7 @@ def test_the_normalisation_is_a_part_of_the_identity(tmp_path):
     assert len(set(scales)) == 3 and len(set(digests)) == 1
 
 
-def test_a_part_of_a_run_or_an_export_is_refused_with_the_folder_to_specify(tmp_path):
+def test_a_part_of_a_run_or_of_an_export_is_refused_and_the_message_names_the_folder_to_specify(tmp_path):
     M3AE(TINY).save_pretrained(tmp_path / "own")
     saved = checkpoint.step_folder(tmp_path / "run", 1)
     (tmp_path / "new").mkdir()
@@ -671,7 +671,7 @@ def test_pretrain_accepts_a_teacher_and_chooses_another_recipe(tmp_path, monkeyp
         PretrainOptions(source="photos", out="run", overrides=[f"loss.teacher={teacher}"])
 
 
-def test_the_teacher_is_evaluated_and_this_is_planned(tmp_path):
+def test_the_teacher_is_evaluated_and_the_plan_includes_this_evaluation(tmp_path):
     teacher = f"timm:{VIT}"
     statistics, shards = assumed([]), Shards(["a.tar"], ["b.tar"], [])
     config = settings(Inputs(statistics, shards, tmp_path, teacher_settings(teacher)), MODEL_SIZES[0], 64, 1000)

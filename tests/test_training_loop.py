@@ -204,7 +204,7 @@ def test_a_non_finite_loss_ends_training(monkeypatch, tmp_path, mixed, loss):
 
 
 @pytest.mark.parametrize("loss", [None, math.inf, math.nan])
-def test_only_a_finite_evaluation_makes_a_checkpoint_good(monkeypatch, tmp_path, mixed, loss):
+def test_an_evaluation_marks_a_checkpoint_as_good_only_if_its_losses_are_finite(monkeypatch, tmp_path, mixed, loss):
     config = settings(tmp_path, mixed, train={"global_batch": 26, "micro_batch": 26, "steps": 1})
     run(monkeypatch, config, held_out=loss)
     (saved,) = checkpoint.saved_steps(config.run.dir)
@@ -222,7 +222,7 @@ def test_a_resumed_run_keeps_the_attention_kernels_of_its_checkpoint(monkeypatch
         assert run_module.set_up(config, "auto", session, None).attention == {"encoder": "flash"}
 
 
-def test_an_evaluation_that_computes_no_loss_makes_no_checkpoint_good(monkeypatch, tmp_path, mixed):
+def test_an_evaluation_that_computes_no_loss_does_not_mark_the_checkpoint_as_good(monkeypatch, tmp_path, mixed):
     """There is no loss, because no held-out sample can be used."""
     broken = write_tar(tmp_path / "v.tar", [("0.jpg", picture(0)[:-300]), ("0.txt", b"a cat")])
     train = {"global_batch": 26, "micro_batch": 26, "steps": 1}

@@ -194,7 +194,7 @@ def test_an_implementation_is_measured_in_its_own_process():
         assert process.step() > 0
 
 
-def test_an_implementation_that_hangs_ends(monkeypatch):
+def test_the_process_of_an_implementation_that_hangs_is_killed(monkeypatch):
     monkeypatch.setattr(alone, "LIMIT_S", 0.01)  # shorter than the import of torch
     with pytest.raises(RuntimeError, match=r"exit code -9 because it did not answer within 0\.01 s"):
         Alone("reference", TINY.model_dump(mode="json"), 2)

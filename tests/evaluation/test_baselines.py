@@ -544,7 +544,9 @@ def test_tasks_that_the_pixel_baseline_does_not_support_are_refused(transfer, tm
 
 
 @pytest.mark.slow
-def test_a_note_names_a_folder_that_is_called_as_a_baseline(transfer, tmp_path, monkeypatch, capsys):
+def test_a_note_says_that_a_baseline_and_not_the_folder_of_the_same_name_is_used(
+    transfer, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pixels").mkdir()
     assert transfer("knn", model="pixels")["model"] == "pixels"

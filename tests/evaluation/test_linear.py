@@ -168,7 +168,7 @@ def test_two_ranks_take_the_same_steps_as_one(transfer, run, shards, tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_learning_rate_that_is_too_high_ends_in_one_line(transfer):
+def test_a_learning_rate_that_is_too_high_leads_to_an_error_of_one_line(transfer):
     with pytest.raises(UserError, match=r"not finite.*lower optim.peak_lr"):
         transfer("linear", *FAST, *settings("optim.peak_lr=1e30", "train.steps=20"))
 

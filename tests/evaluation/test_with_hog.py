@@ -22,7 +22,7 @@ GUIDE = ROOT / "docs/guide/comparing.md"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["knn", "logistic"])
-def test_the_result_is_that_of_the_file_that_the_guide_makes(
+def test_the_result_equals_that_of_the_file_made_by_the_code_in_the_guide(
     transfer, run, shards, tmp_path, monkeypatch, task, capsys
 ):
     result = transfer(task, baselines=True)

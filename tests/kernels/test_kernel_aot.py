@@ -224,7 +224,7 @@ def test_the_choice_of_an_implementation_causes_no_graph_break(gpu):
         assert torch.compile(doubled, fullgraph=True, backend="eager")(torch.ones(())) == 2
 
 
-def test_an_architecture_on_torch_is_not_compiled(capsys):
+def test_kernels_are_not_compiled_for_an_architecture_that_uses_torch(capsys):
     assert aot.main(["--arch", "sm_75", "--kernel", "attention"]) == 0
     assert "sm_75: nothing is compiled" in capsys.readouterr().out
 
