@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -29,7 +29,7 @@ from m3ae_fast.data.label_lists import are_lists, list_corpus
 from m3ae_fast.data.labels import Classes, class_names, label_corpus
 from m3ae_fast.drawing.figures import BLACK, Cell, Colour, levels
 from m3ae_fast.evaluation.tasks import Modality, Task, WithLabels, WithLists
-from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
+from m3ae_fast.heads.classifier import Classifier, ClassifierConfig, Head
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.logistic_regression import Tried
 from m3ae_fast.heads.modules import LinearProbeHead
@@ -234,15 +234,15 @@ class Job(Generic[T_co]):
         """Write the predictions of each sample to predictions.parquet."""
         self.ranks.on_main(lambda: write_parquet(self.out / PREDICTIONS_FILE, columns))
 
-    def save_probe(self, task: Literal["linear", "logistic"], head: LinearProbeHead, pool: Pool) -> None:
-        """Write a classifier that consists of the model and a head that `task` has trained on its features with the
-        pooling `pool`, as `Classifier.save_pretrained` does. Every rank must call it."""
+    def save_probe(self, kind: Head, head: LinearProbeHead, pool: Pool) -> None:
+        """Write a classifier that consists of the model and a head that was trained on its features with the pooling
+        `pool`, as `Classifier.save_pretrained` does. Every rank must call it."""
 
         def save() -> None:
             classifier = Classifier(
                 ClassifierConfig(
                     model=self.model.config,
-                    head=task,
+                    head=kind,
                     pool=pool,
                     modality=self.modality,
                     classes=list(self.classes),

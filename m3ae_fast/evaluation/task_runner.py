@@ -53,7 +53,7 @@ from m3ae_fast.evaluation.tasks import (
     named_task,
 )
 from m3ae_fast.evaluation.timm_features import open_timm
-from m3ae_fast.heads.classifier import CONFIG_FILE, Classifier, read_config
+from m3ae_fast.heads.classifier import CONFIG_FILE, OF_LISTS, Classifier, read_config
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.how_to_resume import AGAIN, effect_of_resuming, resumed_by
 from m3ae_fast.process.ranks import Ranks
@@ -134,11 +134,17 @@ def _is_classifier(options: Task) -> TypeGuard[OneModel]:
 
 def _modality(options: Task) -> Modality:
     """Return the modality of the encoder's input. Raises UserError if the option differs from the modality of the
-    classifier."""
+    classifier, or if the classifier was trained on lists of labels."""
     given = options.modality if isinstance(options, WithModality) else None
     if not _is_classifier(options):
         return given or "image"
-    own = read_config(options.model).modality
+    classifier = read_config(options.model)
+    if classifier.head == OF_LISTS:
+        raise UserError(
+            f"{options.model}: the classifier was trained on lists of labels, but {options.name()} needs one that was "
+            "trained on single labels"
+        )
+    own = classifier.modality
     if given not in (None, own):
         raise UserError(f"modality {given}: the classifier {options.model} was trained with {own}; leave it out")
     return own

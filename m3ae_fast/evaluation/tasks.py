@@ -258,9 +258,10 @@ class WithLists(WithLabels):
     votes for all of its labels. `logistic` and `attentive` minimise a binary cross entropy for each class.
 
     The pooling and the hyper-parameters are chosen as for single labels, but by the mean average precision in place of
-    the accuracy, and `logistic` uses the penalty with the highest mean average precision. `logistic` writes no
-    classifier, and `--shots` cannot be used. `attentive` needs `attentive.online=false` if the patch tokens do not fit
-    into memory. These metrics are reported:
+    the accuracy, and `logistic` uses the penalty with the highest mean average precision. The classes of the classifier
+    that `logistic` saves are independent: the sigmoid of a logit is the probability of its class. `robustness` and
+    `ood` do not accept this classifier. `--shots` cannot be used. `attentive` needs `attentive.online=false` if the
+    patch tokens do not fit into memory. These metrics are reported:
 
     - `map`: mean average precision, averaged over the classes that occur in the held-out samples;
     - `per_class`: number of samples and average precision of each class;

@@ -25,7 +25,14 @@ from m3ae_fast.model.pretrained import build
 from m3ae_fast.weights.model_name import CLASSIFIER_HELP
 
 MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE = "classifier.safetensors", "classifier.json", "tokenizer.json"
-HEADS = {"linear": LinearProbeHead, "logistic": LinearProbeHead, "finetune": FineTuneHead}
+Head = Literal["linear", "logistic", "logistic_of_lists", "finetune"]
+OF_LISTS: Head = "logistic_of_lists"
+HEADS: dict[Head, type[nn.Module]] = {
+    "linear": LinearProbeHead,
+    "logistic": LinearProbeHead,
+    "logistic_of_lists": LinearProbeHead,
+    "finetune": FineTuneHead,
+}
 
 
 class ClassifierConfig(Section):
@@ -33,8 +40,9 @@ class ClassifierConfig(Section):
 
     model: ModelConfig
     """Config of the encoder."""
-    head: Literal["linear", "logistic", "finetune"]
-    """The task that trained the head."""
+    head: Head
+    """The task that trained the head. logistic_of_lists: the task logistic, with lists of labels. The logits of a
+    sample are then those of independent classes, of which any number may be present."""
     pool: Pool
     """Pooling of the features that the head reads."""
     modality: Literal["image", "text", "paired"]

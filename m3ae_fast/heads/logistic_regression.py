@@ -121,11 +121,10 @@ def predict(
     tried: Tried | None = None,
 ) -> Predictions:
     """Fit a classifier as `fit_chosen` does, and return its predictions for the held-out samples. Their `chosen`
-    contains the "inverse_strength". Except for lists of labels, they also contain the classifier. Every rank must call
-    it."""
+    contains the "inverse_strength". They also contain the classifier. Every rank must call it."""
     heads, strength = fit_chosen(bank, classes, heartbeats, tried)
     found = held_out.predictions(logits(heads, held_out))
-    return replace(found, chosen={"inverse_strength": strength}, classifier=None if bank.has_lists else heads)
+    return replace(found, chosen={"inverse_strength": strength}, classifier=heads)
 
 
 def fit(bank: FeatureBank, targets: Tensor, classes: int) -> LinearHeads:

@@ -20,6 +20,7 @@ from m3ae_fast.evaluation.difference import compare_results
 from m3ae_fast.evaluation.multilabel import list_metrics
 from m3ae_fast.evaluation.significance import Difference
 from m3ae_fast.heads.average_precision import average_precisions, mean_average_precisions, resampled
+from m3ae_fast.heads.classifier import Classifier
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.fit_heads import judge, logits, losses
 from m3ae_fast.heads.knn import knn_predictions, knn_scores
@@ -88,6 +89,25 @@ def tagged(tmp_path):
     """Return options of tasks whose samples have lists of labels."""
     train, val = tags_of(range(45)), tags_of(range(90, 108))
     return {"train": tagged_tar(tmp_path / "train.tar", train), "val": tagged_tar(tmp_path / "val.tar", val)}
+
+
+def test_the_classifier_of_lists_of_labels_is_saved(transfer, tmp_path, tagged):
+    result = transfer("logistic", "--labels", "json.tags", *settings("encode.precision=fp32"), **tagged)
+    classifier = Classifier.from_pretrained(tmp_path / "out").eval()
+    own = classifier.config
+    assert (own.head, own.pool, own.classes) == ("logistic_of_lists", result["pool"], ["blue", "cold", "green"])
+    paths = [tmp_path / f"{number:03}.png" for number in range(90, 108)]
+    for number, path in enumerate(paths, 90):
+        path.write_bytes(coloured(number, NAMES[number % 3]))
+    with torch.no_grad():
+        features = classifier.backbone.encode([*map(str, paths)], pool=own.pool, precision="fp32")
+        logits = classifier.head(features)
+    scores = read_parquet(tmp_path / "out/predictions.parquet")["scores"]
+    torch.testing.assert_close(logits, torch.tensor(scores), rtol=1e-3, atol=1e-3)
+    for task, options in (("robustness", []), ("ood", ["--ood", tagged["val"]])):
+        train = {"train": None} if task == "robustness" else {}
+        with pytest.raises(UserError, match=f"trained on lists of labels, but {task} needs"):
+            transfer(task, *options, model=tmp_path / "out", out=task, **tagged | train)
 
 
 @pytest.mark.slow
