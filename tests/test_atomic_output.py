@@ -12,6 +12,7 @@ from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.metrics_file import METRICS_FILE
 from m3ae_fast.base.output_folder import CARD_FILE, MODEL_FILE, output_folder, write_tensors
+from m3ae_fast.batch.tokenizer import load_tokenizer
 from m3ae_fast.checkpoint import state_files
 from m3ae_fast.cli.shards import main as make_data
 from m3ae_fast.config import SourceConfig
@@ -21,6 +22,7 @@ from m3ae_fast.engine.fragments import cut
 from m3ae_fast.training.metrics_log import RunLog
 from tests.helpers.checkpoints import save, save_cut
 from tests.helpers.shards import members, picture, write_tar
+from tests.helpers.trainer import CLIPART
 
 
 def _file(folder):
@@ -231,6 +233,13 @@ def test_an_output_given_as_a_link_replaces_the_target_of_the_link(tmp_path, mon
         (partial / CARD_FILE).write_text("new")
     assert (tmp_path / "link").is_symlink() and (exported / CARD_FILE).read_text() == "new"
     assert os.listdir(tmp_path / "elsewhere") == []
+
+
+def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_ordinary_error():
+    """The library raises a plain Exception, which programs would show as a bug."""
+    tokenizer = load_tokenizer(str(CLIPART / "tokenizer.json"), 16)
+    with pytest.raises(OSError, match="No space left on device"):
+        tokenizer.save(Path("/dev/full"))
 
 
 def test_a_link_named_like_an_unfinished_file_is_not_followed(tmp_path):

@@ -82,12 +82,17 @@ class CaptionTokenizer:
         return self.token(token_id) in SPECIAL or (added is not None and added.special)
 
     def save(self, path: Path) -> None:
-        """Write a tokenizer.json."""
-        self._tokenizer.save(str(path))
+        """Write a tokenizer.json. Raises OSError if that fails."""
+        write_tokenizer(self._tokenizer, path)
 
     def token(self, token_id: int) -> str:
         """Return the vocabulary entry of an id; "" if there is none."""
         return self._tokenizer.id_to_token(int(token_id)) or ""
+
+
+def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a tokenizer.json. Raises OSError if that fails; the library's own method raises a plain Exception."""
+    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
 
 
 def load_tokenizer(

@@ -16,7 +16,7 @@ from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
-from m3ae_fast.batch.tokenizer import SPECIAL, train_tokenizer
+from m3ae_fast.batch.tokenizer import SPECIAL, train_tokenizer, write_tokenizer
 from m3ae_fast.config import MAX_VOCAB, SourceConfig
 from m3ae_fast.config.arguments import accepts
 from m3ae_fast.data.corpus import open_corpus
@@ -85,10 +85,7 @@ def describe_tokenizer(trained: TrainedTokenizer, vocab_size: int) -> list[str]:
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
     """Write a tokenizer.json atomically. Raises UserError if that fails."""
     with atomic_write(out) as partial:
-        try:
-            tokenizer.save(str(partial))
-        except Exception as error:  # the library raises plain Exceptions
-            raise UserError(f"--out {out}: cannot be written ({error})") from None
+        write_tokenizer(tokenizer, partial)
 
 
 def caption_texts(shards: list[str], store: ShardStore, tally: Tally, most: int | None = None) -> Iterator[str]:

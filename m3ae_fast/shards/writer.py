@@ -254,6 +254,8 @@ def _write_all(records: Records, out: Path, settings: Settings, todo: list[Shard
                     process.terminate()
                 for process in workers_left:  # the workers hold the folder's lock until they have ended
                     process.join()
+                for shard in todo:
+                    _partial(out, shard).unlink(missing_ok=True)
                 raise
     for future in futures:  # in the order of the shards
         total.merge(future.result())
@@ -310,7 +312,7 @@ def _write_in_worker(number: int, shard: Shard) -> Tally:
 def _write(records: Records, out: Path, settings: Settings, shard: Shard, advance: Callable[[int], None]) -> Tally:
     """Write one shard atomically, and return the tally of its samples."""
     tally = Tally()
-    partial = out / f".{shard.name}.partial"
+    partial = _partial(out, shard)
     try:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number in shard.numbers.tolist():
@@ -332,6 +334,11 @@ def _write(records: Records, out: Path, settings: Settings, shard: Shard, advanc
     finally:
         partial.unlink(missing_ok=True)
     return tally
+
+
+def _partial(out: Path, shard: Shard) -> Path:
+    """Return the path of a shard until it is complete."""
+    return out / f".{shard.name}.partial"
 
 
 def _files(record: Record, settings: Settings) -> dict[str, bytes]:

@@ -185,6 +185,23 @@ def test_an_interrupted_conversion_is_resumed(tmp_path, pictures, monkeypatch, c
         assert "contains shards of another conversion" in capsys.readouterr().err
 
 
+def test_a_worker_that_fails_leaves_no_incomplete_shards_of_the_others(tmp_path, pictures, monkeypatch):
+    out, add = tmp_path / "out", writer.add_member
+
+    def stop(tar, name, data):
+        """Fail in the second shard after the first shard has been begun, which then waits."""
+        add(tar, name, data)
+        if tar.name.endswith(".train-00000.tar.partial"):
+            time.sleep(60)
+        while not (out / ".train-00000.tar.partial").exists():
+            time.sleep(0.01)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "add_member", stop)
+    assert make(pictures, out, "--samples-per-shard", "5", workers=2) == 2
+    assert [path.name for path in sorted(out.iterdir())] == ["classes.json", "conversion.json"]
+
+
 def test_ctrl_c_while_workers_start_is_not_lost(tmp_path, pictures, monkeypatch):
     """Python ignores exceptions that are raised in hooks around a fork, such as those of logging. A KeyboardInterrupt
     in such a hook must not be lost."""
