@@ -273,7 +273,8 @@ def test_the_python_api_chooses_the_device_as_the_command(run, images, tmp_path,
 
 @pytest.mark.parametrize("call", [m3ae_fast.embed, lambda run, images: m3ae_fast.evaluate("knn", run, **images)])
 def test_an_error_that_another_rank_reports_is_a_user_error(run, images, tmp_path, monkeypatch, call):
-    """A command exits and prints nothing; a function must not end the user's program."""
+    """When another rank reports the error, a command exits and prints nothing. A function raises a UserError instead,
+    because it must not end the user's program."""
     monkeypatch.setattr("m3ae_fast.process.ranks.Ranks.first_error", lambda *_, **__: (False, 75))
     where = tmp_path if call is m3ae_fast.embed else {"train": "no.tar", "val": "no.tar", "out": tmp_path / "out"}
     with pytest.raises(UserError, match=r"has neither images|no\.tar") as error:

@@ -297,7 +297,7 @@ def test_a_damaged_field_of_the_state_is_named_briefly(saved):
 
 @pytest.mark.parametrize("file", part_files(3))
 def test_a_state_file_without_its_checksum_is_refused(saved, file):
-    """The part may be of another step, which only this check detects."""
+    """The file may be from another step. Only its checksum can show this, so a missing checksum is an error."""
     other = save_cut(saved.parents[1], {name: tensor + 1 for name, tensor in STATE.items()}, 3, step=2)
     (saved / file).write_bytes((other / file).read_bytes())
     info = json.loads((saved / "state.json").read_text())

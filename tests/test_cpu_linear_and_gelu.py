@@ -103,7 +103,7 @@ def test_weight_gradient_equals_float64(products, rows, outputs, inputs, threads
     weight, bias = results[0]
     assert relative(weight, grad.double().t() @ x.double()) < 1e-6
     assert relative(bias, grad.double().sum(0)) < 1e-6
-    assert all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
+    assert all(torch.equal(a, b) for a, b in zip(*results)), "results do not depend on the number of threads"
 
 
 def test_the_weight_gradient_of_transposed_rows_equals_float64(products):
@@ -129,7 +129,9 @@ def test_products_equal_float64(products, rows, depth, width, transposed, dtype,
         before = linear.product(x, weight, bias, transposed=transposed, before_gelu=True)
         through = linear.product(x, weight, None, transposed=transposed, hidden_RN=hidden)
         results.append((plain[0], *before, *through))
-    assert plain[1] is None and all(torch.equal(a, b) for a, b in zip(*results)), "the same on any number of threads"
+    assert plain[1] is None and all(torch.equal(a, b) for a, b in zip(*results)), (
+        "results do not depend on the number of threads"
+    )
     # GELU is computed from the stored values, which are rounded, because the backward pass recomputes GELU from them
     assert torch.equal(before[1], mlp.gelu(before[0])) and torch.equal(through[1], mlp.gelu(hidden))
     rounded = weight.to(BF16).double()

@@ -122,7 +122,7 @@ def lines(**series):
         ({"val_rankme": (100.0, 120.0, 49.0)}, "collapse"),  # 49 dimensions are left, but more than half are lost
         ({"val_rankme": (100.0, 10.0, 51.0)}, None),
         ({"val_rankme": (2.0, 1.9)}, "collapse"),
-        ({"val_rankme": (1.9, 1.5)}, None),  # too few samples for a higher rank
+        ({"val_rankme": (1.9, 1.5)}, None),  # the rank is low from the start, as with few samples
         ({"val_rankme": (1.5,)}, None),
         ({"val_rankme": (50.0, 49.0, math.nan)}, None),  # values that are not finite are reported elsewhere
         ({"data_wait": (1.0, 0.2)}, None),  # the first value includes the start of the workers

@@ -79,7 +79,8 @@ def test_an_error_that_is_a_bug_keeps_its_traceback(ended, error):
 
 
 def _shared(*errors):
-    """Return the exception, or None, that each of several processes raises after these errors."""
+    """Return what `raise_shared` raises in each of several processes: an exception or None. `errors`: the error that
+    each process had itself, or None."""
     found = []
     for own in errors:
         try:

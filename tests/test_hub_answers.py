@@ -1,4 +1,5 @@
-"""`hub_answers` with a hub that responds, is silent or does not exist, and the resulting meaning of a name."""
+"""`hub_answers` with a hub that responds, is silent or does not exist. Its answer decides whether a name means a model
+on the Hub."""
 
 import functools
 import http.server

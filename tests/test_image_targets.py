@@ -38,7 +38,8 @@ def targets_of(sample: Sample) -> torch.Tensor:
 @pytest.mark.parametrize("per", ["sample", "batch"])
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_the_image_loss_is_the_squared_error_of_the_histograms(per, everywhere):
-    """The loss is averaged over the patches of each image and then over images, or over all patches."""
+    """With per="sample", the loss is averaged over the patches of each image and then over the images; with
+    per="batch", over the patches of all images at once."""
     model = make_model(HOG, per=per, image_all_tokens=everywhere)
     with_image = [sample for sample in MIXED if sample.image is not None]
     losses = []

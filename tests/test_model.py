@@ -377,7 +377,8 @@ def test_features_are_means_of_all_rows_except_cls(dtype):
 @pytest.mark.parametrize("training", [True, False])
 @torch.no_grad()
 def test_drop_path_is_drawn_independently_for_each_block(training):
-    """Attention and MLP are dropped in the order of the factors. In evaluation, nothing is dropped."""
+    """Successive factors belong to the attention and the MLP of each block in turn. In evaluation, nothing is
+    dropped."""
     torch.manual_seed(0)
     transformer = Transformer(12, 3, 2, drop_path=0.5, drop_key=5).train(training)
     lengths, draws = torch.tensor([3, 4, 2, 5]), torch.arange(4, dtype=torch.int32) + 7
@@ -425,8 +426,8 @@ def test_gradients_with_stochastic_depth_do_not_depend_on_the_split_into_batches
 @pytest.mark.parametrize("changed", [{}, {"gelu": "exact"}], ids=["plain", "exact GELU"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_gradients_are_computed_in_the_same_order_for_every_batch(bf16, changed):
-    """ZeRO stages 1 and 2 reduce gradients in the order in which each rank computes them. In another order, they would
-    be added to the gradients of other weights."""
+    """ZeRO stages 1 and 2 reduce gradients in the order in which each rank computes them. If a batch led to another
+    order on one rank, its gradients would be added to the gradients of other weights."""
     model, order = make_model(TINY.model_copy(update=changed)), []
     for name, p in model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))

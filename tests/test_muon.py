@@ -1,5 +1,5 @@
-"""Muon: its update compared with the polar factor, its steps compared with a loop over matrices, equal curves for all
-numbers of ranks and all ZeRO stages, and its state in checkpoints."""
+"""Tests of Muon. Its update is compared with the polar factor, and its steps are compared with a loop over matrices.
+Loss curves are equal for all numbers of ranks and all ZeRO stages. Checkpoints contain its state."""
 
 import json
 import math
@@ -161,8 +161,8 @@ def test_newton_schulz_runs_in_the_precision_of_the_run(precision, dtype):
 
 @pytest.mark.slow
 def test_muon_loss_curves_on_any_number_of_ranks_equal_those_of_plain_torch(tmp_path):
-    """In float32, the curves are equal on one, two and three ranks, whose partitions may split matrices anywhere, at
-    every stage."""
+    """The curves of one, two and three ranks, at every stage, equal the curve of plain torch in float32. Partitions may
+    begin and end anywhere in a matrix."""
     found = {}
     for ranks in (1, 2, 3):
         path = tmp_path / f"{ranks}.jsonl"

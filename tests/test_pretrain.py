@@ -301,7 +301,7 @@ def test_the_table_of_accuracies_is_aligned_by_task_and_model():
 
 @pytest.mark.slow
 def test_the_same_command_resumes_a_run_stopped_in_any_stage(tmp_path):
-    """Ctrl-C reaches all processes of a terminal's job. One line reports it, and no stage is repeated."""
+    """A terminal sends Ctrl-C to all processes of a job. The command reports it in one line, and repeats no stage."""
     make_pictures(tmp_path / "photos", each=6)
     settings = (
         "data.workers=1",
@@ -518,7 +518,7 @@ def test_existing_shards_are_used_unchanged(tmp_path):
     given = find_shards(f"{tmp_path}/0.tar", tmp_path / "run", None, [f"{tmp_path}/1.tar"])
     assert given.val == [f"{tmp_path}/1.tar"]
     (tmp_path / "3.tar").rename(tmp_path / "val-3.tar")
-    (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # this name does not mean a test split
+    (tmp_path / "2.tar").rename(tmp_path / "testimonials.tar")  # "testimonials" does not mean a test split
     write_tar(tmp_path / "z-interval-4.tar", members(range(16, 20)))  # "val" in "interval" means no split
     assert [os.path.basename(name) for name in find_shards(str(tmp_path), tmp_path, None, []).val] == ["val-3.tar"]
     statistics, notes = inspect(given, tmp_path, "cls")
@@ -736,7 +736,7 @@ def test_shared_images_have_equal_bytes_in_both_splits(tmp_path, seed):
 
 
 def test_duplicate_images_of_a_hugging_face_dataset_are_in_the_same_split(tmp_path, monkeypatch):
-    """The dataset is from Hugging Face and has one split. Its images are compared by their bytes or by their paths."""
+    """The dataset has one split. Its images are compared by their bytes or by their paths."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 

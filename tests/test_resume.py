@@ -267,7 +267,7 @@ def test_changing_a_setting_has_the_consequence_of_its_class(tmp_path, section, 
     config = parse(Config, TINY, "tiny")
     saved = config.model_dump(mode="json")
     saved[section] |= {name: "another"}
-    if section == "model":  # this section is parsed
+    if section == "model":  # this section must stay valid, because it is parsed
         grey = {"image_mean": [0.5], "image_std": [0.5]} if name == "channels" else {}
         possible = {"value_range": [0, 4095], "channels": 1, "max_patches": 9, "target_width": 8}
         other = possible[name] if name in possible else _another(getattr(config.model, name))

@@ -138,7 +138,7 @@ def test_padding_forms_separate_segments_that_do_not_change_the_samples(kinds):
         if name != "loss":
             assert more.max_seqlen == few.max_seqlen
             segments, longest = len(more.cu_seqlens) - 1 - S, max(few.max_seqlen, 1)
-            assert segments == -(-(count - few.rows) // longest), "no more segments than need be"
+            assert segments == -(-(count - few.rows) // longest), "there are no more segments than necessary"
     for name in ("image", "text"):
         weights = [getattr(b, f"{name}_row_weight") for b in (exact, padded)]
         assert len(weights[1]) == rounded(len(weights[0]))
@@ -161,7 +161,7 @@ def test_nothing_attends_to_padding():
 
 @pytest.mark.parametrize("repeat", [False, True])
 def test_a_step_does_not_sort(repeat):
-    """The loader provides the orders in which rows of a table are summed."""
+    """The loader provides the orders in which rows of a table are summed, so that a step need not compute them."""
     model = M3AE(TINY.model_copy(update={"vocab_size": 5000}))
     batch = _batch("ppit", 0, repeat_shapes=repeat)
     with torch.profiler.profile() as profile:
@@ -237,7 +237,8 @@ def test_a_change_of_any_module_invalidates_the_compiled_graph(tmp_path, monkeyp
     assert len({path.parent for path in copies}) > 4  # includes sub-folders
     tag, listed = transformer._source_tag.__wrapped__, Path.rglob
     tags = [tag()]
-    monkeypatch.setattr(Path, "rglob", lambda *given: reversed(list(listed(*given))))  # as another disk lists files
+    # another file system may list files in another order
+    monkeypatch.setattr(Path, "rglob", lambda *given: reversed(list(listed(*given))))
     tags.append(tag())
     for path in copies:
         with path.open("a") as file:

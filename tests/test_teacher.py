@@ -351,8 +351,8 @@ def test_grey_and_coloured_images_are_converted_for_the_teacher(tmp_path):
 @pytest.mark.parametrize("attention", ["self", "cross"])
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_the_loss_is_the_squared_error_at_masked_patches(tmp_path, attention, per):
-    """The loss is averaged over the patches of each image and then over images, or over all patches. Neither padding
-    nor the features of visible patches count."""
+    """With per="sample", the loss is averaged over the patches of each image and then over the images; with
+    per="batch", over the patches of all images at once. Neither padding nor the features of visible patches count."""
     config, opened = config_of(weights(tmp_path, VIT), dec_attention=attention)
     torch.manual_seed(0)
     model = M3AE(config.model, config.loss.model_copy(update={"per": per})).eval()
@@ -523,7 +523,8 @@ def test_loss_curves_equal_those_of_plain_torch_on_any_number_of_ranks(tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_mistakes_are_refused_once_on_all_ranks(trainer, ranks):
-    """Nothing is written. A run with captions alone would not use its teacher."""
+    """After a mistake, nothing is written. One of the mistakes is a run with only captions, which would not use its
+    teacher."""
     vit = weights(trainer.folder, VIT)
     damaged = trainer.folder / "damaged.safetensors"
     damaged.write_bytes(Path(vit.partition("=")[2]).read_bytes()[:5000])
@@ -572,7 +573,7 @@ def test_a_run_learns_records_its_teacher_and_resumes_bitwise(trainer):
 
 @pytest.mark.slow
 def test_a_run_is_a_teacher_and_its_student_is_exported_without_it(trainer, tmp_path, capsys):
-    """The export does not need the teacher. Captions are drawn, features are not."""
+    """The export does not need the teacher. The figures show captions, but no features."""
     trainer("first", *zero(None))
     # on two ranks, some samples have only a part of their views on the same rank
     words = options(trainer.folder / "first", "train.pictures=2", "data.repeats=3")
@@ -639,7 +640,8 @@ def test_a_teacher_that_is_cheaper_than_the_student_is_not_reported_as_slow(tmp_
 
 
 def test_pretrain_accepts_a_teacher_and_chooses_another_recipe(tmp_path, monkeypatch):
-    """Paths become absolute. Settings that contradict the teacher are refused in one line."""
+    """The relative path of the teacher is made absolute. Settings that contradict the teacher are refused in one
+    line."""
     monkeypatch.chdir(tmp_path)
     weights(tmp_path, VIT)
     teacher = f"timm:{VIT}={VIT}-0.safetensors"

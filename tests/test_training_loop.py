@@ -1,4 +1,4 @@
-"""The arguments that the training loop passes to the engine, and its use of the results, in a run with an engine that
+"""The training loop passes the right arguments to the engine, and uses its results correctly. The engine of these tests
 records its calls."""
 
 import argparse
@@ -63,7 +63,8 @@ class Recorder:
     batches: list = field(default_factory=list)
     counts: list = field(default_factory=list)
     lrs: list = field(default_factory=list)
-    bad: dict = field(default_factory=dict)  # by number of a step, from 1: the loss to return in place of the true one
+    # losses to return in place of the true ones, by number of the step (from 1)
+    bad: dict = field(default_factory=dict)
     held_out: float | None = None  # the image loss that evaluations return in place of the true one
 
     def __getattr__(self, name):

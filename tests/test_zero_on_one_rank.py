@@ -129,7 +129,7 @@ def test_several_ranks_without_deepspeed_report_the_missing_library_once(trainer
 
 
 def test_a_run_on_two_ranks_with_zero_2_resumes_on_one_and_back(trainer):
-    """The log says which library trains."""
+    """The log says whether plain torch or DeepSpeed trains."""
     options = [*zero(2), "--set", "train.precision=bf16", "--set", "train.save_every=2", "--set", "train.keep=9"]
     out = trainer("run", *options, ranks=2)
     assert "DeepSpeed ZeRO stage 2" in out

@@ -85,7 +85,7 @@ def test_gradients_of_weights_are_summed_in_float32(monkeypatch):
     ]
     assert matmul.WIDE_SUMS
     a = torch.randn(4, 6)
-    with monkeypatch.context() as patch:  # a version of torch without such sums
+    with monkeypatch.context() as patch:  # as with a version of torch that does not support such sums
         patch.setattr(matmul, "WIDE_SUMS", False)
         patch.setattr(torch.version, "cuda", "13.0")
         there, total = a.bfloat16().as_subclass(OnGPU), torch.zeros(4, 4)

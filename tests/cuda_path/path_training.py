@@ -1,4 +1,4 @@
-"""The trainer on a simulated GPU has the losses of the trainer on the CPU."""
+"""The trainer on a simulated GPU computes the same losses as on the CPU."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_expandable_memory_segments_are_requested_unless_the_user_configures_the
         monkeypatch.setattr(os, "environ", environment)
         configure_libraries()
         assert environment.get(given or "PYTORCH_ALLOC_CONF") == ("theirs" if given else "expandable_segments:True")
-        assert len(environment) == 4  # together with the variables for threads, pages and logs
+        assert len(environment) == 4  # the other three variables are for threads, pages and logs
 
 
 def test_missing_build_tools_for_triton_are_reported(tmp_path, monkeypatch, cuda):

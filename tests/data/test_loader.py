@@ -420,7 +420,8 @@ def test_repeated_views_are_cropped_from_one_decoded_image(load, paired, monkeyp
     assert sorted(views[::2]) == sorted(once)  # the first view is the same as in a run without repeats
     for (key, first), (same_key, second) in zip(views[::2], views[1::2], strict=True):
         assert key == same_key and first[0] != second[0]  # the crops differ
-    assert sum(first[2:] != second[2:] for (_, first), (_, second) in zip(views[::2], views[1::2])) > 24  # masks
+    # the masks differ
+    assert sum(first[2:] != second[2:] for (_, first), (_, second) in zip(views[::2], views[1::2])) > 24
 
 
 def test_repeated_views_do_not_depend_on_ranks_workers_or_interruptions(load, paired):

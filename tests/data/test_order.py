@@ -81,7 +81,7 @@ def test_shard_groups_limit_the_number_of_open_shards():
 @pytest.mark.parametrize("sizes", [[[30] * 20, [25] * 8], [[30] * 20]])
 @pytest.mark.parametrize("batch", [40, 37])  # 40 is a multiple of the number of lanes, 37 is not
 def test_upcoming_windows_are_sorted_and_cover_the_shards_that_are_read(sizes, batch):
-    """Every shard that a step reads is in use at this step or was in use before. This also holds for the lanes of a
+    """Every shard that a step reads is listed as needed now, not only ahead of time. This also holds for the lanes of a
     single node and for weighted sources."""
     order = Order(sizes, [0.7, 0.3][: len(sizes)], 2, seed=1, lanes=4)
     shards = [np.repeat(np.arange(len(source)), source) for source in sizes]

@@ -421,7 +421,8 @@ def test_a_report_names_the_probe_of_the_baselines(tmp_path):
 
 @pytest.mark.parametrize("predictions", [True, False])
 def test_the_end_of_a_run_and_its_report_state_the_same_differences(tmp_path, predictions):
-    """Without predictions, the verdict in the result replaces the comparison with the largest class."""
+    """The comparison with the largest class is computed from the predictions. If they are missing, the report shows the
+    verdict of result.json in its place."""
     folder, right = tmp_path / "results/knn", "the model is better than the largest class: +9.0 points"
     result = {"task": "knn", "model": "m", "top1": 1.0, "top1_se": 0.0, "verdict": right}
     result["baselines"] = {SCALED: {"top1": 0.5, "difference": Difference(0.4, 0.3, 0.5, 0.01).entries()}}

@@ -169,7 +169,9 @@ def test_a_task_reports_all_class_metrics(transfer, run, tmp_path, capsys):
     rows = re.findall(r"<td>(\d)</td><td class=.number.>(\d+)</td><td", page.partition("accuracy of each class")[2])
     assert sorted(rows) == [("0", "32"), ("1", "4")]
     accuracies = [row["accuracy"] for row in result["per_class"]]
-    assert (rows[0][0] == "0") == (accuracies[0] < accuracies[1]) and accuracies[0] != accuracies[1], "lowest first"
+    assert (rows[0][0] == "0") == (accuracies[0] < accuracies[1]) and accuracies[0] != accuracies[1], (
+        "the class with the lowest accuracy is first"
+    )
     for model in (f"random:{run}", "pixels"):
         (tmp_path / "out/result.json").write_text(json.dumps(result | {"model": model}))
         write_report(tmp_path / "out", tmp_path / "report.html")

@@ -73,7 +73,7 @@ def test_images_are_encoded_once_for_all_layers_and_the_accuracies_are_plotted_b
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
 def test_the_result_of_the_last_layer_is_bitwise_that_of_the_task_without_layers(transfer, tmp_path, monkeypatch, task):
-    """If the features did not fit into memory, they would be stored in the output folder."""
+    """Features that do not fit into memory are stored in a folder. It must be the output folder."""
     folders, rows = [], encoding.Rows
     monkeypatch.setattr(encoding, "Rows", lambda *given: folders.append(given[2]) or rows(*given))
     transfer(task, "--layers", "1,2", out="layers")
@@ -323,7 +323,9 @@ def test_an_online_probe_has_the_rate_with_the_best_results_on_the_held_out_tent
         assert one.number == one.tried.index(best(one.tried)) and result["results"][place]["peak_lr"] == one.peak_lr
         top1 = (val[:, one.number].argmax(1) == torch.arange(100, 118) % 3).double().mean().item()
         assert result["results"][place]["top1"] == pytest.approx(top1)
-    assert {one.number for one in trained} != {0}, "the first head is not the best in general"
+    assert {one.number for one in trained} != {0}, (
+        "the first head must not be the best in every case, because then its number would not be tested"
+    )
 
 
 def _features(model, numbers, tokens):

@@ -1,4 +1,4 @@
-"""Attacks are as documented, and the task counts correctly."""
+"""The attacks of the robustness task work as documented, and the task counts the correct predictions properly."""
 
 import argparse
 from dataclasses import replace

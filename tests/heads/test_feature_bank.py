@@ -107,7 +107,8 @@ def test_a_non_finite_feature_on_any_rank_is_named():
 
 
 def test_storage_is_chosen_for_the_features_of_all_models_that_follow(monkeypatch, tmp_path):
-    """Memory that is allocated but not written yet counts as free."""
+    """The tensors of all models are allocated before they are filled, and allocated memory counts as free until it is
+    written. The size of each tensor is therefore multiplied by the number of tensors that are still to be allocated."""
     asked = []
     monkeypatch.setattr(feature_bank, "storage", lambda *given: asked.append(given) or "host")
     cpu = torch.device("cpu")

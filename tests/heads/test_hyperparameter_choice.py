@@ -95,7 +95,7 @@ def test_a_trial_has_the_result_of_training_with_its_learning_rate():
 
 
 def test_heads_are_judged_on_all_samples_of_a_large_bank():
-    """Samples are classified in parts."""
+    """The bank has so many samples that they are classified in several parts."""
     bank, heads = _bank(600), LinearHeads(8, 3, [0, 1, 2]).eval()
     expected = [heads.linear(bank.features_RD / (1 + 1e-5) ** 0.5)[:, number] for number in range(3)]
     for (quality, loss), logits_NK in zip(judge(heads, bank), expected):

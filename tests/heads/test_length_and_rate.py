@@ -1,4 +1,4 @@
-"""The values of settings that are left at null, by number of samples."""
+"""Settings that are left at null get values that depend on the number of samples."""
 
 import json
 
@@ -60,7 +60,8 @@ def test_default_steps_have_a_minimum_and_change_gradually_with_the_number_of_sa
             recipe = official.scaled(samples)
             steps = recipe.epochs * max(samples // recipe.global_batch, 1)
             assert steps >= official.fewest_steps and 2 <= recipe.global_batch <= max(2, 1.42 * samples)
-            if official.rate_per_sample is not None:  # 45,000 is the summed learning rate of the official run
+            # 45,000 is the learning rate of the official run, 0.8, times its number of steps
+            if official.rate_per_sample is not None:
                 rate = recipe.peak_lr * recipe.global_batch / 256
                 most = 45_000 * (IMAGENET / samples) ** 0.2
                 expected = min(official.rate_per_sample * samples, most) / steps
@@ -81,7 +82,8 @@ def test_an_increase_of_the_accuracy_is_reported_only_if_it_is_significant():
     assert rising(rise, 64) == pytest.approx(0.1)
     assert rising(rise, 1) == 0.0, "with ten samples in each quarter, the increase is not significant"
     assert rising([{"step": i, "accuracy": 0.5 + i / 10_000} for i in range(40)], 4096) == 0.0
-    little = [{"step": i, "accuracy": 0.53 if i >= 30 else 0.5} for i in range(40)]  # 1.5 or 3 standard errors
+    # with batches of 125 and of 500 samples, the increase is 1.5 and 3 standard errors
+    little = [{"step": i, "accuracy": 0.53 if i >= 30 else 0.5} for i in range(40)]
     assert (rising(little, 125), rising(little, 500)) == (0.0, pytest.approx(0.03))
     assert rising([*rise[:3], {"step": 4, "val_top1": 1.0}], 64) == 0.0
     assert rising(rise[::-1], 64) == 0.0

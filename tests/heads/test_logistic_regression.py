@@ -58,7 +58,8 @@ def test_logistic_regression_equals_that_of_scikit_learn_in_few_iterations(monke
     for number in range(2):
         expected = _of_scikit_learn(features.double(), lists[:, number], queries.double())
         torch.testing.assert_close(found[:, number], expected.float(), rtol=0.02, atol=0.02)
-    assert len(found[:, 2].unique()) == len(found[:, 3].unique()) == 1  # labels that no sample and all samples have
+    # no sample has the third label, and all samples have the fourth
+    assert len(found[:, 2].unique()) == len(found[:, 3].unique()) == 1
 
 
 def test_wide_features_are_classified_as_by_scikit_learn_although_few_eigenvalues_are_computed(monkeypatch, passes):

@@ -61,8 +61,9 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a free port below the range from which the system assigns ports. A port from this range might be assigned
-    to another test before rank 0 listens on it, and a rank would then wait for the wrong store."""
+    """Return a free port below the range from which the system assigns ports. The system might assign a port of this
+    range to another test before rank 0 listens on it. The other ranks would then connect to that test instead of rank
+    0."""
     while True:
         # The seeded generator is not used, because tests that run in parallel would draw the same ports.
         port = random.SystemRandom().randrange(15_000, 32_000)

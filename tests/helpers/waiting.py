@@ -17,7 +17,8 @@ def until(true: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def has_ended(process: int) -> bool:
-    """Return whether the process with this ID has ended. A process that was killed ends a moment later."""
+    """Return whether the process with this ID has ended. After a process is killed, it may take a moment until this is
+    true."""
     try:
         return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

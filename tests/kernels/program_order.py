@@ -1,8 +1,7 @@
 """Program instances of a launch are independent: results are bitwise the same in any order, each address is written by
-only one instance and read by no other, and every access is within an argument. Run by test_kernel_interpreter.py,
-because only Triton's interpreter shows addresses. It runs instances one after another, so a race would not change
-results there.
-"""
+only one instance and read by no other, and every access is within an argument. test_kernel_interpreter.py runs this
+file, because only Triton's interpreter shows addresses. The interpreter runs instances one after another, so that a
+race would not change results, and must be found by the addresses."""
 
 import math
 import random

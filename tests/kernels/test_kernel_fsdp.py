@@ -89,7 +89,7 @@ def mesh(tmp_path):
 
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
 def test_a_dtensor_is_refused_in_one_line(mesh, placement):
-    """With the full tensor, as the error message suggests, the DTensor receives its gradient."""
+    """If the full tensor is passed instead, as the error message suggests, the DTensor receives its gradient."""
     hidden, targets = torch.randn(4, 8), torch.arange(4)
     weight = DTensor.from_local(torch.randn(11, 8), mesh, [placement]).requires_grad_()
     with pytest.raises(TypeError, match=r"^weight is a DTensor: pass weight.full_tensor\(\), or use a module"):

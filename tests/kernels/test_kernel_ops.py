@@ -215,8 +215,8 @@ def test_no_grad_gives_the_same_result(case):
 @pytest.mark.parametrize("case", [c for c in SMALL if c != "gather-some"])
 @pytest.mark.parametrize("other", LOW, ids=str)
 def test_mixed_dtypes(case, other):
-    """Weights may be wider or narrower than the activations, which set the output dtype. Gradients have the dtypes of
-    their tensors."""
+    """The dtype of the weights may be wider or narrower than that of the activations. Outputs have the dtype of the
+    activations, and each gradient has the dtype of its tensor."""
     activations = {"x", "branch", "q", "qkv", "hidden", "images", "row_weight"}
     for outer, inner in ((torch.float32, other), (other, torch.float32)):
         inputs = make(case, torch.float32)

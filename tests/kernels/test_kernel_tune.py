@@ -137,7 +137,8 @@ def test_attention_is_tuned_with_its_own_numbers_of_warps_and_stages(kernel):
     now = tuning.settings("sm_90", kernel, "16")
     near = candidates.settings_to_try(kernel, now, "sm_90", "16")
     assert now in near and {s["num_warps"] for s in near} == {2, 4, 8} and {s["num_stages"] for s in near} == {1, 2, 3}
-    assert now | {"TILE_M": 2048, "TILE_N": 2048, "num_stages": 2} in near  # see kernels/TRIED.md
+    # see kernels/TRIED.md: two stages make loads asynchronous
+    assert now | {"TILE_M": 2048, "TILE_N": 2048, "num_stages": 2} in near
     assert len({json.dumps(s) for s in near}) == len(near) <= 9 + 2 * 12
 
 

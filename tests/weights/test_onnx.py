@@ -58,7 +58,7 @@ def test_an_onnx_model_computes_the_features_of_encode(tmp_path, name, capsys, c
 
 
 def test_a_pooling_that_neither_timm_nor_a_grid_has_is_refused(tmp_path, monkeypatch):
-    """Otherwise, it would be exported as the mean."""
+    """If it were not refused, the file would compute the mean instead."""
     monkeypatch.setitem(POOLINGS, "cls", POOLINGS["cls"]._replace(timm=None))
     model, _, _ = make(pool="cls")
     model.save_pretrained(tmp_path / "model")

@@ -153,7 +153,7 @@ def test_values_outside_the_range_of_the_weights_are_refused_unless_the_user_acc
 
 
 def test_colour_photographs_widen_a_grey_model(tmp_path):
-    """The mean and the standard deviation are those of the images, for each channel."""
+    """The widened model has a mean and a standard deviation for each channel, which are computed from the images."""
     M3AE(GREY).save_pretrained(tmp_path / "grey")
     shards = Shards([str(write_tar(tmp_path / "a.tar", members(range(8))))], [], [])
     for own, channels in (([], 3), (["model.channels=3"], 3), (["model.channels=1"], 1)):
