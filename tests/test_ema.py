@@ -11,8 +11,8 @@ import torch
 from m3ae_fast import checkpoint
 from m3ae_fast.cli.convert import main as convert
 from m3ae_fast.cli.draw import main as draw
+from m3ae_fast.drawing import run_figures
 from m3ae_fast.engine.optimizer import EMA, track_ema
-from m3ae_fast.evaluation import run_figures
 from m3ae_fast.training import pretraining_task
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.weights.open_model import open_model

@@ -16,7 +16,7 @@ from typing import Any
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import checked, command, program
 from m3ae_fast.config.arguments import add_arguments
-from m3ae_fast.evaluation.draw_options import AttentionOptions, DrawOptions, ReconstructionsOptions
+from m3ae_fast.drawing.options import AttentionOptions, DrawOptions, ReconstructionsOptions
 
 _OF_A_RUN = "Samples are selected evenly from --val (default: the run's data.val or, if it is empty, its data.train)."
 _COMMANDS: dict[str, tuple[type[DrawOptions], str]] = {
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _draw(figure: str, options: type[DrawOptions], given: dict[str, Any]) -> None:
     chosen = checked(options, given)
-    from m3ae_fast.evaluation import run_figures
+    from m3ae_fast.drawing import run_figures
 
     print(f"drew {getattr(run_figures, figure)(**dict(chosen))}")
 

@@ -17,8 +17,8 @@ from m3ae_fast.config.arguments import accepts, chosen_layers
 from m3ae_fast.data import Corpus, Preparation, ShardStore, eval_samples, open_corpus, open_tokenizer
 from m3ae_fast.data.untrusted_sources import require_harmless
 from m3ae_fast.drawing.attention import draw_attention, draw_patch_attention
+from m3ae_fast.drawing.options import AttentionOptions, DrawOptions, ReconstructionsOptions
 from m3ae_fast.drawing.reconstructions import can_draw, draw_run
-from m3ae_fast.evaluation.draw_options import AttentionOptions, DrawOptions, ReconstructionsOptions
 from m3ae_fast.model.pretrained import Pretrained, is_encoder, read_pretrained
 from m3ae_fast.weights.open_model import is_run, open_model
 
