@@ -6,6 +6,7 @@ Shapes: S samples, D width, K classes.
 from __future__ import annotations
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import read_tensors
 from m3ae_fast.base.untrusted_file import read_json
@@ -89,15 +91,21 @@ class Classifier(nn.Module):
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write classifier.json, classifier.safetensors and, if there is a tokenizer, tokenizer.json to `folder`, which
-        is created if it does not exist. `weights`: float32 weights by name that replace those of the module."""
+        is created if it does not exist. `weights`: float32 weights by name that replace those of the module. Raises
+        UserError if a file cannot be written; earlier files of these names are then unchanged."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = self.state_dict() if weights is None else self.state_dict() | weights
-        save_file({name: t.cpu().contiguous() for name, t in state.items()}, folder / MODEL_FILE)
-        (folder / CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(folder / CONFIG_FILE, folder / MODEL_FILE)  # safetensors makes it unreadable for other users
-        if self.backbone.tokenizer is not None:
-            self.backbone.tokenizer.save(folder / TOKENIZER_FILE)
+        with ExitStack() as files:  # the files are put in place after all of them have been written
+            try:
+                if self.backbone.tokenizer is not None:
+                    self.backbone.tokenizer.save(files.enter_context(atomic_write(folder / TOKENIZER_FILE)))
+                config = files.enter_context(atomic_write(folder / CONFIG_FILE))
+                config.write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                model = files.enter_context(atomic_write(folder / MODEL_FILE))
+                save_file({name: t.cpu().contiguous() for name, t in state.items()}, model)
+                shutil.copymode(config, model)  # safetensors makes it unreadable for other users
+            except SafetensorError as error:
+                raise UserError(f"{folder / MODEL_FILE}: cannot be written ({error})") from None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Classifier:
