@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -298,6 +299,44 @@ def test_incomplete_or_hostile_weights_of_timm_are_refused_in_one_line(tmp_path)
             open_teacher(config_of_name(name))
         assert str(error.value).startswith("loss.teacher: ") and "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
+def test_a_model_of_transformers_is_a_teacher(tmp_path, kind):
+    """A CNN has the last map and those of the two stages before it as targets, as one of timm has."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    stages = {"hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 1, 1], "image_size": 64}
+    configs = {
+        "vit": transformers.ViTConfig(image_size=48, patch_size=8, **size),
+        "cnn": transformers.ConvNextConfig(**stages),
+    }
+    transformers.AutoModel.from_config(configs[kind]).save_pretrained(tmp_path / "model")
+    side, mean, std = configs[kind].image_size, [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
+    about = {"size": {"height": side, "width": side}, "image_mean": mean, "image_std": std}
+    (tmp_path / "model/preprocessor_config.json").write_text(json.dumps(about))
+    config, opened = config_of(f"transformers:{tmp_path / 'model'}")
+    images = images_of(config)
+    unit = F.interpolate(images / 255, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+    network = transformers.AutoModel.from_pretrained(tmp_path / "model").eval()
+    given = (unit - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    with torch.no_grad():
+        found = network(pixel_values=given, output_hidden_states=True)
+    if kind == "vit":
+        maps = [found.last_hidden_state[:, 1:].mT.unflatten(2, (6, 6))]
+    else:
+        maps = [*found.hidden_states[-3:-1], found.last_hidden_state]
+    width, grid = sum(each.shape[1] for each in maps), config.model.image_size // config.model.patch_size
+    parts = []
+    for each in maps:
+        rows = F.interpolate(each, (grid, grid), mode="bilinear", antialias=True).flatten(2).mT
+        parts.append(F.layer_norm(rows, rows.shape[2:]) * (width / len(maps) / each.shape[1]) ** 0.5)
+    torch.testing.assert_close(opened.features(images), torch.cat(parts, 2), rtol=1e-3, atol=1e-4)
+    architecture = type(network).__name__
+    assert re.match(rf"transformers' {architecture}, images of {side} x {side} pixels, normalisation", opened.identity)
+    for suffix in ("", "@32"):  # `pretrain` records absolute paths
+        relative = f"transformers:{os.path.relpath(tmp_path / 'model')}{suffix}"
+        assert f'loss.teacher="transformers:{tmp_path / "model"}{suffix}"' in teacher_settings(relative)
 
 
 def test_an_own_model_is_a_teacher(tmp_path):

@@ -45,13 +45,18 @@ def hub_answers(name: str, kind: Literal["model", "dataset"] = "model") -> bool:
         return False
 
 
+def is_hub_name(name: str) -> bool:
+    """Return whether a string has the form owner/name."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
+
+
 def find_folder(source: str | Path) -> Path:
     """Return `source` if it is an existing path; otherwise download the model of that name from the Hub and return its
     folder. Raises UserError if it is neither a path nor a model on the Hub, or if the Hub does not respond."""
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
+    if not is_hub_name(str(source)):
         raise UserError(
             f"{source}: no such file or folder; specify an export, a model on the Hub as owner/name, or, where timm "
             "models are accepted, timm:NAME"

@@ -20,6 +20,7 @@ EXTRAS = {
     "remote": ("boto3", "obstore"),
     "hdf5": ("h5py",),
     "huggingface": ("datasets",),
+    "transformers": ("transformers",),
     "tiff": ("tifffile",),
     "vqgan": ("msgpack",),
 }

@@ -267,8 +267,8 @@ class LossConfig(Section):
     """Whether pixel targets are standardised per patch, as in MAE (with the unbiased variance)."""
     teacher: str | None = Field(None, min_length=1)
     """With `model.image_targets: features`: the frozen model whose features are the targets. It is a run, a checkpoint,
-    an export, a name on the Hugging Face Hub, or a timm model: `timm:NAME`, `timm:NAME=FILE` with weights in a file, or
-    `timm:local-dir:FOLDER`."""
+    an export, a name on the Hugging Face Hub, a timm model (`timm:NAME`, `timm:NAME=FILE` with weights in a file, or
+    `timm:local-dir:FOLDER`), or a vision model of transformers: `transformers:NAME` or `transformers:FOLDER`."""
     per: Literal["sample", "batch"] = "sample"
     """Reduction of the losses: `sample` averages over the tokens of each sample, then over samples; `batch` averages
     over all tokens, as in MAE."""

@@ -31,13 +31,13 @@ from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.image_features import FixedFeatures, available, input_config, open_image_features
 from m3ae_fast.evaluation.job import Encoded, Job, summary
+from m3ae_fast.evaluation.library_features import LibraryFeatures, open_library_features
 from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.evaluation.probe_grid import trains_online
 from m3ae_fast.evaluation.significance import LEVEL, Difference, difference, mean_accuracy
 from m3ae_fast.evaluation.stored_features import SUFFIX, StoredFeatures, open_features
 from m3ae_fast.evaluation.task_features import by_type, possible_pools
 from m3ae_fast.evaluation.tasks import Compare
-from m3ae_fast.evaluation.timm_features import TimmFeatures, open_timm
 from m3ae_fast.heads.attentive_online import passes, predict_online
 from m3ae_fast.heads.encoding import PassMonitor, corpus_batches, encode_types
 from m3ae_fast.heads.feature_bank import FeatureType
@@ -47,7 +47,7 @@ from m3ae_fast.heads.recipe import ATTENTIVE, Recipe
 from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.pretrained import weights_digest
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, RANDOM, TIMM
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, LIBRARIES, RANDOM
 from m3ae_fast.weights.open_model import open_model
 
 _BASELINES = (UNTRAINED, *IMAGE_FEATURES.values())
@@ -264,7 +264,7 @@ def _shape(job: Job[Compare], encoder: MultimodalEncoder, decoding: float = 0.0)
     `FixedFeatures`."""
     c, probes = encoder.config, tuple(job.options.probes)
     if isinstance(encoder, FixedFeatures):
-        if isinstance(encoder, TimmFeatures):  # 12 D^2 weights of a block, applied to about as many tokens as a ViT has
+        if isinstance(encoder, LibraryFeatures):  # 12 D^2 weights of a block, for about as many tokens as a ViT has
             decoding += encoder.parameters_of_network / 12 * _TOKENS
         pooled = tuple(probe for probe in probes if probe != ATTENTIVE)
         return Shape(decoding, pooled)
@@ -314,7 +314,7 @@ def model_names(models: Sequence[str], image_features: Sequence[str]) -> dict[st
         raise UserError("MODEL: the same model is given twice; specify each model only once")
     if given := [model for model in models if model in IMAGE_FEATURES]:
         raise UserError(f"{given[0]}: compare always includes this baseline; leave it out")
-    short = [model if model.startswith(TIMM) else Path(model).name for model in models]
+    short = [model if model.startswith(LIBRARIES) else Path(model).name for model in models]
     first = next((model.removeprefix(RANDOM) for model in models if not is_features(model)), None)
     baselines = ({} if first is None else {UNTRAINED: f"{RANDOM}{first}"}) | {
         IMAGE_FEATURES[name]: name for name in image_features
@@ -325,23 +325,25 @@ def model_names(models: Sequence[str], image_features: Sequence[str]) -> dict[st
 
 def _opened(
     job: Job, others: Mapping[str, str], corpora: tuple[Corpus, Corpus]
-) -> dict[str, StoredFeatures | TimmFeatures]:
-    """Return the features of other programs by display name. `others`: names of .npz files and timm models on the
-    command line, by display name. Every rank must call it. Raises UserError as `open_features` and `open_timm` do."""
+) -> dict[str, StoredFeatures | LibraryFeatures]:
+    """Return the features of other programs by display name. `others`: names of .npz files, and of models of timm and
+    transformers, on the command line, by display name. Every rank must call it. Raises UserError as `open_features` and
+    `open_library_features` do."""
     if not others:
         return {}
     reading, allowed = job.ranks.broadcast(lambda: input_config(job.config.data)), job.config.data.max_bad_fraction
     return {
-        name: job.ranks.main_first(partial(open_timm, model, reading))
-        if model.startswith(TIMM)
+        name: job.ranks.main_first(partial(open_library_features, model, reading))
+        if model.startswith(LIBRARIES)
         else job.ranks.together(partial(open_features, model, reading, corpora, allowed))
         for name, model in others.items()
     }
 
 
 def is_features(model: str) -> bool:
-    """Return whether the name of a model denotes features of another program: an .npz file or a timm model."""
-    return model.startswith(TIMM) or model.endswith(SUFFIX)
+    """Return whether the name of a model denotes features of another program: an .npz file, or a
+    model of timm or transformers."""
+    return model.startswith(LIBRARIES) or model.endswith(SUFFIX)
 
 
 def _measure(

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.arguments import CommaList, Labels, Option, WithSettings, names, output
 from m3ae_fast.evaluation.tasks import Modality
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, MODEL_HELP, TIMM_HELP, is_network
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, LIBRARY_HELP, MODEL_HELP, is_network
 
 Column = Literal["path", "class", "caption"]
 
@@ -27,7 +27,7 @@ class EmbedOptions(WithSettings):
 
     # in Python, the model may also be an object, a MultimodalEncoder
     model: Annotated[Any, BeforeValidator(_model), Option("model", metavar="MODEL")] = Field(
-        description=f"{MODEL_HELP}; {TIMM_HELP}; or, for shards, {', '.join(IMAGE_FEATURES)}: features without a "
+        description=f"{MODEL_HELP}; {LIBRARY_HELP}; or, for shards, {', '.join(IMAGE_FEATURES)}: features without a "
         "network"
     )
     source: Annotated[

@@ -37,8 +37,8 @@ from m3ae_fast.data.rank_share import MicroBatches
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
 from m3ae_fast.evaluation.image_features import input_config, open_image_features
+from m3ae_fast.evaluation.library_features import open_library_features
 from m3ae_fast.evaluation.model_images import set_images
-from m3ae_fast.evaluation.timm_features import open_timm
 from m3ae_fast.heads.encoding import Batches, corpus_batches, encode_types
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.images.suffixes import is_image, listed_suffixes
@@ -47,7 +47,7 @@ from m3ae_fast.process.how_to_resume import AGAIN, effect_of_resuming, resumed_b
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, TIMM
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, LIBRARIES
 from m3ae_fast.weights.open_model import open_model
 
 _log = logging.getLogger(__name__)
@@ -163,9 +163,9 @@ def _on_device(
         yield open_image_features([model], config.data, ranks)[model]
         return
     opened: MultimodalEncoder
-    if model.startswith(TIMM):
+    if model.startswith(LIBRARIES):
         reading = None if is_files else ranks.broadcast(lambda: input_config(config.data))
-        opened = ranks.main_first(lambda: open_timm(model, reading))
+        opened = ranks.main_first(lambda: open_library_features(model, reading))
     else:
         text, tokenizer = options.modality != "image", config.data.tokenizer
         opened = open_model(model, text=text, tokenizer=tokenizer, seed=config.run.seed)

@@ -172,8 +172,8 @@ class OneModel(Task):
 
     @property
     def is_image_features(self) -> bool:
-        """Return whether the model is one of IMAGE_FEATURES or a timm model, whose features have no layers and
-        poolings."""
+        """Return whether the model is one of IMAGE_FEATURES or a model of another library, whose features have no
+        layers and poolings."""
         return not is_network(self.model)
 
 

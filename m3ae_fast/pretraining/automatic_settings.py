@@ -19,7 +19,8 @@ from m3ae_fast.config import LONGEST, MAX_CHANNELS, Config, Range, parse, requir
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.config.poolings import usual_pool
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES, ModelSize
-from m3ae_fast.weights.model_name import LOCAL_DIR, TIMM
+from m3ae_fast.weights.library_model import split_side
+from m3ae_fast.weights.model_name import LOCAL_DIR, TIMM, TRANSFORMERS
 
 TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
 # a model larger than the smallest is chosen only if it can be trained for this many epochs and samples
@@ -242,7 +243,12 @@ def teacher_settings(teacher: str | None) -> list[str]:
 def _absolute(teacher: str) -> str:
     """Return the name of a teacher with absolute paths."""
     if not teacher.startswith(TIMM):
-        return os.path.abspath(teacher) if os.path.exists(teacher) else teacher
+        prefix = TRANSFORMERS if teacher.startswith(TRANSFORMERS) else ""
+        path, side = teacher.removeprefix(prefix), None
+        if prefix:
+            path, side = split_side(path, teacher)
+        path = os.path.abspath(path) if os.path.exists(path) else path
+        return f"{prefix}{path}" + ("" if side is None else f"@{side}")
     name, equals, file = teacher.partition("=")
     if name.startswith(prefix := TIMM + LOCAL_DIR):
         name = prefix + os.path.abspath(name.removeprefix(prefix))

@@ -38,8 +38,8 @@ class PretrainOptions(WithSettings, GroupOption, ColumnOptions):
     """initial weights: a run, an export, official M3AE or MAE weights, timm weights, or a name on the Hub; training
     then uses a lower learning rate (default: random weights); in Python: start_from"""
     teacher: Annotated[Name | None, Option(metavar="MODEL", group="targets of images")] = None
-    """a frozen model whose features are the targets of images: a run, an export, timm:NAME, or timm:NAME=FILE for a
-    timm model with weights in a file (default: the targets of the recipe)"""
+    """a frozen model whose features are the targets of images: a run, an export, timm:NAME, timm:NAME=FILE for a
+    timm model with weights in a file, or transformers:NAME (default: the targets of the recipe)"""
     recipe: Recipe | None = Field(
         None, description=f"{HELP} (default: {PREFERRED[0]}, unless --from or a setting prevents it)"
     )

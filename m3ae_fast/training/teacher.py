@@ -35,12 +35,13 @@ from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pooling import patch_rows
 from m3ae_fast.model.pretrained import ENCODER, weights_digest
-from m3ae_fast.weights.model_name import TIMM, TIMM_SOURCES
+from m3ae_fast.weights.library_model import LibraryModel, output_of
+from m3ae_fast.weights.model_name import LIBRARIES, TIMM, TIMM_SOURCES
+from m3ae_fast.weights.open_library_model import open_library_model
 from m3ae_fast.weights.open_model import load_model
-from m3ae_fast.weights.timm_model import TimmModel, open_timm_model, output_of
 
 _CHUNK = 64  # number of images in a forward pass of the teacher, which limits its memory
-# stages of a network of timm whose feature maps are used in addition to the last map, as negative indices
+# stages of a network of another library whose feature maps are used in addition to the last map, as negative indices
 _EARLIER = [-3, -2]
 _LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in grey, as in Pillow
 
@@ -121,7 +122,7 @@ class Teacher:
         )
         if ratio <= 1:
             return line
-        smaller = "NAME@SIDE" if self.name.startswith(TIMM) else "a teacher for smaller images"
+        smaller = "NAME@SIDE" if self.name.startswith(LIBRARIES) else "a teacher for smaller images"
         return (
             f"{line}, so the teacher is slower than the student: a smaller teacher, {smaller}, or a higher "
             "data.repeats would be faster"
@@ -172,12 +173,12 @@ class Teacher:
         return from_unit(unit, self._network.mean, self._network.std)
 
 
-class _TimmMaps(nn.Module):
-    """The feature maps of a timm model: the last map and, if the network has stages of decreasing resolution as a CNN
-    has, the maps of the two stages before it, because the last map of a small image has only a few places. The
-    constructor raises UserError if the last features are not a square map."""
+class _LibraryMaps(nn.Module):
+    """The feature maps of a model of timm or transformers: the last map and, if the network has stages of decreasing
+    resolution as a CNN has, the maps of the two stages before it, because the last map of a small image has only a few
+    places. The constructor raises UserError if the last features are not a square map."""
 
-    def __init__(self, opened: TimmModel, where: str) -> None:
+    def __init__(self, opened: LibraryModel, where: str) -> None:
         super().__init__()
         # convolutions of channels-last images are faster, on a CPU in bf16 up to twice as fast
         self.network = opened.network.to(memory_format=torch.channels_last)
@@ -206,12 +207,12 @@ class _TimmMaps(nn.Module):
     @torch.no_grad()
     def _earlier(self, image: Tensor, last: Tensor) -> list[Tensor]:
         """Return the maps of the earlier stages for an image; [] if the network has no stages of decreasing resolution,
-        or if timm does not return their maps. `last`: the last features of this image."""
+        or if the library does not return their maps. `last`: the last features of this image."""
         if last.ndim != 4:
             return []
         try:
             again, maps = self.network.forward_intermediates(image, indices=_EARLIER)
-        except Exception:  # some networks of timm lack this method, do not support it, or have fewer stages
+        except Exception:  # some networks lack this method, do not support it, or have fewer stages
             return []
         return maps if torch.equal(again, last) and all(each.ndim == 4 for each in maps) else []
 
@@ -269,16 +270,17 @@ def _network(name: str) -> _Network:
     try:
         if name.startswith(TIMM_SOURCES):
             raise UserError(f"{name}: write {TIMM}{name}")
-        return _timm(name) if name.startswith(TIMM) else _own(name)
+        return _of_library(name) if name.startswith(LIBRARIES) else _own(name)
     except UserError as error:
         raise UserError(f"loss.teacher: {error}") from None
 
 
-def _timm(name: str) -> _Network:
-    opened = open_timm_model(name)
-    maps = _TimmMaps(opened, name)
-    kind = f"timm's {opened.architecture}"
-    return _Network(kind, maps, opened.side, opened.channels, opened.mean, opened.std, maps.width, maps.flops)
+def _of_library(name: str) -> _Network:
+    opened = open_library_model(name)
+    maps = _LibraryMaps(opened, name)
+    return _Network(
+        opened.architecture, maps, opened.side, opened.channels, opened.mean, opened.std, maps.width, maps.flops
+    )
 
 
 def _own(name: str) -> _Network:

@@ -1,6 +1,8 @@
 """Names of models on the command line. This module imports nothing, so that `--help` is fast."""
 
 TIMM = "timm:"  # prefix of the name of a timm model
+TRANSFORMERS = "transformers:"  # prefix of the name of a model of transformers
+LIBRARIES = (TIMM, TRANSFORMERS)  # prefixes of the names of vision models of other libraries
 LOCAL_DIR = "local-dir:"  # prefix of a folder that timm has written
 TIMM_SOURCES = (LOCAL_DIR, "hf-hub:")  # timm's own prefixes, which follow "timm:"
 RANDOM = "random:"  # prefix of a model name for the same network with random weights
@@ -11,17 +13,17 @@ MODEL_HELP = (
     "a run folder (its last checkpoint is used, with the averaged weights if train.ema is set), a checkpoint, an "
     "export folder, a name on the Hub, or random:MODEL for the same network with random weights"
 )
-TIMM_HELP = (
-    "timm:NAME for a timm model, or timm:NAME=FILE for its weights in a file; NAME@SIDE is NAME for images of SIDE x "
-    "SIDE pixels"
+LIBRARY_HELP = (
+    "timm:NAME for a timm model, timm:NAME=FILE for its weights in a file, or transformers:NAME for a vision model of "
+    "transformers; NAME@SIDE is NAME for images of SIDE x SIDE pixels"
 )
 FEATURES_HELP = (  # what `compare` also accepts
-    f"an .npz file of features (keys, features and, optionally, shards, as written by embed), or {TIMM_HELP}"
+    f"an .npz file of features (keys, features and, optionally, shards, as written by embed), or {LIBRARY_HELP}"
 )
 CLASSIFIER_HELP = "the OUT folder of a logistic, linear or finetune task"
 
 
 def is_network(model: str) -> bool:
-    """Return whether a name denotes an M3AE, which has layers, poolings and patch tokens. It is False for timm models
-    and for features without a network, which have one vector for each image."""
-    return model not in IMAGE_FEATURES and not model.startswith(TIMM)
+    """Return whether a name denotes an M3AE, which has layers, poolings and patch tokens. It is False for models
+    of other libraries and for features without a network, which have one vector for each image."""
+    return model not in IMAGE_FEATURES and not model.startswith(LIBRARIES)

@@ -17,8 +17,8 @@ from m3ae_fast.config import DataConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.evaluation import compare
 from m3ae_fast.evaluation.image_features import input_config
+from m3ae_fast.evaluation.library_features import open_library_features
 from m3ae_fast.evaluation.stored_features import open_features
-from m3ae_fast.evaluation.timm_features import open_timm
 from tests.helpers.labelled import labelled_tar
 
 NETWORKS = ("vit_tiny_patch16_224", "resnet10t")
@@ -93,7 +93,7 @@ def test_timm_models_are_compared_by_the_same_probes(shards, tmp_path, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "width"), [(NETWORKS[0], 224, 192), (NETWORKS[1], 176, 512)])
 def test_a_timm_model_has_its_own_size_and_normalisation(tmp_path, opened, name, size, width):
-    own = open_timm(_weights(tmp_path, name), opened[1])
+    own = open_library_features(_weights(tmp_path, name), opened[1])
     torch.manual_seed(0)
     network = timm.create_model(name, pretrained=False).eval()
     about = network.pretrained_cfg
@@ -121,13 +121,13 @@ def test_mistakes_with_timm_models_are_one_line_each(tmp_path, opened, monkeypat
     }
     for name, message in cases.items():
         with pytest.raises(UserError) as error:
-            open_timm(name, opened[1])
+            open_library_features(name, opened[1])
         assert message in str(error.value) and "\n" not in str(error.value), name
     torch.save(timm.create_model(NETWORKS[0], pretrained=False).state_dict(), tmp_path / "sound.pth")
-    assert open_timm(f"timm:{NETWORKS[0]}={tmp_path / 'sound.pth'}", opened[1]).width == 192
+    assert open_library_features(f"timm:{NETWORKS[0]}={tmp_path / 'sound.pth'}", opened[1]).width == 192
     monkeypatch.setattr("m3ae_fast.base.libraries._is_installed", lambda name: name != "timm")
     with pytest.raises(UserError, match=r"needs timm: pip install 'm3ae-fast\[evaluate\]'"):
-        open_timm(vit, opened[1])
+        open_library_features(vit, opened[1])
 
 
 def test_mistakes_with_files_of_features_are_one_line_each(tmp_path, opened):

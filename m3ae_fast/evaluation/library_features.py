@@ -1,4 +1,4 @@
-"""Features of timm's vision models, by their names on the command line: `timm:NAME` and `timm:NAME=FILE`."""
+"""Features of the vision models of timm and transformers, by their names on the command line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.evaluation.image_features import ImageFeatures, default_input
 from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.pretrained import weights_digest
-from m3ae_fast.weights.timm_model import open_timm_model, output_of
+from m3ae_fast.weights.library_model import output_of
+from m3ae_fast.weights.open_library_model import open_library_model
 
 _LARGEST_PATCH = 32  # maximum patch size of the input; it affects only how images are packed
 
 
-class TimmFeatures(ImageFeatures):
-    """The features that a timm model passes to its classifier. The images have the size, the mean and the standard
-    deviation with which the model was trained."""
+class LibraryFeatures(ImageFeatures):
+    """The vectors that a model of timm or transformers computes for images. The images have the size, the mean and the
+    standard deviation with which the model was trained."""
 
     def __init__(self, config: ModelConfig, network: nn.Module, width: int) -> None:
         super().__init__(config)
@@ -43,18 +44,18 @@ class TimmFeatures(ImageFeatures):
         return found_SD
 
 
-def open_timm(name: str, config: ModelConfig | None = None) -> TimmFeatures:
-    """Return a timm model on the CPU, in evaluation mode.
+def open_library_features(name: str, config: ModelConfig | None = None) -> LibraryFeatures:
+    """Return a model of timm or transformers on the CPU, in evaluation mode.
 
     Args:
-        name: as in `open_timm_model`.
+        name: as in `open_library_model`.
         config: how the image files are read; see `image_features.input_config`. None: as `default_input`.
 
     Raises:
-        UserError: as in `open_timm_model`, or if the model does not accept images of its size, or does not compute one
-            vector per image.
+        UserError: as in `open_library_model`, or if the model does not accept images of its size, or does not compute
+            one vector per image.
     """
-    opened = open_timm_model(name)
+    opened = open_library_model(name)
     side = opened.side
     patch = max(each for each in range(1, min(side, _LARGEST_PATCH) + 1) if side % each == 0)
     changes: dict[str, Any] = {"image_size": side, "patch_size": patch, "channels": opened.channels}
@@ -63,4 +64,4 @@ def open_timm(name: str, config: ModelConfig | None = None) -> TimmFeatures:
     found_SD = output_of(opened, opened.network, name)
     if found_SD.ndim != 2:
         raise UserError(f"{name}: computes features of the shape {[*found_SD.shape[1:]]}, not one vector per image")
-    return TimmFeatures(given, opened.network, found_SD.shape[1]).eval()
+    return LibraryFeatures(given, opened.network, found_SD.shape[1]).eval()
