@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from m3ae_fast.__main__ import MODULES
@@ -152,10 +154,14 @@ def test_the_results_of_the_recipe_for_fused_ops_are_those_of_the_code_that_they
     torch.testing.assert_close(names["y"], y, rtol=1e-4, atol=1e-4)
     assert names["hidden"].shape == (B, L - K, D)
     torch.testing.assert_close(names["loss"].detach(), loss + words, rtol=1e-4, atol=1e-4)
+    exec(codes(RECIPES / "fused-ops.md")[1], names)
+    alone = torch.cat([names["attn"](own[None])[0] for own in names["rows"].split(names["lengths"].tolist())])
+    torch.testing.assert_close(names["out"], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_the_loader_reads_the_batch_of_one_step_as_contributing_shows(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_loader_reads_the_batch_of_one_step_as_contributing_shows(tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     (code,) = codes(ROOT / "CONTRIBUTING.md")
     exec(code, names)
@@ -164,3 +170,5 @@ def test_the_loader_reads_the_batch_of_one_step_as_contributing_shows(monkeypatc
     _, _, third = names["train_loader"](config.data, data.train, names["preparation"], share, range(3))
     exec(code.replace("N = 1", "N = 3"), names)
     assert names["batch"].keys == third.keys and torch.equal(names["batch"].images, third.images)
+    with Image.open("crop-63.png") as crop:
+        assert np.array_equal(np.asarray(crop), third.images[63].permute(1, 2, 0))

@@ -14,8 +14,8 @@ MODEL_HELP = (
     "export folder, a name on the Hub, or random:MODEL for the same network with random weights"
 )
 LIBRARY_HELP = (
-    "timm:NAME for a timm model, timm:NAME=FILE for its weights in a file, or transformers:NAME for a vision model of "
-    "transformers; NAME@SIDE is NAME for images of SIDE x SIDE pixels"
+    "timm:NAME for a timm model, timm:NAME=FILE for its weights in a file, or transformers:NAME for a model of "
+    "transformers; NAME@SIDE is for images of SIDE x SIDE pixels"
 )
 FEATURES_HELP = (  # what `compare` also accepts
     f"an .npz file of features (keys, features and, optionally, shards, as written by embed), or {LIBRARY_HELP}"
