@@ -374,8 +374,8 @@ def test_flash_attn_is_deterministic_if_torch_is(monkeypatch, module, determinis
 
 
 def test_kernels_that_fail_are_excluded(monkeypatch, caplog):
-    """One kernel cannot be loaded, and the other one does not support this GPU. Padded attention is used instead, as
-    for float32, with which no other kernel is tried."""
+    """One kernel cannot be loaded, and the other one does not support this GPU. Padded attention is used instead. It is
+    also used for float32, for which no other kernel is tried."""
 
     def broken(device) -> Kernel:
         raise ImportError("libcudart.so.11: cannot open shared object file")

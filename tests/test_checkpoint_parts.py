@@ -449,8 +449,8 @@ def test_a_trainer_saves_all_values_from_which_it_resumes(step):
 
 
 def test_a_second_saver_of_a_process_does_not_read_answers_of_the_first(tmp_path):
-    """Each evaluation task that trains has its own saver. Rank 0 creates its savers later than rank 1, which must not
-    take the answer to the first saver for that to the second."""
+    """Each evaluation task that trains has its own saver. Rank 0 creates its savers later than rank 1. The second saver
+    of rank 1 must not read the answer that was meant for its first saver."""
     store, numbers = dist.HashStore(), [itertools.count(), itertools.count()]
     for answer in ("first", "second"):
 

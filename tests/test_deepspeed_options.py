@@ -63,8 +63,8 @@ def test_deepspeed_works_in_each_stage_of_a_program():
 
 
 def test_the_last_block_computes_only_the_queries_that_it_needs_at_every_stage(monkeypatch):
-    """At stage 3, DeepSpeed installs hooks on the layer. They must not be mistaken for a user's hooks, for which all
-    queries would be computed."""
+    """At stage 3, DeepSpeed installs hooks on the layer. They must not be mistaken for hooks of a user, because a layer
+    with such hooks computes all queries."""
     rows: list[int] = []
 
     def counted(x, weight, bias):

@@ -333,7 +333,7 @@ def test_the_share_of_positions_is_that_of_an_analysis_of_variance(norm):
     assert found == pytest.approx(1 - (within / total).item(), rel=1e-6)
 
 
-def test_positions_explain_nothing_everything_or_are_undefined():
+def test_the_share_of_positions_can_be_0_or_1_or_undefined():
     random = torch.Generator().manual_seed(0)
     at = torch.arange(20).repeat(50)
 

@@ -138,8 +138,8 @@ def test_a_complete_run_tells_how_to_extend_it(schedule, hours, total, advice):
     ],
 )
 def test_a_repeated_pretrain_command_tells_how_to_train_longer(length, advice):
-    """When a run with a cosine schedule is finished, its learning rate has fallen. The advice therefore adds that its
-    length must be changed before."""
+    """When a run with a cosine schedule is finished, its learning rate has fallen. The advice therefore adds that the
+    length must be changed before the run is finished."""
     assert how_to_train_longer(configured(**length)) == f"to train longer, {advice}"
     limited = how_to_train_longer(configured("cosine", **length))
     assert limited.startswith(f"to train longer, {advice}; do this before the run is finished, ")

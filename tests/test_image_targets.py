@@ -91,7 +91,7 @@ def test_settings_that_hog_cannot_be_combined_with_are_refused(sections, message
         parse(Config, data, "config")
 
 
-def test_a_run_with_hog_targets_is_open():
+def test_hog_targets_are_reported_as_open_because_the_official_code_has_no_counterpart():
     data = {name: RUN[name] for name in ("data", "train")} | {"model": RUN["model"] | {"image_targets": "hog"}}
     assert open_options(parse(Config, data, "config")).startswith("Open: model.image_targets=hog; ")
 

@@ -77,7 +77,7 @@ def config(**optim) -> Config:
 
 
 def stacked(name: str, model: M3AE) -> int:
-    """Return the number of matrices in the weight with this name that Muon updates, or 0 if AdamW does."""
+    """Return the number of matrices in the weight with this name; 0 if AdamW and not Muon updates the weight."""
     if name == "decoder.kv.weight":
         return 2 * model.config.dec_depth
     if name.endswith(".qkv.weight"):

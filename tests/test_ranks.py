@@ -146,8 +146,8 @@ def test_a_hard_limit_of_open_files_that_is_too_low_is_reported_in_one_line(tmp_
 
 
 def on_nodes(what, folder):
-    """Run ranks that simulate nodes of two ranks each. `what`: "stop" or "stall" if rank 3 asks the others to stop or
-    stalls, or "killed RANK" if a rank kills itself."""
+    """Run ranks that simulate nodes of two ranks each. `what`: with "stop", rank 3 asks the others to stop; with
+    "stall", rank 3 stalls; with "killed RANK", this rank kills itself."""
     rank = int(os.environ["RANK"])
     ranks.node_name = lambda: f"node {rank // 2}"
     with program.joined_program() as (joined, stop, heartbeats):
@@ -206,7 +206,7 @@ def test_ranks_of_a_node_monitor_its_leader_and_receive_stop_requests(tmp_path):
 @pytest.mark.parametrize("killed", [3, 0])
 def test_a_killed_rank_ends_the_others_during_an_all_reduce(tmp_path, killed):
     """All other ranks end, on both nodes. They report the killed rank, and exit with the code that requests a restart.
-    This is also the case if the killed rank is rank 0, with which the store has ended."""
+    This is also the case if rank 0 is killed, although the store ends with it."""
     processes = fork_ranks(__name__, ["nodes", f"killed {killed}", str(tmp_path)], 4, tmp_path / "log")
     _, output = await_ranks(processes, tmp_path / "log")
     assert [p.exitcode for p in processes] == [-signal.SIGKILL if rank == killed else 75 for rank in range(4)]

@@ -365,7 +365,7 @@ def test_a_run_whose_nodes_see_different_shards_does_not_start(trainer):
     ({"data.val": 7}, r"data\.val is 9 samples on rank 0 \(a\), but 7 samples on rank 1"),
     ({"data.val": None}, r"data\.val is 9 samples on rank 0 \(a\), but none on rank 1"),
 ])  # fmt: skip
-def test_each_rank_compares_its_data_with_rank_0s(seen, message):
+def test_each_rank_compares_its_data_with_those_of_rank_0(seen, message):
     sent = []
     first = SimpleNamespace(from_main=lambda found: sent.append(found) or found, together=lambda work: work())
     stream, held_out = {"data.train": "1 shards", WRITTEN: "yesterday"}, SimpleNamespace(samples=9)

@@ -97,7 +97,8 @@ def test_an_extended_run_equals_a_run_of_the_new_length(trainer):
     out = trainer("run", *options, "--set", "train.steps=6")
     assert "with a decay after 3 steps" in out and "Open: optim.schedule=wsd" in out
     assert trainer.checkpoints("run")[:1] == ["step-00000003"]
-    trainer("run", *options, "--set", "train.steps=6", "--resume", "auto")  # the same length: complete
+    # the length is the same, so the run is complete
+    trainer("run", *options, "--set", "train.steps=6", "--resume", "auto")
     trainer("run", *options, "--set", "train.steps=8", "--resume", "auto")
     assert trainer.losses("run") == trainer.losses("whole")
     assert trainer.checkpoints("run")[-1] == "step-00000008" and "step-00000004" in trainer.checkpoints("run")

@@ -116,7 +116,7 @@ def test_a_training_run_updates_its_status_record(trainer):
     assert json.loads((trainer.folder / "run/status.json").read_text())["total_steps"] == 2
 
 
-def test_messages_name_what_continues_a_run_of_this_program():
+def test_messages_say_how_to_continue_a_run_of_the_present_program():
     def messages():
         return str(rank_lost("rank 1")), str(explain(RuntimeError("DataLoader worker (pid 1) is killed by signal")))
 

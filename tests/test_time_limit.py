@@ -83,8 +83,8 @@ def test_a_correct_estimate_of_the_steps_is_not_changed(monkeypatch):
 
 @pytest.mark.parametrize("first", [300.0, 1000.0])
 def test_slow_first_steps_are_excluded_from_the_estimate(monkeypatch, first):
-    """The first two steps include compilation. The time that they take reduces the number of steps, but their pace is
-    not expected of other steps."""
+    """The first two steps include compilation. The time that they take leaves room for fewer steps, but the other steps
+    are not assumed to be as slow."""
     machine, firsts = Machine(monkeypatch), iter([first, 100.0])
     plan, step = machine.train(schedule(3600), lambda now: next(firsts, 1.0))
     assert step == plan.total_steps and machine.took == pytest.approx(HOUR, rel=0.02)

@@ -45,7 +45,7 @@ class StopRequest:
         self._listening = self._leaving = self._ended = False
         self._first_interrupt = float("inf")
         self._notify: Callable[[str], bool] | None = None
-        self.advice = ""  # printed with the message about a stop before `listen`; "": there is nothing to save
+        self.advice = ""  # printed if a stop is requested before `listen`; "" if there is nothing to save
         self._lock = threading.Lock()
         self._in_program, self._left = in_program(), threading.Event()
         self._joined = threading.Event()

@@ -52,8 +52,8 @@ class RunAttention:
             cuda.use_kernel(self.device, self.dtype, *sizes[part], name)
 
     def describe(self) -> str:
-        """Return the names of the kernels of encoder and decoder. On CUDA, a kernel that is not set is chosen by a
-        benchmark."""
+        """Return the names of the kernels of encoder and decoder. On CUDA, a kernel that has not been set yet is first
+        chosen by a benchmark."""
         impl = requested_impl("auto")
         find = cuda.choose_by_benchmark if impl == "auto" and self.device.type == "cuda" else partial(kernel_for, impl)
         encoder, decoder = (find(self.device, self.dtype, *size).name for size in self._sizes().values())

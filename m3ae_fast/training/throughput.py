@@ -76,7 +76,8 @@ class StepCounts(NamedTuple):
     loss_text: float  # denominator of the text loss
     skipped: float  # samples that could not be used
     tokens: float  # cls tokens, visible tokens, and masked tokens in the decoder
-    crops: float  # images, each counted once if several samples share it; for native aspect ratio, their patches
+    # images, or with native aspect ratio their patches; an image that several samples share is counted once
+    crops: float
     flops: float  # executed FLOPs, forward and backward
 
     def denominators(self, world: int) -> LossCounts:

@@ -28,7 +28,7 @@ class TimeLimit:
 
         Args:
             seconds: the limit.
-            pace: pace of the steps. The pauses of the pace are the evaluations.
+            pace: pace of the steps, for which evaluations are pauses.
             spent: the part of `seconds` that was used before the run was resumed.
         """
         self.seconds, self.pace = seconds, pace

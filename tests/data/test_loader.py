@@ -546,8 +546,8 @@ BAD = {
 def test_bad_samples_are_skipped_and_named(load, tmp_path, name, workers):
     files, reason = BAD[name]
     path = write_tar(tmp_path / "a.tar", [*members(range(3)), *files, *members(range(4, 8))])
-    # Alone, the shard is trained on the modalities that each sample has. In a source of pairs, a sample with one
-    # modality is invalid.
+    # A sample without an image or without a caption is invalid in a source of pairs. By default, it would be used with
+    # the modality that it has.
     sources = [SourceConfig(shards=path, modality="paired")]
     (batch,) = load(sources, micro_batch=8, steps=1, config={"workers": workers})
     assert sorted(int(key[-5:]) for key in batch.keys) == [0, 1, 2, 4, 5, 6, 7]

@@ -56,7 +56,7 @@ def needs(tmp_path):
     return build
 
 
-def test_the_span_reaches_from_the_slowest_rank_to_the_prefetched_end_of_the_fastest(needs):
+def test_the_span_begins_at_the_slowest_rank_and_ends_where_the_fastest_rank_has_prefetched(needs):
     built = needs(start=10, stop=20, positions=2.5, ahead=3)
     for steps, span in (
         ([0, 0], Span(25, 35, False)),  # no rank has begun; the end is (10 + 1 + 3) * 2.5

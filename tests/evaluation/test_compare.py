@@ -63,7 +63,8 @@ def test_models_are_compared_by_probes_and_seeds(compared, run, shards, tmp_path
     models, probes = [UNTRAINED, *features, run.name, "mae"], ["knn", "logistic", "attentive"]
     rows = {(row["model"], row["probe"]): row for row in result["rows"]}
     done = [(model, probe) for model in models for probe in probes]
-    done = [pair for pair in done if pair not in {(name, "attentive") for name in features}]  # no patch tokens
+    # features without a network have no patch tokens
+    done = [pair for pair in done if pair not in {(name, "attentive") for name in features}]
     assert list(rows) == done
     assert {row["trials"] for (model, probe), row in rows.items() if probe == "attentive"} == {2}
     trials = [rows[model, "knn"]["trials"] for model in models]
@@ -166,7 +167,8 @@ def _found(**correct):
 def test_a_sample_that_is_correct_for_half_of_the_seeds_counts_for_neither_model():
     even, other = np.full(20, 0.5), np.arange(20) % 2 == 0
     assert difference(even, other).p == difference(other, even).p == 1.0  # both models are right equally often
-    mixed = np.where(np.arange(20) < 9, 1.0, even)  # correct on nine samples, as `other` is on five of these
+    # correct on the first nine samples; on five of these, `other` is correct too
+    mixed = np.where(np.arange(20) < 9, 1.0, even)
     assert difference(mixed, other).p == difference(other, mixed).p == stats.binomtest(0, 4).pvalue
 
 

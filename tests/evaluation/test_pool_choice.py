@@ -95,7 +95,8 @@ def test_grids_are_candidates_for_images_and_up_to_4096_features():
 
 @pytest.mark.parametrize("task", ["knn", "logistic"])
 def test_the_result_is_that_of_the_chosen_pooling(transfer, tmp_path, task, monkeypatch, capsys):
-    chosen = iter([FeatureType(2, "grid2"), FeatureType(2, "cls")])  # of the model, and of its random weights
+    # the choices for the model and for its random weights
+    chosen = iter([FeatureType(2, "grid2"), FeatureType(2, "cls")])
     monkeypatch.setattr("m3ae_fast.evaluation.task_features.best_type", lambda *_: (next(chosen), None))
     result = transfer(task, baselines=True)
     assert result["pool"] == "grid2" and result["baselines"]["random weights"]["pool"] == "cls"

@@ -97,7 +97,7 @@ def test_images_are_encoded_once_for_all_poolings(transfer, tmp_path, encoded_sa
     assert len(encoded_samples) == 48 + 18
     rows, pools = result["results"], ["cls", "mean"]
     assert [(row["layer"], row["pool"]) for row in rows] == [(layer, pool) for layer in (1, 2) for pool in pools]
-    assert result["top1"] == rows[2]["top1"]  # of the last layer with the pooling that is named first
+    assert result["top1"] == rows[2]["top1"]  # the accuracy of the last layer with the pooling that is named first
     output = capsys.readouterr().out
     assert f"{task} probe at 2 of 2 layers, cls and mean features, all 48 training samples: 4 probes" in output
     assert "layer 1, cls: top1 " in output and figure_names(tmp_path / "out") == ["depth"]

@@ -662,7 +662,7 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
 
 
 def test_devices_other_than_gpus_and_the_cpu_use_plain_torch():
-    """C kernels would take the addresses of tensors on such devices for addresses in host memory."""
+    """C kernels would mistake the addresses of tensors on such devices for addresses in host memory."""
     for impl in ("auto", "torch"):
         assert kernel_for(impl, torch.device("mps"), torch.float32, 2, 16, 37) is PADDED
 
