@@ -36,7 +36,7 @@ from m3ae_fast.images.suffixes import IMAGE_SUFFIXES, MASK_SUFFIX
 
 Modality = Literal["any", "paired", "image", "text"]
 
-VERSION = 7
+VERSION = 8
 _OTHER_SUFFIXES = ("txt", "json", "cls", MASK_SUFFIX)
 _MOST_IGNORED = 20  # maximum number of suffixes in a summary
 MISSING = -1

@@ -15,7 +15,10 @@ from m3ae_fast.base.untrusted_file import open_regular
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices and folders, whose size field has no meaning
+_LINKS = (b"1", b"2")
+_GNU_SPARSE = b"S"
 _MAX_EXTENSION = 1 << 20  # maximum bytes of a long-name or pax record; a larger one is invalid
+_MAX_SHOWN = 128  # maximum number of characters of a name in a description; of a longer name, only the end is shown
 _MAX_SIZE = 1 << 60  # maximum bytes of a member; a larger one is invalid
 
 
@@ -29,6 +32,9 @@ class Member(NamedTuple):
 
 def scan_tar(path: Path) -> tuple[list[Member], str | None]:
     """Return the regular files of an uncompressed tar, and a description of its damage (None if it is intact).
+
+    Links and sparse files are not listed. The description names the first of them, because their samples would
+    otherwise be missing or incomplete without a reason.
 
     Members before the damage are listed, including the one that the end of the file truncates, if any. Raises OSError
     if the file cannot be read.
@@ -48,12 +54,16 @@ def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
     members: list[Member] = []
     name: str | None = None  # set by a long-name or pax record before the header
     size: int | None = None
+    sparse = False  # whether a pax record before the header says that the file is sparse
+    unread: str | None = None  # the first link or sparse file
     position = 0
     while position < end:
         header = os.pread(fd, BLOCK, position)
         if not header.strip(b"\0"):
             whole = len(header) == BLOCK
-            return members, _after_end(fd, position) if whole else f"ends inside a header at byte {position}"
+            if not whole:
+                return members, f"ends inside a header at byte {position}"
+            return members, _after_end(fd, position) or _about_unread(unread)
         stored = _number(header[124:136])
         if len(header) < BLOCK or stored is None or not _checksum_ok(header):
             return members, f"has no tar header at byte {position}"
@@ -72,16 +82,42 @@ def _scan(fd: int, end: int) -> tuple[list[Member], str | None]:
                 name = _text(record)
             else:
                 pax = _pax(record)
-                name = pax.get("path", name)
+                sparse = any(key.startswith("GNU.sparse.") for key in pax)
+                name = pax.get("GNU.sparse.name", pax.get("path", name))
                 size = _decimal(pax["size"]) if "size" in pax else size
         elif kind not in (b"g", b"K"):
-            if kind in _REGULAR:
-                members.append(Member(name if name is not None else _name(header), data, stored))
-            name = size = None
+            name = name if name is not None else _name(header)
+            if kind == _GNU_SPARSE:
+                data = _after_sparse_map(fd, header, data)
+            if kind in _LINKS or kind == _GNU_SPARSE or sparse:
+                unread = unread or name
+            elif kind in _REGULAR:
+                members.append(Member(name, data, stored))
+            name, size, sparse = None, None, False
         if data + stored > end:
             return members, f"ends inside the member at byte {position}"
         position = data + -(-stored // BLOCK) * BLOCK
     return members, "has no end mark, so it may be truncated" if end else "is empty"
+
+
+def _after_sparse_map(fd: int, header: bytes, position: int) -> int:
+    """Return the position of the data of a GNU sparse file. A long map of its data continues in further blocks."""
+    more = header[482:483]
+    while more.strip(b"\0"):
+        more = os.pread(fd, BLOCK, position)[504:505]
+        position += BLOCK
+    return position
+
+
+def _about_unread(name: str | None) -> str | None:
+    """Return the description of a tar with a link or a sparse file `name`; None if there is none."""
+    if name is None:
+        return None
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[-_MAX_SHOWN:])
+    return (
+        f"contains links or sparse files, such as {shown}, which are not read; create it again with tar --dereference "
+        "--hard-dereference, without --sparse"
+    )
 
 
 def _after_end(fd: int, position: int) -> str | None:

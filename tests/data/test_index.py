@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import subprocess
 import tarfile
 import time
 from dataclasses import replace
@@ -38,14 +39,47 @@ def test_the_scan_finds_the_same_members_as_tarfile(tmp_path, fmt):
             info = tarfile.TarInfo(name)
             info.size = 0 if name == "empty.txt" else 500 + 37 * i
             tar.addfile(info, io.BytesIO(os.urandom(info.size)))
-        link = tarfile.TarInfo("link.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "a.jpg"
-        tar.addfile(link)
     with tarfile.open(path) as tar:
         expected = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
     found, damage = scan_tar(path)
     assert [tuple(m) for m in found] == expected
     assert damage is None
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_named(tmp_path, kind, store):
+    """The caption of an image that is a link would silently be a sample of its own."""
+    link = tarfile.TarInfo("1.jpg")
+    link.type, link.linkname = kind, "0.jpg"
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("0.jpg", "0.txt", link, "1.txt", "2.jpg"):
+            info = tarfile.TarInfo(name) if isinstance(name, str) else name
+            tar.addfile(info)
+    found, damage = scan_tar(path)
+    assert [member.name for member in found] == ["0.jpg", "0.txt", "1.txt", "2.jpg"]
+    assert damage.startswith("contains links or sparse files, such as 1.jpg, which are not read; create it again with")
+    corpus = open_corpus([SourceConfig(shards=str(path))], store)
+    assert f"{path}: the tar {damage}; 3 of its samples are used" in str(corpus.damaged[0])
+
+
+@pytest.mark.parametrize("options", ["gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1", "posix"])
+@pytest.mark.parametrize("holes", [1, 40])
+def test_sparse_files_are_named(tmp_path, options, holes):
+    """`holes`: with 40, the map of a file in GNU format has several blocks."""
+    (tmp_path / "a").mkdir()
+    with open(tmp_path / "a/1.npy", "wb") as file:
+        for number in range(holes):
+            file.seek(number << 16)
+            file.write(b"data")
+        file.truncate(holes << 16)
+    for name in ("0.jpg", "2.jpg"):
+        (tmp_path / "a" / name).write_bytes(b"image")
+    write = f"tar --sparse --sort=name --format={options} -cf a.tar -C a 0.jpg 1.npy 2.jpg"
+    subprocess.run(write.split(), cwd=tmp_path, check=True)
+    found, damage = scan_tar(tmp_path / "a.tar")
+    assert [member.name for member in found] == ["0.jpg", "2.jpg"]
+    assert "links or sparse files, such as 1.npy, which" in damage
 
 
 def test_scan_reads_binary_sizes(tmp_path):
