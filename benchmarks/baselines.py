@@ -134,10 +134,8 @@ def _liger() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     parameters = inspect.signature(Liger.forward).parameters.values()
-    set_here = {
-        "accum_dtype": torch.float32,
-        "chunk_mem_const": LIGER_CHUNKS,
-    }  # older Liger versions lack `chunk_mem_const`
+    # older versions of Liger lack `chunk_mem_const`
+    set_here = {"accum_dtype": torch.float32, "chunk_mem_const": LIGER_CHUNKS}
     options = [set_here.get(p.name, p.default) for p in list(parameters)[5:]]  # without ctx and the four tensors
 
     def loss(hidden, weight, bias, targets, **_) -> Tensor:

@@ -30,7 +30,7 @@ def config(stage=None, **train) -> Config:
 
 
 @pytest.mark.parametrize(
-    # each: for weights, gradients and optimiser state, the bytes per parameter and whether ranks partition them
+    # each: (bytes per parameter, whether ranks partition them) of the weights, the gradients and the optimiser state
     ("stage", "bf16", "each"),
     [
         (0, True, ((4, False), (4, False), (8, False))),

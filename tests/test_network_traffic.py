@@ -9,11 +9,8 @@ from m3ae_fast.training.dry_run import network_bytes
 from tests.helpers.ranks import run_ranks
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
-SENT = {
-    "allreduce": 1,
-    "allgather_base": 0.5,
-    "reduce_scatter_base": 0.5,
-}  # fraction of a collective's data that one of two ranks sends
+# fraction of a collective's data that one of two ranks sends
+SENT = {"allreduce": 1, "allgather_base": 0.5, "reduce_scatter_base": 0.5}
 OVERHEAD = 100  # maximum bytes for norms and losses
 
 

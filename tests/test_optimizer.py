@@ -119,4 +119,5 @@ def test_the_collected_state_is_a_copy_in_float32():
     before = found["weight"].clone()
     model.weight.data += 1
     assert torch.equal(found["weight"], before)
-    assert asked == ["ema", "ema"]  # once per parameter, over all ranks together
+    # called once for each parameter with an average, because the call may involve all ranks
+    assert asked == ["ema", "ema"]

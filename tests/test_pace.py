@@ -80,7 +80,7 @@ def test_the_time_left_is_described_until_the_work_is_done():
     assert worker.pace.describe_left() == ""
     worker.work(7.0, units=0.1)
     assert worker.pace.describe_left() == ", about 0:01:03 left"
-    worker.work(*[7.0] * 9, units=0.1)  # ten times 0.1 is less than 1
+    worker.work(*[7.0] * 9, units=0.1)  # in floating-point numbers, ten times 0.1 is less than 1
     assert worker.pace.describe_left() == ""
     worker = Worker()
     worker.work(1.0)

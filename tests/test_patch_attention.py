@@ -110,7 +110,7 @@ def test_the_patch_is_outlined_and_each_word_shaded(model, sample, tmp_path, mon
     sample.image = torch.full((3, 32, 32), 200, dtype=torch.uint8)
     draw_patch_attention(model, [Sample("text"), sample, sample, sample], tmp_path / "a.png", 2, (1, 2))
     sheet = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
-    assert len(sheet) == 8 + 2 * 200  # two of the three samples with image and caption
+    assert len(sheet) == 8 + 2 * 200  # of the three samples with image and caption, two are drawn
     for top in (8, 208):
         image = sheet[top : top + 192, 8:200]
         rows, columns = np.nonzero((image == OUTLINE).all(-1))

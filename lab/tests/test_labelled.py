@@ -124,7 +124,7 @@ def test_cifar_keeps_photograph_class_and_split(tmp_path):
     batches = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
     files, kept = {}, {}
     for file, names in batches.items():
-        colours = random.randint(256, size=(len(names), 3, 1, 3), dtype=np.uint8)  # one for each photograph
+        colours = random.randint(256, size=(len(names), 3, 1, 3), dtype=np.uint8)  # a colour for each photograph
         rows = colours.repeat(32 * 32, 2)
         labels = (np.arange(3 * len(names)) % 10).tolist()
         for name, row in zip(names, rows):

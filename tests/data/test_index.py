@@ -351,9 +351,9 @@ def test_a_shard_that_changes_while_it_is_used_is_detected(tmp_path, store):
 
 def test_long_captions_are_truncated_at_a_utf8_character(tmp_path, store):
     files = [("a.txt", "ü".encode() * 50_000), ("b.txt", b"x" + "ü".encode() * 50_000), ("c.txt", b"\xff\xfe")]
-    files += [
-        ("d.txt", b"x" * 65_532 + b"\xff" + b"y" * 9)
-    ]  # in the 65,536 bytes that are kept, the invalid byte is the fourth from the end, too early for a cut character
+    # The first 65,536 bytes are kept, of which the invalid byte is the fourth from the end. It is therefore not the
+    # beginning of a character that was cut off.
+    files += [("d.txt", b"x" * 65_532 + b"\xff" + b"y" * 9)]
     corpus = open_corpus([SourceConfig(shards=write_tar(tmp_path / "a.tar", files))], store)
     reader = Reader(corpus.sources[0], store)
     assert reader.read(0, 0).caption == "ü" * 32768

@@ -83,7 +83,7 @@ def test_source_weights_are_exact_in_every_lane():
     for lane in range(16):
         places = [order.locate(index * 16 + lane) for index in range(3000)]
         small = [place for place in places if place.source == 1]
-        assert len(small) == pytest.approx(300, abs=7)  # samples of three blocks and three epochs
+        assert len(small) == pytest.approx(300, abs=7)  # a tenth of 3,000 samples; the source is in its eighth epoch
         assert [place.epoch for place in small] == sorted(place.epoch for place in small)
         assert len(set(small)) == len(small)
     steps = [[order.locate(p).source for p in range(first, first + 512)] for first in range(0, 16_000, 512)]

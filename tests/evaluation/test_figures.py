@@ -159,7 +159,8 @@ def test_a_sheet_has_room_for_the_texts_and_titles_of_every_cell(tmp_path):
     assert image.sum() == 4 * figures._SIDE**2
     dark = sheet.sum(2) < 3 * 200
     width, height = figures._SIDE + figures._GAP, (len(sheet) - 20) // 2
-    assert all(dark[:18, figures._GAP + i * width :][:, : figures._SIDE].any() for i in range(3))  # titles
+    # each column has a title
+    assert all(dark[:18, figures._GAP + i * width :][:, : figures._SIDE].any() for i in range(3))
     ink = dark & ~image
     for row in range(2):
         parts = [ink[20 + row * height :][:height, figures._GAP + i * width :][:, :width] for i in range(3)]

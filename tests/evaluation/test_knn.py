@@ -115,10 +115,8 @@ def test_the_usual_number_of_neighbours_is_kept_if_held_out_samples_show_no_diff
 def test_top_k_accuracy_is_the_fraction_of_labels_among_the_highest_scores():
     scores = torch.arange(8.0).expand(4, 8)
     assert topk_accuracy(best_classes(scores), torch.tensor([7, 3, 2, 6])) == {"top1": 0.25, "top5": 0.75}
-    assert [best_classes(torch.eye(classes)).shape[1] for classes in (5, 6)] == [
-        1,
-        5,
-    ]  # with 5 classes, top-5 would always be right
+    # with 5 classes, top-5 would always be right
+    assert [best_classes(torch.eye(classes)).shape[1] for classes in (5, 6)] == [1, 5]
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_a_stop_request_ends_the_pass_between_two_batches(pretrain, shards, monk
 
     def signalled(*args, **kwargs):
         calls.append(1)
-        if len(calls) == 3:  # the batch of training samples after step 2
+        if len(calls) == 3:  # the third pass is that of the training samples after step 2
             os.kill(os.getpid(), signal.SIGTERM)
         return pool(*args, **kwargs)
 

@@ -61,7 +61,7 @@ def test_ood_stores_the_scores_of_each_sample(transfer, shards, tmp_path):
     found = transfer("ood", "--ood", f"a={shards[0]}", "--ood", f"same={shards[1]}", out="ood")
     table = _columns(tmp_path / "ood")
     assert table["set"] == ["val"] * 18 + ["a"] * 48 + ["same"] * 18 and len(table["knn"]) == len(table["key"]) == 84
-    assert {found[f"same_{score}_auroc"] for score in SCORES} == {0.5}  # the same images as in val
+    assert {found[f"same_{score}_auroc"] for score in SCORES} == {0.5}  # this set has the same images as val
 
 
 def test_mcnemars_test_is_a_binomial_test_on_the_discordant_samples():

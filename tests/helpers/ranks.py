@@ -34,11 +34,12 @@ _IMPORTED = (
     "m3ae_fast.evaluation.knn_during_training",
     "deepspeed",
 )
+# modules that a ZeRO engine or a logger imports when it is created
 _LATE = (
     "m3ae_fast.engine.deepspeed_engine",
     "torch._inductor.compile_fx",
     "torch.utils.tensorboard",
-)  # modules that a ZeRO engine or a logger imports when it is created
+)
 _forks.set_forkserver_preload(["pytest", *_IMPORTED, *_LATE, __name__])
 
 

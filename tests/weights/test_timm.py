@@ -138,9 +138,8 @@ def test_a_pretrained_timm_model_is_imported(tmp_path):
         model = M3AE.from_pretrained(tmp_path / "out")
     images = torch.randn(2, 3, 24, 24)
     torch.testing.assert_close(model.representation(images), vit.forward_features(images), rtol=0, atol=2e-5)
-    assert (
-        main([str(tmp_path / "timm"), "--out", str(tmp_path / "other"), "--num-heads", "4"]) == 0
-    )  # takes precedence over the value in the file
+    # the option takes precedence over the value in the file
+    assert main([str(tmp_path / "timm"), "--out", str(tmp_path / "other"), "--num-heads", "4"]) == 0
     assert json.loads((tmp_path / "other/config.json").read_text())["num_heads"] == 4
 
 
