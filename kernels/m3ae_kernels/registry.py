@@ -40,7 +40,11 @@ class Op:
             self.transformed = _function(name, forward, _nothing, _refusal(name, "second derivatives")).apply
             return
         self.registered.register_autograd(backward, setup_context=setup_context)
-        self.eager = self.transformed = _function(name, forward, setup_context, once(name, backward)).apply
+        function = _function(name, forward, setup_context, once(name, backward))
+        self.transformed = function.apply
+        # Function.apply also inspects the signature for default arguments, which takes longer than a small op.
+        apply = super(Function, function).apply  # type: ignore[misc]
+        self.eager = lambda *args: apply(*map(unwrapped, args))
 
     def __call__(self, *args):
         if traced(*args):
