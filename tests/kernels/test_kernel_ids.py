@@ -18,7 +18,7 @@ OUT_OF_RANGE = [
     ("embed-last", "patch_ids", 10**6, "from 0 to 35"),
     ("pixel-p16", "patch_ids", -1, "from 0 to 47"),
     ("pixel-rows", "patch_ids", 24, "from 0 to 23"),
-    ("hog-p16", "patch_ids", -1, "from 0 to 47"),
+    ("hog-p16", "patch_ids", -1, "from 0 to 17"),
     ("hog-rows", "patch_ids", 24, "from 0 to 23"),
     ("gather-some", "rows", 101, "from 0 to 100"),
     ("gather-long", "rows", -1, "from 0 to 30"),
