@@ -38,7 +38,7 @@ TINY = {
         "steps": 6,
         "precision": "fp32",
         "log_every": 1,
-        "eval_samples": 32,
+        "eval_samples": 8,
         "pictures": 0,
     },
     "deepspeed": None,
