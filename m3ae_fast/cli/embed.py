@@ -3,7 +3,7 @@
 m3ae-fast embed runs/large 'imagenet/val-*.tar' --out val.parquet
 m3ae-fast embed run/export photos/ --out photos.parquet
 m3ae-fast embed out/ 'shards/*.tar' --out captions.npz --modality text --set encode.pool=cls
-m3ae-fast embed hog 'shards/*.tar' --out hog.parquet       # or timm:NAME: a public model
+m3ae-fast embed hog photos/ --out hog.parquet              # or timm:NAME: a public model
 
 FILE contains these arrays or columns:
   keys      [N], keys of the samples, or paths of the images

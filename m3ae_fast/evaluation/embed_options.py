@@ -27,8 +27,7 @@ class EmbedOptions(WithSettings):
 
     # in Python, the model may also be an object, a MultimodalEncoder
     model: Annotated[Any, BeforeValidator(_model), Option("model", metavar="MODEL")] = Field(
-        description=f"{MODEL_HELP}; {LIBRARY_HELP}; or, for shards, {', '.join(IMAGE_FEATURES)}: features without a "
-        "network"
+        description=f"{MODEL_HELP}; {LIBRARY_HELP}; or {', '.join(IMAGE_FEATURES)}: features without a network"
     )
     source: Annotated[
         Sequence[str], BeforeValidator(names), Field(min_length=1), Option("source", nargs="+", metavar="SOURCE")

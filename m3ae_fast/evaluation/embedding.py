@@ -36,8 +36,8 @@ from m3ae_fast.data.loader import collate
 from m3ae_fast.data.rank_share import MicroBatches
 from m3ae_fast.data.reader import Reader
 from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
-from m3ae_fast.evaluation.image_features import input_config, open_image_features
-from m3ae_fast.evaluation.library_features import open_library_features
+from m3ae_fast.evaluation.image_features import input_config, input_of_files
+from m3ae_fast.evaluation.library_features import open_fixed_features
 from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.heads.encoding import Batches, corpus_batches, encode_types
 from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
@@ -47,7 +47,6 @@ from m3ae_fast.process.how_to_resume import AGAIN, effect_of_resuming, resumed_b
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import joined_program
 from m3ae_fast.process.workers import Loader, allow_open_files, default_workers, start_worker
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, LIBRARIES
 from m3ae_fast.weights.open_model import open_model
 
 _log = logging.getLogger(__name__)
@@ -89,7 +88,7 @@ def embed(model: str | os.PathLike[str] | MultimodalEncoder, source: Source, **o
         images = ranks.broadcast(lambda: _image_files(given.source))
         config = ranks.broadcast(lambda: _settings(given, images))
         ranks.on_main(lambda: _check_out(given.out))
-        with _on_device(given, config, ranks, is_files=images is not None) as opened:
+        with _on_device(given, config, ranks, images) as opened:
             arrays = _arrays(opened, config, ranks, images, given)
         if (out := given.out) is not None:
             ranks.on_main(lambda: _write(out, arrays))
@@ -129,8 +128,6 @@ def _settings(options: EmbedOptions, images: tuple[str, list[str]] | None) -> Ev
     if images and (modality != "image" or options.columns):
         argument = "columns" if options.columns else f"modality {modality}"
         raise UserError(f"{argument}: images that are not in shards have neither captions nor columns; leave it out")
-    if images and options.model in IMAGE_FEATURES:
-        raise UserError(f"{options.model}: needs shards; m3ae-fast shards make writes shards of a folder of images")
     shards = _tars(names[0]) if len(names) == 1 and os.path.isdir(names[0]) else names
     s3_and_gs.require(*shards)
     given: dict = {"data": {"train": [{"shards": shards, "modality": modality}]}}
@@ -147,10 +144,10 @@ def _check_out(out: Path | None) -> None:
 
 @contextmanager
 def _on_device(
-    options: EmbedOptions, config: EvaluationConfig, ranks: Ranks, *, is_files: bool
+    options: EmbedOptions, config: EvaluationConfig, ranks: Ranks, images: tuple[str, list[str]] | None
 ) -> Iterator[MultimodalEncoder]:
     """Yield the model on the device, as a context manager. A model that was passed as an object is moved back at the
-    end. `is_files`: whether the source consists of image files."""
+    end. `images`: see `_image_files`."""
     model = options.model
     if isinstance(model, MultimodalEncoder):
         before = next(model.parameters()).device
@@ -159,18 +156,23 @@ def _on_device(
         finally:
             model.to(before)
         return
-    if model in IMAGE_FEATURES:
-        yield open_image_features([model], config.data, ranks)[model]
-        return
     opened: MultimodalEncoder
-    if model.startswith(LIBRARIES):
-        reading = None if is_files else ranks.broadcast(lambda: input_config(config.data))
-        opened = ranks.main_first(lambda: open_library_features(model, reading))
+    if options.has_one_vector:
+        reading = ranks.broadcast(lambda: _reading(config, images))
+        opened = ranks.main_first(lambda: open_fixed_features(model, reading))
     else:
         text, tokenizer = options.modality != "image", config.data.tokenizer
         opened = open_model(model, text=text, tokenizer=tokenizer, seed=config.run.seed)
     set_images(opened, config.model)
     yield opened.to(ranks.device).eval()
+
+
+def _reading(config: EvaluationConfig, images: tuple[str, list[str]] | None) -> ModelConfig:
+    """Return how a model that is not an M3AE reads the images of the source."""
+    if images is None:
+        return input_config(config.data)
+    folder, names = images
+    return input_of_files([os.path.join(folder, name) for name in names])
 
 
 def _arrays(

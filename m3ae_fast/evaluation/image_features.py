@@ -10,24 +10,27 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import library, require_libraries
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import DataConfig, ModelConfig, Pool, Range
 from m3ae_fast.data import ShardStore, open_corpus
-from m3ae_fast.images.image_kind import Kind, channels_and_dtype
+from m3ae_fast.images.decoding import decode_image
+from m3ae_fast.images.image_kind import Kind, channels_and_dtype, kind_of
 from m3ae_fast.images.normalisation import normalised, to_unit
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.shards.overview import part_of
-from m3ae_fast.shards.statistics import collect
+from m3ae_fast.shards.statistics import Statistics, collect
 from m3ae_fast.weights.model_name import HISTOGRAM, HOG, IMAGE_FEATURES, PIXELS
 
 _SIZE, _PATCH = 48, 16  # sides of the image and of its patches, in pixels
@@ -160,8 +163,14 @@ def open_image_features(
     name. Every rank must call it. Raises UserError if the training samples cannot be opened, or if a library is
     missing."""
     config = ranks.broadcast(lambda: input_config(data, image_size, patch_size))
-    opened = ranks.together(lambda: {name: _CLASSES[name](config) for name in names})
-    return {name: each.to(ranks.device).eval() for name, each in opened.items()}
+    opened = ranks.together(lambda: {name: image_features(name, config) for name in names})
+    return {name: each.to(ranks.device) for name, each in opened.items()}
+
+
+def image_features(name: str, config: ModelConfig) -> ImageFeatures:
+    """Return the features with this name in evaluation mode on the CPU. `config`: the input; see `input_config`. Raises
+    UserError if a library is missing."""
+    return _CLASSES[name](config).eval()
 
 
 def input_config(data: DataConfig, image_size: int = _SIZE, patch_size: int = _PATCH) -> ModelConfig:
@@ -171,16 +180,32 @@ def input_config(data: DataConfig, image_size: int = _SIZE, patch_size: int = _P
     train = open_corpus(data.train, ShardStore(data.cache_dir, data.cache_gb))
     channels, dtype, value_range = _reading(part_of(train, "train", "", None, _INSPECTED).kinds)
     statistics = collect(train, _INSPECTED, 0, channels, value_range, None, None, dtype)
+    return _input(statistics, image_size, patch_size)
+
+
+def input_of_files(paths: Sequence[str]) -> ModelConfig:
+    """Return the input of `ImageFeatures` for image files, which is determined from some of them, as `input_config`
+    does. Raises UserError if none of these can be read."""
+    inspected = [paths[number] for number in np.linspace(0, len(paths) - 1, min(_INSPECTED, len(paths))).astype(int)]
+    images, kinds = [], []
+    for path in inspected:
+        with suppress(BadSample, OSError):  # unreadable images are reported when they are encoded
+            images.append(Path(path).read_bytes())
+            kinds.append(kind_of(images[-1]))
+    channels, dtype, value_range = _reading(kinds)
+    statistics = Statistics(len(paths), channels, dtype, value_range)
+    for image in images:
+        with suppress(BadSample):
+            statistics.add(decode_image(image, channels, value_range, dtype))
+    return _input(statistics, _SIZE, _PATCH)
+
+
+def _input(statistics: Statistics, image_size: int, patch_size: int) -> ModelConfig:
     mean, std = statistics.mean_and_std()
-    given = {"channels": channels, "image_dtype": dtype, "value_range": value_range}
-    return default_input(image_size=image_size, patch_size=patch_size, image_mean=mean, image_std=std, **given)
-
-
-def default_input(**given: Any) -> ModelConfig:
-    """Return the input of an encoder that reads images with three channels of 8 bits. `given`: settings of the section
-    `model` that differ from this."""
     network = {"size": None, "emb_dim": 64, "depth": 1, "num_heads": 1, "vocab_size": 0}
-    return ModelConfig.model_validate(network | given, strict=False)
+    images = {"channels": statistics.channels, "image_dtype": statistics.dtype, "value_range": statistics.value_range}
+    images |= {"image_size": image_size, "patch_size": patch_size, "image_mean": mean, "image_std": std}
+    return ModelConfig.model_validate(network | images, strict=False)
 
 
 def _reading(kinds: Sequence[Kind]) -> tuple[int, str, Range | None]:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import ModelConfig
-from m3ae_fast.evaluation.image_features import ImageFeatures, default_input
+from m3ae_fast.evaluation.image_features import ImageFeatures, image_features
 from m3ae_fast.images.normalisation import normalised
 from m3ae_fast.model.pretrained import weights_digest
 from m3ae_fast.weights.library_model import output_of
+from m3ae_fast.weights.model_name import IMAGE_FEATURES
 from m3ae_fast.weights.open_library_model import open_library_model
 
 _LARGEST_PATCH = 32  # maximum patch size of the input; it affects only how images are packed
@@ -44,12 +45,19 @@ class LibraryFeatures(ImageFeatures):
         return found_SD
 
 
-def open_library_features(name: str, config: ModelConfig | None = None) -> LibraryFeatures:
+def open_fixed_features(name: str, config: ModelConfig) -> ImageFeatures:
+    """Return the features of a name that denotes no M3AE (see `is_network`), on the CPU, in evaluation mode. `config`:
+    how the image files are read; see `image_features.input_config`. Raises UserError as `open_library_features` and
+    `image_features` do."""
+    return image_features(name, config) if name in IMAGE_FEATURES else open_library_features(name, config)
+
+
+def open_library_features(name: str, config: ModelConfig) -> LibraryFeatures:
     """Return a model of timm or transformers on the CPU, in evaluation mode.
 
     Args:
         name: as in `open_library_model`.
-        config: how the image files are read; see `image_features.input_config`. None: as `default_input`.
+        config: how the image files are read; see `image_features.input_config`.
 
     Raises:
         UserError: as in `open_library_model`, or if the model does not accept images of its size, or does not compute
@@ -60,7 +68,7 @@ def open_library_features(name: str, config: ModelConfig | None = None) -> Libra
     patch = max(each for each in range(1, min(side, _LARGEST_PATCH) + 1) if side % each == 0)
     changes: dict[str, Any] = {"image_size": side, "patch_size": patch, "channels": opened.channels}
     changes |= {"image_mean": opened.mean, "image_std": opened.std}
-    given = (config or default_input()).model_copy(update=changes)
+    given = config.model_copy(update=changes)
     found_SD = output_of(opened, opened.network, name)
     if found_SD.ndim != 2:
         raise UserError(f"{name}: computes features of the shape {[*found_SD.shape[1:]]}, not one vector per image")

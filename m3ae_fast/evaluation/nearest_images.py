@@ -18,10 +18,12 @@ from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.arguments import accepts
 from m3ae_fast.drawing.figures import Cell, draw_sheet, levels
 from m3ae_fast.evaluation.embedding import embed, images_in
-from m3ae_fast.evaluation.library_features import open_library_features
+from m3ae_fast.evaluation.image_features import input_of_files
+from m3ae_fast.evaluation.library_features import open_fixed_features
 from m3ae_fast.evaluation.neighbours_options import NeighboursOptions
+from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.launchers import is_first_rank
-from m3ae_fast.weights.model_name import LIBRARIES
+from m3ae_fast.weights.model_name import is_network
 from m3ae_fast.weights.open_model import load_model
 
 _COLUMNS = 6  # images in a row of the figure
@@ -56,7 +58,11 @@ def neighbours(
     paths = [path for path in images_in(given.folder) if not _same(path, given.image)]
     if not paths:
         raise UserError(f"{given.folder}: contains no images other than {given.image}")
-    opened = open_library_features(given.model) if given.model.startswith(LIBRARIES) else load_model(given.model)
+    opened: MultimodalEncoder
+    if is_network(given.model):
+        opened = load_model(given.model)
+    else:
+        opened = open_fixed_features(given.model, input_of_files([given.image, *paths]))
     _checked(given.image, opened.config)
     found = embed(opened, [given.image, *paths], overrides=given.all_overrides, device=given.device)
     keys, features_ND = found["keys"].tolist(), torch.from_numpy(found["features"]).double()

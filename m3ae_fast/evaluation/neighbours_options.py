@@ -9,13 +9,15 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from m3ae_fast.config.arguments import Name, Option, WithSettings, output
-from m3ae_fast.weights.model_name import LIBRARY_HELP, MODEL_HELP
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, LIBRARY_HELP, MODEL_HELP
 
 
 class NeighboursOptions(WithSettings):
     """The options of `m3ae-fast neighbours`."""
 
-    model: Annotated[Name, Option("model", metavar="MODEL")] = Field(description=f"{MODEL_HELP}; or {LIBRARY_HELP}")
+    model: Annotated[Name, Option("model", metavar="MODEL")] = Field(
+        description=f"{MODEL_HELP}; {LIBRARY_HELP}; or {', '.join(IMAGE_FEATURES)}: features without a network"
+    )
     image: Annotated[Name, Option("image", metavar="IMAGE")]
     """image file whose neighbours are searched"""
     folder: Annotated[Name, Option("folder", metavar="FOLDER")]

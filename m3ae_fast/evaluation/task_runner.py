@@ -37,7 +37,7 @@ from m3ae_fast.evaluation.job import (
     summary,
     write_result,
 )
-from m3ae_fast.evaluation.library_features import open_library_features
+from m3ae_fast.evaluation.library_features import open_fixed_features
 from m3ae_fast.evaluation.model_images import set_images
 from m3ae_fast.evaluation.tasks import (
     Compare,
@@ -59,7 +59,7 @@ from m3ae_fast.process.how_to_resume import AGAIN, effect_of_resuming, resumed_b
 from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session, joined_program
 from m3ae_fast.training.run_lock import RunFolder
-from m3ae_fast.weights.model_name import IMAGE_FEATURES, LIBRARIES, PIXELS
+from m3ae_fast.weights.model_name import IMAGE_FEATURES, PIXELS
 from m3ae_fast.weights.open_model import open_model, untrained
 
 
@@ -163,11 +163,9 @@ def _open(
     """Return the model in evaluation mode, on the CPU; None if the task opens models itself."""
     if not isinstance(options, OneModel):
         return None
-    if options.model.startswith(LIBRARIES):
-        reading = ranks.broadcast(lambda: input_config(config.data))
-        return ranks.main_first(lambda: open_library_features(options.model, reading))
     if options.is_image_features:
-        return open_image_features([options.model], config.data, ranks)[options.model]
+        reading = ranks.broadcast(lambda: input_config(config.data))
+        return ranks.main_first(lambda: open_fixed_features(options.model, reading))
     model: MultimodalEncoder | Classifier
     if _is_classifier(options):
         model = Classifier.from_pretrained(options.model)

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 
 from m3ae_fast.base.errors import UserError
@@ -160,16 +161,36 @@ def test_user_errors_are_reported_in_one_line_and_nothing_is_written(features, s
     assert not list(tmp_path.glob("*new*"))
 
 
-def test_features_without_a_network_are_written_for_shards(tmp_path):
+def test_features_without_a_network_are_those_of_the_images_in_shards_or_in_a_folder(tmp_path):
+    """The mean and standard deviation, by which pixels are normalised, are those of the readable images."""
     shard = labelled_tar(tmp_path / "a.tar", range(4))
-    found = {name: embed(name, shard, overrides=["data.workers=0"]) for name in ("pixels", "hog")}
-    assert [found[name]["features"].shape for name in ("pixels", "hog")] == [(4, 768), (4, 900)]
-    assert found["hog"]["keys"].tolist() == [f"{i:05d}" for i in range(4)]
-    assert len(np.unique(found["hog"]["features"], axis=0)) == 4
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos/a.jpg").write_bytes(picture(0))
-    with pytest.raises(UserError, match="hog: needs shards"):
-        embed("hog", tmp_path / "photos")
+    for name, data in labelled_members(range(4)):
+        (tmp_path / "photos" / name).write_bytes(data)
+    (tmp_path / "photos/00004.png").write_bytes(b"no image")
+    no_workers = ["data.workers=0", "data.max_bad_fraction=0.5"]
+    for name, width in (("pixels", 768), ("hog", 900), ("histogram", 64)):
+        found, files = (embed(name, source, overrides=no_workers) for source in (shard, tmp_path / "photos"))
+        assert found["features"].shape == (4, width) and len(np.unique(found["features"], axis=0)) == 4
+        assert found["keys"].tolist() == [f"{i:05d}" for i in range(4)]
+        assert files["keys"].tolist() == [f"{i:05d}.png" for i in range(4)]
+        np.testing.assert_array_equal(files["features"], found["features"])
+
+
+def test_the_range_of_images_with_16_bits_in_a_folder_is_that_of_most_images(tmp_path):
+    """One image has values far above those of the others, and would reduce their contrast."""
+    pixels = np.random.RandomState(0).randint(100, 400, (20, 48, 48)).astype(np.uint16)
+    pixels[7] += 60_000
+    for number, each in enumerate(pixels):
+        Image.fromarray(each).save(tmp_path / f"{number:02d}.png")
+    found = embed("histogram", tmp_path, overrides=["data.workers=0"])["features"]
+    assert found.shape == (20, 16) and (found[0] > 0).all()
+    for number, filled in ((0, 16), (7, 1)):
+        assert np.count_nonzero(found[number]) == filled
+
+
+def test_features_without_a_network_have_neither_patches_nor_captions(tmp_path):
+    shard = labelled_tar(tmp_path / "a.tar", range(4))
     for options in ({"patches": True}, {"modality": "text"}):
         with pytest.raises(UserError, match="hog has one vector of features for each image"):
             embed("hog", shard, **options)

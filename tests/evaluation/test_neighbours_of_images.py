@@ -46,6 +46,12 @@ def test_the_command_prints_and_draws_similar_images_without_the_image_itself(ru
     assert Image.open(out).width > 600
 
 
+@pytest.mark.parametrize("features", ["pixels", "hog", "histogram"])
+def test_neighbours_are_found_by_features_without_a_network(photos, features):
+    found = neighbours(features, photos / "a/0.png", photos, pictures=3, overrides=["data.workers=0"])
+    assert {each.path for each in found} == {str(photos / f"a/{number}.png") for number in (1, 2, 3)}
+
+
 def test_user_errors_are_reported_in_one_line(run, photos, tmp_path):
     (tmp_path / "alone").mkdir()
     (photos / "a/0.png").rename(tmp_path / "alone/0.png")
