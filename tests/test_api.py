@@ -12,7 +12,7 @@ from PIL import Image
 
 import m3ae_fast
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.evaluation import task_runner
+from m3ae_fast.evaluation import embedding, task_runner
 from m3ae_fast.evaluation.tasks import Knn
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.training.run_state import status
@@ -215,6 +215,24 @@ def test_embedding_a_folder_of_shards_equals_embedding_its_shards(run, tmp_path)
     one, other = (m3ae_fast.embed(run, source, overrides=["data.workers=0"]) for source in (tmp_path, shard))
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
     assert set(one) == {"keys", "shards", "features", "labels"}
+
+
+@pytest.mark.parametrize("command", ["embed", "neighbours"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_features_are_computed(
+    run, images, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(embedding, "encode_types", lambda *_, **__: pytest.fail("computed"))
+    calls = {
+        "embed": lambda out: m3ae_fast.embed(run, images, out=out),
+        "neighbours": lambda out: m3ae_fast.neighbours(run, next(images.rglob("*.png")), images, out=out),
+    }
+    suffix = {"embed": "npz", "neighbours": "png"}[command]
+    with pytest.raises(UserError, match=r"cannot be written \(.* is a file\)"):
+        calls[command](f"{__file__}/out.{suffix}")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the superuser may write to all folders
+    with pytest.raises(UserError, match=rf"cannot be written \(no permission to write to {tmp_path}\); choose another"):
+        calls[command](tmp_path / f"new/out.{suffix}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

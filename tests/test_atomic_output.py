@@ -242,6 +242,17 @@ def test_a_tokenizer_that_does_not_fit_on_the_disk_is_an_ordinary_error():
         tokenizer.save(Path("/dev/full"))
 
 
+def test_a_file_in_place_of_the_folder_of_an_output_is_named(tmp_path):
+    """The system's own message, "File exists", would seem to be about the output."""
+    (tmp_path / "a").write_text("mine")
+    with (
+        pytest.raises(UserError, match=rf"a/b/c.txt: cannot be written \({tmp_path}/a is a file\); choose another"),
+        atomic_write(tmp_path / "a/b/c.txt"),
+    ):
+        pass
+    assert (tmp_path / "a").read_text() == "mine"
+
+
 def test_a_link_named_like_an_unfinished_file_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / ".a.txt.0.partial").symlink_to(tmp_path / "precious")

@@ -27,8 +27,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path` and rename it to `path` when the block ends. Missing parent folders are
     created. If several processes write the same file at once, the last one to finish wins. Raises UserError if `path`
     is a folder or cannot be written. After any exception, `path` is unchanged."""
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; specify a file")
+    _require_file_in_folder(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +41,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def require_writable(path: Path) -> None:
+    """Raise UserError if `atomic_write(path)` is certain to fail. Programs call this before a long computation; nothing
+    is created."""
+    folder = _require_file_in_folder(path)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{path}: cannot be written (no permission to write to {folder}); choose another folder")
+
+
+def _require_file_in_folder(path: Path) -> Path:
+    """Return the folder that contains `path` or, if this folder does not exist, the closest one that does. Raises
+    UserError if `path` is a folder, or one of its parents is a file."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; specify a file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise UserError(f"{path}: cannot be written ({folder} is a file); choose another folder")
+    return folder
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from m3ae_fast.base import s3_and_gs
-from m3ae_fast.base.atomic_file import atomic_write
+from m3ae_fast.base.atomic_file import atomic_write, require_writable
 from m3ae_fast.base.bad_samples import BadSample, Skipped
 from m3ae_fast.base.errors import ErrorElsewhere, UserError
 from m3ae_fast.base.hardware import keep_freed_memory, pins_memory
@@ -138,8 +138,11 @@ def _settings(options: EmbedOptions, images: tuple[str, list[str]] | None) -> Ev
 
 
 def _check_out(out: Path | None) -> None:
-    if out is not None and out.exists():
+    if out is None:
+        return
+    if out.exists():
         raise UserError(f"out {out}: already exists; remove it or choose another name")
+    require_writable(out)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from m3ae_fast.base.atomic_file import require_writable
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.config import ModelConfig
@@ -58,6 +59,8 @@ def neighbours(
     paths = [path for path in images_in(given.folder) if not _same(path, given.image)]
     if not paths:
         raise UserError(f"{given.folder}: contains no images other than {given.image}")
+    if given.out is not None and is_first_rank():
+        require_writable(given.out)
     opened: MultimodalEncoder
     if is_network(given.model):
         opened = load_model(given.model)
