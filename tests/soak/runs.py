@@ -50,7 +50,7 @@ CONFIG = {
     },
     "optim": {"peak_lr": 2e-2, "warmup_epochs": 0, "clip_grad": 1.0},
     "train": {
-        "global_batch": 16, "micro_batch": 4, "steps": STEPS, "precision": "fp32", "log_every": 1, "eval_every": 20,
+        "global_batch": 16, "micro_batch": 8, "steps": STEPS, "precision": "fp32", "log_every": 1, "eval_every": 20,
         "eval_samples": 33, "save_every": 5, "keep": 2, "pictures": 0,
     },
     "deepspeed": None,
@@ -60,7 +60,7 @@ ODD_CAPTIONS = (  # unusual captions, some of which are invalid; none may affect
     "\u202ec\u0301at \U0001f408".encode(),
 )  # fmt: skip
 _SPLIT = {"zero_optimization": {"stage": 3}}
-# Number of ranks and the deepspeed section. With 33 held-out samples, evaluated 8 at a time, the second rank has no
+# Number of ranks and the deepspeed section. With 33 held-out samples, evaluated 16 at a time, the second rank has no
 # sample in the last batch.
 LAYOUTS = {
     "1 rank": (1, None),
