@@ -6,21 +6,21 @@ import pickle
 import m3ae_kernels
 import pytest
 import torch
+import transformers  # it imports a model when the model is first used
 from m3ae_kernels import patch_model
 from torch import Tensor, nn
-from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
 MEAN, STD = (0.48, 0.45, 0.4), (0.22, 0.23, 0.22)
 
 
-def vit_mae(**changes) -> ViTMAEForPreTraining:
+def vit_mae(**changes) -> nn.Module:
     torch.manual_seed(0)
-    config = ViTMAEConfig(
+    config = transformers.ViTMAEConfig(
         image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
         decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=3,
         decoder_intermediate_size=48, **changes,
     )  # fmt: skip
-    model = ViTMAEForPreTraining(config)
+    model = transformers.ViTMAEForPreTraining(config)
     with torch.no_grad():
         for parameter in model.parameters():  # zeros in biases and positions would hide mistakes
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -133,7 +133,7 @@ def test_a_copy_of_a_patched_model_reads_its_own_weights():
 
 def test_a_patched_encoder_equals_the_plain_one():
     torch.manual_seed(0)
-    plain = ViTMAEModel(vit_mae().config)
+    plain = transformers.ViTMAEModel(vit_mae().config)
     fused = m3ae_kernels.patch_model(copy.deepcopy(plain))
     floating, noise = images()[1], torch.rand(4, 16)
     expected, found = (model(floating, noise=noise).last_hidden_state for model in (plain, fused))
