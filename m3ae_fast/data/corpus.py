@@ -160,6 +160,10 @@ def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress:
                 where = f" (its cached copy is {store.copy(shard.shard)})" if store.must_be_copied(shard.shard) else ""
                 reason = f"the tar{where} {shard.summary.damage}; {shard.summary.samples} of its samples are used"
                 corpus.damaged.append(Skipped(shard.shard, "", reason))
+            elif not shard.summary.samples:
+                others = describe_ignored([shard])
+                reason = "contains no samples" + (f"; files in the shard: {others}" if others else "")
+                corpus.damaged.append(Skipped(shard.shard, "", reason))
         if not shards:
             raise none_read(lost[0], len(lost))
         damage = next((f"; {shard.shard} {shard.summary.damage}" for shard in shards if shard.summary.damage), "")

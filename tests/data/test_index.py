@@ -404,6 +404,18 @@ def test_ignored_files_are_named_and_counted(tmp_path, store, capsys):
         open_corpus([SourceConfig(shards=films)], store)
 
 
+def test_a_shard_without_samples_is_named(tmp_path, store):
+    """Its files would otherwise silently be missing, because the other shards contain samples."""
+    good = write_tar(tmp_path / "good.tar", members(range(3)))
+    films = write_tar(tmp_path / "films.tar", [(f"{i}.mp4", b"film") for i in range(3)])
+    corpus = open_corpus([SourceConfig(shards=[good, films, write_tar(tmp_path / "none.tar", [])])], store)
+    assert corpus.samples == 3
+    assert list(map(str, corpus.damaged)) == [
+        f"{films}: contains no samples; files in the shard: 3 .mp4",
+        f"{tmp_path / 'none.tar'}: contains no samples",
+    ]
+
+
 def test_a_summary_names_at_most_a_few_suffixes(tmp_path, store):
     files = [("a.jpg", picture(0)), *((f"a.{i}{'x' * 500}", b"") for i in range(2000))]
     shard = write_tar(tmp_path / "a.tar", files)
