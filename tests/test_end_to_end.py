@@ -74,6 +74,12 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="not an exported M3AE"):
         M3AE.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="SOURCE is empty; specify weights"):
+        convert("", tmp_path / "out")
+    (tmp_path / "model.safetensors").symlink_to("model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"its model\.safetensors cannot be read: .*Too many levels of symbolic links"):
+        convert(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("mistake", ["train.stepps=1", "data.train.0.shards=/nowhere/x.tar"])

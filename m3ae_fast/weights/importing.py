@@ -6,6 +6,7 @@ To support the format of another library, add a module next to this one and a br
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def read_source(source: str, heads: ViTOptions) -> Pretrained:
 
 
 def _recognise(source: str, heads: ViTOptions) -> Pretrained:
+    if not source:
+        raise UserError("SOURCE is empty; specify weights: a file, a folder, or a name on the Hub")
     path = find_folder(source)
     if path.is_dir():
         return _read_folder(path, source, heads)
@@ -72,7 +75,7 @@ def _read_folder(path: Path, source: str, heads: ViTOptions) -> Pretrained:
         return run_weights(saved_run(path))
     if is_timm_folder(path):
         return read_timm_folder(path, heads)
-    if (path / MODEL_FILE).is_file():
+    if os.path.lexists(path / MODEL_FILE):  # also if it is a pipe or a broken link, so that the error names it
         return read_pretrained(source)
     refuse_part(path, source)
     raise UserError(f"{source}: the folder contains neither checkpoints nor an exported model")
