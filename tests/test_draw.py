@@ -103,12 +103,15 @@ def test_an_export_that_cannot_be_drawn_is_refused_with_the_reason(run, tmp_path
     write_pretrained(tmp_path / "encoder", replace(encoder, state=state))
     targets = replace(encoder, config=encoder.config.model_copy(update={"image_targets": "vqgan"}))
     write_pretrained(tmp_path / "targets", targets)
+    endless = {name: tensor * float("nan") for name, tensor in encoder.state.items()}
+    write_pretrained(tmp_path / "nan", replace(encoder, state=endless))
     val, out = ["--val", labelled_tar(tmp_path / "val.tar", range(3))], ["--out", str(tmp_path / "a.png")]
     for name, options, message in (
         ("export", val, "specify samples with --val, and the figure with --out"),
         ("export", out, "specify samples with --val, and the figure with --out"),
         ("encoder", [*val, *out], "contains no decoder"),
         ("targets", [*val, *out], "predicts ids of an image tokenizer"),
+        ("nan", [*val, *out], rf"^{tmp_path}/nan: \S+ is not finite"),
     ):
         with pytest.raises(UserError, match=message):
             main(["reconstructions", str(tmp_path / name), *options])

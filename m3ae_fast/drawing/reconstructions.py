@@ -52,12 +52,12 @@ class _Row(NamedTuple):
     zero_error: float = 0.0  # sum of the squared errors of the zero prediction, in the same units
 
 
-def open_weights(config: Config, weights: dict[str, Tensor]) -> M3AE:
+def open_weights(config: Config, weights: dict[str, Tensor], source: str = "the run's weights") -> M3AE:
     """Return the model of a run on the CPU. `weights`: float32 tensors by parameter name, which become the model's
-    parameters. Raises UserError if they do not fit the config."""
+    parameters; `source`: their name in errors. Raises UserError if they do not fit the config."""
     with torch.device("meta"):  # initialising weights would use the random generator of the ongoing training
         model = M3AE(config.model, config.loss)
-    load_weights(model, weights, "the run's weights", assign=True)
+    load_weights(model, weights, source, assign=True)
     return model
 
 
@@ -75,15 +75,16 @@ def draw_run(
     path: Path,
     count: int,
     ratios: Sequence[float] = (),
+    source: str = "the run's weights",
 ) -> int:
     """Plot reconstructions of `count` evenly spaced samples of `corpus`, as in `draw_reconstructions`. They are
     computed on the CPU from a run's weights. `ratios`: mask ratios of the image; every sample is reconstructed with
-    each of them. If `ratios` is empty, the ratio of the run is used.
+    each of them. If `ratios` is empty, the ratio of the run is used. `source`: the name of the weights in errors.
 
     Returns:
         The number of plotted rows. If no sample is valid, it is 0, and no PNG is written.
     """
-    model = open_weights(config, weights)
+    model = open_weights(config, weights, source)
     by_ratio = []
     for ratio in ratios or [config.masking.image_ratio]:
         masking = config.masking.model_copy(update={"image_ratio": ratio})

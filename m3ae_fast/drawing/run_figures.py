@@ -54,7 +54,8 @@ def reconstructions(run: str | Path, **options: Any) -> Path:
         raise UserError(f"{run}: predicts features of a teacher, which cannot be drawn; use m3ae-fast draw attention")
     tokenizer = open_tokenizer(source.config.data, source.config.model)
     path = given.out or Path(run, "reconstructions.png")
-    if not draw_run(source.config, weights, source.corpus, tokenizer, path, given.pictures, [*given.ratios]):
+    shown = source.config, weights, source.corpus, tokenizer, path, given.pictures, [*given.ratios]
+    if not draw_run(*shown, source=str(run)):
         raise UserError("none of the samples can be used; m3ae-fast shards stats SHARDS prints the reasons")
     return path
 
