@@ -19,8 +19,7 @@ from m3ae_fast.config import LONGEST, MAX_CHANNELS, Config, Range, parse, requir
 from m3ae_fast.config.load import apply_override
 from m3ae_fast.config.poolings import usual_pool
 from m3ae_fast.pretraining.model_sizes import MODEL_SIZES, ModelSize
-from m3ae_fast.weights.library_model import split_side
-from m3ae_fast.weights.model_name import LOCAL_DIR, TIMM, TRANSFORMERS
+from m3ae_fast.weights.model_name import LOCAL_DIR, TIMM, TRANSFORMERS, split_side
 
 TOKENIZER = "tokenizer.json"  # file name of the tokenizer in the run folder
 # a model larger than the smallest is chosen only if it can be trained for this many epochs and samples

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 
-_LARGEST = 4096  # maximum side of the images in pixels
-
 
 class LibraryModel(NamedTuple):
     """A model without its classifier, on the CPU and in evaluation mode, and the images that it expects.
@@ -49,17 +47,6 @@ def accepting(call: Callable[[], Any], where: str, side: int | None) -> Any:
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         what = f"the model does not accept images of {side} x {side} pixels ({reason(error)})"
         raise UserError(f"{where}: {what}") from None
-
-
-def split_side(own: str, where: str) -> tuple[str, int | None]:
-    """Split NAME@SIDE into NAME and SIDE, which is None for a NAME alone. Raises UserError, whose message begins with
-    `where`, if the side is not a possible size of images."""
-    before, _, size = own.rpartition("@")
-    if not before or not size.isdecimal():
-        return own, None
-    if not 0 < int(size) <= _LARGEST:
-        raise UserError(f"{where}: the size of the images, {int(size)} pixels, must be from 1 to {_LARGEST:,}")
-    return before, int(size)
 
 
 def normalisation(

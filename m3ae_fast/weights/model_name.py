@@ -1,4 +1,6 @@
-"""Names of models on the command line. This module imports nothing, so that `--help` is fast."""
+"""Names of models on the command line. This module does not import torch, so that `--help` is fast."""
+
+from m3ae_fast.base.errors import UserError
 
 TIMM = "timm:"  # prefix of the name of a timm model
 TRANSFORMERS = "transformers:"  # prefix of the name of a model of transformers
@@ -22,8 +24,21 @@ FEATURES_HELP = (  # what `compare` also accepts
 )
 CLASSIFIER_HELP = "the OUT folder of a logistic, linear or finetune task"
 
+_LARGEST = 4096  # maximum side of the images in pixels
+
 
 def is_network(model: str) -> bool:
     """Return whether a name denotes an M3AE, which has layers, poolings and patch tokens. It is False for models
     of other libraries and for features without a network, which have one vector for each image."""
     return model not in IMAGE_FEATURES and not model.startswith(LIBRARIES)
+
+
+def split_side(own: str, where: str) -> tuple[str, int | None]:
+    """Split NAME@SIDE into NAME and SIDE, which is None for a NAME alone. Raises UserError, whose message begins with
+    `where`, if the side is not a possible size of images."""
+    before, _, size = own.rpartition("@")
+    if not before or not size.isdecimal():
+        return own, None
+    if not 0 < int(size) <= _LARGEST:
+        raise UserError(f"{where}: the size of the images, {int(size)} pixels, must be from 1 to {_LARGEST:,}")
+    return before, int(size)

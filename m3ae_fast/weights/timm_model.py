@@ -12,8 +12,8 @@ from torch import Tensor
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import library
 from m3ae_fast.weights.importing import read_weights
-from m3ae_fast.weights.library_model import LibraryModel, accepting, normalisation, reason, split_side
-from m3ae_fast.weights.model_name import TIMM
+from m3ae_fast.weights.library_model import LibraryModel, accepting, normalisation, reason
+from m3ae_fast.weights.model_name import TIMM, split_side
 
 
 def open_timm_model(name: str) -> LibraryModel:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hub import hub_answers, is_hub_name
 from m3ae_fast.base.libraries import library
-from m3ae_fast.weights.library_model import LibraryModel, accepting, normalisation, reason, split_side
-from m3ae_fast.weights.model_name import TRANSFORMERS
+from m3ae_fast.weights.library_model import LibraryModel, accepting, normalisation, reason
+from m3ae_fast.weights.model_name import TRANSFORMERS, split_side
 
 
 class _Features(nn.Module):
