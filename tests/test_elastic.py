@@ -15,7 +15,7 @@ from tests.helpers.trainer import ROOT
 pytestmark = pytest.mark.slow
 
 OPTIONS = ("train.steps=50", "train.save_every=5", "train.eval_every=1000", "run.loggers=[]")
-WITHIN_S = 60.0  # maximum seconds until training continues
+WITHIN_S = 180.0  # maximum seconds until training continues, also on a busy machine
 
 
 def kill(agent):
