@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from m3ae_fast.config.arguments import Arguments, add_arguments
 from m3ae_fast.evaluation import tasks
 from m3ae_fast.evaluation.tasks import TASKS, Task
-from m3ae_fast.heads.length_and_rate import IMAGENET, OFFICIAL
+from m3ae_fast.heads.training_defaults import IMAGENET, OFFICIAL
 
 HEAD = """# Evaluation tasks
 
@@ -52,9 +52,9 @@ derived.
 - The peak learning rate of the probe is raised if there are fewer steps than for ImageNet. For a batch of 256, the peak
   learning rate multiplied by the number of steps is at most about 5 times the number of training samples.
 
-`m3ae_fast/heads/length_and_rate.py` explains the reasons, and `lab/results/recipe.md` contains a comparison with other
-values. At the end, a task warns if the training accuracy was still rising, if the number of steps was small, or if the
-learning rate that the attentive probe selected was the lowest or the highest candidate.
+`m3ae_fast/heads/training_defaults.py` explains the reasons, and `lab/results/recipe.md` contains a comparison with
+other values. At the end, a task warns if the training accuracy was still rising, if the number of steps was small, or
+if the learning rate that the attentive probe selected was the lowest or the highest candidate.
 """
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from m3ae_fast.base.stop_signals import SIGNALS
+from m3ae_fast.base.signal_numbers import SIGNALS
 
 if __name__ == "__main__":  # `StopRequest` handles signals that arrive during the import of torch, which takes seconds
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -39,7 +39,7 @@ from m3ae_fast.data.manifest import rows_of
 from m3ae_fast.data.manifest import write as write_manifest
 from m3ae_fast.engine.memory_estimate import memory_needed
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation.baselines import UNTRAINED
+from m3ae_fast.evaluation.baseline_results import UNTRAINED
 from m3ae_fast.pretraining import automatic_settings, final_evaluation, size_and_length, source_shards, stages
 from m3ae_fast.pretraining import dataset_statistics as look_module
 from m3ae_fast.pretraining.automatic_settings import (

@@ -17,7 +17,7 @@ from m3ae_fast.checkpoint.folder import Info
 from m3ae_fast.cli.report import main
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, Line, draw_charts, points_of
 from m3ae_fast.drawing.reconstructions import GIVEN_AWAY
-from m3ae_fast.evaluation.difference import against_largest_class
+from m3ae_fast.evaluation.compare_results import against_largest_class
 from m3ae_fast.evaluation.run_report import write_report
 
 LINES = [

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     task, given = parse_args(argv)
     if task is Compare:
         if given.keys() == {"model"}:
-            from m3ae_fast.evaluation.difference import compare_results
+            from m3ae_fast.evaluation.compare_results import compare_results
 
             print(compare_results([*map(Path, given["model"])]))
             return 0

@@ -232,7 +232,7 @@ _LOOP = (
     *("train.global_batch", "train.micro_batch", "train.epochs", "train.steps"),
     *("train.log_every", "train.eval_every", "train.save_every", "train.keep"),
 )
-_DERIVED = "derived from the number of training samples"
+_DERIVED = "derived from the number of training samples"  # by heads/training_defaults.py
 
 LINEAR = Uses(
     ("encode", *_SCHEDULE, *_LOOP, *CROPS),

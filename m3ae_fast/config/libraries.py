@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from m3ae_fast.base import s3_and_gs
 from m3ae_fast.base.libraries import require_libraries
+from m3ae_fast.config.section_protocols import TrainingSections
 from m3ae_fast.config.settings import Config
-from m3ae_fast.config.training_sections import TrainingSections
 
 
 def require_libraries_of(config: Config, ranks: int) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import dtype_of, has_compiler, keep_freed_memory
 from m3ae_fast.config import Config
-from m3ae_fast.config.training_sections import TrainingSections
+from m3ae_fast.config.section_protocols import TrainingSections
 from m3ae_fast.data import split_batch
 from m3ae_fast.engine.interface import ModelEngine
 from m3ae_fast.engine.memory_estimate import lacking_for_activations, recomputes

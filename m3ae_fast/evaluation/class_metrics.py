@@ -17,7 +17,7 @@ import torch
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_confusion
-from m3ae_fast.evaluation.difference import against_largest_class, one_prediction_each
+from m3ae_fast.evaluation.compare_results import against_largest_class, one_prediction_each
 from m3ae_fast.evaluation.significance import area_under_roc
 from m3ae_fast.heads.predictions import FILE, IMAGE_HASH
 from m3ae_fast.heads.standard_error import ERROR, effective_samples, error_of_accuracy, image_clusters

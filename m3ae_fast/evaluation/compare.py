@@ -27,7 +27,7 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.fingerprint import written
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_comparison
-from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED, warning
+from m3ae_fast.evaluation.baseline_results import LARGEST, UNTRAINED, warning
 from m3ae_fast.evaluation.class_metrics import accuracy_by_class
 from m3ae_fast.evaluation.image_features import FixedFeatures, available, input_config, open_image_features
 from m3ae_fast.evaluation.job import Encoded, Job, summary

@@ -32,11 +32,11 @@ from m3ae_fast.evaluation.labelled_task import ClassLosses, LabelledTask, open_t
 from m3ae_fast.evaluation.tasks import Finetune
 from m3ae_fast.heads.classifier import Classifier, ClassifierConfig
 from m3ae_fast.heads.encoding import check_skipped
-from m3ae_fast.heads.length_and_rate import sentence
 from m3ae_fast.heads.predictions import Predictions
+from m3ae_fast.heads.training_defaults import sentence
 from m3ae_fast.process.stoppable_loop import Stopped, until_stopped
 from m3ae_fast.training.diagnostics import fix_of_losses
-from m3ae_fast.training.initial_weights import constants
+from m3ae_fast.training.init_from import constants
 from m3ae_fast.training.trainer import Trainer
 
 # if train.eval_every is not set: maximum number of evaluations, and maximum fraction of the run's time for them

@@ -21,14 +21,14 @@ from m3ae_fast.data.fingerprint import fingerprint
 from m3ae_fast.drawing.figures import draw_training
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
-from m3ae_fast.evaluation.baselines import LOGISTIC, MODEL, WARNINGS, accuracy_entries
+from m3ae_fast.evaluation.baseline_results import LOGISTIC, MODEL, WARNINGS, accuracy_entries
 from m3ae_fast.evaluation.job import LONG_S, SHORT_S, Job
 from m3ae_fast.evaluation.task_features import encode_baselines
 from m3ae_fast.evaluation.tasks import WithResume
 from m3ae_fast.heads import logistic_regression
-from m3ae_fast.heads.length_and_rate import OFFICIAL, chosen, with_defaults
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.heads.standard_error import ERROR
+from m3ae_fast.heads.training_defaults import OFFICIAL, chosen, with_defaults
 from m3ae_fast.heads.training_warnings import training_warnings
 from m3ae_fast.training.throughput import SampleCounts, SampleRate
 from m3ae_fast.training.trainer import Trainer

@@ -26,9 +26,9 @@ from m3ae_fast.evaluation.task_features import encode
 from m3ae_fast.evaluation.tasks import Linear
 from m3ae_fast.heads.feature_bank import FeatureBank
 from m3ae_fast.heads.fit_heads import Stack, logits
-from m3ae_fast.heads.length_and_rate import sentence
 from m3ae_fast.heads.modules import LinearHeads
 from m3ae_fast.heads.stacked_optimizers import LARS
+from m3ae_fast.heads.training_defaults import sentence
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.model.inference import encoding
 from m3ae_fast.model.pretrained import weights_digest

@@ -13,7 +13,7 @@ import torch
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.data.labels import Classes
-from m3ae_fast.evaluation.baselines import against_chance
+from m3ae_fast.evaluation.baseline_results import against_chance
 from m3ae_fast.heads.average_precision import mean_average_precisions
 from m3ae_fast.heads.predictions import ListPredictions
 

@@ -35,7 +35,7 @@ from m3ae_fast.config.evaluation import EncodeConfig
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_detection
-from m3ae_fast.evaluation.baselines import WARNINGS
+from m3ae_fast.evaluation.baseline_results import WARNINGS
 from m3ae_fast.evaluation.job import Job, summary
 from m3ae_fast.evaluation.significance import area_under_roc, middle
 from m3ae_fast.evaluation.task_features import encode

@@ -15,7 +15,7 @@ from m3ae_fast.config.arguments import chosen_layers
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.labels import Classes
 from m3ae_fast.drawing.figures import draw_accuracies
-from m3ae_fast.evaluation.baselines import (
+from m3ae_fast.evaluation.baseline_results import (
     LOGISTIC,
     MODEL,
     TOGETHER,

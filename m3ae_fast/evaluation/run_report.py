@@ -16,7 +16,7 @@ from m3ae_fast.base.metrics_file import read_metrics
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.drawing.curves import LEARNING, RUNNING, Chart, draw_charts
 from m3ae_fast.drawing.reconstructions import GIVEN_AWAY
-from m3ae_fast.evaluation.baselines import (
+from m3ae_fast.evaluation.baseline_results import (
     BASELINES,
     UNTRAINED,
     WARNINGS,
@@ -26,7 +26,7 @@ from m3ae_fast.evaluation.baselines import (
     differences,
     is_baseline,
 )
-from m3ae_fast.evaluation.difference import verdicts
+from m3ae_fast.evaluation.compare_results import verdicts
 from m3ae_fast.heads.standard_error import ERROR, standard_error
 from m3ae_fast.training.diagnostics import Diagnostic, Metrics, diagnose, verdict
 from m3ae_fast.training.run_state import status

@@ -30,7 +30,7 @@ from m3ae_fast.data import Corpus
 from m3ae_fast.data.segmentation_masks import Masks, masked_corpus
 from m3ae_fast.drawing.figures import Cell, draw_sheet
 from m3ae_fast.engine.schedule import warmup_cosine
-from m3ae_fast.evaluation.baselines import LARGEST, MODEL, Baseline, against_chance, baseline_entries
+from m3ae_fast.evaluation.baseline_results import LARGEST, MODEL, Baseline, against_chance, baseline_entries
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.significance import resampled_difference
 from m3ae_fast.evaluation.task_features import encode_patches

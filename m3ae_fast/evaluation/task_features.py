@@ -8,7 +8,7 @@ from m3ae_fast.base.pace import Pace
 from m3ae_fast.config import Pool
 from m3ae_fast.config.poolings import candidates
 from m3ae_fast.data import Corpus
-from m3ae_fast.evaluation.baselines import MODEL
+from m3ae_fast.evaluation.baseline_results import MODEL
 from m3ae_fast.evaluation.image_features import FixedFeatures
 from m3ae_fast.evaluation.job import Encoded, Job
 from m3ae_fast.heads.encoding import PassMonitor, UnusableSamples, corpus_batches, encode_batches, encode_types

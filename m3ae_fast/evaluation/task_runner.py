@@ -16,7 +16,7 @@ from m3ae_fast.base.hardware import keep_freed_memory
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.config import engine_libraries
 from m3ae_fast.config.evaluation import EvaluationConfig, evaluation_config
-from m3ae_fast.evaluation.baselines import (
+from m3ae_fast.evaluation.baseline_results import (
     BASELINES,
     MODEL,
     TOGETHER,

@@ -19,12 +19,12 @@ from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.fit_heads import Heads, Stack, fit_heads, judge, logits, stored_steps
 from m3ae_fast.heads.hyperparameter_choice import Trial, best, edge, split
 from m3ae_fast.heads.knn import knn_predictions
-from m3ae_fast.heads.length_and_rate import OFFICIAL
 from m3ae_fast.heads.logistic_regression import Tried
 from m3ae_fast.heads.modules import AttentiveHeads, LinearHeads
 from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.heads.recipe import ATTENTIVE, Recipe
 from m3ae_fast.heads.stacked_optimizers import AdamW
+from m3ae_fast.heads.training_defaults import OFFICIAL
 from m3ae_fast.heads.training_warnings import training_warnings
 from m3ae_fast.process.heartbeats import Heartbeats
 from m3ae_fast.process.ranks import Ranks

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from m3ae_fast.config import KnnConfig
 from m3ae_fast.config.evaluation import EvaluationConfig
 from m3ae_fast.engine.schedule import warmup_cosine
-from m3ae_fast.heads.length_and_rate import OFFICIAL
+from m3ae_fast.heads.training_defaults import OFFICIAL
 
 ATTENTIVE = "attentive"  # the probe of patch tokens; the only one whose result depends on the seed
 ATTENTIVE_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # peak learning rates to try with AdamW

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from m3ae_fast.heads.length_and_rate import Official
+from m3ae_fast.heads.training_defaults import Official
 
 _RISE = 0.02  # smallest rise in training accuracy that is reported
 

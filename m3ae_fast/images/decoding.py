@@ -29,7 +29,7 @@ except ImportError:  # simplejpeg has no wheel for this Python (such as 3.15) or
 
 MAX_PIXELS = 1 << 27  # a larger image is rejected as a decompression bomb
 # Other formats are rejected: Pillow would pass an EPS file to Ghostscript.
-# The suffixes of files that are read are in data/index.py.
+# images/suffixes.py lists the suffixes of image files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF")
 # First bytes of other formats that are often found in place of images, for error messages.
 _OTHERS = {

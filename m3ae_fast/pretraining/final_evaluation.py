@@ -17,9 +17,9 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
 from m3ae_fast.checkpoint.state_files import sha256
 from m3ae_fast.config import Config, SourceConfig
-from m3ae_fast.evaluation.baselines import BASELINES, LARGEST, MODEL, WITH_HOG
+from m3ae_fast.evaluation.baseline_results import BASELINES, LARGEST, MODEL, WITH_HOG
 from m3ae_fast.evaluation.compare import with_error
-from m3ae_fast.evaluation.difference import all_differences
+from m3ae_fast.evaluation.compare_results import all_differences
 from m3ae_fast.evaluation.job import RESULT_FILE, SharedFeatures
 from m3ae_fast.evaluation.significance import Difference
 from m3ae_fast.evaluation.task_runner import evaluate

@@ -15,7 +15,7 @@ from types import FrameType
 import psutil
 
 from m3ae_fast.base.errors import in_program
-from m3ae_fast.base.stop_signals import SIGNALS
+from m3ae_fast.base.signal_numbers import SIGNALS
 
 _TICK_S = 0.25  # seconds between checks of the launcher
 _GRACE_S = 3.0  # seconds for the main thread to clean up if there is nothing to save

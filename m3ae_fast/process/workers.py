@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from m3ae_fast.base import forking  # noqa: F401  # imported for its effect on forked workers
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.base.stop_signals import SIGNALS
+from m3ae_fast.base.signal_numbers import SIGNALS
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

@@ -44,7 +44,7 @@ from m3ae_fast.process.ranks import Ranks
 from m3ae_fast.process.session import Session
 from m3ae_fast.training.diagnostics import fix_of_losses
 from m3ae_fast.training.extension import is_extended, resumed_schedule
-from m3ae_fast.training.initial_weights import constants, start_from
+from m3ae_fast.training.init_from import constants, start_from
 from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_lock import RunFolder
 from m3ae_fast.training.teacher import Teacher, open_teacher, with_target_width

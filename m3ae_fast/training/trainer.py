@@ -18,7 +18,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.checkpoint.saver import Saver
-from m3ae_fast.config.training_sections import TrainingSections
+from m3ae_fast.config.section_protocols import TrainingSections
 from m3ae_fast.data import Share
 from m3ae_fast.engine.feed import StepInput, feed
 from m3ae_fast.engine.interface import Engine

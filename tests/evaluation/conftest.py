@@ -7,8 +7,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config.evaluation import FINETUNE
-from m3ae_fast.evaluation.baselines import UNTRAINED
-from m3ae_fast.evaluation.difference import compare_results
+from m3ae_fast.evaluation.baseline_results import UNTRAINED
+from m3ae_fast.evaluation.compare_results import compare_results
 from m3ae_fast.evaluation.significance import Difference
 from m3ae_fast.evaluation.tasks import TASKS, WithBaselines
 from tests.helpers.labelled import labelled_tar, tiny_run

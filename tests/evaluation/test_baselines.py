@@ -19,8 +19,8 @@ from m3ae_fast.batch.inputs import unmasked_sample
 from m3ae_fast.batch.packing import pack
 from m3ae_fast.config import DataConfig, ModelConfig
 from m3ae_fast.evaluation import image_features, labelled_task, task_features
-from m3ae_fast.evaluation.baselines import LARGEST, MODEL, UNTRAINED, accuracy_entries, baseline_models
-from m3ae_fast.evaluation.difference import against_largest_class
+from m3ae_fast.evaluation.baseline_results import LARGEST, MODEL, UNTRAINED, accuracy_entries, baseline_models
+from m3ae_fast.evaluation.compare_results import against_largest_class
 from m3ae_fast.evaluation.image_features import SIDE, Histogram, OrientedGradients, Pixels, available, input_config
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference, difference

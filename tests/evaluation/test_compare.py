@@ -17,9 +17,9 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import write_parquet
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.evaluation import compare, ood
-from m3ae_fast.evaluation.baselines import LARGEST, UNTRAINED
+from m3ae_fast.evaluation.baseline_results import LARGEST, UNTRAINED
 from m3ae_fast.evaluation.compare import ComparedPredictions, model_names
-from m3ae_fast.evaluation.difference import compare_results
+from m3ae_fast.evaluation.compare_results import compare_results
 from m3ae_fast.evaluation.image_features import available
 from m3ae_fast.evaluation.ood import SCORES
 from m3ae_fast.evaluation.significance import difference

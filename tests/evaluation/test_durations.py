@@ -12,7 +12,7 @@ from m3ae_fast.evaluation.finetune import FineTuningTask
 from m3ae_fast.evaluation.job import Job
 from m3ae_fast.evaluation.labelled_task import LabelledTask
 from m3ae_fast.evaluation.linear import ProbingTask
-from m3ae_fast.heads.length_and_rate import OFFICIAL, with_defaults
+from m3ae_fast.heads.training_defaults import OFFICIAL, with_defaults
 
 
 def _config(**sections):

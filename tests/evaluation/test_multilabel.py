@@ -15,8 +15,8 @@ from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.config import KnnConfig, SourceConfig
 from m3ae_fast.data import ShardStore, open_corpus
 from m3ae_fast.data.label_lists import list_corpus
-from m3ae_fast.evaluation.baselines import MODEL, accuracy_entries
-from m3ae_fast.evaluation.difference import compare_results
+from m3ae_fast.evaluation.baseline_results import MODEL, accuracy_entries
+from m3ae_fast.evaluation.compare_results import compare_results
 from m3ae_fast.evaluation.multilabel import list_metrics
 from m3ae_fast.evaluation.significance import Difference
 from m3ae_fast.heads.average_precision import average_precisions, mean_average_precisions, resampled

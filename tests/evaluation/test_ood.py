@@ -18,7 +18,7 @@ from m3ae_fast.base.parquet import read_parquet, write_parquet
 from m3ae_fast.cli.evaluate import main
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.evaluation import ood
-from m3ae_fast.evaluation.difference import areas_apart
+from m3ae_fast.evaluation.compare_results import areas_apart
 from m3ae_fast.evaluation.ood import SCORES, Scores, auroc_and_fpr, auroc_interval
 from m3ae_fast.evaluation.tasks import Ood, named_sets
 from m3ae_fast.heads.classifier import Classifier, ClassifierConfig

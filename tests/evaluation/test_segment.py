@@ -17,8 +17,8 @@ from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.config.evaluation import EvaluationConfig, SegmentConfig
-from m3ae_fast.evaluation.baselines import MODEL, UNTRAINED
-from m3ae_fast.evaluation.difference import compare_results
+from m3ae_fast.evaluation.baseline_results import MODEL, UNTRAINED
+from m3ae_fast.evaluation.compare_results import compare_results
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.segment import Counts, Images, Neighbours, count, fit, measured, patch_labels, upsampled
 from m3ae_fast.heads.feature_bank import FeatureBank

@@ -8,7 +8,7 @@ import torch
 
 from m3ae_fast import embed
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.evaluation.baselines import BASELINES, MODEL, TOGETHER, WITH_HOG
+from m3ae_fast.evaluation.baseline_results import BASELINES, MODEL, TOGETHER, WITH_HOG
 from m3ae_fast.evaluation.run_report import write_report
 from m3ae_fast.evaluation.significance import Difference
 from m3ae_fast.heads.feature_bank import FeatureBank

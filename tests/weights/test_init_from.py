@@ -12,7 +12,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.config import Config, ModelConfig, parse
 from m3ae_fast.model import M3AE
 from m3ae_fast.model.pretrained import ENCODER, Pretrained, check_start, check_weights
-from m3ae_fast.training.initial_weights import start_from
+from m3ae_fast.training.init_from import start_from
 from m3ae_fast.weights.converting import convert
 from tests.helpers.checkpoints import changes_of
 from tests.helpers.mae import MAE

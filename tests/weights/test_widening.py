@@ -18,7 +18,7 @@ from m3ae_fast.pretraining.automatic_settings import Shards
 from m3ae_fast.pretraining.dataset_statistics import inspect
 from m3ae_fast.pretraining.given_weights import given_weights
 from m3ae_fast.pretraining.image_settings import fit_to_images
-from m3ae_fast.training.initial_weights import start_from
+from m3ae_fast.training.init_from import start_from
 from tests.helpers.shards import members, write_tar
 from tests.test_model import TINY, make_sample
 

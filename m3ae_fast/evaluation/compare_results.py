@@ -18,7 +18,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
 from m3ae_fast.evaluation import segment
-from m3ae_fast.evaluation.baselines import (
+from m3ae_fast.evaluation.baseline_results import (
     BASELINES,
     LARGEST,
     MODEL,

@@ -6,7 +6,7 @@ import pytest
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.config.evaluation import FINETUNE, LINEAR, evaluation_config
-from m3ae_fast.heads.length_and_rate import IMAGENET, OFFICIAL, LengthAndRate, chosen, with_defaults
+from m3ae_fast.heads.training_defaults import IMAGENET, OFFICIAL, LengthAndRate, chosen, with_defaults
 from m3ae_fast.heads.training_warnings import rising
 
 USES = {"linear": LINEAR, "finetune": FINETUNE}
