@@ -42,7 +42,7 @@ class Pace:
         self.seconds = 0.0  # duration of these parts
         self.paused = 0.0  # seconds of all pauses
         self.now = now or time.monotonic
-        self.missing = first + 1  # number of calls of `advance` that are still to come until the first measured call
+        self.missing = first + 1  # calls of `advance` up to and including the first one whose time is kept
         self._report, self._last = report, self.now()
         self._units = self._duration = 0.0  # weighted sums over the measured parts
         self._pauses: dict[str, tuple[float, float]] = {}  # by name: seconds of the last pause, pauses per unit
@@ -77,8 +77,8 @@ class Pace:
         Args:
             name: name of the pause.
             frequency: number of pauses with this name per unit of work. One more pause follows the last unit.
-            counts: whether the context is such a pause, whose duration is used to estimate the time left. If False, the
-                time in the context is only excluded, for example because no pause was due.
+            counts: whether the duration of this pause is used to estimate the time left. If False, the time in the
+                context is only excluded from the pace, for example because no pause was due.
         """
         began = self.now()
         yield

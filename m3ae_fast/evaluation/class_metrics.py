@@ -1,5 +1,5 @@
-"""Metrics of a classification task in which small classes count as much as large ones, computed from
-predictions.parquet.
+"""Metrics of a classification task, computed from predictions.parquet: besides the accuracy, metrics in which small
+classes count as much as large ones.
 
 Shapes: N samples, K classes that occur among them.
 """
@@ -65,7 +65,7 @@ def class_metrics(folder: Path, classes: Classes, names: Sequence[str], result: 
     if copies := len(clusters_N) - len(np.unique(clusters_N)):
         found["val_copies"] = copies
         found["verdict"] += (
-            f"; {copies:,} of {len(clusters_N):,} held-out samples are copies of the image of another one, and errors "
+            f"; {copies:,} of {len(clusters_N):,} held-out samples have the same image as an earlier one, and errors "
             "and tests count all samples of an image as one cluster"
         )
     return found | {"per_class": rows}

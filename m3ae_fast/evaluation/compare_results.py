@@ -65,7 +65,7 @@ class Result:
         return Result(self.folder, {name: [column[row] for row in numbers] for name, column in self.table.items()})
 
     def parts(self, *names: str) -> dict[tuple[Any, ...], Result]:
-        """Return the rows that are equal in the columns `names`, by their values in these columns, in the order in
+        """Return the rows grouped by their values in the columns `names`. The keys are these values, in the order in
         which they first occur."""
         numbers: dict[tuple[Any, ...], list[int]] = {}
         for row, values in enumerate(zip(*(self.table[name] for name in names))):
@@ -233,9 +233,9 @@ def in_words(folder: Path, name: str, others: Mapping[str, Path]) -> list[str]:
 
 
 def _apart(folder: Path, name: str, others: Mapping[str, Path]) -> dict[str, Difference]:
-    """Return the differences between the accuracy of the model `name` and the accuracies of other models on the same
-    samples, and of always predicting the largest class of these samples. `others`: folders of the other results by name
-    of the model. Raises UserError as `compare_results` does."""
+    """Return the differences between the accuracy of the model `name` and several other accuracies on the same samples:
+    those of the other models, and that of always predicting the largest class of these samples. `others`: folders of
+    the other results by name of the model. Raises UserError as `compare_results` does."""
     ours = _classified(Result(folder, read_parquet(folder / FILE)), name)
     compared = [_classified(Result(path, read_parquet(path / FILE)), other) for other, path in others.items()]
     for theirs in compared:
@@ -253,8 +253,8 @@ def against_largest_class(folder: Path, result: Mapping[str, Any]) -> dict[str, 
     - "chance_top5", if there are more than five classes: the share of the five largest classes;
     - "verdict", if there is one prediction per sample: a sentence that states whether the accuracy is significantly
     better than "chance";
-    - WARNINGS with a warning, if the accuracy is not significantly better than a baseline in `result` or, if there is
-    one prediction per sample, than "chance".
+    - WARNINGS, a list of one warning, if the accuracy is not significantly better than a baseline in `result` or, if
+    there is one prediction per sample, than "chance".
     """
     if not (folder / FILE).exists():
         return {}
@@ -288,7 +288,8 @@ class _Classified(NamedTuple):
 
     name: str  # name of the classifier in sentences
     labels: dict[str, Any]
-    right: dict[str, float]  # fraction of the draws of training samples with which the sample is classified correctly
+    # fraction of the probes that classify the sample correctly; each is trained on another draw of training samples
+    right: dict[str, float]
     hashes: list[str]  # hash of the image of each sample; see `image_clusters`
 
     def words(self, other: _Classified) -> str:
@@ -304,9 +305,8 @@ class _Classified(NamedTuple):
 def _classified(result: Result, name: str = "") -> _Classified:
     """Compare the predictions of a result with the labels, and return which samples are classified correctly. If there
     are several layers, poolings or numbers of training samples, the main ones are used. `name`: name of the classifier;
-    "": its name is the folder. If the table has several layers, poolings or numbers of training samples, the name then
-    also contains the main ones. Raises UserError if the table does not have exactly one prediction for each sample and
-    draw."""
+    "": its name is the folder, followed by the main layer, pooling and number of training samples if there are several.
+    Raises UserError if the table does not have exactly one prediction for each sample and draw."""
     folder = result.folder
     result, case = _main_part(result)
     draws = [*result.parts("draw").values()] if "draw" in result.table else [result]

@@ -120,8 +120,9 @@ def predict(
     heartbeats: Heartbeats | None = None,
     tried: Tried | None = None,
 ) -> Predictions:
-    """Fit a classifier as `fit_chosen` does, and return its predictions for the held-out samples. Their `chosen`
-    contains the "inverse_strength". They also contain the classifier. Every rank must call it."""
+    """Fit a classifier to `bank` as `fit_chosen` does, and return its predictions for the samples of `held_out`, which
+    are not used for fitting. Their `chosen` contains the "inverse_strength". They also contain the classifier. Every
+    rank must call it."""
     heads, strength = fit_chosen(bank, classes, heartbeats, tried)
     found = held_out.predictions(logits(heads, held_out))
     return replace(found, chosen={"inverse_strength": strength}, classifier=heads)
@@ -141,8 +142,8 @@ def _fit(
     start_HKP: Tensor | None = None,
 ) -> tuple[Tensor, LinearHeads]:
     """Return the weights, float64 [H, K, P], and a stack of heads, one for each strength. A head is a multinomial
-    regression or, for lists of labels, one binary regression per class. The weights of a class to which all or no
-    samples belong are then 0.
+    regression or, for lists of labels, one binary regression per class. If all samples or no samples belong to a class,
+    its binary regression has weights of 0 and a fixed bias.
 
     As in scikit-learn, a penalty is added to the mean loss. It is half the sum of the squared weights, divided by the
     inverse strength and by N; biases are not penalised. A multinomial regression with two classes has a single vector

@@ -159,8 +159,8 @@ def _searched_exactly(bank: FeatureBank, queries_QD: Tensor, k: int, title: str 
 
 
 def _encoded(similarity: Tensor, number: Tensor) -> Tensor:
-    """Return int64 codes of pairs of similarity (float32) and sample number. Codes are ordered by similarity and, for
-    equal similarities, by descending number."""
+    """Return int64 codes of pairs of similarity (float32) and sample number. A code is larger if the similarity is
+    higher or, for equal similarities, if the number is lower."""
     bits = (similarity.float() + 0.0).view(torch.int32).long()  # + 0.0 converts -0 to 0
     ordered = torch.where(bits < 0, bits ^ 0x7FFF_FFFF, bits)
     return (ordered << 32) + (0xFFFF_FFFF - number)

@@ -29,14 +29,14 @@ _TWICE_S = 2.0  # seconds after the first Ctrl-C during which another one is ign
 
 
 class StopRequest:
-    """Receiver of stop requests. `requested` becomes true at the first signal or when the launcher ends; a later Ctrl-C
-    ends the process at once.
+    """Receiver of stop requests. `requested` becomes true at the first signal or when the launcher ends. A Ctrl-C
+    more than `_TWICE_S` seconds after the first Ctrl-C ends the process at once.
 
     Before `listen` is called, there is no checkpoint to save, and a stop request ends a program of this package with
     exit code 0 at any point. If a user's own code calls functions of this package, KeyboardInterrupt is raised instead.
     Use it as a context manager in the main thread: in any other thread, it receives no signals, because Python allows
-    only the main thread to handle them. A separate thread reads the signals, because Python's handlers do not run while
-    the main thread is inside a library.
+    only the main thread to handle them. The numbers of the signals are also written to a pipe. A separate thread reads
+    them from it, because Python's handlers do not run while the main thread is inside a library.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class StopRequest:
         self._listening = self._leaving = self._ended = False
         self._first_interrupt = float("inf")
         self._notify: Callable[[str], bool] | None = None
-        self.advice = ""  # printed if a stop is requested before `listen`; "" if there is nothing to save
+        self.advice = ""  # printed after a stop before `listen`; "": the message is that there is nothing to save
         self._lock = threading.Lock()
         self._in_program, self._left = in_program(), threading.Event()
         self._joined = threading.Event()

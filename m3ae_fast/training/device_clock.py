@@ -16,8 +16,8 @@ class DeviceClock:
         self.on_gpu = device.type == "cuda"
 
     def now(self) -> Any:
-        """Return the present time, for `seconds`. On a GPU, this is the time at which all previous calls have been
-        executed."""
+        """Return the present time, to be passed to `seconds`. On a GPU, this is the time at which all previous calls
+        have been executed."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -113,13 +113,15 @@ def _ours(name: str, take: Callable[[str], Tensor], where: str) -> Tensor:
 def config_of(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, where: str) -> ModelConfig:
     """Return the config that follows from the options and from the shapes of the weights `theirs` (as in `from_vit`).
     If there are no weights of a decoder, it has MAE's decoder: width 512, depth 8. `mean_pool`: model.mean_pool;
-    `where`: beginning of error messages. Raises UserError if the patches or the image are not square, the number of
-    attention heads, a mean or a standard deviation is unknown, or a value is invalid."""
+    `where`: beginning of error messages. Raises UserError if the patches or the image are not square, if the number of
+    attention heads, a mean or a standard deviation is unknown, or if a value is invalid."""
     width, channels, patch, columns = theirs["patch_embed.proj.weight"].shape
     patches = theirs["pos_embed"].shape[1] - 1
     side = math.isqrt(max(patches, 0))
     if patch != columns or side * side != patches:
-        raise UserError(f"{where}: its patches are not square, or {patches} of them do not fill a square image")
+        raise UserError(
+            f"{where}: its patches are not square, or their number, {patches}, is not that of a square image"
+        )
     if not len(options.mean) == len(options.std) == channels:
         raise UserError(
             f"{where}: has {channels} channel{'s' * (channels != 1)}, but {len(options.mean)} means and "

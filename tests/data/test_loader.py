@@ -147,8 +147,8 @@ def test_the_global_random_generator_is_not_used(load, paired):
     ids=repr,
 )
 def test_a_batch_that_a_worker_cannot_send_ends_the_loader(load, paired, failure, explanation):
-    """By default, the thread of the queue drops such a batch, and the loader waits forever. In this test, sharing
-    memory fails as on a full disk."""
+    """In a plain torch DataLoader, the thread of the queue drops such a batch, and the loader waits forever. In this
+    test, the worker cannot move the batch to shared memory."""
 
     def refuse(storage):
         raise failure
@@ -321,8 +321,8 @@ def test_training_predicts_a_fraction_of_the_masked_tokens_and_evaluations_predi
 
 
 def test_samples_that_share_a_mask_select_the_predicted_tokens_separately(load, paired):
-    """Each sample selects some of its masked patches. The selected positions in its list of masked patches are the
-    same, whether it has a mask of its own or shares one."""
+    """Each sample selects some of its masked patches. It selects the same places in the list of its masked patches,
+    whether it has a mask of its own or shares one."""
     selected = {}
     for per in ("sample", "batch"):
         masking = MaskingConfig(image_predicted=0.25, per=per)
@@ -338,8 +338,8 @@ NATIVE = Native(patch_size=8, least=1, most=16, longest=8, positions="absolute")
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_masks_of_native_images_follow_the_settings_of_the_config(load, tmp_path, per):
-    """Each image is masked with the mask ratio. A square image and every caption have the same masks as in a square
-    model. With one mask per batch, all images of the same size have the same mask."""
+    """Each image is masked with the mask ratio. A square image and every caption have the same masks as in a model with
+    one square image size. With one mask per batch, all images of the same size have the same mask."""
     sizes = [(32, 32), (64, 16), (40, 24), (16, 16)]
     pictures = ((f"{i:05d}.png", picture(i, sizes[i % 4], fmt="PNG")) for i in range(12))
     files = [file for i, own in enumerate(pictures) for file in (own, (f"{i:05d}.txt", caption(i).encode()))]
@@ -486,7 +486,7 @@ def test_views_with_one_crop_do_not_depend_on_ranks_workers_or_interruptions(loa
 
 
 def test_views_with_one_crop_of_captions_and_of_damaged_images(load, tmp_path):
-    """Captions without an image lie between those that have one, and a damaged image is skipped with all its views."""
+    """Captions without an image lie between samples with an image. A damaged image is skipped with all its views."""
     damaged = members(range(8, 9))
     damaged = [(name, data[:60] if name.endswith(("jpg", "png")) else data) for name, data in damaged]
     kinds = [members(range(4), "image"), members(range(4, 6), "text"), damaged, members(range(9, 12))]
@@ -629,7 +629,7 @@ def test_signals_are_left_to_the_main_process(load, paired, monkeypatch):
     batches = iter(load(paired, steps=40, config={"workers": 1}))
     next(batches)
     (worker,) = set(multiprocessing.active_children()).difference(before)
-    for name in ("INT", "TERM"):  # sent to all processes, as by Ctrl-C and by schedulers
+    for name in ("INT", "TERM"):  # Ctrl-C and schedulers send them to all processes, and so also to the worker
         subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
         assert len(list(islice(batches, 10))) == 10
     assert worker.is_alive()

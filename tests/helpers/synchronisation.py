@@ -1,4 +1,4 @@
-"""Counts, on a CPU, the operations in the steps of many engines that would synchronise the host with a GPU. Run by
+"""Runs steps of many engines on a CPU, and counts the operations that would make the host wait for a GPU. Run by
 test_engine_synchronisation.py.
 
 Writes one line of JSON per case to the file that is given as argument.
@@ -44,8 +44,8 @@ class Reads(TorchDispatchMode):
 
 
 class Stream:
-    """A stand-in for a stream of a GPU. `done`: for each stream, the number of its ops that are known to be complete
-    before the next op of this stream starts."""
+    """A stand-in for a stream of a GPU. `done`: for the name of each stream, how many of that stream's ops are known to
+    be complete before this stream starts its next op."""
 
     def __init__(self, name: str, waits: list[tuple[str, str]]) -> None:
         self.name, self.waits = name, waits

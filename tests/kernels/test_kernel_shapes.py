@@ -1,4 +1,4 @@
-"""Rows in any number of dimensions. The tests run on both implementations, like those of test_kernel_ops.py."""
+"""Rows in any number of dimensions. Like those of test_kernel_ops.py, the tests run with torch and with Triton."""
 
 import m3ae_kernels
 import pytest

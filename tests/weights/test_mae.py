@@ -197,8 +197,8 @@ def header(weights):
 
 MISTAKES = {
     both_norms: "has a weight fc_norm.weight, which an M3AE cannot represent",
-    flat_patches: "its patches are not square, or 9 of them do not fill a square image",
-    one_patch_more: "its patches are not square, or 10 of them do not fill a square image",
+    flat_patches: "its patches are not square, or their number, 9, is not that of a square image",
+    one_patch_more: "its patches are not square, or their number, 10, is not that of a square image",
     grey: "has 1 channel, but 3 means and 3 standard deviations are known; use a folder that timm has saved",
     two_axes: "lacks the weight cls_token with 3 axes",
     header: "has a weight header.weight, which an M3AE cannot represent",

@@ -154,7 +154,7 @@ def test_the_number_of_heads_for_a_width_is_that_of_timm():
     ("settings", "message"),
     [
         ({"init_values": 1.0}, "has a weight blocks.0.ls1.gamma, which"),
-        ({"reg_tokens": 2}, "11 of them do not fill a square image"),
+        ({"reg_tokens": 2}, "their number, 11, is not that of a square image"),
         ({"act_layer": "relu"}, "has the activation relu, which"),
         ({"norm_layer": "rmsnorm"}, "has the norm rmsnorm, which"),
         ({"qk_norm": True}, "has a weight blocks.0.attn.k_norm"),

@@ -15,7 +15,8 @@ import torch
 FOLDER = Path(__file__).parent
 INTERPRETER = "interpreter"
 OLDEST = (8, 0)  # lowest supported compute capability; on older GPUs, torch is used instead of Triton
-# Names of the files by compute capability. All other NVIDIA GPUs have less shared memory, and use FALLBACK.
+# Names of the files by compute capability. All other NVIDIA GPUs use FALLBACK. Its settings fit into their shared
+# memory, because it is the file of a GPU with as little shared memory as any supported one.
 NVIDIA = {
     (8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100", (12, 0): "sm_120", (12, 1): "sm_120",
 }  # fmt: skip

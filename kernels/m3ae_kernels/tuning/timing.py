@@ -7,7 +7,7 @@ import torch
 
 
 class CpuDevice:
-    """Measurement of wall-clock time, without peak memory."""
+    """Measurement of wall-clock time. Peak memory is not measured."""
 
     device = torch.device("cpu")
     name = "cpu"
