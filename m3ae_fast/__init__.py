@@ -11,8 +11,8 @@ from m3ae_fast.base.memory import refuse_too_few_addresses, shown_in_one_line
 if TYPE_CHECKING:
     from m3ae_fast import shards as shards
     from m3ae_fast.base.errors import UserError
-    from m3ae_fast.evaluation.embedding import embed
-    from m3ae_fast.evaluation.nearest_images import neighbours
+    from m3ae_fast.embedding.features import embed
+    from m3ae_fast.embedding.nearest_images import neighbours
     from m3ae_fast.evaluation.task_runner import evaluate
     from m3ae_fast.model.m3ae import M3AE
     from m3ae_fast.pretraining.stages import pretrain
@@ -37,10 +37,10 @@ _MODULES = {
     "M3AE": "m3ae_fast.model.m3ae",
     "UserError": "m3ae_fast.base.errors",
     "convert": "m3ae_fast.weights.converting",
-    "embed": "m3ae_fast.evaluation.embedding",
+    "embed": "m3ae_fast.embedding.features",
     "evaluate": "m3ae_fast.evaluation.task_runner",
     "load_model": "m3ae_fast.weights.open_model",
-    "neighbours": "m3ae_fast.evaluation.nearest_images",
+    "neighbours": "m3ae_fast.embedding.nearest_images",
     "pretrain": "m3ae_fast.pretraining.stages",
 }
 

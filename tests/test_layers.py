@@ -8,7 +8,8 @@ from tests.helpers.trainer import ROOT
 
 # The packages, lowest first. The programs at the root of m3ae_fast are above all of them.
 LAYERS = ("m3ae_kernels", "base", "config", "process", "images", "batch", "model", "vqgan", "data", "shards", "engine")
-LAYERS += ("checkpoint", "weights", "drawing", "training", "heads", "evaluation", "pretraining", "verify", "cli")
+LAYERS += ("checkpoint", "weights", "drawing", "training", "heads", "evaluation", "embedding", "pretraining")
+LAYERS += ("verify", "cli")
 
 
 def _modules():

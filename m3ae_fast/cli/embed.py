@@ -22,7 +22,7 @@ import sys
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import add_local_rank, checked, program, use_device
 from m3ae_fast.config.arguments import add_arguments
-from m3ae_fast.evaluation.embed_options import EmbedOptions
+from m3ae_fast.embedding.embed_options import EmbedOptions
 from m3ae_fast.process.launchers import is_first_rank
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     add_local_rank(parser)
     options = checked(EmbedOptions, vars(parser.parse_args(argv)))
     use_device(options.device)
-    from m3ae_fast.evaluation.embedding import embed
+    from m3ae_fast.embedding.features import embed
 
     arrays = embed(**dict(options))
     if is_first_rank():

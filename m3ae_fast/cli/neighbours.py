@@ -13,7 +13,7 @@ import sys
 from m3ae_fast.base.errors import exit_cleanly
 from m3ae_fast.cli.command_line import checked, program, use_device
 from m3ae_fast.config.arguments import add_arguments
-from m3ae_fast.evaluation.neighbours_options import NeighboursOptions
+from m3ae_fast.embedding.neighbours_options import NeighboursOptions
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser, NeighboursOptions)
     options = checked(NeighboursOptions, vars(parser.parse_args(argv)))
     use_device(options.device)
-    from m3ae_fast.evaluation.nearest_images import neighbours
+    from m3ae_fast.embedding.nearest_images import neighbours
 
     for path, similarity in neighbours(**dict(options)):
         print(f"{similarity:.3f}  {path}")

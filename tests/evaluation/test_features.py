@@ -8,7 +8,7 @@ from pyarrow import parquet
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.embed import main
-from m3ae_fast.evaluation.embedding import embed
+from m3ae_fast.embedding.features import embed
 from m3ae_fast.weights.open_model import load_model, open_model
 from tests.helpers.labelled import labelled_members, labelled_tar, tiny_run
 from tests.helpers.ranks import run_ranks

@@ -7,7 +7,7 @@ from PIL import Image
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.cli.neighbours import main
-from m3ae_fast.evaluation.nearest_images import most_similar, neighbours
+from m3ae_fast.embedding.nearest_images import most_similar, neighbours
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from m3ae_fast.data.labels import Label, read_labels
 from m3ae_fast.data.loader import collate
 from m3ae_fast.data.rank_share import MicroBatches
 from m3ae_fast.data.reader import Reader
-from m3ae_fast.evaluation.embed_options import Column, EmbedOptions
+from m3ae_fast.embedding.embed_options import Column, EmbedOptions
 from m3ae_fast.evaluation.image_features import input_config, input_of_files
 from m3ae_fast.evaluation.library_features import open_fixed_features
 from m3ae_fast.evaluation.model_images import set_images

@@ -18,10 +18,10 @@ from m3ae_fast.batch.inputs import prepare_image
 from m3ae_fast.config import ModelConfig
 from m3ae_fast.config.arguments import accepts
 from m3ae_fast.drawing.figures import Cell, draw_sheet, levels
-from m3ae_fast.evaluation.embedding import embed, images_in
+from m3ae_fast.embedding.features import embed, images_in
+from m3ae_fast.embedding.neighbours_options import NeighboursOptions
 from m3ae_fast.evaluation.image_features import input_of_files
 from m3ae_fast.evaluation.library_features import open_fixed_features
-from m3ae_fast.evaluation.neighbours_options import NeighboursOptions
 from m3ae_fast.model.encoder import MultimodalEncoder
 from m3ae_fast.process.launchers import is_first_rank
 from m3ae_fast.weights.model_name import is_network
