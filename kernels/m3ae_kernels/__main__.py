@@ -83,7 +83,7 @@ def in_processes(command: Sequence[str], trials: Path, seconds: float = LIMIT_S)
             return failed or code
         print(f"the process {limited_process.end_of(code, seconds)}", flush=True)
         failed, before, known = 1, known, len(search.read(trials))
-        if known == before:  # the process tried no new setting, so another one would not get further
+        if known == before:  # the process tried no new setting, so another process would not get further
             return failed
 
 

@@ -52,8 +52,8 @@ def require_writable(path: Path) -> None:
 
 
 def _require_file_in_folder(path: Path) -> Path:
-    """Return the folder that contains `path` or, if this folder does not exist, the closest one that does. Raises
-    UserError if `path` is a folder, or one of its parents is a file."""
+    """Return the folder that contains `path` or, if this folder does not exist, its closest parent folder that exists.
+    Raises UserError if `path` is a folder, or one of its parents is a file."""
     if path.is_dir():
         raise UserError(f"{path}: is a folder; specify a file")
     folder = next(parent for parent in path.absolute().parents if parent.exists())

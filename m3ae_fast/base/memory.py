@@ -9,7 +9,8 @@ from types import TracebackType
 
 # messages of torch, CUDA, C++ and the system
 _SIGNS = ("can't allocate memory", "annot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "bad_alloc")
-# further messages, if `ulimit -v` prevents that a thread's stack, a library or a module is mapped
+# further messages if there is a limit of `ulimit -v`, which may prevent the stack of a thread, a library or a module
+# from being mapped
 _SIGNS_OF_LIMIT = (
     "start new thread",
     "Resource temporarily unavailable",

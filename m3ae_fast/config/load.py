@@ -90,9 +90,9 @@ def stored_config(config: Config) -> dict[str, Any]:
 
 def follow(data: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """Return the config that was stored in `run_dir`, as plain JSON data. If the stored path of the run folder is
-    absolute and differs from `run_dir`, the folder has been moved or copied. A path below the former location is then
-    replaced with the corresponding path in `run_dir`, if the file or folder directly in `run_dir` that begins this path
-    exists."""
+    absolute and differs from `run_dir`, the folder has been moved or copied. Each path below the former location is
+    then made relative to this location. If the first part of the relative path exists in `run_dir`, the path is
+    replaced with the corresponding path below `run_dir`."""
     run = data["run"] if isinstance(data.get("run"), dict) else {}
     was = run.get("dir")
     if not isinstance(was, str) or not was.startswith("/") or Path(was) == run_dir.resolve():

@@ -404,7 +404,8 @@ class OptimConfig(Section):
 
 
 class KnnProbeConfig(KnnConfig):
-    """k-NN accuracy of the mean of the tokens on labelled samples while the model trains."""
+    """k-NN classification of labelled samples while the model trains. The features of a sample are the mean of its
+    tokens."""
 
     train: list[SourceConfig] = Field(min_length=1)
     """Data sources of the training samples, which are the neighbours."""

@@ -112,8 +112,8 @@ class IndexedShard:
                 raise OSError(f"its index {self.sidecar} is damaged ({reason}); delete that file") from None
 
     def separated(self) -> int:
-        """Return the number of keys whose image and caption are different samples because their files are not adjacent
-        in the tar; 0 if the sidecar cannot be read."""
+        """Return the number of keys whose image and caption belong to different samples, because their files are not
+        adjacent in the tar; 0 if the sidecar cannot be read."""
         if self.summary.paired in (self.summary.images, self.summary.captions):
             return 0
         try:

@@ -195,8 +195,8 @@ def prepare(
     waiting: Waiting = nullcontext,
     key: tuple[int, int] = (0, 0),
 ) -> None:
-    """Write a manifest of the shards on every node if some of them are remote or compressed. Each rank counts the
-    samples of an equal part of the shards. Nothing is done if all nodes already have the same manifest, or if
+    """If some of the shards are remote or compressed, write a manifest of all shards on every node. Each rank counts
+    the samples of an equal part of the shards. Nothing is done if all nodes already have the same manifest, or if
     `patterns` names manifests. Every rank must call this function.
 
     Args:

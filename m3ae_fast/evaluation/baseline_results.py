@@ -113,9 +113,9 @@ def chosen_entries(found: Sequence[Predictions]) -> dict[str, Any]:
 
 
 def accuracy_difference(first: Sequence[Predictions], second: Sequence[Predictions]) -> Difference | None:
-    """Return the difference between two classifiers, first minus second: of their accuracies, which are averaged over
-    trials, or of their mAP for lists of labels. Return None if the difference cannot be estimated, for example because
-    there is only one sample, or because the classifiers were not evaluated on the same samples."""
+    """Return the accuracy of the first classifier, averaged over trials, minus that of the second. For lists of labels,
+    return the difference between their mAP instead. Return None if the difference cannot be estimated, for example
+    because there is only one sample, or because the classifiers were not evaluated on the same samples."""
     keys = first[0].keys
     if len(keys) < 2 or second[0].keys != keys:
         return None

@@ -147,8 +147,8 @@ _CLASSES = {PIXELS: Pixels, HISTOGRAM: Histogram, HOG: OrientedGradients}
 
 
 def available() -> tuple[list[str], str]:
-    """Return the names of the features whose library is installed, and a sentence about those that are left out; "" if
-    there are none."""
+    """Return the names of the features whose library is installed, and a sentence about the features that are left out,
+    which is "" if none are."""
     try:
         require_libraries({"skimage": "the baseline HOG"})
     except UserError as error:

@@ -56,7 +56,7 @@ class Encoded(NamedTuple):
     train: Mapping[FeatureType, FeatureBank]
     val: Mapping[FeatureType, FeatureBank]
     is_network: bool = True
-    # logistic regressions on the pooled features, if they were computed for all samples when the pooling was chosen
+    # result of `try_strengths` for the training features, if the choice of the pooling has computed it for all samples
     tried: Tried | None = None
 
 

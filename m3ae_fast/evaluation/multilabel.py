@@ -20,9 +20,9 @@ from m3ae_fast.heads.predictions import ListPredictions
 
 def list_metrics(model: ListPredictions, classes: Classes, result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of result.json that accompany the mAP of a model, which is the mean over the classes that
-    occur in the held-out samples. These entries are the comparison with uninformative scores, and the average precision
-    of each class. The average precision of uninformative scores is that of equal scores: the fraction of the samples
-    that belong to the class.
+    occur in the held-out samples. These entries are the number of these classes, the average precision of each of them,
+    and the comparison with uninformative scores. The average precision of uninformative scores is that of equal scores,
+    which is the fraction of the samples that belong to the class.
 
     Args:
         model: the predictions of the model.

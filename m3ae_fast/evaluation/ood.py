@@ -115,7 +115,7 @@ class Scores:
 
     Args:
         bank: features of the training samples, with labels.
-        k: the score `knn` uses the distance to the k-th nearest neighbour; at most N.
+        k: number of the nearest neighbour whose distance gives the score `knn`; at most N.
         head: head of a classifier, features [R, D] -> logits [R, K]; None: a logistic regression is fitted.
     """
 

@@ -63,7 +63,7 @@ def main_case(cases: Sequence[Case]) -> Case:
     return [case for case in cases if case.pool == cases[0].pool][-1]
 
 
-Made = list[tuple[Case, int, Predictions]]  # predictions of probes, with the numbers of their draws, in order
+Made = list[tuple[Case, int, Predictions]]  # for each probe: its case, the number of its draw, and its predictions
 
 
 class Probed(NamedTuple):

@@ -22,8 +22,8 @@ _FEWER = "fewer --train shards"
 
 
 def encode(job: Job, corpus: Corpus, title: str, whole: Pace | None = None) -> FeatureBank:
-    """Return the features of all samples by the last block of the model, [R, D], with the pooling in the settings.
-    `title`: title of the progress display; `whole`: pace of the task, in samples."""
+    """Return the features that the last block of the model computes for all samples, [R, D], with the pooling in the
+    settings. `title`: title of the progress display; `whole`: pace of the task, in samples."""
     monitor = PassMonitor(title, job.heartbeats, whole=whole, part=corpus.samples)
     batches = corpus_batches(job.model, corpus, job.config.data, job.encode_config, job.ranks)
     return encode_batches(job.model, batches, job.encode_config, job.ranks, monitor, folder=job.out)
@@ -38,8 +38,9 @@ def possible_pools(job: Job) -> list[Pool]:
 
 
 def by_type(job: Job, model: MultimodalEncoder, banks: Sequence[FeatureBank], *, choose: bool = True) -> Encoded:
-    """Return a model's features of the training and of the held-out samples, `banks`, by type. `choose`: if there are
-    several poolings, whether to return only that which `best_type` chooses. Every rank must call it."""
+    """Return a model's features of the training and of the held-out samples by type. Every rank must call it. `banks`:
+    the bank of the training samples and that of the held-out samples. `choose`: if there are several poolings, whether
+    to return only the one that `best_type` chooses."""
     train, val = banks
     kinds, tried = train.types, None
     if choose and sum(not kind.is_tokens for kind in kinds) > 1:
@@ -71,7 +72,7 @@ def encode_by_each(
         shorter: options that shorten the task.
 
     Raises:
-        Stopped: a rank is asked to stop, and there is `stop`.
+        Stopped: `stop` is given, and a rank is asked to stop.
         UserError: as `encode_types` does.
     """
     inputs = list(dict.fromkeys(model.geometry for model in models.values()))
@@ -118,17 +119,17 @@ def _of_common_samples(found: Mapping[str, tuple[FeatureBank, ...]]) -> dict[str
 
 
 def encode_patches(job: Job, train: Corpus, val: Corpus) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-    """Return the patch tokens of the training and the held-out samples by the last block of the model and of each
-    baseline; the keys are MODEL and the names of the baselines."""
+    """Return the patch tokens that the last block of the model, and of each baseline, computes for the training and the
+    held-out samples. The keys are MODEL and the names of the baselines."""
     return _of_last_block(job, {MODEL: job.model, **job.open_baselines()}, None, "", (train, val))
 
 
 def encode_baselines(
     job: Job, train: Corpus, val: Corpus, stop: StopRequest
 ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-    """Return the features of the training and the held-out samples by the last block of each baseline, with the pooling
-    in the settings; empty if the task evaluates no baselines. If a rank is asked to stop, the features are empty on all
-    ranks, so that the task can still write the result of its training."""
+    """Return the features that the last block of each baseline computes for the training and the held-out samples, with
+    the pooling in the settings. The result is empty if the task evaluates no baselines. If a rank is asked to stop, it
+    is empty on all ranks, so that the task can still write the result of its training."""
     if not (models := job.open_baselines()):
         return {}
     try:

@@ -265,8 +265,8 @@ class WithLists(WithLabels):
 
     - `map`: mean average precision, averaged over the classes that occur in the held-out samples;
     - `per_class`: number of samples and average precision of each class;
-    - `chance_map`: expected `map` of random scores: for each class, the fraction of samples that have it; averaged over
-      classes.
+    - `chance_map`: expected `map` of random scores, which is the fraction of the samples that have a class, averaged
+      over the classes.
 
     Labels that do not occur in the training samples are left out, with a note. The standard error of `map` and the
     interval of its difference from `chance_map` are computed by a bootstrap over samples, corrected for its bias:

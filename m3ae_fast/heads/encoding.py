@@ -144,7 +144,7 @@ def encode_types(
         folder: folder for a file with features that do not fit into memory; None: the folder for temporary files.
 
     Raises:
-        Stopped: a rank is asked to stop, and `monitor` has `stop`.
+        Stopped: `monitor.stop` is given, and a rank is asked to stop.
         UserError: too many samples cannot be read, a feature is not finite, or features fit neither into memory nor on
             the disk.
     """

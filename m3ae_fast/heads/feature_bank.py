@@ -170,7 +170,7 @@ class FeatureBank:
         return replace(self, keys=keys, labels_N=labels_N, **more, own_R=own_R[kept], at_R=at_R[kept])
 
     def part(self, number: int) -> FeatureBank:
-        """Return a bank that contains only the feature vector with this number of each sample."""
+        """Return a bank that contains one feature vector of each sample: the one with this number."""
         return replace(self, stored_SD=self.stored_SD[:, number], patches_SLD=None, types=())
 
     def of(self, kind: FeatureType) -> FeatureBank:

@@ -9,9 +9,9 @@ For a dataset of ImageNet's size, the defaults are the official recipe. For fewe
   samples, as in BiT-HyperRule (arXiv 1912.11370). The warm-up is always the same fraction of the run.
 - Learning rate of the linear probe: it is proportional to the batch size (arXiv 1706.02677), and higher for fewer
   steps. A step of LARS changes a weight by a fraction of its norm, so the learning rate summed over all steps
-  determines how far the weights can move. This sum is slightly larger for fewer samples, but at most 5 per sample,
-  because a probe overfits sooner on few samples. The increase (_MORE) and this maximum were determined in
-  lab/results/recipe.md.
+  determines how far the weights can move. This sum is larger for fewer samples, but at most 5 per sample, because a
+  probe overfits sooner on few samples. The increase (_MORE) and this maximum were determined in lab/results/recipe.md.
+  The learning rate of a step is never lowered below the official one, even if the sum then exceeds the maximum.
 - Learning rate of fine-tuning: it is unchanged, as in the official code. For Adam, it should be higher for fewer steps,
   but lower for a smaller batch (arXiv 2205.10287).
 """
@@ -51,7 +51,8 @@ class Official:
     recipe: LengthAndRate
     smallest_batch: int
     fewest_steps: int
-    # maximum of the learning rate summed over all steps, per training sample; None: the published learning rate is used
+    # maximum of the learning rate summed over all steps, per training sample, unless the learning rate of a step would
+    # then be below the published one; None: the published learning rate is used
     rate_per_sample: float | None
     rate_is_scaled: bool  # whether `peak_lr` is for a batch of 256, and multiplied by the batch size / 256
 

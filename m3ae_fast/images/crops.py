@@ -51,8 +51,8 @@ def draw_box(
     height: int, width: int, scale: tuple[float, float], draws: list[float], own: float = 1.0
 ) -> tuple[int, int, int, int]:
     """Return the top, left, height and width of a crop, sampled as in
-    torchvision.transforms.RandomResizedCrop.get_params. `own`: factor of the aspect ratios in _RATIO: the aspect ratio
-    of the image if its native aspect ratio is kept, otherwise 1."""
+    torchvision.transforms.RandomResizedCrop.get_params. `own`: factor by which the aspect ratios in _RATIO are
+    multiplied. It is the aspect ratio of the image if that is kept, otherwise 1."""
     least, most = own * _RATIO[0], own * _RATIO[1]
     for i in range(0, 4 * _TRIES, 4):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[i])

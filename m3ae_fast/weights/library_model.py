@@ -40,8 +40,8 @@ def output_of(model: LibraryModel, forward: Callable[[Tensor], Tensor], where: s
 
 
 def accepting(call: Callable[[], Any], where: str, side: int | None) -> Any:
-    """Return the result of `call`. Raises UserError, whose message begins with `where` and says that the model does not
-    accept images of this size, if it fails."""
+    """Return the result of `call`. If the call fails, raise UserError. The message begins with `where`, and says that
+    the model does not accept images of this size."""
     try:
         return call()
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:

@@ -5,9 +5,9 @@ from m3ae_fast.base.errors import UserError
 TIMM = "timm:"  # prefix of the name of a timm model
 TRANSFORMERS = "transformers:"  # prefix of the name of a model of transformers
 LIBRARIES = (TIMM, TRANSFORMERS)  # prefixes of the names of vision models of other libraries
-LOCAL_DIR = "local-dir:"  # prefix of a folder that timm has written
+LOCAL_DIR = "local-dir:"  # prefix of the path of a folder that timm has written
 TIMM_SOURCES = (LOCAL_DIR, "hf-hub:")  # timm's own prefixes, which follow "timm:"
-RANDOM = "random:"  # prefix of a model name for the same network with random weights
+RANDOM = "random:"  # with this prefix, the name of a model denotes the same network with random weights
 PIXELS, HISTOGRAM, HOG = "pixels", "histogram", "hog"
 # display names of the features that are computed from the images without a network, by name on the command line
 IMAGE_FEATURES = {PIXELS: "downscaled pixels", HISTOGRAM: "colour histogram", HOG: "HOG"}

@@ -27,13 +27,13 @@ class _Features(nn.Module):
 
     def __init__(self, network: Any, side: int, name: str) -> None:
         """`side`: height and width of the images in pixels. Raises UserError, whose message begins with `name`, if the
-        model computes no features of such an image, or other features each time."""
+        model computes no features of such an image, or if two calls compute different features."""
         super().__init__()
         self.network, config = network, network.config
         self.pass_size: dict[str, bool] = {}
         if "interpolate_pos_encoding" in inspect.signature(network.forward).parameters:
             self.pass_size = {"interpolate_pos_encoding": side != getattr(config, "image_size", side)}
-        # all patches differ, so that features of other patches are other features
+        # all patches of this image differ, so that the features change if the model reads other patches of it
         image = torch.linspace(-1, 1, config.num_channels * side**2).reshape(1, config.num_channels, side, side)
         with torch.no_grad():
             first, again = (accepting(lambda: self.forward_features(image), name, side) for _ in range(2))
@@ -80,8 +80,8 @@ def open_transformers_model(name: str) -> LibraryModel:
             x SIDE pixels; the position embeddings of a ViT are interpolated.
 
     Raises:
-        UserError: transformers is not installed, the model cannot be opened, needs code of its own, lacks weights or
-            the description of its images, or is not a vision model, or the images are not square.
+        UserError: transformers is not installed; the images are not square; or the model cannot be opened, needs code
+            of its own, lacks weights, lacks the description of its images, or is not a vision model.
     """
     transformers = library("transformers", name)
     own, wanted = split_side(name.removeprefix(TRANSFORMERS), name)
@@ -130,7 +130,7 @@ def open_transformers_model(name: str) -> LibraryModel:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Switch off the bars and reports that transformers prints while it loads weights."""
+    """Switch off the progress bars and the reports that transformers prints while it loads weights."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)

@@ -117,10 +117,11 @@ def product(
     before_gelu: bool = False,
     hidden_RN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return (x @ weight + bias, None), computed by linear.c. weight is [K, N], or [N, K] with `transposed`. Tensors
-    are bf16; weight and bias may be float32. With `before_gelu`, the second result is GELU of the first result. With
-    `hidden`, the first result is multiplied by the derivative of GELU at hidden, and the second result is GELU of
-    hidden. GELU is its tanh approximation. `multiplies` must be True for these inputs.
+    """Return (x @ weight + bias, None), computed by linear.c: x is [R, K], the first result is [R, N], and weight is
+    [K, N], or [N, K] with `transposed`. Tensors are bf16; weight and bias may be float32. With `before_gelu`, the
+    second result is GELU of the first result. With `hidden_RN`, the first result is multiplied by the derivative of
+    GELU at `hidden_RN`, and the second result is GELU of `hidden_RN`. GELU is its tanh approximation. `multiplies` must
+    be True for these inputs.
 
     Raises:
         MemoryError: there is not enough memory for the workspace.

@@ -28,8 +28,9 @@ def workspace_rows(count: int, most: int) -> int:
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Compute total += a @ b, or total = a @ b if it is the first product.
 
-    If a and b are 16-bit, products are summed in float32, the dtype of total, if the device and torch support it.
-    Otherwise (AMD, the interpreter on a CPU, older versions of torch), the product is rounded to 16 bits once per call.
+    For 16-bit a and b, the products are summed in float32, which is the dtype of total, if the device and torch support
+    this. Otherwise (on AMD GPUs, with the interpreter on a CPU, and in older versions of torch), the product is rounded
+    to 16 bits once per call.
     """
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)

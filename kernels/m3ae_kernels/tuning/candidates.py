@@ -44,8 +44,8 @@ def possible(arch: str, width: str) -> list[Settings]:
 
 
 def best(arch: str, width: str, reports: Sequence[tuple[Settings, Report]]) -> list[Settings]:
-    """Return the PER_TILE best settings of each tile shape, by the number of bytes in flight on a multiprocessor, among
-    those without problems."""
+    """Return at most PER_TILE settings of each tile shape. Settings with problems are left out. Of the others, those
+    with the most bytes in flight on a multiprocessor are returned."""
 
     def in_flight(settings: Settings, report: Report) -> float:
         threads = 32 * settings["num_warps"]
