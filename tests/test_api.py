@@ -12,7 +12,8 @@ from PIL import Image
 
 import m3ae_fast
 from m3ae_fast.base.errors import UserError
-from m3ae_fast.evaluation import embedding, task_runner
+from m3ae_fast.embedding import features
+from m3ae_fast.evaluation import task_runner
 from m3ae_fast.evaluation.tasks import Knn
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.training.run_state import status
@@ -221,7 +222,7 @@ def test_embedding_a_folder_of_shards_equals_embedding_its_shards(run, tmp_path)
 def test_an_output_that_cannot_be_written_is_refused_before_the_features_are_computed(
     run, images, tmp_path, monkeypatch, command
 ):
-    monkeypatch.setattr(embedding, "encode_types", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(features, "encode_types", lambda *_, **__: pytest.fail("computed"))
     calls = {
         "embed": lambda out: m3ae_fast.embed(run, images, out=out),
         "neighbours": lambda out: m3ae_fast.neighbours(run, next(images.rglob("*.png")), images, out=out),

@@ -19,7 +19,8 @@ from m3ae_fast.checkpoint import state_files, writing
 from m3ae_fast.checkpoint.host_copy import Staging
 from m3ae_fast.cli import embed, evaluate
 from m3ae_fast.data.dataset import Samples
-from m3ae_fast.evaluation import embedding, task_features
+from m3ae_fast.embedding import features
+from m3ae_fast.evaluation import task_features
 from m3ae_fast.training import metrics_log, pretraining_task
 
 
@@ -43,7 +44,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "pictures": (pretraining_task, "draw_training"),
     "log": (metrics_log, "_forget_after"),
     "loader": (Samples, "__getitems__"),
-    "embed": (embedding, "encode_types"),
+    "embed": (features, "encode_types"),
     "evaluate": (task_features, "encode_types"),
 }
 PROGRAMS = {"embed": embed, "evaluate": evaluate}  # program by place of the fault; all other places are in the trainer
