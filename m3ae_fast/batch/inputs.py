@@ -174,11 +174,12 @@ def prepare_image(image: OneImage, config: ModelConfig, value_range: ValueRange 
             the model's image_dtype), which is cropped to the central square unless the model has native aspect ratio; a
             floating-point tensor.
         value_range: value range of floating-point tensors and arrays, and of files, PIL images and arrays with more
-            than 8 bits per value. It replaces the model's value_range. With (black, white), such as (0, 1), the image
-            may have any size and is read like a file; if it must be resized, its values are rounded to the model's
-            integers. With "normalised", the image must already be normalised by the model's image_mean and image_std,
-            and must have the shape [C, image_size, image_size] or, for native aspect ratio, sides that are multiples of
-            the patch size. None: "normalised" for tensors, and value_range for all other images.
+            than 8 bits per value. With (black, white), such as (0, 1), it replaces the model's value_range. The image
+            may then have any size and is read like a file; if it must be resized, its values are first converted to the
+            model's image_dtype. With "normalised", the image must already be normalised by the model's image_mean and
+            image_std, and must have the shape [C, image_size, image_size] or, for native aspect ratio, sides that are
+            multiples of the patch size. None: "normalised" for tensors, and the model's value_range for all other
+            images.
 
     Raises:
         ValueError: the image cannot be used, or does not fit the model.

@@ -3,8 +3,8 @@
 Shapes: S samples, P samples and segments of padding, B images, L patches of an image, T encoder rows, U decoder rows,
 M decoder rows that carry loss (I patches, W text tokens).
 
-A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, all patches, all text] or,
-for a decoder with cross-attention, only the rows that carry loss.
+A sample's encoder rows are [cls, visible patches, visible text]; its decoder rows are [cls, patches, text] without the
+masked tokens that are not predicted or, for a decoder with cross-attention, only the rows that carry loss.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Sample:
     tokens: Tensor | None = None  # int [n]; n is 0 for an empty caption; None: no caption
     text_mask: Tensor | None = None  # bool [n]
     label: int | None = None  # id of its class
-    image_hash: str = ""  # equal for images with equal bytes; "": there is no image, or the sample is trained on
+    image_hash: str = ""  # equal for images with equal bytes; "": there is no image, or the sample is for training
     loss_weight: float = 1.0  # factor by which the sample's losses are multiplied
     draw: int = -1  # 31-bit seed of the random numbers in its forward pass; -1: torch's generator is used
     position: int | None = None  # index in the training stream
@@ -164,7 +164,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
 
 
 class _Layout(NamedTuple):
-    """The decoder's rows: for each sample cls, all patches and all text tokens; then padding rows."""
+    """The decoder's rows: for each sample cls, the patches and the text tokens, except masked tokens that are not
+    predicted; then padding rows. A decoder with cross-attention uses only some of these rows; see `_queries`."""
 
     rows_P: np.ndarray  # number of rows of each sample, then of each segment of padding
     sample_U: np.ndarray  # for each row, the index in `rows_P` of its sample or of its segment of padding

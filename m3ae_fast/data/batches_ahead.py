@@ -32,8 +32,9 @@ def most_workers(size: int) -> int:
 
 def fitting_prefetch(workers: int, size: int) -> int:
     """Return the number of batches of `size` bytes that each of `workers` workers prepares in advance: PREFETCH, or
-    fewer if these batches would exceed MAX_BYTES or this rank's shared memory. Raises UserError if not even one batch
-    per worker fits, as with Docker's default of 64 MB."""
+    fewer if these batches, together with one that each worker is packing, would exceed MAX_BYTES or this rank's shared
+    memory. Raises UserError if not even two batches per worker fit into the shared memory, as with Docker's default of
+    64 MB."""
     available = _available_bytes()
     if available < 2 * size * workers:
         raise UserError(

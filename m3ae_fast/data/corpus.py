@@ -72,7 +72,7 @@ class Corpus:
 
     sources: list[Source]
     store: ShardStore
-    damaged: list[Skipped] = field(default_factory=list)  # incomplete or unreadable shards
+    damaged: list[Skipped] = field(default_factory=list)  # incomplete, unreadable or empty shards
     # for each source: the number of unreadable shards and the number of all shards
     counted: list[tuple[int, int]] = field(default_factory=list)
     # if labels are ids of lists (see `label_lists`): whether each list contains each class, bool [lists, classes]

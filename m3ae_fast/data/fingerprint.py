@@ -26,10 +26,10 @@ WRITTEN = "data.train.written"  # time at which the shards were last written
 
 def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     """Return the properties of the data that must be unchanged when a run resumes, as text by name: the shards with
-    their sizes and order, the weights of the sources, the fractions of captions, the labels and the tokenizers. The
-    entry WRITTEN is also included, although it changes when the shards are copied.
+    their sizes and order, the weights and the loss weights of the sources, the fractions of captions, the labels and
+    the tokenizers. The entry WRITTEN is also included, although it changes when the shards are copied.
 
-    Folders are not included, because shards may be moved. Settings are not included either; see
+    Folders are not included, because shards may be moved. Other settings are not included either; see
     `checkpoint.resuming.SAMPLING`.
     """
     shards = [

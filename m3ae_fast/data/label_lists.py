@@ -46,7 +46,8 @@ def list_corpus(
 
     Raises:
         UserError: a sample has no list, a label is neither an integer nor text, numbers and texts are mixed, no sample
-            has a label, no label is one of `classes`, or a shard cannot be read.
+            has a label, no label is one of `classes`, there are more than MOST_CLASSES labels, or a shard cannot be
+            read.
     """
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
     corpus = replace(corpus, sources=sources)

@@ -68,10 +68,9 @@ def read_members(
     corpus: Corpus, field: str, parse: Callable[[bytes, str, str], T], *, progress: bool = False
 ) -> list[list[T | None]]:
     """Return the parsed .cls or .json member of each sample of each source, in file order; None for a sample without
-    this member.
-    `field`: "cls" for .cls members, "json.NAME" for .json members. `parse`: function that is called with the bytes of a
-    member, `field`, and the sample's name for messages. Raises UserError if a shard cannot be read or if `parse` raises
-    it."""
+    this member. `field`: "cls" for .cls members, "json.NAME" for .json members. `parse`: function that is called with
+    the bytes of a member, `field`, and the sample's name for messages. Raises UserError if a shard cannot be read, or
+    if `parse` raises UserError."""
     shards = [(number, shard) for number, source in enumerate(corpus.sources) for shard in source.shards]
     found: list[list[T | None]] = [[] for _ in corpus.sources]
     for number, shard in track(shards, "reading labels", len(shards), show=progress):
@@ -89,8 +88,8 @@ def label_corpus(
     define the classes.
 
     Raises:
-        UserError: a sample has no label, a label is out of range or not among `classes`, numbers and texts are mixed,
-            or there is only one class; also as in `read_labels`.
+        UserError: a sample has no label, all labels are -1, a label is out of range or not among `classes`, numbers and
+            texts are mixed, or there is only one class; also as in `read_labels`.
     """
     sources = [replace(source, shards=[shard.located() for shard in source.shards]) for source in corpus.sources]
     # the shards of a manifest are indexed first, because labels are read from each of them

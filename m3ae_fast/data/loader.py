@@ -52,7 +52,7 @@ def train_loader(
     Args:
         config: settings of crops, repeats, shuffling, workers and prefetching.
         steps: range of steps; a resumed run starts above 0.
-        layout: lanes of the sample order; None: as computed by `lay_out`.
+        layout: layout of the sample order; None: as computed by `lay_out`.
         node: the ranks of this node, which share a fetcher; None: only this rank.
         pin_memory: whether to return batches in pinned memory.
 
@@ -103,7 +103,7 @@ def eval_loader(
 ) -> DataLoader[PackedBatch]:
     """Return a loader that yields every sample once, or `samples` evenly spaced samples, in file order. Images are
     cropped to the central square unless they have native aspect ratio. The masks are the same in each evaluation. See
-    `train_loader` for the arguments and errors; `share.accumulation` is ignored."""
+    `train_loader` for the arguments and errors. Batches have at most `share.micro_batch` samples."""
     order = FileOrder(corpus.sizes, samples)
     share = replace(share, global_batch=share.micro_batch * share.world, accumulation=1)
     steps = range(-(-order.samples // share.global_batch))

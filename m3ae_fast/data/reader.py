@@ -65,7 +65,7 @@ class Reader:
 
     def read(self, shard: int, row: int) -> Raw:
         """Return the image bytes and the caption of a sample. A damaged cached shard is downloaded again, once. Raises
-        BadSample if a member that is trained is missing, truncated, too large or not text, and OSError if the shard
+        BadSample if a member that the run uses is missing, truncated, too large or not text, and OSError if the shard
         cannot be read."""
         return self._whole(shard, lambda: self._read(shard, row))
 

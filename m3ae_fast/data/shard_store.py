@@ -143,7 +143,8 @@ class ShardStore:
                         self._fetch(shard, copy, size)
 
     def refetch(self, shard: str) -> Path:
-        """Replace a damaged copy and return the path of the new one. Raises OSError if that fails."""
+        """Replace a damaged copy and return the path of the new one. Raises OSError if that fails, or if the shard is
+        read in place."""
         copy = self.copy(shard)
         if not self.is_staged(shard):
             raise OSError(f"the shard {shard} is damaged")

@@ -308,8 +308,8 @@ def _shorter(job: Job[Compare]) -> str:
 
 def model_names(models: Sequence[str], image_features: Sequence[str]) -> dict[str, str]:
     """Return the compared models by display name. The first ones are the baselines: the network of the first M3AE with
-    random weights, if there is an M3AE, and `image_features`. Raises UserError if a model is listed twice, or if a
-    model is listed that is one of IMAGE_FEATURES."""
+    random weights, if there is an M3AE, and `image_features`. Raises UserError if a model is given twice, or if one of
+    IMAGE_FEATURES is given."""
     if len({*models}) < len(models):
         raise UserError("MODEL: the same model is given twice; specify each model only once")
     if given := [model for model in models if model in IMAGE_FEATURES]:
@@ -326,9 +326,9 @@ def model_names(models: Sequence[str], image_features: Sequence[str]) -> dict[st
 def _opened(
     job: Job, others: Mapping[str, str], corpora: tuple[Corpus, Corpus]
 ) -> dict[str, StoredFeatures | LibraryFeatures]:
-    """Return the features of other programs by display name. `others`: names of .npz files, and of models of timm and
-    transformers, on the command line, by display name. Every rank must call it. Raises UserError as `open_features` and
-    `open_library_features` do."""
+    """Return the features of other programs by display name. `others`: their names on the command line by display name;
+    each is an .npz file, or a model of timm or transformers. Every rank must call this function. Raises UserError as
+    `open_features` and `open_library_features` do."""
     if not others:
         return {}
     reading, allowed = job.ranks.broadcast(lambda: input_config(job.config.data)), job.config.data.max_bad_fraction
@@ -341,8 +341,8 @@ def _opened(
 
 
 def is_features(model: str) -> bool:
-    """Return whether the name of a model denotes features of another program: an .npz file, or a
-    model of timm or transformers."""
+    """Return whether the name of a model denotes features of another program: an .npz file, or a model of timm or
+    transformers."""
     return model.startswith(LIBRARIES) or model.endswith(SUFFIX)
 
 

@@ -63,9 +63,9 @@ class Encoded(NamedTuple):
 @dataclass
 class SharedFeatures:
     """Features that several tasks with the same model and samples share, so that the samples are encoded only once. The
-    first of these tasks stores its features here; see `probe_grid.run_probes`."""
+    first of these tasks stores its features here."""
 
-    encoded: dict[str, Encoded] = field(default_factory=dict)  # by model; see `probe_grid.run_probes`
+    encoded: dict[str, Encoded] = field(default_factory=dict)  # with the keys of `probe_grid._encoded`
     warnings: list[str] = field(default_factory=list)  # warnings of the encoding
 
 
@@ -78,7 +78,9 @@ class Job(Generic[T_co]):
     config: EvaluationConfig
     session: Session
     folder: RunFolder | None  # the output folder; None on all ranks but the main rank
-    model: Any  # M3AE, or Classifier if the task evaluates one, on the ranks' device; None if the task opens several
+    # on the ranks' device: an M3AE, FixedFeatures or, if the task evaluates one, a Classifier; None if the task opens
+    # several models
+    model: Any
     # returns the baselines that the task evaluates, by name, on the ranks' device
     open_baselines: Callable[[], Mapping[str, MultimodalEncoder]] = dict
     classes: Classes = ()  # labels by class id; see `open_labelled`

@@ -138,7 +138,7 @@ class LabelledTask(ABC):
 
     def evaluate(self, trainer: Trainer) -> None:
         """Log the expected duration of the run once a few steps have been timed, and evaluate if an evaluation is due.
-        `conclude` performs the evaluation after the last step."""
+        This method does not evaluate after the last step, because the trainer then calls `conclude` itself."""
         self._log_duration(trainer)
         if 0 < trainer.step < trainer.schedule.total_steps and self.is_due(trainer):
             self.conclude(trainer)

@@ -115,7 +115,8 @@ class Scores:
 
     Args:
         bank: features of the training samples, with labels.
-        k: number of the nearest neighbour whose distance gives the score `knn`; at most N.
+        k: number of the nearest neighbour whose distance gives the score `knn`. With fewer than k training samples, it
+            is the most distant sample.
         head: head of a classifier, features [R, D] -> logits [R, K]; None: a logistic regression is fitted.
     """
 

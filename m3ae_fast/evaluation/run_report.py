@@ -224,8 +224,8 @@ def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
 
 
 def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
-    """Return a metric as text, with its standard error if it is known. The recorded error of an accuracy of 0 or 1
-    is 0, so it is estimated from the number of samples."""
+    """Return a metric as text, with its standard error if it is known. A recorded error of 0 is replaced by an estimate
+    from the number of samples."""
     error, samples = result.get(f"{name}{ERROR}"), result.get("val_samples")
     if error == 0 and name.startswith("top") and isinstance(samples, int) and samples > 0 and 0 <= value <= 1:
         error = standard_error(value, samples)

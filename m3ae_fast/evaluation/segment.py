@@ -99,7 +99,8 @@ class Counts:
 
     @classmethod
     def read(cls, tables: Sequence[Mapping[str, Sequence[Any]]]) -> list[Counts]:
-        """Return the counts in the columns of several predictions.parquet, with the same number of classes."""
+        """Return the counts in the columns of several predictions.parquet. All have the highest number of classes in
+        any of the tables; classes that a table lacks have counts of 0."""
         found = [[np.array(table[name], dtype=np.int64) for name in BY_CLASS] for table in tables]
         classes = max(truth_MC.shape[1] for truth_MC, *_ in found)
         padded = [[np.pad(part, ((0, 0), (0, classes - part.shape[1]))) for part in parts] for parts in found]
@@ -108,7 +109,8 @@ class Counts:
 
 def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if no sample has a mask, a mask cannot be read, the masks of
-    the training samples have fewer than two classes, or the model is native."""
+    the training samples have fewer than two classes, the masks of the held-out samples have only ignored pixels, or
+    the model is native."""
     config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
     if model.resize == "native":
         raise UserError("segment needs images of one size; add --set model.resize=square")

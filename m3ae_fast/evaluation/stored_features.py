@@ -86,8 +86,8 @@ def open_features(name: str, config: ModelConfig, corpora: Sequence[Corpus], max
             read.
 
     Raises:
-        UserError: the file cannot be read, an array is missing, damaged or not finite, or features of samples are
-            missing.
+        UserError: the file cannot be read; an array is missing, damaged or not finite; several rows or samples have the
+            same name; or the features of too many samples are missing.
     """
     arrays = _read(name)
     features_ND, keys, shards = arrays["features"], arrays["keys"].astype(str), arrays.get("shards")

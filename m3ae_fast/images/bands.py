@@ -42,8 +42,8 @@ def is_tiff(data: bytes) -> bool:
 
 
 def bands_of(header: Image.Image) -> tuple[int, bool]:
-    """Return the number of samples per pixel of a TIFF, and whether any extra sample is not an alpha channel. Pillow
-    silently drops such samples."""
+    """Return the number of samples per pixel of a TIFF, and whether there is one extra sample that is not an alpha
+    channel. Pillow silently drops such a sample."""
     tags = getattr(header, "tag_v2", {})
     return int(tags.get(_SAMPLES, 1)), tags.get(_EXTRA) == (0,)
 

@@ -206,7 +206,8 @@ def header_of(data: bytes) -> Image.Image:
 
 
 def check_precision(data: bytes) -> None:
-    """Raise BadSample if a component of a JPEG 2000 is not unsigned 8-bit, because Pillow would shift its values."""
+    """Raise BadSample if a component of a JPEG 2000 has more than 8 bits or signed values, because Pillow would shift
+    its values."""
     start = data.index(b"\xff\x4f\xff\x51") + 40  # Csiz in the SIZ marker, after the sizes of image and tiles
     precisions = data[start + 2 : start + 2 + 3 * int.from_bytes(data[start : start + 2], "big") : 3]
     # the byte of a component is its number of bits minus 1, plus 128 if its values are signed

@@ -38,10 +38,11 @@ class Native:
         return cls(config.patch_size, config.min_patches, config.most_patches, config.longest_side, positions)
 
     def grid(self, height: float, width: float, area: float | None = None) -> Grid:
-        """Return the patch grid of an image of height x width pixels. The candidates are the grids whose sides are the
-        exact numbers of patches, rounded up or down. Of the candidates within the bounds, the one that is nearest in
-        aspect ratio and number of patches is chosen. `area`: number of pixels of the whole image, on which the number
-        of patches of a crop depends; None: height x width."""
+        """Return the patch grid of an image of height x width pixels. In each candidate, at least one side is the exact
+        number of patches, rounded up or down. The other side is also rounded, or it is chosen such that the number of
+        all patches is nearly exact. Of the candidates within the bounds, the one that is nearest in aspect ratio and
+        number of patches is chosen. `area`: number of pixels of the whole image, on which the number of patches of a
+        crop depends; None: height x width."""
         patches = min(max((area or height * width) / self.patch_size**2, self.least), self.most)
         patches = min(patches, self.longest**2 * min(height / width, width / height))
         high, wide = (_around(math.sqrt(patches * ratio)) for ratio in (height / width, width / height))
@@ -57,7 +58,7 @@ class Native:
         return min(filter(self.fits, grids), key=distance)
 
     def fits(self, grid: Grid) -> bool:
-        """Return whether a grid is within the bounds."""
+        """Return whether a grid is within the upper bounds."""
         return 0 < grid[0] * grid[1] <= self.most and max(grid) <= self.longest
 
     def position_indices(self, grids: Sequence[Grid]) -> tuple[np.ndarray, np.ndarray, int]:
