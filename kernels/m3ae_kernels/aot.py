@@ -12,8 +12,8 @@ as the others, and nearly the same code.
 The program prints one line per kernel, architecture and dtype: the numbers of registers and spills, the bytes of local
 and shared memory, and the matrix instruction. Nothing is compiled for architectures on which the ops run in torch. The
 exit code is 1 if a kernel does not compile, has more than MOST_SPILLS instructions that spill registers, uses local
-memory, requires more shared memory than the chip has, multiplies matrices without tensor cores, or allows fewer program
-instances on an NVIDIA multiprocessor than required. It is 2 for an invalid argument.
+memory without spilling registers, requires more shared memory than the chip has, multiplies matrices without tensor
+cores, or allows fewer program instances on an NVIDIA multiprocessor than required. It is 2 for an invalid argument.
 """
 
 import argparse

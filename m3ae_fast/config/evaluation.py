@@ -209,7 +209,7 @@ class Uses:
         return [key for key in section_class(section).model_fields if f"{section}.{key}" in self]
 
     def default(self, name: str) -> str:
-        """Return the default of a setting and the note on it, as Markdown; "" if both are as in pre-training."""
+        """Return the default of a setting and the note on it, as Markdown; "" if the setting is as in pre-training."""
         value = [f"`{json.dumps(self.defaults[name])}`"] if name in self.defaults else []
         return ", ".join([*value, *([self.notes[name]] if name in self.notes else [])])
 

@@ -45,8 +45,9 @@ def candidates(width: int, is_image: bool) -> list[Pool]:
 
 
 def usual_pool(width: int) -> Pool:
-    """Return the pooling of images whose labels are unknown: the largest grid with at most 4,096 features, because this
-    pooling was the best for every trained model in lab/results/targets.md. `width`: width of the encoder."""
+    """Return the pooling of images whose labels are unknown. This is the largest grid with at most 4,096 features,
+    because this pooling was the best for every trained model in lab/results/targets.md; it is the mean if there is no
+    such grid. `width`: width of the encoder."""
     fitting = candidates(width, is_image=True)
     return max(fitting, key=lambda pool: POOLINGS[pool].vectors)
 

@@ -593,7 +593,8 @@ class Config(Section):
 
     def _without_captions(self) -> Config:
         """Return the config without the settings of captions if the model is image-only; otherwise return it unchanged.
-        In sources, `modality: auto` becomes `image`; `masking.text_predicted` becomes 1."""
+        In sources with `modality: auto`, the modality becomes `image` and `caption_fraction` becomes 1.
+        `masking.text_predicted` becomes 1."""
         if self.model.vocab_size:
             return self
 

@@ -59,7 +59,7 @@ def from_vit(
         where: beginning of error messages.
 
     Raises:
-        UserError: a weight is missing or cannot be represented in an M3AE, or the number of attention heads is unknown.
+        UserError: a weight is missing or cannot be represented in an M3AE; also as in `config_of`.
     """
     theirs = {name: tensor for name, tensor in weights.items() if not _LEFT_OUT.fullmatch(name)}
     notes = []

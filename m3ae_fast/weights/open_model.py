@@ -101,7 +101,8 @@ def open_model(name: str, *, text: bool, tokenizer: str | None = None, seed: int
         seed: random seed of the weights of `random:MODEL`.
 
     Raises:
-        UserError: the model does not exist, is damaged, or does not accept text although `text` is set.
+        UserError: the model does not exist or is damaged; or `text` is set, but the model does not accept text or has
+            no tokenizer.
     """
     model, own = _opened(name, seed)
     if not text:

@@ -30,7 +30,7 @@ HEAD_START = 20_000_000  # GPU cycles (about 10 ms) that the GPU waits while the
 ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
 # minimum length of the longest sample that is passed to cuDNN; torch itself does not use cuDNN for shorter samples
 CUDNN_ROWS = 129
-ERROR = 0.03  # maximum relative difference (of norms) that is allowed between two kernels in bf16
+ERROR = 0.03  # maximum relative difference (of norms) that is allowed between two kernels in 16 bits
 
 Inputs = tuple[Tensor, Tensor, Segments]  # qkv [T, 3, H, D], the gradient of the result [T, H, D], and the samples
 Maker = Callable[[torch.device], Kernel]
