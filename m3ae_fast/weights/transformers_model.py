@@ -41,7 +41,7 @@ class _Features(nn.Module):
             raise UserError(f"{name}: {type(network).__name__} returns no features of patches (last_hidden_state)")
         if not torch.equal(first, again):
             raise UserError(
-                f"{name}: {type(network).__name__} computes other features each time, because it masks patches at "
+                f"{name}: {type(network).__name__} computes different features each time, because it masks patches at "
                 "random; use another class of the same weights, or timm's version of the model"
             )
         self.num_features = first.shape[1 if first.ndim == 4 else 2]
