@@ -48,8 +48,8 @@ def test_report_prints_first_how_a_run_has_ended(tmp_path, capsys):
 
 
 def test_the_status_of_a_failed_run_contains_its_error_line(tmp_path):
-    """If a rank was killed, the status names the lost rank; gloo's message on the other ranks does not explain the
-    failure."""
+    """If a rank was killed, the status says that a rank was lost; gloo's message on the other ranks does not explain
+    the failure."""
     lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError):
         recorded(tmp_path, 7, lost)

@@ -53,7 +53,8 @@ def test_the_notebook_runs_from_images_to_a_probe(tmp_path, monkeypatch):
     rows = re.findall(r"^(k-NN|logistic) +([\d.]+)% +([\d.]+)%$", printed, re.MULTILINE)
     assert [name for name, *_ in rows] == ["k-NN", "logistic"]
     untrained, trained = (sum(float(row[column]) for row in rows) / 2 for column in (1, 2))
-    # Chance is 12.5 %. The two probes are averaged, because one alone is only two or three samples better than chance.
+    # Chance is 12.5 %. The two probes are averaged, because one alone is only two or three
+    # samples better than with random weights.
     assert trained > max(untrained, 25)
     assert pictures(fresh) == pictures(stored) == 5  # the stored output is up to date
     assert NOTEBOOK.stat().st_size < 500_000
@@ -87,7 +88,7 @@ def test_the_own_data_config_fits_shards_made_from_a_folder(folder, capsys):
     written = {
         f"{section}.{key}" for section, keys in json.loads(Path(config).read_text()).items() if keys for key in keys
     }
-    assert named <= written | {"model.size", "deepspeed"}  # the table explains the settings in the file
+    assert named <= written | {"model.size", "deepspeed"}  # all settings in the file are explained
 
 
 def _classify(*options):

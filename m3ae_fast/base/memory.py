@@ -9,8 +9,8 @@ from types import TracebackType
 
 # messages of torch, CUDA, C++ and the system
 _SIGNS = ("can't allocate memory", "annot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "bad_alloc")
-# further messages if there is a limit of `ulimit -v`, which may prevent the stack of a thread, a library or a module
-# from being mapped
+# further messages if there is a limit of `ulimit -v`, which may prevent a library, a module or the stack of a
+# thread from being mapped
 _SIGNS_OF_LIMIT = (
     "start new thread",
     "Resource temporarily unavailable",

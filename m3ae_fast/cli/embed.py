@@ -10,8 +10,8 @@ FILE contains these arrays or columns:
   shards    [N], if SOURCE consists of shards
   features  float32 [N, D]
   labels    [N], if any are found; -1 or "" for a sample without a label
-  patches   float16 [N, L, D], with --patches (in parquet [N, L * D]). With native aspect ratio, images
-            with fewer patches end with zeros, and `grids` [N, 2] contains their rows and columns
+  patches   float16 [N, L, D], with --patches (in parquet [N, L * D]). With native aspect ratio, zeros
+            follow if an image has fewer than L patches, and `grids` [N, 2] has its rows and columns
   path, class, caption   with --columns; "" if a sample has none
 """
 

@@ -29,7 +29,7 @@ def fingerprint(data: Data, layout: Layout) -> dict[str, str]:
     their sizes and order, the weights and the loss weights of the sources, the fractions of captions, the labels and
     the tokenizers. The entry WRITTEN is also included, although it changes when the shards are copied.
 
-    Folders are not included, because shards may be moved. Other settings are not included either; see
+    Folders are not included, because shards may be moved. Settings such as `data.flip` are not included either; see
     `checkpoint.resuming.SAMPLING`.
     """
     shards = [

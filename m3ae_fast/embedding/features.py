@@ -72,7 +72,7 @@ def embed(model: str | os.PathLike[str] | MultimodalEncoder, source: Source, **o
             `features`: float32 [N, D].
             `labels` [N]: if there are any; -1 or "" for a sample without a label.
             `patches`: float16 [N, L, D], with the option `patches`.
-            `grids` [N, 2]: numbers of rows and columns of patches, with the option `patches` if the model is native.
+            `grids` [N, 2]: numbers of rows and columns of patches, with the option `patches`, for native aspect ratio.
             The `columns`: text, "" for a sample without a value.
 
     Raises:

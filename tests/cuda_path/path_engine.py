@@ -53,7 +53,8 @@ def test_missing_gpu_memory_is_reported(cuda, monkeypatch):
 def test_all_activations_are_kept_if_the_memory_estimate_of_the_dry_run_allows_it(
     cuda, monkeypatch, share, checkpointing
 ):
-    """The activations require the fraction `share` of the free memory, of which nine tenths may be used."""
+    """A step that keeps all activations requires the fraction `share` of the free memory, of which nine tenths may be
+    used."""
     train = {"steps": 3, "global_batch": 64, "micro_batch": 32, "compile": True, "precision": "bf16"}
     train["activation_checkpointing"] = checkpointing
     data = {"model": TINY, "data": {"train": [{"shards": "none.tar"}]}, "train": train, "deepspeed": None}

@@ -50,7 +50,7 @@ def test_the_order_equals_that_of_earlier_versions():
     """If the order changed, a run that is resumed after an update of the program would see other samples."""
     assert hash64(1, 2, 3) == 15020427595393229491
     assert permutation(8, 42).tolist() == [4, 6, 7, 1, 3, 5, 0, 2]
-    long = permutation(300_000, 7).astype("<i8")  # long enough that single bits of the hash matter
+    long = permutation(300_000, 7).astype("<i8")  # so long that a changed bit of a hash changes the order
     assert hashlib.sha256(long.tobytes()).hexdigest()[:12] == "5f8447cbbcd9"
     order = Order([[5, 6], [4]], None, 2, 7)
     known = {0: (0, 0, 6), 1: (1, 0, 0), 2: (0, 0, 2), 14: (0, 0, 10), 15: (1, 1, 2), 16: (1, 1, 0)}

@@ -183,7 +183,7 @@ def test_area_and_aspect_ratio_of_a_native_crop_are_within_their_ranges(monkeypa
 
 
 def test_every_image_size_has_a_patch_grid_within_the_bounds():
-    """An image of any size has as many patches, and an aspect ratio as close to its own, as the bounds allow."""
+    """The number of patches and their aspect ratio are as close to those of the image as the bounds allow."""
     native = Native(patch_size=16, least=4, most=64, longest=16, positions="absolute")
     random = np.random.default_rng(0)
     sizes = np.exp(random.uniform(0, np.log(5000), (2000, 2))).round().astype(int).tolist()

@@ -81,7 +81,7 @@ def state_checked_with_deepspeed(engine: ModelEngine) -> dict[str, Tensor]:
     found = {f"{k}/{name}": t for k in ("model", *sorted(kinds)) for name, t in engine.whole(k).items()}
     if not isinstance(engine, DeepSpeedEngine) or engine.zero.stage == 0:
         return found
-    if engine.zero.stage < 3:  # DeepSpeed itself links moments to parameters only after a step, in its first group
+    if engine.zero.stage < 3:  # DeepSpeed links moments to parameters only after a step, and only of its first group
         engine.ds.optimizer._hp_optimizer_states_linked = False
         engine.ds.optimizer._lazy_init_hp_params_optimizer_state()
     for name, p in engine.model.named_parameters():
@@ -96,7 +96,7 @@ def agreement(ranks: Ranks) -> Agreement:
 
 
 def copy_made_during_a_step(engine: ModelEngine) -> Fragments:
-    """Return the copy of the state that is made at the end of the next step."""
+    """Return a copy of the state, which is made while the next step runs, before its update."""
     staging = Staging()
 
     def copy() -> Fragments:

@@ -77,8 +77,8 @@ def cases(world: int) -> Iterator[tuple[str, dict[str, Any], Config]]:
 
 
 def stages_of(name: str) -> set[int]:
-    """Return the stages at which a setting has an effect. The description of the setting begins with these stages
-    unless it has an effect at all stages."""
+    """Return the stages at which a setting has an effect. The description of the setting begins with these stages.
+    Without them, a setting of ZeRO has an effect at stages 1 to 3, and any other setting at all stages."""
     _, _, rest = name.partition("zero_optimization.")
     if not rest:
         return {0, 1, 2, 3}

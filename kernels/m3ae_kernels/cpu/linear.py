@@ -214,7 +214,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return x, or a copy if its rows are not contiguous, as the C code requires. torch aligns copies to 64 bytes."""
+    """Return x, or a copy if its rows are not contiguous, as the C code requires."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

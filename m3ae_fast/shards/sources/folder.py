@@ -40,9 +40,9 @@ class Folder(Records):
 
     Raises:
         UserError: a folder cannot be listed; there is no image; no image has a mask although there is a folder of
-            masks; the table cannot be read, has no captions or mostly names images that do not exist; split folders and
-            other folders are mixed at one level; the folders do not fit the given classes; or a library that is needed
-            to read the images is missing.
+            masks; the table cannot be read, lacks the column of captions or mostly names images that do not exist;
+            split folders and other folders are mixed at one level; the folders do not fit the given classes; or a
+            library that is needed to read the images is missing.
     """
 
     def __init__(self, folder: Path, options: SourceOptions) -> None:
@@ -159,7 +159,8 @@ class Folder(Records):
         return join(contents_N, stems_N)[super().images(split)]
 
     def _fingerprints(self) -> dict[str, str]:
-        """Return fingerprints of the images, captions, classes and masks, to detect changes by the user."""
+        """Return fingerprints of the images, captions, classes and masks, by which changes of the user are
+        detected."""
         images, captions = hashlib.sha256(), hashlib.sha256()
         for row, path in enumerate(self._paths):
             text = self._texts and self._texts.get(path)
@@ -220,8 +221,8 @@ def _ignored(files: Sequence[str], used: set[str]) -> Tally:
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
-    """Return the size in bytes and the modification time of a file; None if it does not exist, such as the target of a
-    broken link."""
+    """Return the size in bytes and the modification time of a file; None if it does not exist, for
+    example because `path` is a broken link."""
     try:
         found = os.stat(path)
     except OSError:
