@@ -90,7 +90,7 @@ def test_exports_and_evaluations_use_the_averaged_weights(trainer, capsys, monke
         weights = open_model(str(model), text=False).state_dict()
         assert torch.equal(weights["text_head.weight"], average[f"{kind}/text_head.weight"])
     drawn = []
-    monkeypatch.setattr(run_figures, "draw_run", lambda config, weights, *_: drawn.append(weights) or True)
+    monkeypatch.setattr(run_figures, "draw_run", lambda config, weights, *_, **__: drawn.append(weights) or True)
     assert draw(["reconstructions", str(run)]) == 0
     assert torch.equal(drawn[0]["text_head.weight"], average["model/text_head.weight"])
 

@@ -56,7 +56,8 @@ def test_members_have_the_offsets_found_by_tarfile(tmp_path, members, fmt):
     write(path, members, fmt)
     found, damage = scan_tar(path)
     assert [tuple(member) for member in found] == listed(path)
-    assert damage is None
+    has_links = any(kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) for _, _, kind in members)
+    assert ("contains links or sparse files" in damage) if has_links else damage is None
 
 
 @relaxed

@@ -94,7 +94,10 @@ def test_a_result_names_its_copies_and_treats_them_as_one_sample_on_any_number_o
     val = write_tar(tmp_path / "val.tar", members + copies)
     result = transfer("knn", "--labels", "cls", val=val)
     table = read_parquet(tmp_path / "out/predictions.parquet")
-    assert result["val_copies"] == 10 and "10 of 28 held-out samples are copies" in result["verdict"]
+    assert (
+        result["val_copies"] == 10
+        and "10 of 28 held-out samples have the same image as an earlier one" in result["verdict"]
+    )
     right = np.equal(table["label"], table["prediction"])
     assert result["top1_se"] == error_of_accuracy(right, image_clusters(table["image_hash"])) > error_of_accuracy(right)
     assert len({*table["image_hash"]}) == 18
