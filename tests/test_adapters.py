@@ -120,8 +120,8 @@ def test_a_change_of_a_linear_layer_changes_the_loss(fused, kind: str, name: str
 
 @pytest.mark.parametrize(("kind", "name"), LAYERS)
 def test_an_adapter_that_adds_nothing_changes_nothing(fused, kind: str, name: str):
-    """Where only some rows are needed, the model selects them before a plain layer, but after a layer with an adapter.
-    Both must give the same result."""
+    """An adapter whose weights are 0 does not change the loss. If only some rows are needed, the model selects them
+    before a plain layer, but after a layer with an adapter."""
     model = built(kind)
     before = loss(model)
     adapt(model, name)

@@ -79,8 +79,8 @@ def test_an_error_that_is_a_bug_keeps_its_traceback(ended, error):
 
 
 def _shared(*errors):
-    """Return what `raise_shared` raises in each of several processes: an exception or None. `errors`: the error that
-    each process had itself, or None."""
+    """Call `raise_shared` once for each of several processes, and return the exceptions that it raises; None if it
+    raises none. `errors`: the error of each process, or None."""
     found = []
     for own in errors:
         try:

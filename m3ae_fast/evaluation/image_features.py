@@ -185,7 +185,7 @@ def input_config(data: DataConfig, image_size: int = _SIZE, patch_size: int = _P
 
 def input_of_files(paths: Sequence[str]) -> ModelConfig:
     """Return the input of `ImageFeatures` for image files, which is determined from some of them, as `input_config`
-    does. Raises UserError if none of these can be read."""
+    does. Files that cannot be read are left out."""
     inspected = [paths[number] for number in np.linspace(0, len(paths) - 1, min(_INSPECTED, len(paths))).astype(int)]
     images, kinds = [], []
     for path in inspected:

@@ -84,7 +84,7 @@ class DatasetStatistics:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the settings of a run are derived from."""
+    """The samples, paths and overrides from which `settings` derives the config of a run."""
 
     statistics: DatasetStatistics
     shards: Shards
@@ -325,7 +325,7 @@ def settings(
     """Return the config of a run.
 
     Args:
-        inputs: what the settings are derived from.
+        inputs: the samples, paths and overrides of the run.
         size: the model size.
         batch: number of samples per step.
         steps: number of steps.

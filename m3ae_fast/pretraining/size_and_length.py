@@ -138,7 +138,7 @@ def choose(inputs: Inputs, hours: float, session: Session, began: float) -> Plan
     """Return the plan of a run that fits into the available time.
 
     Args:
-        inputs: what the settings are derived from.
+        inputs: the samples, paths and overrides of the run.
         hours: hours for the whole call.
         session: session of the ranks.
         began: value of `time.monotonic` at the beginning of the call.

@@ -120,7 +120,7 @@ def _run(module: str, arguments: list[str], variables: dict[str, str], log: Path
     from m3ae_fast.base.errors import exit_cleanly
     from m3ae_fast.training import run
 
-    run.peak_flops = lambda device, dtype: 1e12  # type: ignore[assignment]  # measuring it takes longer than a step
+    run.peak_flops = lambda device, dtype: 1e12  # measuring it takes longer than a step
     multiprocessing.set_start_method(None, force=True)  # restores the default start method for loader workers
     gc.freeze()  # DeepSpeed collects garbage for every engine, which takes less time without the imported objects
     os.setsid()
