@@ -42,8 +42,8 @@ class Op:
         self.registered.register_autograd(backward, setup_context=setup_context)
         function = _function(name, forward, setup_context, once(name, backward))
         self.transformed = function.apply
-        # Function.apply inspects the signature for default arguments, which takes longer than a small op. Ops have none,
-        # so the method of its base class is called directly. mypy does not accept a class in place of an instance.
+        # Function.apply inspects the signature for default arguments, which takes longer than a small op. Ops have no
+        # default arguments, so the method of the base class is called. mypy accepts only instances here.
         apply = super(Function, function).apply  # type: ignore[misc]
         self.eager = lambda *args: apply(*map(unwrapped, args))
 

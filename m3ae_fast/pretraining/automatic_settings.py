@@ -241,13 +241,11 @@ def teacher_settings(teacher: str | None) -> list[str]:
 
 def _absolute(teacher: str) -> str:
     """Return the name of a teacher with absolute paths."""
+    if teacher.startswith(TRANSFORMERS):
+        path, side = split_side(teacher.removeprefix(TRANSFORMERS), teacher)
+        return TRANSFORMERS + _absolute(path) + ("" if side is None else f"@{side}")
     if not teacher.startswith(TIMM):
-        prefix = TRANSFORMERS if teacher.startswith(TRANSFORMERS) else ""
-        path, side = teacher.removeprefix(prefix), None
-        if prefix:
-            path, side = split_side(path, teacher)
-        path = os.path.abspath(path) if os.path.exists(path) else path
-        return f"{prefix}{path}" + ("" if side is None else f"@{side}")
+        return os.path.abspath(teacher) if os.path.exists(teacher) else teacher
     name, equals, file = teacher.partition("=")
     if name.startswith(prefix := TIMM + LOCAL_DIR):
         name = prefix + os.path.abspath(name.removeprefix(prefix))

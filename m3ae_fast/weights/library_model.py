@@ -44,7 +44,7 @@ def accepting(call: Callable[[], Any], where: str, side: int | None) -> Any:
     the model does not accept images of this size."""
     try:
         return call()
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except Exception as error:  # networks of the libraries raise many kinds of errors
         what = f"the model does not accept images of {side} x {side} pixels ({reason(error)})"
         raise UserError(f"{where}: {what}") from None
 

@@ -30,9 +30,9 @@ class _Features(nn.Module):
         model computes no features of such an image, or if two calls compute different features."""
         super().__init__()
         self.network, config = network, network.config
-        self.pass_size: dict[str, bool] = {}
+        self._size: dict[str, bool] = {}
         if "interpolate_pos_encoding" in inspect.signature(network.forward).parameters:
-            self.pass_size = {"interpolate_pos_encoding": side != getattr(config, "image_size", side)}
+            self._size = {"interpolate_pos_encoding": side != getattr(config, "image_size", side)}
         # all patches of this image differ, so that the features change if the model reads other patches of it
         image = torch.linspace(-1, 1, config.num_channels * side**2).reshape(1, config.num_channels, side, side)
         with torch.no_grad():
@@ -54,12 +54,12 @@ class _Features(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last features of images: a map [B, K, h, w] or tokens [B, N, K]."""
-        found: Tensor = self.network(pixel_values=images, **self.pass_size).last_hidden_state
+        found: Any = getattr(self.network(pixel_values=images, **self._size), "last_hidden_state", None)
         return found
 
     def forward_intermediates(self, images: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:
         """Return the last features of images, and the outputs of the stages or blocks `indices`."""
-        found = self.network(pixel_values=images, output_hidden_states=True, **self.pass_size)
+        found = self.network(pixel_values=images, output_hidden_states=True, **self._size)
         return found.last_hidden_state, [found.hidden_states[index] for index in indices]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -120,6 +120,11 @@ def open_transformers_model(name: str) -> LibraryModel:
     channels = getattr(network.config, "num_channels", None)
     if channels is None:
         raise UserError(f"{name}: {type(model).__name__} is not a vision model")
+    factor = images.get("rescale_factor", 1 / 255) if images.get("do_rescale", True) else 1
+    if not isinstance(factor, float) or not math.isclose(255 * factor, 1, rel_tol=1e-3):
+        raise UserError(
+            f"{name}: its preprocessor_config.json rescales values by {factor!r}; only 1 / 255 is supported"
+        )
     mean, std = (0.0,) * channels, (1.0,) * channels
     if images.get("do_normalize", True):
         mean, std = normalisation(images, ("image_mean", "image_std"), channels, name)
@@ -149,10 +154,10 @@ def _side(images: dict[str, Any], name: str) -> int:
     if images.get("do_center_crop") and images.get("crop_size"):
         size = images["crop_size"]
     if isinstance(size, dict):
-        sides = {size[key] for key in ("height", "width", "shortest_edge") if size.get(key)}
+        sides = [size[key] for key in ("height", "width", "shortest_edge") if size.get(key)]
     else:
-        sides = {size}
-    side = sides.pop() if len(sides) == 1 else None
+        sides = [size]
+    side = sides[0] if sides and sides == sides[:1] * len(sides) else None
     if not isinstance(side, int) or side < 1:
         raise UserError(
             f"{name}: its preprocessor_config.json describes no square images (size {size!r}); write NAME@SIDE"

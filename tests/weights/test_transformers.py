@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +135,10 @@ def test_mistakes_are_one_line_each_and_no_code_is_run(tmp_path, capfd):
         ("image_mean", [0.5], "image_mean in its config must be a list with a number for each of its 3 channels"),
         ("image_std", [0, 1, 1], "must be positive"),
         ("size", {"height": 32, "width": 24}, "describes no square images .* write NAME@SIDE"),
+        ("size", {"height": [32], "width": 32}, "describes no square images"),
+        ("rescale_factor", "one", "rescales values by 'one'"),
+        ("do_rescale", False, "rescales values by .*; only 1 / 255 is supported"),
+        ("rescale_factor", 1 / 127.5, "rescales values by .*; only 1 / 255 is supported"),
     ):
         images.write_text(json.dumps(json.loads(described) | {key: value}))
         refused(message)
@@ -192,3 +197,14 @@ def test_its_features_are_evaluated_embedded_and_searched(tmp_path):
     table = ["compare", name, *shards, "--probes", "knn", "--out", str(tmp_path / "compare")]
     assert evaluate(table) == 0
     assert name in (tmp_path / "compare/comparison.md").read_text()
+
+
+def test_a_model_without_features_of_patches_is_refused():
+    class Masks(torch.nn.Module):
+        config = SimpleNamespace(num_channels=3)
+
+        def forward(self, pixel_values):
+            return SimpleNamespace(masks=pixel_values)
+
+    with pytest.raises(UserError, match="NAME: Masks returns no features of patches"):
+        transformers_model._Features(Masks(), 32, "NAME")
