@@ -30,8 +30,13 @@ def test_training_continues_on_the_remaining_nodes_if_a_node_is_lost(trainer):
     port = free_port()
 
     def agent(node):
-        """Start torchrun on a node with one rank. The first node hosts the store of the rendezvous."""
-        conf = f"is_host={int(node == 0)},last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2"
+        """Start torchrun on a node with one rank. The first node hosts the store of the rendezvous.
+
+        On a busy machine, one node may join seconds after the other, so the rendezvous waits 15 s for it. A node
+        whose last heartbeat is less than an interval old does not renew it, so heartbeats can be two intervals
+        apart, and a limit of two intervals would remove a healthy node.
+        """
+        conf = f"is_host={int(node == 0)},last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=6"
         torchrun = ["--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
         torchrun += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run", "--rdzv-conf", conf]
         script = [str(ROOT / "m3ae_fast/train.py"), *trainer.arguments("run", *options, "--resume", "auto")]
