@@ -3,8 +3,8 @@
 #
 # HEAD is the name of one of the nodes. 48 to 64 nodes train. When a node is lost, the remaining nodes restart from the
 # last checkpoint, with the same global batch. When a node joins, all nodes restart, including the new one.
-# This requires TORCH_DISABLE_SHARE_RDZV_TCP_STORE: otherwise torchrun does not tell the new node the address of rank 0,
-# and all nodes end after 60 s.
+# A node can join because TORCH_DISABLE_SHARE_RDZV_TCP_STORE is set: otherwise, torchrun does not tell the new node the
+# address of rank 0, and the job ends with an error after 60 s.
 
 head=$1 config=$2
 shift 2
