@@ -20,7 +20,7 @@ from m3ae_fast.process import garbage_collection
 from m3ae_fast.process.background import Background
 from m3ae_fast.process.garbage_collection import GarbageCollection
 from m3ae_fast.training import pretraining_task
-from m3ae_fast.training.pretraining_task import PretrainingTask
+from tests.helpers.pretraining_task import task_without_engine
 from tests.helpers.ranks import fork_ranks
 
 
@@ -240,12 +240,11 @@ def test_damaged_shards_of_training_and_held_out_samples_are_named(monkeypatch, 
     config = SimpleNamespace(model=None, masking=None, train=SimpleNamespace(precision="fp32"))
     val = SimpleNamespace(damaged=["val"]) if held_out else None
     data = SimpleNamespace(train=SimpleNamespace(damaged=["train"]), val=val)
-    task = PretrainingTask(config=config, engine=None, data=data, eval_loader=None, notes=[], probe=None)
+    task = task_without_engine(config, data)
     trainer = SimpleNamespace(
         ranks=SimpleNamespace(device=None, is_main=False, broadcast=lambda _: ({}, {}), from_main=lambda value: value),
         bad=SimpleNamespace(report=lambda items, log: reported.extend(items)),
         share=SimpleNamespace(micro_batch=1),
-        attention={},
     )
     assert task.describe(trainer) == []  # this is not the main rank
     assert reported == (["train", "val"] if held_out else ["train"])

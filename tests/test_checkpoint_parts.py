@@ -412,7 +412,7 @@ def _saver(run_dir, fragments, log=lambda text: None, **given):
         device=torch.device("cpu"), together=lambda work: work(), sum=lambda values: values, **usual
     )
     ranks.agreement = partial(Ranks.agreement, ranks)
-    options = {"keep": 9, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": None}
+    options = {"keep": 9, "constants": {}, "suggested_fix": "", "keep_folder": lambda: "", "after_save": print}
     return Saver(run_dir=run_dir, engine=SimpleNamespace(fragments=fragments), ranks=ranks, log=log, **options)
 
 
@@ -429,7 +429,7 @@ def test_a_trainer_saves_all_values_from_which_it_resumes(step):
         schedule=SimpleNamespace(changes=(Change(2, 9), Change(4, 8)), decay_begin=6),
         limit=SimpleNamespace(spent=3.5),
         stream={"data.train": "1 shard"},
-        attention={"encoder": "a kernel"},
+        task=SimpleNamespace(attention={"encoder": "a kernel"}),
     )
     Trainer._save(trainer)
     assert saved == [

@@ -14,9 +14,9 @@ from m3ae_fast.cli.draw import main as draw
 from m3ae_fast.drawing import run_figures
 from m3ae_fast.engine.optimizer import EMA, track_ema
 from m3ae_fast.training import pretraining_task
-from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.weights.open_model import open_model
 from tests.helpers.checkpoints import save
+from tests.helpers.pretraining_task import task_without_engine
 from tests.helpers.trainer import zero
 
 OPTIONS = ["--set", "train.ema=0.7", "--set", "train.save_every=2", "--set", "train.keep=9"]
@@ -42,8 +42,8 @@ def test_figures_during_training_show_the_weights_and_not_their_average(tmp_path
     monkeypatch.setattr(pretraining_task, "draw_training", lambda _, own, *__: weights.append(own) or {"name": path})
     config = SimpleNamespace(train=SimpleNamespace(pictures=pictures))
     data = SimpleNamespace(shown=None, tokenizer=None)
-    task = PretrainingTask(config=config, engine=None, data=data, eval_loader=None, notes=[], probe=None)
-    task.draw(SimpleNamespace(figure=lambda *given: logged.append(given)), 7, path)
+    task = task_without_engine(config, data)
+    task.after_save(SimpleNamespace(figure=lambda *given: logged.append(given)), 7, path)
     assert weights == ([{"a": torch.ones(1)}] if pictures else [])
     assert logged == ([(7, "name", path)] if pictures else [])
 

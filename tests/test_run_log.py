@@ -29,11 +29,11 @@ from m3ae_fast.training import run_lock, throughput
 from m3ae_fast.training.loggers import WANDB_ID_FILE
 from m3ae_fast.training.metrics_line import MetricsLine
 from m3ae_fast.training.metrics_log import RunLog
-from m3ae_fast.training.pretraining_task import PretrainingTask
 from m3ae_fast.training.run_lock import LOCK_FILE, RunFolder
 from m3ae_fast.training.trainer import Trainer
 from tests.helpers.checkpoints import save
 from tests.helpers.labelled import tiny_run
+from tests.helpers.pretraining_task import task_without_engine
 
 
 def lines(folder) -> list[dict]:
@@ -272,9 +272,7 @@ def test_loggers_receive_the_figures_of_the_report(tmp_path, monkeypatch, case):
     data = open_data(config.data, config.model)
     with RunLog(tmp_path, 0, 9, ["tensorboard", "wandb"]) as log:
         log.log(3, {"loss": 1.5})
-        PretrainingTask(config=config, engine=None, data=data, eval_loader=None, notes=[], probe=None).draw(
-            log, 3, path
-        )
+        task_without_engine(config, data).after_save(log, 3, path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert sorted(events.Tags()["images"]) == names and {events.Images(name)[0].step for name in names} == {3}

@@ -220,7 +220,7 @@ def test_a_resumed_run_keeps_the_attention_kernels_of_its_checkpoint(monkeypatch
     info = json.loads((saved / checkpoint.INFO_FILE).read_text())
     (saved / checkpoint.INFO_FILE).write_text(json.dumps(info | {"attention": {"encoder": "flash"}}))
     with joined_program() as session:
-        assert run_module.set_up(config, "auto", session, None).attention == {"encoder": "flash"}
+        assert run_module.set_up(config, "auto", session, None).task.attention == {"encoder": "flash"}
 
 
 def test_an_evaluation_that_computes_no_loss_does_not_mark_the_checkpoint_as_good(monkeypatch, tmp_path, mixed):
@@ -499,7 +499,7 @@ def saver(ranks, folder, log=print) -> Saver:
         suggested_fix="less",
         log=log,
         keep_folder=lambda: "",
-        after_save=None,
+        after_save=lambda step, path: None,
     )
 
 

@@ -37,7 +37,7 @@ class Saver:
     log: Callable[[str], None]
     # ensures that run_dir still belongs to this run; returns a note if the folder or its lock has changed, otherwise ""
     keep_folder: Callable[[], str]
-    after_save: Callable[[int, Path], None] | None  # called on the main rank with each saved step and its checkpoint
+    after_save: Callable[[int, Path], None]  # called on the main rank with each saved step and its checkpoint
 
     def __post_init__(self) -> None:
         self._thread = Background()
@@ -65,8 +65,7 @@ class Saver:
             self.log(f"saved {path}")
             if good:
                 self._mark_good(step, "the losses of an evaluation are finite")
-            if self.after_save:
-                self.after_save(step, path)
+            self.after_save(step, path)
 
         self._thread.start(write)
         self.unjudged = None if good else step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,6 +31,7 @@ from m3ae_fast.heads.predictions import Predictions
 from m3ae_fast.heads.standard_error import ERROR
 from m3ae_fast.heads.training_defaults import OFFICIAL, chosen, with_defaults
 from m3ae_fast.heads.training_warnings import training_warnings
+from m3ae_fast.training.metrics_log import RunLog
 from m3ae_fast.training.throughput import SampleCounts, SampleRate
 from m3ae_fast.training.trainer import Trainer
 
@@ -80,6 +82,8 @@ class LabelledTask(ABC):
     notes: list[str] = field(default_factory=list)  # differences from the run that is resumed
 
     def __post_init__(self) -> None:
+        self.not_computed: tuple[str, ...] = ()
+        self.attention: dict[str, str] = {}  # kernels are not compared, and none is stored
         self.predictions: Predictions | None = None  # predictions of the last evaluation
         self.expected = False  # whether the expected duration has been logged
 
@@ -127,6 +131,13 @@ class LabelledTask(ABC):
             start=found.step,
             suggested_fix=suggested_fix,
         )
+
+    def with_targets(self, batch: PackedBatch) -> PackedBatch:
+        """Return the batch unchanged, because its targets are the labels."""
+        return batch
+
+    def after_save(self, log: RunLog, step: int, path: Path) -> None:  # noqa: B027  # not abstract
+        """Do nothing; the curves are drawn at the end."""
 
     def count(self, batches: list[PackedBatch]) -> SampleCounts:
         """Return the counts of a step's micro-batches."""

@@ -41,6 +41,14 @@ class PretrainingTask:
     eval_loader: DataLoader[PackedBatch] | None
     notes: list[str]  # notes for the user, printed at the start
     probe: Callable[[Trainer], None] | None  # an additional evaluation
+    with_targets: Callable[[PackedBatch], PackedBatch]  # adds image targets to a batch on the device
+    # names of the attention kernels by part of the network; before the first step, those of the resumed run
+    attention: dict[str, str]
+
+    @property
+    def not_computed(self) -> tuple[str, ...]:
+        """Return the prefixes of the losses that the run does not compute: without a vocabulary, those of texts."""
+        return () if self.config.model.vocab_size else ("text_",)
 
     def count(self, batches: list[PackedBatch]) -> StepCounts:
         """Return the counts of a step's micro-batches, which are on the CPU."""
@@ -52,9 +60,9 @@ class PretrainingTask:
         attention = RunAttention(model, self.config.masking, ranks.device, dtype_of(self.config.train.precision))
         # Only rank 0 benchmarks kernels, and checkpoints store its choice. If other ranks or a resumed run chose other
         # kernels, their results might not be bitwise equal.
-        choose = partial(attention.choose, trainer.share.micro_batch, trainer.attention)
-        trainer.attention, times = ranks.broadcast(choose)
-        attention.use_kernels(trainer.attention)
+        choose = partial(attention.choose, trainer.share.micro_batch, self.attention)
+        self.attention, times = ranks.broadcast(choose)
+        attention.use_kernels(self.attention)
         described = attention.describe()
         damaged = self.data.train.damaged + (self.data.val.damaged if self.data.val else [])
         trainer.bad.report(ranks.from_main(damaged), log=ranks.is_main)
@@ -78,7 +86,7 @@ class PretrainingTask:
         """Return an empty result, because all results are in the run folder."""
         return {}
 
-    def draw(self, log: RunLog, step: int, path: Path) -> None:
+    def after_save(self, log: RunLog, step: int, path: Path) -> None:
         """Plot reconstructions of samples with the weights of the checkpoint at `path`, for the run folder and the
         loggers."""
         if self.config.train.pictures:
@@ -97,7 +105,7 @@ class PretrainingTask:
         batches = trainer.heartbeats.watch(loader, f"evaluating after step {trainer.step}")
         try:
             stoppable = until_stopped(batches, trainer.ranks, trainer.stop)
-            values = evaluate(self.engine, stoppable, trainer.ranks, trainer.add_targets, baselines)
+            values = evaluate(self.engine, stoppable, trainer.ranks, self.with_targets, baselines)
         except Stopped:
             trainer.cut_short()
             return

@@ -114,7 +114,6 @@ def set_up(
     about_teacher = [teacher.to(ranks.device).describe(config)] if teacher else []
     engine = build_engine(model, config, ranks, *([teacher.pass_bytes] if teacher else []))
     found.load(engine)
-    add_targets = teacher.with_targets if teacher else _targets_on_device(config, stream.data, ranks.device)
     held_out, loader = _loaders(config, stream, preparation, found.step, session)
     probe = make_probe(config, ranks)
     task = PretrainingTask(
@@ -124,6 +123,8 @@ def set_up(
         eval_loader=held_out,
         notes=[*started, *about_teacher, *notes],
         probe=probe,
+        with_targets=teacher.with_targets if teacher else _targets_on_device(config, stream.data, ranks.device),
+        attention=found.info.attention if found.info else {},
     )
     peak = ranks.world * peak_flops(ranks.device, dtype_of(cfg.precision))
     updates = ranks.world * newton_schulz_flops(config, model, ranks.world)
@@ -143,11 +144,6 @@ def set_up(
         start=found.step,
         suggested_fix=fix_of_losses(cfg, config.optim),
         constants={f"model/{name}": tensor for name, tensor in fixed.items()},
-        not_computed=() if config.model.vocab_size else ("text_",),
-        add_targets=add_targets,
-        after_save=task.draw,
-        attention=found.info.attention if found.info else {},
-        pace=stream.pace,
         limit=stream.limit,
     )
 
@@ -160,7 +156,6 @@ class _Stream:
     layout: Layout
     share: Share
     schedule: Schedule
-    pace: Pace
     limit: TimeLimit | None
     fingerprint: dict[str, str]
     notes: list[str]
@@ -170,8 +165,7 @@ def _open_stream(config: Config, session: Session, found: Resume, teacher: Teach
     """Open the data and determine the sample order. Every rank must call this function. Raises UserError if data are
     missing or do not fit the model, or if the data or the teacher differ between ranks."""
     ranks, cfg, info = session.ranks, config.train, found.info
-    pace = Pace(first=FIRST)
-    limit = TimeLimit(3600 * cfg.hours, pace, info.spent if info else 0.0) if cfg.hours else None
+    limit = TimeLimit(3600 * cfg.hours, Pace(first=FIRST), info.spent if info else 0.0) if cfg.hours else None
     share = split_batch(cfg, ranks.world, ranks.rank)
     _count_shards(config, ranks, session.heartbeats)
     data = ranks.main_first(lambda: _open(config, progress=ranks.is_main), session.heartbeats.waiting)
@@ -179,7 +173,7 @@ def _open_stream(config: Config, session: Session, found: Resume, teacher: Teach
     layout = lay_out(config.data, data.train.sizes, cfg.global_batch)
     mine = fingerprint(data, layout) | ({TEACHER: teacher.identity} if teacher else {})
     require_same(ranks, mine, data.val)
-    return _Stream(data, layout, share, schedule, pace, limit, mine, run_warnings(config, data, schedule))
+    return _Stream(data, layout, share, schedule, limit, mine, run_warnings(config, data, schedule))
 
 
 def _loaders(

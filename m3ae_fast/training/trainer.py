@@ -41,10 +41,21 @@ from m3ae_fast.training.user_warnings import MemoryGrowth
 
 class Task(Protocol):
     """A training task, such as pre-training, fine-tuning or a linear probe. All ranks call all methods in the same
-    order."""
+    order, except `after_save`."""
+
+    @property
+    def not_computed(self) -> tuple[str, ...]:
+        """Return the prefixes of the losses that the run does not compute."""
+
+    @property
+    def attention(self) -> dict[str, str]:
+        """Return the names of the chosen attention kernels by part of the network, for checkpoints."""
 
     def count(self, batches: list[PackedBatch]) -> Counts:
         """Return the counts of a step's micro-batches, which are on the CPU. The counts are summed over ranks."""
+
+    def with_targets(self, batch: PackedBatch) -> PackedBatch:
+        """Return a batch on the device with the image targets that are computed there, if there are any."""
 
     def evaluate(self, trainer: Trainer) -> None:
         """Evaluate on held-out samples if that is due. Called before the first step and after each step."""
@@ -54,6 +65,9 @@ class Task(Protocol):
 
     def conclude(self, trainer: Trainer) -> dict[str, Any] | None:
         """Return the result of a run after its last step; None if a rank is asked to stop in the meantime."""
+
+    def after_save(self, log: RunLog, step: int, path: Path) -> None:
+        """Draw the figures of a saved step from its checkpoint at `path`. Called on the main rank only."""
 
 
 class Sums(NamedTuple):
@@ -86,19 +100,13 @@ class Trainer:
     suggested_fix: str  # settings to change if a loss or weight is not finite
     # tensors saved in checkpoints in addition to the engine's state
     constants: dict[str, Tensor] = field(default_factory=dict)
-    not_computed: tuple[str, ...] = ()  # prefixes of the losses that this run does not compute
-    # adds image targets to a batch on the device
-    add_targets: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
-    # called after each save, with the log, the step and the checkpoint
-    after_save: Callable[[RunLog, int, Path], None] | None = None
-    attention: dict[str, str] = field(default_factory=dict)  # names of kernels by part of the network, for checkpoints
-    pace: Pace = field(default_factory=partial(Pace, first=FIRST))  # pace of the steps
     limit: TimeLimit | None = None  # time limit, used on the main rank; None: there is no limit
 
     def __post_init__(self) -> None:
         self.ranks, self.stop, self.heartbeats = self.session
         run = self.config.run
         self.step = self.start  # optimiser steps so far
+        self.pace = self.limit.pace if self.limit else Pace(first=FIRST)  # pace of the steps
         self.log: RunLog = SilentLog()
         if self.ranks.is_main:
             self.log = RunLog(run.dir, self.start, self.schedule.total_steps, run.loggers, self.sections)
@@ -114,7 +122,7 @@ class Trainer:
             suggested_fix=self.suggested_fix,
             log=self.log.print,
             keep_folder=self.folder.keep if self.folder else lambda: "",
-            after_save=partial(self.after_save, self.log) if self.after_save else None,
+            after_save=partial(self.task.after_save, self.log),
         )
 
     def train(self, trace_dir: Path | None = None) -> dict[str, Any] | None:
@@ -177,7 +185,7 @@ class Trainer:
         """Take one optimiser step (forward, backward and update). Return the losses of the micro-batches and the
         global gradient norm before clipping, a 0-d tensor. `counts`: the counts of the step over all ranks."""
         self.heartbeats.mark(f"step {self.step + 1}")
-        batches = [self.add_targets(batch) for batch in inputs.device]
+        batches = [self.task.with_targets(batch) for batch in inputs.device]
         losses, grad_norm = self.engine.step(
             batches, counts.denominators(self.ranks.world), self.schedule.lr(self.step)
         )
@@ -286,7 +294,7 @@ class Trainer:
             ranks=self.ranks,
             throughput=self.throughput,
             forward=ForwardTime(self.engine.model, self.ranks.device),
-            not_computed=self.not_computed,
+            not_computed=self.task.not_computed,
             logged=self.start,
         )
 
@@ -314,7 +322,7 @@ class Trainer:
         changes: list[tuple[int, int]] = list(self.schedule.changes)
         begin = self.schedule.decay_begin
         decays = begin is not None and self.step > begin
-        self.saver.save(checkpoint.Info(*about, self.stream, {}, self.attention, changes, decays, spent))
+        self.saver.save(checkpoint.Info(*about, self.stream, {}, self.task.attention, changes, decays, spent))
 
     def _finish(self) -> None:
         """Wait for the last save. If the run was stopped early, save its state first. Raises UserError on all ranks if
@@ -341,6 +349,5 @@ class Trainer:
         killed after the last checkpoint."""
         if self.record.is_finished():
             return
-        if self.after_save:
-            self.after_save(self.log, self.step, checkpoint.locate(self.config.run.dir))
+        self.task.after_save(self.log, self.step, checkpoint.locate(self.config.run.dir))
         self.record.begin(self.step)
