@@ -230,6 +230,19 @@ def test_user_errors_are_reported_in_one_line_and_nothing_is_drawn(run, tmp_path
         assert not (tmp_path / "out.png").exists()
 
 
+@pytest.mark.parametrize("figure", ["reconstructions", "attention"])
+@pytest.mark.parametrize("exported", [True, False])
+def test_a_figure_that_cannot_be_written_is_refused_before_samples_are_opened(run, tmp_path, figure, exported):
+    model = tmp_path / "export" if exported else run
+    if exported:
+        convert(str(run), model)
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "file").touch()
+    for out, message in (("a.png", "is a folder"), ("file/a.png", r"cannot be written \(.*is a file\)")):
+        with pytest.raises(UserError, match=f"a.png: {message}"):
+            main([figure, str(model), "--val", str(tmp_path / "missing.tar"), "--out", str(tmp_path / out)])
+
+
 @pytest.mark.parametrize("words", ["reconstructions --word dog", "attention --ratios 1"])
 def test_options_that_would_be_ignored_are_refused(words):
     what, *options = words.split()

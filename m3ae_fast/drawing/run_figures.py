@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from m3ae_fast import checkpoint
+from m3ae_fast.base.atomic_file import require_writable
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import MODEL_FILE, TOKENIZER_FILE
 from m3ae_fast.batch.masking import UNMASKED
@@ -26,11 +27,12 @@ _SEARCHED = 2000  # maximum number of samples that are searched for a word
 
 
 class _Source(NamedTuple):
-    """A model, and the samples that are shown in figures."""
+    """A model, and the samples that are shown in a figure."""
 
     weights: Callable[[], dict[str, Tensor]]  # reads the model's weights
     config: Config
     corpus: Corpus
+    figure: Path  # the file to write
 
 
 @accepts(ReconstructionsOptions)
@@ -43,21 +45,20 @@ def reconstructions(run: str | Path, **options: Any) -> Path:
 
     Raises:
         UserError: there is no checkpoint and no export, the export cannot reconstruct images, an argument is invalid,
-            or no sample can be used.
+            no sample can be used, or the figure cannot be written.
     """
     given = ReconstructionsOptions(run=run, **options)
-    source = _open(given)
+    source = _open(given, "reconstructions.png")
     weights = source.weights()
     if is_encoder(weights):
         raise UserError(f"{run}: contains no decoder, so it cannot reconstruct images")
     if not can_draw(source.config.model):
         raise UserError(f"{run}: predicts features of a teacher, which cannot be drawn; use m3ae-fast draw attention")
     tokenizer = open_tokenizer(source.config.data, source.config.model)
-    path = given.out or Path(run, "reconstructions.png")
-    shown = source.config, weights, source.corpus, tokenizer, path, given.pictures, [*given.ratios]
+    shown = source.config, weights, source.corpus, tokenizer, source.figure, given.pictures, [*given.ratios]
     if not draw_run(*shown, source=str(run)):
         raise UserError("none of the samples can be used; m3ae-fast shards stats SHARDS prints the reasons")
-    return path
+    return source.figure
 
 
 @accepts(AttentionOptions)
@@ -69,11 +70,12 @@ def attention(run: str | Path, **options: Any) -> Path:
         options: the fields of `AttentionOptions`.
 
     Raises:
-        UserError: the checkpoint, the word, the patch or a block does not exist, or an argument is invalid.
+        UserError: the checkpoint, the word, the patch or a block does not exist, an argument is invalid, or the figure
+            cannot be written.
     """
     given = AttentionOptions(run=run, **options)
-    source = _open(given)
-    config, path = source.config, given.out or Path(run, "attention.png")
+    source = _open(given, "attention.png")
+    config, path = source.config, source.figure
     blocks, channels = (
         [layer - 1 for layer in chosen_layers(given.layers, config.model.depth)],
         config.data.show_channels,
@@ -91,23 +93,27 @@ def attention(run: str | Path, **options: Any) -> Path:
     return path
 
 
-def _open(given: DrawOptions) -> _Source:
-    """Open a run's checkpoint or an export, and the samples. Raises UserError if opening the samples requires `trust`,
-    or if an export has no `val` or no `out`."""
+def _open(given: DrawOptions, default: str) -> _Source:
+    """Open a run's checkpoint or an export, and the samples. `default`: name of the figure in the run folder if there
+    is no `out`. Raises UserError if opening the samples requires `trust`, if an export has no `val` or no `out`, or if
+    the figure cannot be written."""
     run, folder, shards = given.run, Path(given.run), given.val
     if not is_run(folder) and (folder / MODEL_FILE).is_file():
         if not shards or given.out is None:
             raise UserError(f"{run}: is an exported model: specify samples with --val, and the figure with --out")
+        require_writable(given.out)
         found = read_pretrained(folder)
         config = _config_of_export(found, folder, shards)
-        return _Source(lambda: found.state, config, open_corpus(config.data.train, ShardStore(), progress=True))
+        corpus = open_corpus(config.data.train, ShardStore(), progress=True)
+        return _Source(lambda: found.state, config, corpus, given.out)
     path = checkpoint.locate(folder)
+    figure = given.out or folder / default
+    require_writable(figure)
     config = parse(Config, checkpoint.read_info(path).config, f"checkpoint {path}")
     sources, store = _shown(config, shards, given.trust, f"checkpoint {path}")
     # the last weights and not their moving average, because the logged losses are computed with the last weights
-    return _Source(
-        lambda: checkpoint.read_weights(path, average=False), config, open_corpus(sources, store, progress=True)
-    )
+    corpus = open_corpus(sources, store, progress=True)
+    return _Source(lambda: checkpoint.read_weights(path, average=False), config, corpus, figure)
 
 
 def _config_of_export(found: Pretrained, folder: Path, shards: Sequence[str]) -> Config:
