@@ -279,6 +279,14 @@ def test_damage_to_any_file_of_a_checkpoint_is_reported_in_one_line(saved, file,
         assert "\n" not in str(caught.value)
 
 
+def test_the_message_about_a_damaged_checkpoint_names_the_one_before_it(tmp_path):
+    for step in (9, 10, 11):
+        path = save(tmp_path, {"model/w": torch.ones(2)}, checkpoint.Info(step, 0, 42, {}, {}), keep=9)
+        aim = "use step-000000" + f"{step - 1:02d}" if step > 9 else "begin again, because there is no older checkpoint"
+        with pytest.raises(UserError, match=f"remove the folder to {aim}"):
+            raise state_files.damaged(path, "a", "b")
+
+
 def test_the_integrity_check_is_distributed_over_ranks(saved):
     (saved / FILES[1]).write_bytes(b"")
     for rank in (0, 2):

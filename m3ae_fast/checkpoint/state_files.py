@@ -155,7 +155,14 @@ def damaged(path: Path, file: str, error: object) -> UserError:
         first = error.errors()[0]
         error = ": ".join([".".join(map(str, first["loc"])), first["msg"]] if first["loc"] else [first["msg"]])
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"checkpoint {path}: {file} is damaged ({reason}); remove the folder to use an older one")
+    return UserError(f"checkpoint {path}: {file} is damaged ({reason}); {_remedy(path)}")
+
+
+def _remedy(path: Path) -> str:
+    """Return what to do if the checkpoint at `path` cannot be used."""
+    older = max((other.name for other in path.parent.glob("step-*") if other.name < path.name), default=None)
+    aim = f"use {older}" if older else "begin again, because there is no older checkpoint"
+    return f"remove the folder to {aim}"
 
 
 def check(path: Path, file: str, sums: dict[str, str]) -> None:
@@ -220,7 +227,7 @@ class State:
             start, stop = start - length, stop - length
         tensor = found[0] if len(found) == 1 else torch.cat([torch.empty(0), *found])
         if not tensor.isfinite().all():
-            raise UserError(f"checkpoint {self._path}: {name} is not finite; remove the folder to use an older one")
+            raise UserError(f"checkpoint {self._path}: {name} is not finite; {_remedy(self._path)}")
         return tensor
 
     def check(self, shapes: dict[str, Shape]) -> None:

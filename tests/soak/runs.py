@@ -155,7 +155,7 @@ class Soak:
         if code and not struck_at_exit and (saves or fault is None or fault == "all processes are suspended"):
             reason = "\n".join(re.findall(r"^error: .*", out, re.MULTILINE)) or out.strip()[-300:]
             self.wrong.append(f"{name}: exit code {code}: {reason!r}")
-        if "remove the folder to use an older one" in out:  # follows the advice in the message
+        if "remove the folder to" in out:  # follows the advice in the message
             shutil.rmtree(checkpoint.saved_steps(self.folder / name)[-1])
 
     def _start(self, name: str, fault: str | None) -> tuple[bool, int, str]:
