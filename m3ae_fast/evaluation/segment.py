@@ -110,7 +110,7 @@ class Counts:
 def run(job: Job) -> dict[str, Any]:
     """Run the task and return its result. Raises UserError if no sample has a mask, a mask cannot be read, the masks of
     the training samples have fewer than two classes, the masks of the held-out samples have only ignored pixels, or
-    the model is native."""
+    the model has native aspect ratio."""
     config, model, data, ranks = job.config.segment, job.model.config, job.config.data, job.ranks
     if model.resize == "native":
         raise UserError("segment needs images of one size; add --set model.resize=square")

@@ -128,8 +128,8 @@ def encode_baselines(
     job: Job, train: Corpus, val: Corpus, stop: StopRequest
 ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
     """Return the features that the last block of each baseline computes for the training and the held-out samples, with
-    the pooling in the settings. The result is empty if the task evaluates no baselines. If a rank is asked to stop, it
-    is empty on all ranks, so that the task can still write the result of its training."""
+    the pooling in the settings. The result is empty if the task evaluates no baselines. If a rank is asked to stop, the
+    result is empty on all ranks, so that the task can still write the result of its training."""
     if not (models := job.open_baselines()):
         return {}
     try:
@@ -147,7 +147,8 @@ def _of_last_block(
     corpora: tuple[Corpus, Corpus],
     stop: StopRequest | None = None,
 ) -> dict[str, tuple[FeatureBank, FeatureBank]]:
-    """Return the features of one type. `prefix`: prefix of the titles in the progress display."""
+    """Return the features that the last block of each model computes. `pool`: the pooling; None: patch tokens.
+    `prefix`: prefix of the titles in the progress display."""
     last = {name: FeatureType(model.config.depth, pool) for name, model in models.items()}
     named = dict(zip((f"{prefix}encoding train", f"{prefix}encoding val"), corpora))
     found = encode_by_each(job, models, {name: [kind] for name, kind in last.items()}, named, stop=stop)

@@ -221,7 +221,8 @@ class WithBaselines(OneModel):
     - colour histogram (`histogram`): the square roots of the fractions of the pixels in 4 x 4 x 4 colours; for images
       that do not have three channels, in 16 bins for each channel;
     - HOG (`hog`): histograms of oriented gradients, with 9 orientations, cells of 8 x 8 pixels and blocks of 2 x 2
-      cells: 900 numbers. They need scikit-image (the extra `evaluate`); without it, they are left out with a warning.
+      cells: 900 numbers. HOG needs scikit-image (the extra `evaluate`); without this library, HOG is left out with a
+      warning.
 
     The last three are computed from the central square of each image, resized to 48 x 48, with the channels and the
     value range of the training files, so that they are the same for all models. The only baselines of `segment` are
@@ -337,10 +338,10 @@ class Knn(PooledProbe):
 
     The class of a held-out sample is predicted by a vote of its k nearest training samples in feature space. The weight
     of a vote is exp(cosine similarity / `knn.temperature`). By default, four combinations are tried on a tenth of the
-    training samples, with the other nine tenths as neighbours: k of 1 or 20, and features as they are or standardised
-    (to a mean of 0 and a standard deviation of 1). The most accurate combination is used. With `--set knn.k=10`, k is
-    10, and the features are not standardised. `result.json` contains the choice as `k` and `standardised`.
-    `neighbours.png` shows some held-out samples with their nearest training samples.
+    training samples (at most 10,000), with the other training samples as neighbours: k of 1 or 20, and features as they
+    are or standardised (to a mean of 0 and a standard deviation of 1). The most accurate combination is used. With
+    `--set knn.k=10`, k is 10, and the features are not standardised. `result.json` contains the choice as `k` and
+    `standardised`. `neighbours.png` shows some held-out samples with their nearest training samples.
     """
 
     uses = Uses(("encode", "knn", SHOWN))
@@ -412,8 +413,8 @@ class Finetune(WithResume, WithBaselines, WithModality, WithTraining):
     """Train the encoder with a classification head; the classifier is saved in OUT.
 
     The head and the layer-wise learning rates are those of the official code. The batch size and the number of epochs
-    depend on the number of training samples (see below). The classifier is evaluated about ten times during the
-    training (`train.eval_every`). On a CPU, fine-tuning may take an hour.
+    depend on the number of training samples (see below). The classifier is evaluated at most about ten times during
+    the training (`train.eval_every`). On a CPU, fine-tuning may take an hour.
 
     The baselines of this task are logistic regressions. Training from scratch is a stronger baseline, but takes as long
     as fine-tuning. To measure it, evaluate `random:MODEL` with this task, and compare both folders with the task

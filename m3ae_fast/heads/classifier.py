@@ -103,7 +103,7 @@ class Classifier(nn.Module):
                 config.write_text(self.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
                 model = files.enter_context(atomic_write(folder / MODEL_FILE))
                 save_file({name: t.cpu().contiguous() for name, t in state.items()}, model)
-                shutil.copymode(config, model)  # safetensors makes it unreadable for other users
+                shutil.copymode(config, model)  # safetensors makes the weights unreadable for other users
             except SafetensorError as error:
                 raise UserError(f"{folder / MODEL_FILE}: cannot be written ({error})") from None
 

@@ -237,8 +237,8 @@ class FeatureBank:
 
 
 def _in_order(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the rows of all parts, sorted by number. Each part consists of the numbers of
-    samples, and of the rows of these samples."""
+    """Return the rows of all parts, sorted by number. Each part consists of the numbers of samples, and of the rows of
+    these samples."""
     if len(parts) == 1:
         return parts[0][1]
     numbers, rows = zip(*parts)

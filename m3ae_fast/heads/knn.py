@@ -40,8 +40,9 @@ def knn_predictions(bank: FeatureBank, queries: FeatureBank, classes: int, confi
     """Return the k-NN predictions of all queries, with neighbours from `bank`. The predictions' `chosen` contains the
     number of neighbours, "k", and whether features were standardised, "standardised". If `config.k` is null, each of
     NUMBERS is tried with and without standardisation: a tenth of the samples of `bank` is classified with neighbours
-    from the other samples, and the combination with the highest quality is used. In a tie, and if there are fewer than
-    ten samples, features are not standardised, and the number is USUAL_K. Every rank must call it."""
+    from the other samples, and the combination with the highest quality is used. In a tie, a combination without
+    standardisation is preferred and, if there are several, the one with USUAL_K. If there are fewer than ten samples,
+    features are not standardised, and the number is USUAL_K. Every rank must call it."""
     k, standardised = (config.k, False) if config.k else _chosen(bank, classes, config.temperature)
     found = _predictions(bank, queries, classes, k, standardised, config.temperature)
     return replace(found, chosen={"k": min(k, len(bank.keys)), "standardised": standardised})

@@ -75,8 +75,8 @@ def fit_chosen(
 
     - By default, it is the strongest penalty whose accuracy on the held-out samples is within one standard error of the
       highest accuracy; see `within_error`.
-    - If fewer than _ENOUGH samples are held out, it is the penalty with the highest accuracy; in a tie, the one of them
-      with the lowest loss.
+    - If fewer than _ENOUGH samples are held out, it is the penalty with the highest accuracy; in a tie, the one with
+      the lowest loss.
     - For lists of labels, it is the penalty with the highest mAP.
     - If there are fewer than ten samples, the inverse strength is USUAL. This is also so if no held-out sample is
       classified correctly, for example because each class has one sample.
@@ -225,8 +225,8 @@ class Standardised:
         return values_Q, basis_DQ.double() @ rotation_QQ, rest
 
     def _times_covariance(self, right_DQ: Tensor | None) -> Tensor:
-        """Return the product of the covariance with a matrix, float64 [D, Q]. `right_DQ`: float32; None: the unit
-        matrix, so that the covariance is returned."""
+        """Return the product of the covariance with a matrix, float64 [D, Q]. `right_DQ`: float32; None: the
+        identity matrix, so that the covariance is returned."""
         width = len(self.mean_D)
         total_DQ = self.mean_D.new_zeros(width, width if right_DQ is None else right_DQ.shape[1])
         for _, part_BD in self.parts(1):

@@ -1,7 +1,7 @@
 """Classification heads on pooled features, as in the official code (young-geng/m3ae_public, `LinearCLS` and
 `ViTClassifier` in m3ae/model.py), and stacks of heads that are trained together.
 
-Shapes: S samples, L patches, D width, K classes, H heads of a stack, a number of attention heads, d their width.
+Shapes: S samples, L patches, D width, K classes, H heads of a stack; a: number of attention heads, d: their width.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from m3ae_fast.heads.feature_bank import FeatureBank, FeatureType
 from m3ae_fast.heads.logistic_regression import Tried, try_strengths
 from m3ae_fast.process.heartbeats import Heartbeats
 
-MOST_SAMPLES = 5000  # number of training samples with which the candidates are compared
+MOST_SAMPLES = 5000  # maximum number of training samples with which the candidates are compared
 
 
 def best_type(bank: FeatureBank, classes: int, heartbeats: Heartbeats) -> tuple[FeatureType, Tried | None]:

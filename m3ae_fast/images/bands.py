@@ -74,8 +74,8 @@ def read_npy(data: bytes) -> np.ndarray:
 
 def read_tiff(data: bytes) -> np.ndarray:
     """Return the first page of a TIFF with any number of bands, [H, W, C] with a dtype of `DTYPES`. Raises BadSample as
-    `checked` does, and if tifffile is missing, the file cannot be read, the image is rotated, or its values are not
-    bands."""
+    `checked` does, and if tifffile is missing, the file cannot be read, the image is rotated, its values are neither
+    grey nor RGB, or its axes are not rows, columns and bands."""
     try:
         tifffile = library("tifffile", "a TIFF with bands or a bit depth that Pillow cannot read")
     except UserError as error:

@@ -57,8 +57,8 @@ def depth_of(image: Image.Image) -> Depth:
 
 def deep_grey(image: Image.Image, depth: Depth, value_range: Range | None, channels: int, dtype: str) -> np.ndarray:
     """Return a one-channel high-bit-depth image as pixels of `dtype`: [1, H, W] with transparent pixels in white, or
-    [4, H, W] with alpha if `channels` is 4. Raises BadSample if a value is not finite, or if `channels` is 4 and the
-    image has no alpha."""
+    [4, H, W] with alpha if `channels` is 4. Raises BadSample if a value is not finite, or if `channels` is 4 and
+    `dtype` is not "uint8"."""
     if channels == 4 and dtype != "uint8":
         raise BadSample(f"the image has one channel of {depth}, but the model expects 4")
     values, clear = grey_values(image, depth), image.info.get("transparency")

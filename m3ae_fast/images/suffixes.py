@@ -9,7 +9,7 @@ _ENDS = tuple(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 def is_image(path: str) -> bool:
-    """Return whether a file counts as an image, in upper or lower case."""
+    """Return whether a file counts as an image; its suffix may be in upper or lower case."""
     return path.lower().endswith(_ENDS)
 
 

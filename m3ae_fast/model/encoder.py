@@ -138,8 +138,8 @@ class MultimodalEncoder(nn.Module):
     @property
     def preprocess(self) -> Preprocess:
         """Return the transform that converts a PIL image or an image file to the tensor that `encode` and
-        `representation` accept: the central square, resized, as uint8; see `Preprocess`. Data loaders can apply it in
-        their workers."""
+        `representation` accept: the central square or, with native aspect ratio, the whole image, resized, usually as
+        uint8; see `Preprocess`. Data loaders can apply it in their workers."""
         return Preprocess(self.config)
 
     def forward_encoder(self, batch: PackedBatch) -> Tensor:
@@ -410,7 +410,8 @@ class MultimodalEncoder(nn.Module):
         Raises:
             TypeError: an argument is not a tensor.
             ValueError: images and text are both None or empty, batch sizes differ, padding precedes tokens, a size does
-                not fit the model, floating-point images are not normalised, or `text` has ids outside the vocabulary.
+                not fit the model, floating-point images evidently contradict value_range, or `text` has ids outside the
+                vocabulary.
         """
         if images is None and text is None:
             raise ValueError("representation requires images, text or both")

@@ -87,7 +87,7 @@ class Hog:
         return self.of_patches(batch.images, batch.image_patch_ids[chosen_I])
 
     def of_patches(self, images: Tensor, ids_I: Tensor) -> Tensor:
-        """Return the targets of the patches `ids_I` of images, model inputs [B, C, H, W]."""
+        """Return the targets of the patches `ids_I`, float32 [I, 9]. `images`: model inputs [B, C, H, W]."""
         std: Sequence[float] | None = self._config.image_std if images.is_floating_point() else None
         return hog_targets(images, ids_I, patch_size=self._config.patch_size, std=std).float()
 

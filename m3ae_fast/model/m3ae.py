@@ -242,12 +242,12 @@ class M3AE(MultimodalEncoder):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> M3AE:
-        """Load a model written by `save_pretrained` or `m3ae-fast convert`, from a folder or from
-        the Hugging Face Hub by its name (owner/name).
+        """Load a model written by `save_pretrained` or `m3ae-fast convert`, from a folder or from the Hugging Face Hub
+        by its name (owner/name).
 
         The `tokenizer` is loaded too if there is one, and so is `loss.norm_pix`; the other settings of the loss have
-        their default values. If the source contains only an encoder, a warning is issued, and
-        the decoder is randomly initialised.
+        their default values. If the source contains only an encoder, a warning is issued, and the decoder is randomly
+        initialised.
 
         Raises:
             UserError: a file is missing or damaged, the files do not fit together, or the Hub does not respond.

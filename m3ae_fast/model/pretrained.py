@@ -37,7 +37,7 @@ C = TypeVar("C")
 # prefixes of the weights in a file without a decoder; such a file lacks all other weights
 ENCODER = ("patch_embed.", "encoder_input.", "encoder.")
 _NORM_PIX = "norm_pix"  # key of loss.norm_pix in config.json, next to the settings of the model
-# settings that change the function computed by the weights; most of them do not change their shapes
+# settings that change the function computed by the weights; most of them do not change the shapes of the weights
 _UNSEEN = ("channels", "positions", "gelu", "mean_pool", "num_heads", "image_mean", "image_std", "value_range")
 
 
@@ -207,8 +207,8 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], where: str, *, assi
 
 
 def check_weights(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Raise UserError with the name of the first weight that is missing, superfluous, not finite, or of another shape
-    or dtype, as `load_weights` does. `where`: source of the weights, for messages."""
+    """Raise UserError with the name of the first weight that is missing, superfluous, not finite, of another shape, or
+    of a dtype that weights cannot have, as `load_weights` does. `where`: source of the weights, for messages."""
     check_dtypes(state, where)
     own = model.state_dict()
     if is_encoder(state):

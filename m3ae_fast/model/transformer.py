@@ -266,8 +266,8 @@ class Blocks(nn.Module):
         time, because it is fused with the ops that read its results; on a GPU, the results are written to memory again.
 
         With `keep_activations`, attention and the MLP of a block are compiled separately. In a single graph, torch's
-        compiler would compute the gradients of norm2's parameters together with those of norm1's, and would read their
-        rows again for this purpose (`kernels/TRIED.md`).
+        compiler would compute the gradients of norm2's parameters together with those of norm1's, and would read
+        norm2's input again for this purpose (`kernels/TRIED.md`).
         """
         budget = 1.0 if keep_activations else MEMORY_BUDGET
         if budget != torch._functorch.config.activation_memory_budget:

@@ -1,5 +1,5 @@
-"""Evaluation of the features at the end of a run, compared with baselines: the same network with random weights, the
-pixels themselves, and always predicting the largest class."""
+"""Evaluation of the features at the end of a run, compared with baselines: the same network with random weights,
+features that are computed from the pixels without a network, and always predicting the largest class."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def find_shards(
         return _split(given, list(val), out)
     _require_source(source, out, [shard for shard in map(_path, kept) if shard.parent != (out / SHARDS).resolve()])
     if val:
-        raise UserError(f"--val: can be used only if SOURCE consists of shards; {source} is not")
+        raise UserError(f"--val: can be used only if SOURCE consists of shards; {source} does not")
     if source and folder.is_dir() and folder.resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(
             f"--out {out}: is inside {source}, so figures written to it would be read as input images; "
@@ -259,9 +259,9 @@ def _made(
     start_range: Range | None,
 ) -> Shards:
     """Create the shards that are missing in the run folder, and return all shards. If the source has changed since
-    shards were created, all shards are replaced. Raises UserError if a run has already begun with the old shards, or if
-    `pretrain` has not made them. A source counts as unchanged if the same shards would be created from it, whatever the
-    modification times of its files."""
+    shards were created, all shards are replaced; in this case, UserError is raised if a run has already begun with the
+    old shards, or if `pretrain` has not made them. A source counts as unchanged if the same shards would be created
+    from it, whatever the modification times of its files."""
     name, out = options.source, options.out
     folder, before = out / SHARDS, _manifest(out / SHARDS)
     parts = parts_of(source, _uses(source))

@@ -20,7 +20,7 @@ def all_gather(tensor: Tensor, ranks: Ranks | None) -> Tensor:
     if ranks is None or ranks.world == 1:
         return tensor[None]
     gathered = tensor.new_empty(ranks.world * len(tensor), *tensor.shape[1:])
-    # torch 2.13 calls it all_gather_single, and warns of the former name
+    # torch 2.13 calls this function all_gather_single, and warns if the former name is used
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered, tensor.contiguous())
     return gathered.unflatten(0, (ranks.world, -1))

@@ -43,9 +43,9 @@ def heartbeat_groups(
     """Return this rank's heartbeat groups: the group of its node and, if it is the node's leader, the group of all
     leaders.
 
-    `nodes`: the node of each rank. `store`: the store of all ranks; the process that hosts it needs one connection per
-    node instead of one per rank, because only leaders connect to it. `timeout`: maximum time for the leader of this
-    node to respond. Every rank must call this function.
+    `nodes`: the node of each rank. `store`: the store of all ranks; for heartbeats, the process that hosts it needs one
+    more connection per node instead of one per rank, because only leaders open another connection to it.
+    `timeout`: maximum time for the leader of this node to respond. Every rank must call this function.
     """
     groups = ranks_by_node(nodes)
     own = next(group for group in groups if rank in group)

@@ -191,8 +191,8 @@ class Ranks:
 
 
 def await_ends(store: dist.Store, world: int) -> None:
-    """Wait until all ranks have recorded their end, but for at most a few seconds. Rank 0 calls this
-    function before it exits, because the store ends with its process."""
+    """Wait until all ranks have recorded their end, but for at most a few seconds. Rank 0 calls this function before it
+    exits, because the store ends with its process."""
     # closes the connections of process groups in reference cycles; other ranks may be waiting for this
     gc.collect()
     until = time.monotonic() + _OTHERS_S
@@ -210,8 +210,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, BaseException | None]:
 
 @contextmanager
 def join_ranks(device: Device | None = None) -> Iterator[Ranks]:
-    """Join the process group (nccl with CUDA, otherwise gloo), yield the ranks, and leave the group at the end. Without
-    leaving the group, a ZeRO-3 run on gloo would end with SIGABRT.
+    """Join the process group (nccl with CUDA, otherwise gloo), yield the ranks, and leave the group at the end.
+    Otherwise, a ZeRO-3 run on gloo would end with SIGABRT.
 
     Args:
         device: the kind of device; None: a GPU if there is one, otherwise the CPU.

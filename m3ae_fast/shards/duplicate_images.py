@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-PIECE = 4096  # number of bytes in the middle of a file that are compared first; only if they agree, all are read
+PIECE = 4096  # number of bytes in the middle of a file that are compared first; if they differ, the rest is not read
 
 
 def sketch(size: int, read: Callable[[int, int], bytes | memoryview]) -> tuple[int, int]:

@@ -178,7 +178,7 @@ class Statistics:
     unit: str = "words"  # unit of the caption lengths
     seen: int = 0
     images: int = 0
-    # float64, with equal weight for each image: frequencies of the 256 levels, and sums of pixels and of their squares
+    # float64, sums over the images: frequencies of the 256 levels; means of the pixels and of their squares
     fractions_C256: Tensor = field(init=False)
     moments_2C: Tensor = field(init=False)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width, height in pixels
@@ -193,8 +193,8 @@ class Statistics:
         self.moments_2C = torch.zeros(2, self.channels, dtype=torch.float64)
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Return `model.image_mean` and `image_std`, in units in which black is 0 and white is 1,
-        rounded to four decimals. A standard deviation below SMALLEST_STD is replaced by SMALLEST_STD."""
+        """Return `model.image_mean` and `image_std`, in units in which black is 0 and white is 1, rounded to four
+        decimals. A standard deviation below SMALLEST_STD is replaced by SMALLEST_STD."""
         mean_C, square_C = self.moments_2C / max(1, self.images)
         std_C = (square_C - mean_C**2).clamp_min(0).sqrt()
         return [round(x, 4) for x in mean_C.tolist()], [round(max(x, SMALLEST_STD), 4) for x in std_C.tolist()]

@@ -37,9 +37,9 @@ from m3ae_fast.training.throughput import newton_schulz_flops
 from m3ae_fast.training.throughput_estimate import FIRST_BATCH, measure
 
 RANKS_OF_NODE = 8  # assumed number of ranks per node
-MEASURED_S = 5.0  # maximum number of seconds spent measuring steps to estimate the duration of the run
+MEASURED_S = 5.0  # seconds for measuring steps, from which the duration of the run is estimated; see `measure`
 # JPEGs of 500 x 400 pixels that the loader prepares per second and core, at 256 px. This was measured on one core of an
-# Intel Xeon (Emerald Rapids), the slowest machine in benchmarks/results; Zen 4 prepared 677, and Zen 5 prepared 865.
+# Intel Xeon (Emerald Rapids), the slowest machine in benchmarks/results; Zen 4 and Zen 5 each prepared 677.
 DECODED_PER_CORE = 514
 
 
@@ -63,7 +63,7 @@ def report(
             step on each kind of GPU in `PEAKS`; otherwise, only the lines that matter without GPUs are printed.
         data: whether to open the shards and the tokenizer.
         more: additional lines to print at the end, each as a title and a text.
-        teacher: the teacher of the run, if it has one and is opened.
+        teacher: the teacher of the run; None if there is none, or if it has not been opened.
 
     Raises:
         UserError: a run could not start, because the batch cannot be split over the ranks, or because shards or the
@@ -163,7 +163,7 @@ def _print_memory(console: Console, needs: _Needs) -> None:
         first, others = (muon_bytes(needs.matrices, stage, needs.world) / 1e9 for stage in (0, 1))
         console.print(
             f"Muon: after the activations have been freed, an update needs {first:.2f} GB at stage 0 and {others:.2f} "
-            "GB at stages 1 and 2; the sum includes either the activations or the update, the larger of them"
+            "GB at stages 1 and 2; the sum includes the activations or the update, whichever is larger"
         )
     if recomputes(needs.config.train):
         mlp_ratio = needs.config.model.mlp_ratio
@@ -177,8 +177,7 @@ def _print_memory(console: Console, needs: _Needs) -> None:
 def report_time(config: Config, session: Session, teacher: Teacher | None = None) -> None:
     """Print the duration of the run on the present ranks, estimated from measured steps; the number of cores that the
     data loader needs at this pace; and, if the loader is the bottleneck, how to make it faster. Every rank must call
-    this function.
-    `config`, `teacher`: as in `report`. Raises the same errors as `measure`."""
+    this function. `config`, `teacher`: as in `report`. Raises the same errors as `measure`."""
     ranks = session.ranks
     needed = memory_needed(config, ranks.world, FIRST_BATCH)
     if teacher:
@@ -286,7 +285,7 @@ def shortest_steps(flops: float, samples: float, world: int) -> Table:
 
 
 def _rounded(value: float) -> str:
-    """Return a number with three significant digits, without an exponent if it is at least 0.0001."""
+    """Return a number with three significant digits, without an exponent if it is from 0.0001 to below 1e10."""
     return f"{float(f'{value:.3g}'):,.10g}"
 
 

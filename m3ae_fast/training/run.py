@@ -72,7 +72,8 @@ def pre_train(
     Args:
         config: config of the run.
         session: session of the ranks.
-        resume: "auto" to resume from the last checkpoint, if any; "no" to start a new run; or the path of a checkpoint.
+        resume: "auto" to resume from the last checkpoint, if any; "no" to start a new run; or the path of a checkpoint
+            or run folder.
         profile: whether to write a profiler trace of some steps to the run folder.
         make_probe: function that returns an evaluation to run in addition to the held-out losses, or None.
         folder: the run folder if the caller has locked it; None: it is locked during the call.

@@ -7,7 +7,7 @@ The views of a sample (`data.repeats`) share their crop, which the batch contain
 all of them.
 
 Shapes: B images, C channels, S x S pixels of the student, L patches of the student in rows x columns, K features of the
-teacher, h x w places of a feature map of the teacher, I patches in the image loss.
+teacher, h x w positions of a feature map of the teacher, I patches in the image loss.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ class Teacher:
         ratio = self.flops / (views * student)
         shared = "" if views == 1 else f" on its {views} views"
         line = (
-            f"the targets are the {self.width} features per patch of {self.name} ({self.identity}); for an image, it "
-            f"takes {self.flops / 1e9:.3g} GFLOP, {ratio:.2g} times as many as the training of the student{shared}"
+            f"the targets are the {self.width} features per patch of {self.name} ({self.identity}); per image, "
+            f"the teacher takes {self.flops / 1e9:.3g} GFLOP, {ratio:.2g} times as many as the training of the "
+            f"student{shared}"
         )
         if ratio <= 1:
             return line
@@ -176,7 +177,7 @@ class Teacher:
 class _LibraryMaps(nn.Module):
     """The feature maps of a model of timm or transformers: the last map and, if the network has stages of decreasing
     resolution as a CNN has, the maps of the two stages before it, because the last map of a small image has only a few
-    places. The constructor raises UserError if the last features are not a square map."""
+    positions. The constructor raises UserError if the last features are not a square map."""
 
     def __init__(self, opened: LibraryModel, where: str) -> None:
         super().__init__()
@@ -253,8 +254,9 @@ class _OwnMaps(nn.Module):
 
 
 def open_teacher(config: Config) -> Teacher | None:
-    """Return the teacher of a run on the CPU; None if the run has none. The random generator of torch is changed.
-    Raises UserError if the teacher does not exist or is damaged, or cannot read the images of the run."""
+    """Return the teacher of a run on the CPU; None if the run has none. The state of torch's random number
+    generator is changed. Raises UserError if the teacher does not exist or is damaged, or cannot read the images of the
+    run."""
     name = config.loss.teacher
     if name is None:
         return None

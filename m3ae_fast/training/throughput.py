@@ -147,8 +147,8 @@ class Throughput:
 
     def rates(self) -> dict[str, float]:
         """Return the rates since the last call: those of `Rates`, `tokens_per_s`, `utilisation` and, if the run
-        computes what the official code computes (square images, a decoder with self-attention, all masked
-        tokens predicted), `mfu`. `utilisation` is the executed FLOP/s, including those of the optimiser and of the
+        computes what the official code computes (square images, a decoder with self-attention, all masked tokens
+        predicted), `mfu`. `utilisation` is the executed FLOP/s, including those of the optimiser and of the
         teacher, divided by the peak FLOP/s; `mfu` is computed with the FLOPs of the official code instead."""
         seconds, n = time.perf_counter() - self._since, self._counts
         paired = n.images + n.captions - n.samples

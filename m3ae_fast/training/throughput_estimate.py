@@ -42,8 +42,8 @@ _CHECK_EVERY = 8  # number of steps between checks for stability; it grows with 
 # fraction of the given time that is always used, even if the rate is stable, because the load of the machine varies
 _LEAST = 1 / 4
 # The time to evaluate a sample, as a fraction of the time that a training step without its update takes per sample. A
-# step counts as three forward passes, because a backward pass takes about as long as two; an evaluation consists of two
-# forward passes.
+# step counts as three forward passes, because a backward pass takes about as long as two; an evaluation counts as two
+# forward passes, although the second one, for the features, needs only the encoder.
 _EVALUATED = 2 / 3
 
 
@@ -93,12 +93,13 @@ class ThroughputEstimate:
 
 
 def measure(config: Config, session: Session, seconds: float) -> ThroughputEstimate:
-    """Return the pace of a run. It is measured by taking steps without output until their rate is stable or `seconds`
-    have passed. Every rank must call this function.
+    """Return the pace of a run. It is measured by taking steps without output until their rate is stable or the time
+    is over. Every rank must call this function.
 
-    A small batch is measured first, then a batch as large as the time allows, up to train.global_batch. The precision
-    of `config` must be resolved. The time for opening the data is not included. Raises the same UserErrors as
-    the start of the run, and Stopped if a rank is asked to stop.
+    A small batch is measured first, for at most about a quarter of `seconds`. Then, a batch as large as the time
+    allows, up to train.global_batch, is measured for at most about `seconds`, unless it would be less than twice as
+    large as the first one. The precision of `config` must be resolved. The time for opening the data is not included.
+    Raises the same UserErrors as the start of the run, and Stopped if a rank is asked to stop.
     """
     whole = config.train.global_batch
     pace = measure_batch(config, session, max(min(FIRST_BATCH, whole), session.ranks.world), seconds / 4)
@@ -132,8 +133,8 @@ def measure_batch(config: Config, session: Session, batch: int, seconds: float) 
                 if session.ranks.from_main(stable or (spent > seconds and len(taken) >= enough)):
                     break
         counted = _counted(steps)
-        # An update takes a constant time, so its share of a step, which is large with Muon, must not be scaled to other
-        # batches.
+        # The time of an update, which is long with Muon, does not depend on the batch size, so it must not be scaled to
+        # other batch sizes.
         others = [step.whole - step.update for step in counted]
         update = fmean(step.update for step in counted)
         mean, error, update = session.ranks.from_main((fmean(others), _error(others), update))

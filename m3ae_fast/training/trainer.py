@@ -216,7 +216,7 @@ class Trainer:
 
     def _change(self, total: int) -> None:
         """Apply the number of steps that the main rank has decided on. If the decay begins now, save a checkpoint from
-        which the run can be extended. Every rank must call it."""
+        which the run can be extended. Every rank must call this method."""
         if total == self.schedule.total_steps:
             return
         saved = self.step == self.start or self._saves()
@@ -229,7 +229,7 @@ class Trainer:
             self._save()
 
     def _name_bad(self, skipped: list[Skipped]) -> None:
-        """Log the invalid samples of all ranks. Every rank must call it."""
+        """Log the invalid samples of all ranks. Every rank must call this method."""
         for items in self.ranks.gather(skipped[:NAMED]):
             self.bad.report(items, log=self.ranks.is_main)
 
@@ -249,7 +249,7 @@ class Trainer:
     def to_evaluate(self, every: int | None, *names: str) -> bool:
         """Return whether an evaluation that is logged under one of `names` is due: every `every` steps, before the
         first step and after the last. A resumed run repeats only evaluations that were interrupted. Every rank must
-        call it."""
+        call this method."""
         if self.step and not self.schedule.due(self.step, every):
             return False
         if self.step == 0 or self.step > self.start:
@@ -288,8 +288,8 @@ class Trainer:
         return self.record.ending(lambda: self.step, lambda: self.stop.reason or BY_ANOTHER, explain)
 
     def _begin(self) -> None:
-        """If the run is resumed, set aside the output that it has already written for steps after that of the
-        checkpoint. Start the measurements. Called before the first step."""
+        """Start the measurements, the log and the record. If the run is resumed, remove the log lines of steps after
+        that of the checkpoint, and rename later checkpoints. Called before the first step."""
         self.line = MetricsLine(
             ranks=self.ranks,
             throughput=self.throughput,
@@ -314,7 +314,7 @@ class Trainer:
         return self.schedule.due(self.step, self.config.train.save_every) or self.step == self.schedule.decay_begin
 
     def _save(self) -> None:
-        """Start saving a checkpoint. Every rank must call it. Raises the same errors as `Saver.save`."""
+        """Start saving a checkpoint. Every rank must call this method. Raises the same errors as `Saver.save`."""
         self.heartbeats.mark(f"saving step {self.step}")
         samples = self.step * self.config.train.global_batch
         about = (self.step, samples, self.config.run.seed, self.sections, checkpoint.versions())
@@ -326,7 +326,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Wait for the last save. If the run was stopped early, save its state first. Raises UserError on all ranks if
-        a save has failed, or if no sample could be used."""
+        a loss or gradient norm is not finite, if a save has failed, or if no sample could be used."""
         self.saver.wait()
         self.stop_if_diverged()
         if self.bad.bad:

@@ -1,6 +1,7 @@
 """Golden files of pre-training: outputs, losses, gradients, features, and a few AdamW steps.
 
-Shapes: S samples, L patches, X text positions, T encoder rows, M decoder rows, D and E widths.
+Shapes: T encoder rows, D encoder width, I patches in the image loss, K values of a patch, W tokens in the text loss, V
+tokens in the vocabulary.
 """
 
 from __future__ import annotations

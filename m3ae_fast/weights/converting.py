@@ -53,9 +53,9 @@ def convert(
         tokenizer: the tokenizer.json, BERT vocab.txt or Hub name of the captions' tokenizer; None: the tokenizer of
             `source`, if it has one.
         num_heads: number of attention heads of the encoder, or of encoder and decoder, for a .pth or .safetensors file
-            whose width is not one of the published sizes.
+            whose width is not that of a published size.
         pool: pooling of images that the written model uses by default (`model.pool`); None: that of `source`. timm
-            has no "grid2" and "grid4": with the format "timm", "mean" replaces them.
+            has no "grid2" or "grid4": with the format "timm", "mean" replaces them.
         push: name, OWNER/NAME, under which the folder is also uploaded to the Hugging Face Hub.
 
     Raises:

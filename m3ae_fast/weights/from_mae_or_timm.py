@@ -20,7 +20,8 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import ENCODER
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
-# name in this package -> name in MAE; positions, cls token and patch embedding are handled separately
+# name in this package -> name in MAE; `_ours` handles the positions, the cls and mask tokens, and the weight of the
+# patch embedding separately
 _NAMES = {
     r"patch_embed\.bias": r"patch_embed.proj.bias",
     r"encoder\.(blocks\..+|norm\..+)": r"\1",

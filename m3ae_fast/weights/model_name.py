@@ -28,8 +28,8 @@ _LARGEST = 4096  # maximum side of the images in pixels
 
 
 def is_network(model: str) -> bool:
-    """Return whether a name denotes an M3AE, which has layers, poolings and patch tokens. It is False for models
-    of other libraries and for features without a network, which have one vector for each image."""
+    """Return whether a name denotes an M3AE, which has layers, poolings and patch tokens. The result is False for
+    models of other libraries and for features without a network, which have one vector for each image."""
     return model not in IMAGE_FEATURES and not model.startswith(LIBRARIES)
 
 

@@ -70,8 +70,8 @@ class _Features(nn.Module):
 
 
 def open_transformers_model(name: str) -> LibraryModel:
-    """Return a vision model of transformers, with the size and the normalisation of its image processor. Of a model of
-    images and texts, such as CLIP, it is the part for images.
+    """Return a vision model of transformers, with the size and the normalisation of its image processor. For a model
+    of images and texts, such as CLIP, only its image encoder is returned.
 
     Args:
         name: "transformers:OWNER/NAME" for a model that transformers downloads from the Hub, or "transformers:FOLDER"

@@ -24,8 +24,7 @@ class FusedAdam(torch.optim.AdamW):
 
 
 class BrokenAdam:
-    """An optimiser that raises an error, as if the extension of apex were not built, or DeepSpeed does not find
-    nvcc."""
+    """An optimiser that raises an error, as if the extension of apex were not built, or DeepSpeed did not find nvcc."""
 
     def __init__(self, *_, **__) -> None:
         raise RuntimeError("Please install nvcc")

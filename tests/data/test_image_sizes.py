@@ -28,7 +28,7 @@ _ODD = b"\x93NUMPY\x01\x00\xd0\x00" + b"[" * 200 + b" " * 8  # a header for whic
 
 @pytest.fixture
 def shard(tmp_path):
-    """Write a shard of images of many sizes, with a broken image and a text without an image."""
+    """Return the path of a shard of images of many sizes, with a broken image and a text without an image."""
     files = [(f"{n}.png", picture(n, size[::-1], fmt="PNG")) for n, size in enumerate(SIDES)]
     return Path(write_tar(tmp_path / "train.tar", [*files, ("broken.png", b"no image"), ("text.txt", b"a cat")]))
 

@@ -18,7 +18,7 @@ from tests.helpers.source_shards import find_shards
 
 
 def tree(root, *paths):
-    """Write a different image for each path."""
+    """Write a different image for each path, and return `root`."""
     for number, path in enumerate(paths):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(picture(number, fmt="PNG"))
@@ -101,7 +101,7 @@ def test_the_flat_option_ignores_folder_names(tmp_path):
 
 def test_captions_are_read_for_each_split(tmp_path):
     root = tree(tmp_path / "data", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
-    (root / "val/cat/0.txt").write_text("a cat", encoding="utf-8-sig")  # with the mark that Windows puts before UTF-8
+    (root / "val/cat/0.txt").write_text("a cat", encoding="utf-8-sig")  # with a byte order mark, as on Windows
     assert make(root, tmp_path / "beside") == 0
     assert [sample["txt"] for sample in contents(tmp_path / "beside", "val-*.tar")] == [b"a cat"]
     (tmp_path / "t.csv").write_text("path,caption\nval/cat/0.png,one\nval/cat/0.png,two\ntrain/dog/0.png,three\n")

@@ -321,8 +321,8 @@ def test_training_predicts_a_fraction_of_the_masked_tokens_and_evaluations_predi
 
 
 def test_samples_that_share_a_mask_select_the_predicted_tokens_separately(load, paired):
-    """Each sample selects some of its masked patches. It selects the same places in the list of its masked patches,
-    whether it has a mask of its own or shares one."""
+    """Each sample selects some of its masked patches. It selects the same positions in the list of its masked
+    patches, whether it has a mask of its own or shares one."""
     selected = {}
     for per in ("sample", "batch"):
         masking = MaskingConfig(image_predicted=0.25, per=per)

@@ -78,7 +78,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    """Record the waits between attempts in seconds, instead of sleeping."""
+    """Return a list that records the waits between attempts, in seconds, instead of sleeping."""
     waits = []
     monkeypatch.setattr(shard_store.time, "sleep", waits.append)
     return waits
@@ -495,7 +495,7 @@ def test_the_free_disk_space_and_the_copies_limit_a_cache_without_a_configured_l
     assert store.space() == (3 * size + 20 * size, 3 * size, size)
 
 
-def test_processes_share_the_account_of_used_cache_space(server, tmp_path):
+def test_processes_share_the_record_of_used_cache_space(server, tmp_path):
     """A copy that another process has made is counted, although the folder is not listed again."""
     url, folder, _ = server
     names, size = serve_equal_shards(url, folder)

@@ -34,9 +34,9 @@ _METADATA = tuple(f"metadata{suffix}" for suffix in (".csv", ".jsonl", ".parquet
 
 class Folder(Records):
     """Records of the images in a folder and its sub-folders, sorted by path. `folder_layout` detects their splits and
-    classes. With a table, each row contains an image, its caption and other fields for the sample's json. Without a
-    table, or for a table without captions, captions come from .txt files next to the images. The folder of masks may be
-    inside `folder`. `ignored` counts ignored files.
+    classes. With a table, each row contains the name of an image, its caption and other fields for the sample's json.
+    Without a table, or for a table without captions, captions come from .txt files next to the images. The folder of
+    masks may be inside `folder`. `ignored` counts ignored files.
 
     Raises:
         UserError: a folder cannot be listed; there is no image; no image has a mask although there is a folder of
@@ -221,8 +221,8 @@ def _ignored(files: Sequence[str], used: set[str]) -> Tally:
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
-    """Return the size in bytes and the modification time of a file; None if it does not exist, for
-    example because `path` is a broken link."""
+    """Return the size in bytes and the modification time in ns of a file; None if there is no such file, for example
+    because `path` is a broken link."""
     try:
         found = os.stat(path)
     except OSError:

@@ -160,7 +160,8 @@ def _is_array(feature: Any) -> bool:
 
 def _columns(features: Any, named: tuple[str | None, str | None, str | None], where: str) -> list[str | None]:
     """Return the image, caption and label columns. Each is the column named by the user or, if none is named, a column
-    that is detected by its type and a usual name; None if there is no such column."""
+    that is detected by its type and a usual name; None if there is no such column. If only one column contains
+    images, its name does not matter."""
     import datasets
 
     def kind(feature: Any) -> str:

@@ -97,8 +97,8 @@ def missing_masks(masks: Path, images: Sequence[str]) -> list[str]:
 
 
 def linked_and_empty(folder: str, directories: Collection[str]) -> Iterator[str]:
-    """Yield a note if several directories of images are links to the same folder, and a note if there are folders
-    without images next to folders with images."""
+    """Yield a note if links make several directories of images the same folder, and a note if there are folders without
+    images next to folders with images."""
     first: dict[str, str] = {}
     again = {}
     for directory in sorted(directories, key=lambda each: (os.path.islink(os.path.join(folder, each)), each)):
