@@ -186,7 +186,7 @@ def perform(args: argparse.Namespace, session: Session) -> None:
     if others := unused_gpus(session.ranks.world, session.ranks.device):
         command = f"torchrun --nproc-per-node {others + 1} -m m3ae_fast train"
         print(
-            f"note: {others} more GPUs of this machine are not used; to use all of them: {command} (or deepspeed "
+            f"note: unused GPUs of this machine: {others}; to use all of them: {command} (or deepspeed "
             f"--num_gpus {others + 1} m3ae_fast/train.py) with the same options",
             flush=True,
         )

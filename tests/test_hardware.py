@@ -71,6 +71,6 @@ def test_training_names_the_command_that_uses_all_gpus(tmp_path, monkeypatch, ca
     monkeypatch.setattr("m3ae_fast.training.run.pre_train", lambda *_, **options: None)
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     assert main(["--config", str(tmp_path / "tiny.json"), "--set", f"run.dir={tmp_path / 'run'}"]) == 0
-    assert "3 more GPUs of this machine are not used; to use all of them: torchrun --nproc-per-node 4 -m m3ae_fast" in (
+    assert "unused GPUs of this machine: 3; to use all of them: torchrun --nproc-per-node 4 -m m3ae_fast" in (
         capsys.readouterr().out
     )

@@ -154,7 +154,7 @@ def test_a_finished_run_is_evaluated_with_the_current_settings(tmp_path, monkeyp
     assert trained[0].pop("folder").path == run
     assert trained == [{"resume": "auto", "make_probe": stages.knn_probe}]
     out = capsys.readouterr().out
-    assert "note: 3 more GPUs of this machine are not used: pretrain runs as a single process" in out
+    assert "note: unused GPUs of this machine: 3; pretrain runs as a single process" in out
     assert "config.json already exists: its settings are kept" in out
     assert "\nto train longer, increase the total number of steps, now 9: --set train.steps=N; do this before" in out
     other = write_tar(tmp_path / "b.tar", members(range(3), "image"))

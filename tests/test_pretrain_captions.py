@@ -94,7 +94,8 @@ def test_a_note_counts_captions_that_look_like_missing_values(tmp_path, photos):
     table.write_text("image,caption\n0.png,zero\n1.png,NaN\n2.png,null\n3.png,\n4.png,none of these\n")
     notes = find_shards(str(photos), tmp_path / "run", table, []).notes
     assert [note for note in notes if "missing" in note] == [
-        f"2 captions of {table} are texts such as 'NaN'; if they are missing values, leave these fields empty"
+        f"{table}: texts such as 'NaN' are used as captions (2 times); if they are missing values, leave these fields "
+        "empty"
     ]
 
 

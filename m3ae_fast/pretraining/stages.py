@@ -134,7 +134,7 @@ def _run_stages(call: _Call, value_range: Range | None, folder: RunFolder) -> Ou
     with stage(device) as session:
         config = session.ranks.broadcast(call.load_config)
         if others := unused_gpus(session.ranks.world, session.ranks.device):
-            print(f"note: {others} more GPUs of this machine are not used: {SEVERAL_RANKS}", flush=True)
+            print(f"note: unused GPUs of this machine: {others}; {SEVERAL_RANKS}", flush=True)
         spent.add("preparation")
         evaluating = pre_train(config, session, resume="auto", make_probe=knn_probe, folder=folder)
     spent.add("training steps")

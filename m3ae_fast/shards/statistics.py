@@ -143,10 +143,10 @@ def draw_statistics(path: Path, found: Statistics) -> None:
     require_images(found)
     figure = Figure(figsize=(12, 8), layout="constrained")
     (levels, sizes), (ratios, lengths) = figure.subplots(2, 2)
-    names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "black"]}.get(found.channels)
+    names = {1: ["grey"], 3: ["red", "green", "blue"], 4: ["red", "green", "blue", "grey"]}.get(found.channels)
     names = names or [f"C{channel % 10}" for channel in range(found.channels)]  # the ten default colours of Matplotlib
     for number, (name, fractions_256) in enumerate(zip(names, found.fractions_C256 / found.images)):
-        label = f"channel {number}" if name.startswith("C") else name
+        label = f"channel {number}" if found.channels not in (1, 3) else name
         levels.semilogy(fractions_256.numpy(), color=name, label=label)
     if found.channels <= 10:
         levels.legend()

@@ -62,7 +62,7 @@ def tokenizer(shards: str | Sequence[str], out: str | os.PathLike[str], **option
     texts = list(caption_texts(names, ShardStore(given.cache_dir), tally))
     if not texts:
         raise UserError(f"shards {' '.join(names)}: none of their captions contains a word")
-    print(f"training a tokenizer on {len(texts):,} captions", file=sys.stderr, flush=True)
+    print(f"training a tokenizer on {len(texts):,} caption{'s' * (len(texts) != 1)}", file=sys.stderr, flush=True)
     trained = train_tokenizer(texts, vocab_size)
     size = trained.get_vocab_size()
     if size > vocab_size:

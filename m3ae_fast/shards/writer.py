@@ -368,7 +368,9 @@ def describe_conversion(out: Path, converted: Converted) -> str:
     kinds = {"paired": paired, "image-only": c.images - paired, "text-only": c.captions - paired}
     listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
     shards = f"{len(c.shards):,} shard{'s' * (len(c.shards) != 1)}"
-    lines = [f"{out}: {c.samples:,} samples in {shards} ({listed}), {c.captions:,} with a caption"]
+    lines = [
+        f"{out}: {c.samples:,} sample{'s' * (c.samples != 1)} in {shards} ({listed}), {c.captions:,} with a caption"
+    ]
     lines += [*c.notes, *c.tally.lines()]
     if earlier := c.left_out - c.tally.counts[REFUSED]:
         lines.append(f"{earlier:,} sample{'s' * (earlier != 1)} left out before the conversion was interrupted")

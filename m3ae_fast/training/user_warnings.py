@@ -151,4 +151,4 @@ class MemoryGrowth:
         if before is None or gigabytes < _GROWTH * before:
             return None
         self._stable = gigabytes
-        return f"peak memory has grown from {before:.2f} to {gigabytes:.2f} GB since the first steps"
+        return f"peak memory has grown from {before:.2f} to {gigabytes:.2f} GB"

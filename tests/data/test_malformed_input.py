@@ -101,7 +101,7 @@ def test_a_malformed_image_is_named_and_skipped_and_the_others_are_kept(folder, 
     ODD[reason](folder / "odd.png")
     for _ in range(2):  # the second call finds that all shards are complete
         assert make(folder, tmp_path / "out") == 0
-        assert "1 samples in 1 shard" in new_output(capsys)
+        assert "1 sample in 1 shard" in new_output(capsys)
     assert paths(tmp_path / "out") == ["good.jpg"]
     (tmp_path / "out" / "train-00000.tar").unlink()
     assert make(folder, tmp_path / "out") == 0
@@ -308,7 +308,7 @@ def test_the_tokenizer_command_reports_skipped_samples(tmp_path, capsys):
     shard = write_tar(tmp_path / "a.tar", [("0.txt", b"a dog"), ("1.txt", b" "), ("2.txt", b"caf\xe9")])
     assert data(["tokenizer", shard, "--vocab-size", "20", "--out", str(tmp_path / "tokenizer.json")]) == 0
     output = new_output(capsys)
-    assert "on 1 captions" in output
+    assert "on 1 caption\n" in output
     assert f"1 skipped sample that cannot be used:\n    {shard}/2: the caption is not UTF-8" in output
     assert f"1 sample with an empty caption:\n    {shard}/1" in output
     blank = write_tar(tmp_path / "b.tar", [("0.txt", b" ")])

@@ -123,8 +123,8 @@ def samples_of_images(
     samples, notes = _join(folder, paths, table, rows)
     if missing := [text for row in rows for text in row.captions or () if text.strip().lower() in _MISSING]:
         notes.append(
-            f"{len(missing):,} captions of {table} are texts such as {missing[0].strip()!r}; if they are missing "
-            "values, leave these fields empty"
+            f"{table}: texts such as {missing[0].strip()!r} are used as captions ({len(missing):,} times); if they are "
+            "missing values, leave these fields empty"
         )
     fields = {name: None for row in rows[:_INSPECTED] if row.fields for name in json.loads(row.fields)}
     if (name := next((each for each in fields if each.lower() == "split"), "")) and not has_splits:
