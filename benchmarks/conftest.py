@@ -8,7 +8,12 @@ os.environ.update(ENVIRONMENT)  # before torch is imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--image-size", type=int, metavar="PIXELS", help="default: that of the shipped configs (256)")
+    parser.addoption(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="height and width of the images; default: those of the shipped configs (256)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,15 +1,17 @@
 """M3AE without this engine: the baselines for the benchmarks of whole steps.
 
-`ReferenceM3AE` performs the same computations as the official JAX code: it embeds all patches and then drops the masked
-ones, pads captions to `text_length`, runs every block on every row, and computes logits and pixels for all positions.
-With `expert=False`, attention is written out as softmax(q k^T) v, as in the official code. With `expert=True`, the
-model is optimised by hand: only visible patches are embedded, and pixels and logits are computed only for masked, valid
-positions; it uses scaled_dot_product_attention, torch.compile, fused AdamW and, if that is faster, bf16 autocast.
+With `expert=False`, `ReferenceM3AE` performs the same computations as the official JAX code: it embeds all patches and
+then drops the masked ones, pads captions to `text_length`, runs every block on every row, writes attention out as
+softmax(q k^T) v, and computes logits and pixels for all positions. With `expert=True`, it is optimised by hand: it
+embeds only visible patches, and computes pixels and logits only for masked, valid positions. The expert uses
+scaled_dot_product_attention, torch.compile, fused AdamW and, if that is faster, bf16 autocast.
 
 The parameters have the same names as those of `m3ae_fast.model.m3ae.M3AE`, so that they can be loaded by
 `load_state_dict`.
 
-Shapes: B samples, L patches, X text positions, K visible rows, N rows, D width, H heads, V vocabulary, P patch size.
+Shapes: B samples, L patches, X text positions, K visible rows, N rows, D width, H heads, V vocabulary, P patch size, M
+masked patches of an image, W masked, valid tokens of the batch. In `patches_BLK`, K is the number of values of a patch,
+P * P * C for C channels.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def markdown(table: Table) -> str:
     """Return a table as Markdown, with its title."""
     a, rows = table["about"], table["rows"]
     columns = list(rows[0])
-    threads = f"{a['threads']} thread{'s' if a['threads'] != 1 else ''} on {a['cores']} cores"
+    threads = f"{a['threads']} thread{'s' if a['threads'] != 1 else ''} on "
+    threads += f"{a['cores']} core{'s' if a['cores'] != 1 else ''}"
     lines = [f"**{table['title']}** ({a['device']}, {threads}, torch {a['torch']}, {a['date']})", ""]
     lines.append("| " + " | ".join(columns) + " |")
     numeric = [not any(isinstance(row[c], str) for row in rows) for c in columns]

@@ -146,7 +146,7 @@ def test_knn_of_imagenet():
 
 
 def test_memory_of_an_online_attentive_probe(tmp_path):
-    """Each probe runs in its own process. If patch tokens were stored, the larger probe would need 1 GB more memory."""
+    """Each probe runs in its own process. If patch tokens were stored, the larger probe would need 0.4 GB more."""
     files = [jpeg(torch.randint(256, (3, 64, 64), dtype=torch.uint8), 75) for _ in range(20)]
     paths = {count: tmp_path / f"{count}.tar" for count in (*IMAGES, 200)}
     for count, path in paths.items():

@@ -46,7 +46,7 @@ derived.
 
 - At ImageNet's size (the last row), the hyper-parameters are the official ones.
 - With fewer samples, the batch size is reduced to keep the number of steps per epoch about the same, but it is at
-  least 256 for the linear probe and 64 for fine-tuning (or the number of training samples, if that is smaller).
+  least 256 for the linear probe and 64 for fine-tuning (or, with fewer training samples, about their number).
 - If the usual number of epochs gives too few steps, the number of epochs is increased. Fine-tuning takes at least 4,000
   steps with the smallest batch.
 - The peak learning rate of the probe is raised if there are fewer steps than for ImageNet. For a batch of 256, the peak
@@ -87,17 +87,14 @@ def _own(kind: type[Arguments]) -> str:
 
 def _common() -> str:
     """Return the section about the options that most tasks have."""
-    rows: dict[str, tuple[str, ...]] = {}
+    users: dict[tuple[str, str], list[str]] = {}  # the tasks by option and meaning
     special = {name for kind in SHARED.values() for name in kind.__annotations__} - {"model"}
-    for task in TASKS.values():
-        own = {*task.__annotations__} - {"model"}
-        for field in task.model_fields:
-            if field in special | own:
-                continue
-            (row,) = _rows(task, [field])
-            users = [other for other, each in TASKS.items() if field in {*each.model_fields} - {*each.__annotations__}]
-            rows.setdefault(field, (*row, "all" if len(users) == len(TASKS) else ", ".join(users)))
-    first = sorted(rows.values(), key=lambda row: row[0].startswith("`-"))  # MODEL, then the options
+    for name, task in TASKS.items():
+        shared = [field for field in task.model_fields if field not in special | {*task.__annotations__}]
+        for row in _rows(task, shared):
+            users.setdefault(row, []).append(name)
+    rows = [(*row, "all" if len(names) == len(TASKS) else ", ".join(names)) for row, names in users.items()]
+    first = sorted(rows, key=lambda row: row[0].startswith("`-"))  # MODEL, then the options
     return f"## Common options\n\n{_table(('option', 'meaning', 'tasks'), first)}\n"
 
 

@@ -61,8 +61,8 @@ class TrialList:
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> TrialList:
         """Read a list from a JSON file. `overrides`: "section.key=value", applied to the settings of all trials. Raises
-        UserError if there is no such file, if it is not a list of trials, or if an override is not the same for all
-        trials."""
+        UserError if there is no such file, if it is not a list of trials, or if an override replaces a setting that
+        each trial determines."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found = cls(*(content[key] for key in ("about", "common", "data", "arms", "trials")))

@@ -16,7 +16,7 @@ COMMANDS = {
     "neighbours": "find the images of a folder that are most similar to an image",
     "evaluate": "evaluate a model: k-NN, linear probe, fine-tuning, segmentation, out-of-distribution, ...",
     "draw": "draw reconstructions and attention maps of a run or of an exported model",
-    "convert": "write the weights of a run, of official M3AE or MAE, or of timm as a folder, for timm, or as ONNX",
+    "convert": "convert weights (of a run, official M3AE or MAE, or timm) to a folder, to timm's format, or to ONNX",
     "report": "print the status of a run, and write its curves, figures and results to a page, report.html",
 }
 DEVELOPER_TOOLS = {"verify": "compare the model with golden files of the official implementation"}

@@ -245,6 +245,9 @@ def test_the_mlp_uses_torch_for_unsupported_inputs():
     for x in (torch.randn(3, 64, dtype=torch.float64), torch.randn(3, 64).half()):
         parameters = [p.to(x.dtype) for p in mlp_inputs(64)[2]]
         assert mlp.mlp(x, *parameters) is None
+    parameters = [p.double() for p in mlp_inputs(64)[2]]
+    with torch.autocast("cpu", torch.bfloat16):  # does not change float64
+        assert mlp.mlp(torch.randn(3, 64, dtype=torch.float64), *parameters) is None
 
 
 @pytest.mark.parametrize("kind", ["float32", "bf16", "autocast"])

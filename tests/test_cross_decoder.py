@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from m3ae_kernels.attention import Segments
-from torch.utils.flop_counter import FlopCounterMode
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import has_compiler
@@ -260,10 +259,6 @@ def test_flops_of_the_cross_decoder_are_counted():
     backward pass takes twice as many as the forward pass."""
     model, samples = make_model(), samples_of("ppit", 4, 0.5)
     batch = pack(samples, model.geometry)
-    with FlopCounterMode(display=False) as counter:
-        for sample in samples:  # one product per query, and the products with the memory once per sample
-            one_sample(model, sample)
-    assert counter.get_total_flops() > 0
     queries = (batch.loss.cu_seqlens.diff().double(), batch.encoder.cu_seqlens.diff().double())
     E, B = TINY.dec_emb_dim, TINY.dec_depth
     decoder = B * (2 * 2 * E * E * batch.encoder.rows + (2 * 2 + 2 * 8) * E * E * batch.loss.rows)

@@ -174,9 +174,9 @@ def test_a_run_learns_and_resumes_bitwise(trainer):
     relative = [line[1] for line in trainer.lines("run", "val_image_relative")]
     assert relative[-1] < relative[0] and 0.5 < relative[-1] < 1.5
     for path in checkpoint.saved_steps(trainer.folder / "run"):
-        if path.name != "step-3":
+        if path.name != "step-00000003":
             shutil.rmtree(path)
-    trainer("run", *options, "--resume", "auto")
+    assert "step-00000003" in trainer("run", *options, "--resume", "auto")
     assert trainer.losses("run") == whole
     trainer("two", *options, "--set", "train.precision=fp32", ranks=2)
     trainer("one", *options, "--set", "train.precision=fp32")

@@ -35,7 +35,6 @@ def under_limit(*arguments, limit=TOO_LITTLE):
     [
         ["-m", "m3ae_fast", "train", "--config", CONFIG],
         ["-m", "m3ae_fast", "shards", "table", "--help"],
-        ["-m", "m3ae_fast", "train", "--config", CONFIG],
         [str(ROOT / "m3ae_fast/train.py"), "--config", CONFIG],
     ],
     ids=str,

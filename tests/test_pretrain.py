@@ -1483,7 +1483,7 @@ def planned(monkeypatch, statistics, hours, pace, overrides=(), spent=0.0, error
 def test_the_hours_include_preparation_and_evaluation(monkeypatch):
     """The creation of shards and the measurements have taken a minute. Three models encode all samples once each."""
     found = planned(monkeypatch, small(classes=3), 0.5, 0.01, spent=60.0, error=0.05)
-    training, after = 3600 * found.config.train.hours, 3 * 1100 * 0.01 + 3 * 1000 * 1e-7 * (2 * 6000 + 1500)
+    training, after = 3600 * found.config.train.hours, 3 * 1100 * 0.01 + 3 * 1000 * 1e-7 * (2 * 6000 + 4500)
     assert 1800 - 60 - after - 30 < training < 1800 - 60 - after
     t = found.config.train
     evaluations = 1 + -(-t.steps // t.probe.every)

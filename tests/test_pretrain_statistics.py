@@ -331,7 +331,6 @@ def test_unusable_samples_are_reported(tmp_path):
     assert any(re.match("1 of 5 inspected samples cannot be used: the image is damaged", note) for note in notes)
 
 
-@pytest.mark.slow
 def test_missing_labels_that_were_requested_end_the_command_before_training(tmp_path):
     """For labels that the user did not request, only a note is printed."""
 
@@ -348,6 +347,7 @@ def test_missing_labels_that_were_requested_end_the_command_before_training(tmp_
         inspect(shards, tmp_path / "run", "json.nope")
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_on_an_imbalanced_folder_of_grey_images_with_splits_and_labels(tmp_path, capsys):
     """The folder has the layout of ImageFolder and a table of labels. The data are inspected first, and the model is
     one for grey images."""

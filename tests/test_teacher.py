@@ -85,7 +85,7 @@ def images_of(config, count=3, dtype=torch.uint8):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def expected(teacher, images, grid, side=None):
+def expected(teacher, images, grid):
     """Return the targets of uint8 images, computed step by step with timm: float32 [B, L, K]."""
     name, _, file = teacher.removeprefix("timm:").partition("=")
     name, _, size = name.partition("@")

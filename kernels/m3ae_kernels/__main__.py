@@ -33,14 +33,15 @@ def parser() -> argparse.ArgumentParser:
         description="Find the fastest block sizes of the Triton kernels for this machine's GPU, at the sizes of "
         "M3AE-Large, and write them to the package's table for this kind of GPU.",
     )
-    tune.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"default: all of {', '.join(KERNELS)}")
+    tune.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"kernels to tune (default: {', '.join(KERNELS)})")
     # internal: with this option, the process measures settings itself; a setting that crashes ends only this process
     tune.add_argument("--trials", type=Path, help=argparse.SUPPRESS)
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return the exit code: 0, 1 if no settings of a kernel work, or 2 if there is no GPU."""
+    """Run the command and return the exit code: 0; 1 if no settings of a kernel work, or if a setting ends a process or
+    makes it hang; 2 if a kernel's name is unknown, or without a GPU that the Triton kernels support."""
     args = parser().parse_args(arguments)
     if unknown := [name for name in args.kernels if name not in KERNELS]:
         print(f"m3ae-kernels tune: {unknown[0]} must be one of {', '.join(KERNELS)}", file=sys.stderr)

@@ -2,18 +2,19 @@
 
     python -m m3ae_kernels.aot [--full] [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 
-For sm_90, each kernel is compiled at M3AE-Large's size in all dtypes, at all other sizes (head dimensions, bands) in
-bf16, and at the largest head dimension also in float32. For other architectures, each kernel is compiled in bf16 at
-M3AE-Large's sizes and at the largest head dimension. Two groups of cases are also compiled in float32, because they use
-the most registers and shared memory: those of the largest head dimension, and the matmuls of images. `--full` compiles
-every kernel at every size in every dtype, which takes three times as long. The additional cases have the same settings
-as the others, and nearly the same code.
+For sm_90, each kernel is compiled at M3AE-Large's size (attention: that of the encoder) in all dtypes, at all other
+sizes (head dimensions, bands) in bf16, and at the largest head dimension also in float32. For other architectures, each
+kernel is compiled in bf16 at M3AE-Large's sizes and at the largest head dimension. Two groups of cases are also
+compiled in float32, because they use the most registers and shared memory: those of the largest head dimension, and the
+matmuls of images. `--full` compiles every kernel at every size in every dtype, which takes three times as long. The
+additional cases have the same settings as the others, and nearly the same code.
 
-The program prints one line per kernel, architecture and dtype: the numbers of registers and spills, the bytes of local
-and shared memory, and the matrix instruction. Nothing is compiled for architectures on which the ops run in torch. The
-exit code is 1 if a kernel does not compile, has more than MOST_SPILLS instructions that spill registers, uses local
-memory without spilling registers, requires more shared memory than the chip has, multiplies matrices without tensor
-cores, or allows fewer program instances on an NVIDIA multiprocessor than required. It is 2 for an invalid argument.
+The program prints one line per compilation: the kernel, the architecture, the dtype, the settings, the numbers of
+registers and spills, the bytes of local and shared memory, and the matrix instruction. Nothing is compiled for
+architectures on which the ops run on torch. The exit code is 1 if a kernel does not compile, has more than MOST_SPILLS
+instructions that spill registers, uses local memory without spilling registers, requires more shared memory than one
+program instance may use, multiplies matrices without tensor cores, or allows fewer program instances on an NVIDIA
+multiprocessor than required. It is 2 for an invalid argument.
 """
 
 import argparse
@@ -181,7 +182,7 @@ CASES = [
     ),
 ]  # fmt: skip
 
-# the first case of each kernel, which is its call in M3AE-Large
+# the first case of each kernel, which is its call in M3AE-Large (for attention, in the encoder)
 LARGE = {case.kernel: case for case in reversed(CASES)}
 
 
@@ -202,7 +203,8 @@ class Report:
 
 
 def compile_case(case: Case, arch: str, dtype: str, settings: dict[str, int] | None = None) -> Report:
-    """Compile one kernel for one architecture and dtype with the settings of the table, or with `settings`."""
+    """Compile one kernel for one architecture and dtype with the settings of the table, or with `settings`, and return
+    a report. Errors of the compiler are in the report."""
     import importlib
 
     import triton
@@ -339,7 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+        parser.error("TRITON_INTERPRET is set, but the interpreter compiles nothing: unset this variable")
     cases = [case for case in CASES if not args.kernel or case.kernel in args.kernel]
     for arch in filter(_on_torch, args.arch):
         print(f"{arch}: nothing is compiled, because the ops run on torch on this architecture")

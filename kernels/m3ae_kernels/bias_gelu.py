@@ -1,4 +1,4 @@
-"""The bias of a linear layer, followed by GELU. Both gradients are computed in one pass over memory.
+"""The bias of a linear layer, followed by GELU. The Triton kernel computes both gradients in one pass over memory.
 
 Shapes: T rows, D width.
 """

@@ -233,8 +233,8 @@ def _hog_loss(
 
 class MaskedHogLoss(LossHead):
     """A module that computes `masked_hog_loss` with its own head: weight [9, dim] (Xavier uniform) and, unless `bias`
-    is False, bias [9] (zero). `std` is used for floating-point images only. The constructor raises ValueError if the
-    reduction is unknown."""
+    is False, bias [9] (zero). `std` is used for floating-point images only. The constructor raises TypeError or
+    ValueError if the patch size or the reduction is wrong."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""Range checks of ids. The kernels themselves do not check ids.
+"""Checks of ids. The kernels themselves do not check ids.
 
-On a CPU, the torch implementation always checks ids. On other devices, a check would synchronise with the device, so
-ids are checked only if M3AE_KERNELS_CHECK=1 is set. The checks are called inside ops, where values are available even
-under torch.compile.
+On a CPU, the torch implementation always checks whether ids are in range. On other devices, a check would synchronise
+with the device, so the range is checked only if M3AE_KERNELS_CHECK=1 is set. Whether ids are distinct is checked only
+with this setting. The checks are called inside ops, where values are available even under torch.compile.
 """
 
 import os
@@ -77,7 +77,8 @@ def flat_ids(ids: Tensor, patches_per_image: int) -> Tensor:
 
     Raises:
         TypeError, ValueError: the dtype or shape of `ids` is wrong.
-        IndexError: an id is out of range (checked on a CPU, and everywhere with M3AE_KERNELS_CHECK=1).
+        IndexError: an id is out of range (checked on a CPU, and everywhere with M3AE_KERNELS_CHECK=1, but never under
+            torch.compile).
     """
     check_index("ids", ids, (*[None] * max(1, ids.dim()),), ids)
     if checked(ids, "torch") and not traced(ids):

@@ -75,8 +75,8 @@ def masked_pixel_loss(
             computed for them.
         patch_ids: [...] int32 or int64, the target of each row: image * patches_per_image + patch. The patches of an
             image are numbered in row-major order. `flat_ids` converts ids that are numbered per image. Equal ids give
-            correct results. However, they are usually a mistake, so they are rejected with M3AE_KERNELS_CHECK=1, except
-            in rows of weight 0.
+            correct results. However, they are usually a mistake, so they are rejected with M3AE_KERNELS_CHECK=1. Rows
+            of weight 0 are exempt from this check, unless the reduction is "none".
         bias: [P * P * C] floating-point, or None for no bias.
         row_weight: [...] floating-point, or None for ones.
         patch_size: P.
@@ -219,7 +219,7 @@ class MaskedPixelLoss(LossHead):
     """A module that computes `masked_pixel_loss` with its own head: weight [P * P * channels, dim] (Xavier uniform)
     and, unless `bias` is False, bias [P * P * channels] (zero). `mean` and `std` normalise integer images, and are
     required for them; floating-point images are used unchanged. `predict` returns patches that are normalised like the
-    targets. The constructor raises ValueError if the reduction is unknown."""
+    targets. The constructor raises TypeError or ValueError if the patch size or the reduction is wrong."""
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 Inside the ops, the values of a patch have the order of the image in memory: (channel, row, column) for contiguous
 images, and (row, column, channel) for channels_last images. The weights that callers pass always have the second order.
-For contiguous images, the weight is therefore permuted, which needs only a small copy.
+For contiguous images, the weight is therefore permuted, which needs only a small copy. The forward pass of
+`patch_embed` in torch permutes the patches instead.
 
 Shapes: B images, C channels, H x W pixels, P patch size, N rows, K = P * P * C.
 """
@@ -75,7 +76,7 @@ def check_patch_ids(
     op: str, images: Tensor, patch_ids: Tensor, patch_size: int, impl: str, row_weight: Tensor | None = None
 ) -> None:
     """Check the range of `patch_ids` [M] if `checked` returns True. With row weights [M] and M3AE_KERNELS_CHECK=1, also
-    check that the ids of rows whose weight is not 0 are distinct. It is called inside an op; see ids.py.
+    check that the ids of rows whose weight is not 0 are distinct. This function is called inside an op; see ids.py.
 
     Raises:
         IndexError: an id is out of range, or occurs twice.

@@ -1,7 +1,8 @@
 """Reference implementations of all ops in a few lines of plain, differentiable torch, for tests and benchmarks.
 
-They have the same arguments and results as the ops and are written for readability: nothing is chunked or recomputed.
-Sums are computed in the dtype of the inputs, so use float64 inputs to obtain reliable results.
+They have the same results as the ops and, except for `impl` and other arguments that affect only speed and memory, the
+same arguments. Rows must have a single dimension. The code is written for readability: nothing is chunked or
+recomputed. Most sums are computed in the dtype of the inputs, so use float64 inputs to obtain reliable results.
 """
 
 import math

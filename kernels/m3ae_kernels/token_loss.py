@@ -75,8 +75,8 @@ def masked_token_loss(
         label_smoothing: as in torch.nn.functional.cross_entropy.
         z_loss: weight of the squared log-partition (Chowdhery et al., arXiv 2204.02311, section 5).
         return_correct: whether to return (loss, correct) instead of only the loss.
-        workspace: maximum number of bytes of logits that are kept at once (at least one row is kept); None: 256 MiB on
-            a GPU, 64 MiB on a CPU.
+        workspace: maximum number of bytes of logits that are kept at once (at least one row is kept); None: 256 MiB
+            with Triton, 64 MiB with torch.
         impl: "auto", "triton" or "torch".
 
     Returns:

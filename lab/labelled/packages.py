@@ -27,7 +27,7 @@ def fetch(command: list[str], folder: Path, suffix: str) -> Path:
         ) from None
     found = sorted(folder.glob(f"*{suffix}"))
     if done.returncode or not found:
-        reason = (done.stderr.strip() or f"leaves no {suffix}").splitlines()[-1][:200]
+        reason = (done.stderr.strip() or f"wrote no {suffix} file").splitlines()[-1][:200]
         raise UserError(f"{' '.join(command)}: {reason}; get the package elsewhere and pass it with --package")
     return found[-1]
 

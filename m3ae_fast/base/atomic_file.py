@@ -65,8 +65,8 @@ def _require_file_in_folder(path: Path) -> Path:
 @contextlib.contextmanager
 def atomic_folder_write(target: Path) -> Iterator[Path]:
     """Yield an empty temporary folder next to `target`, and replace `target` with it when the block ends. Raises
-    OSError if writing fails, and UserError if `target` cannot be restored afterwards. After any other exception,
-    `target` is unchanged."""
+    OSError if writing fails, and UserError if `target` can neither be replaced nor restored. After any exception except
+    this UserError, `target` is unchanged."""
     mine = uuid.uuid4().hex[:8]
     partial, old = (target.with_name(f".{word}-{target.name}-{mine}") for word in ("writing", "removing"))
     try:

@@ -53,7 +53,7 @@ def _old_driver() -> str:
     """Return a message if there is an NVIDIA driver, but it is too old for the installed torch; otherwise "". With
     such a driver, torch prints a warning and uses the CPU.
 
-    A driver supports all minor versions of its CUDA version ("CUDA Compatibility" in NVIDIA's documentation).
+    A driver supports all minor versions of its major CUDA version ("CUDA Compatibility" in NVIDIA's documentation).
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda is None or hidden:

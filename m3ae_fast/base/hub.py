@@ -52,7 +52,8 @@ def is_hub_name(name: str) -> bool:
 
 def find_folder(source: str | Path) -> Path:
     """Return `source` if it is an existing path; otherwise download the model of that name from the Hub and return its
-    folder. Raises UserError if it is neither a path nor a model on the Hub, or if the Hub does not respond."""
+    folder. Raises UserError if `source` is neither a path nor a model on the Hub, or if the Hub does not respond and
+    there is no copy from an earlier download."""
     path = Path(source).expanduser()
     if path.exists():
         return path

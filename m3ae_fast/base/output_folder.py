@@ -29,7 +29,7 @@ _MARK = {"format": "pt", "written_by": "m3ae_fast"}
 def output_folder(out: str | Path) -> Iterator[Path]:
     """Yield an empty folder to fill with FILES; it replaces `out` when the block ends. Raises UserError if `out` is a
     file, is a folder that holds anything except an earlier output of this package, or cannot be written. After any
-    exception, `out` is unchanged."""
+    exception, `out` is unchanged, unless the message states that it could not be restored."""
     target = Path(out).resolve()
     _check_free(out, target)
     try:

@@ -107,7 +107,7 @@ class Pace:
         return units * each + last
 
     def describe_left(self) -> str:
-        """Return ", about H:MM:SS left"; "" if nothing has been done, or if all units are done."""
+        """Return ", about H:MM:SS left"; "" if no unit is done, if all are done, or if their number is unknown."""
         if not self.done or self.total is None or math.isclose(self.done, self.total) or self.done > self.total:
             return ""
         return f", about {duration(self.left())} left"

@@ -74,8 +74,8 @@ def progress(
     reports progress on stderr: as a bar if stderr is a terminal, otherwise as a line after a few seconds and further
     lines at growing intervals.
 
-    `whole`: pace of the whole task; this work is `part` of its units. The units are counted as done, and the remaining
-    time of the task is also shown."""
+    `whole`: pace of a task that includes this work; `part`: number of the task's units that this work comprises. They
+    are counted as done, and the remaining time of the task is also shown, if `total` is known."""
     from rich import progress as bars
     from rich.console import Console
 

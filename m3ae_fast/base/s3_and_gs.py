@@ -12,7 +12,8 @@ from typing import Any
 from m3ae_fast.base.libraries import require_libraries
 
 SCHEMES = ("s3://", "gs://")
-NOT_FOUND = 66  # exit code if there is no such object, so that a retry would not help: EX_NOINPUT of sysexits.h
+# exit code if there is no such object or access is denied, so that a retry would not help: EX_NOINPUT of sysexits.h
+NOT_FOUND = 66
 _LONGEST = "1d"  # timeout of a request; the process that reads the output has its own timeout
 
 
@@ -26,14 +27,14 @@ def require(*shards: str) -> None:
 
 
 def command(url: str) -> list[str]:
-    """Return the arguments of a command that writes the object to stdout. If it fails, it exits with NOT_FOUND or 1 and
-    prints the reason on stderr."""
+    """Return the arguments of a command that writes the object to stdout. If the command fails, it exits with NOT_FOUND
+    or 1 and prints the reason on stderr."""
     return [sys.executable, "-m", "m3ae_fast.base.s3_and_gs", url]
 
 
 def main(url: str) -> int:
-    """Write the object to stdout, and return the exit code: 0, NOT_FOUND, or 1 for an error that may be temporary,
-    whose reason is printed on stderr."""
+    """Write the object to stdout, and return the exit code: 0, NOT_FOUND, or 1 for an error that may be temporary. The
+    reason of an error is printed on stderr."""
     import obstore  # `require` has checked that obstore is installed
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 

@@ -43,7 +43,7 @@ def as_images(images: OneImage | Sequence[OneImage], channels: int) -> Sequence[
     """Return the images as a sequence; a single image becomes a list of one. A tensor or an array with four dimensions
     is treated as several images. If `channels` is 1, an array with three dimensions is also treated as several images,
     unless one of its dimensions can be that of the channels. Raises ValueError for any other array with three
-    dimensions that is not [H, W, channels], because it may be one image with its channels first."""
+    dimensions whose last one cannot be that of the channels, because it may be one image with its channels first."""
     if isinstance(images, (str, os.PathLike, Image)):
         return [images]
     if isinstance(images, np.ndarray):
@@ -243,7 +243,8 @@ class Preprocess:
 
 
 def _converted(image: Image | np.ndarray, channels: int) -> str:
-    """Return how to convert an array of another colour mode, as files are converted; "" for other images."""
+    """Return a hint for an array of another colour mode, which is converted if it is passed as a PIL image; "" for
+    other images."""
     if isinstance(image, Image) or image.dtype != np.uint8 or image.ndim != 3 or channels not in (1, 3):
         return ""
     return "; PIL.Image.fromarray(x) is converted" if image.shape[2] in {3, 4} - {channels} else ""

@@ -102,8 +102,8 @@ class PackedBatch:
         return PackedBatch(**values)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
-        """Pickle the batch as two tensors instead of twenty, because unpickling each tensor takes the training process
-        a quarter of a millisecond."""
+        """Pickle the batch as two tensors (three with labels) instead of 25, because unpickling each tensor takes the
+        training process a quarter of a millisecond."""
         others: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         rows = [others.pop(name) for name in INDEX_ROWS]
         rows += [others.pop(name).view(torch.int32) for name in WEIGHT_ROWS]

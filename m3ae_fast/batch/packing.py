@@ -103,8 +103,8 @@ class Sample:
     same_image: bool = False  # whether the image is that of the sample before it, so that the batch contains it once
 
 
-# Numbers of rows are rounded up to a multiple of 64 or, in large batches, of a larger power of two, such that padding
-# is below 1/128.
+# Numbers of rows are rounded up to a multiple of 64. In large batches, they are rounded up to a multiple of a larger
+# power of two, with which padding is still less than 1/128 of the rows.
 FEWEST_ROWS, FINENESS = 64, 128
 
 
@@ -130,7 +130,8 @@ def pack(samples: Sequence[Sample], geometry: Geometry, *, repeat_shapes: bool =
 
     Raises:
         ValueError: a sample has neither image nor caption, a shape does not fit `geometry`, only some of the images
-            have ids, the images have different dtypes, or a sample with `same_image` has another image.
+            have ids, the images have different dtypes, a sample with `same_image` has another image, or a token to
+            predict is not masked.
     """
     size = rounded if repeat_shapes else int
     checked = [_check(sample, geometry) for sample in samples]

@@ -100,8 +100,8 @@ def load_tokenizer(
 ) -> CaptionTokenizer:
     """Load a tokenizer that truncates captions to `max_length` tokens: from a `tokenizer.json`, from a BERT `vocab.txt`
     (lower-cased), or by name, such as `bert-base-uncased`, from the Hugging Face Hub. `vocab_size`: number of rows of
-    the model's text embedding; None: any. `label`: beginning of error messages. Raises UserError if there is no such
-    tokenizer, the Hub does not respond, or the vocabulary does not fit the model."""
+    the model's text embedding; None: any. `label`: beginning of error messages. Raises UserError if the tokenizer is
+    not found or cannot be used, or if its vocabulary does not fit the model."""
     path = _find(name, label)
     try:
         with _panics_as_errors():

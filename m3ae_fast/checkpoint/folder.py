@@ -4,9 +4,10 @@ of ranks and of the ZeRO stage.
 run.dir/checkpoints/step-00001234/
     state*.safetensors  float32 weights, Adam moments and, with train.ema, averaged weights: see `state_files`
     table.json          the files and slices that make up each tensor
-    state.json          step, samples seen, seeds, config, versions, the data's fingerprint, checksums of other files
+    state.json          step, samples seen, seed, config, versions, the data's fingerprint, checksums of other files
     good                marks a checkpoint from whose weights a finite loss was computed
-    failed              marks a checkpoint with a non-finite loss, which `--resume auto` skips
+    failed              marks a checkpoint whose next step had a non-finite loss or gradient norm, and which
+                        `--resume auto` skips
 
 `writing.py` writes checkpoints.
 """

@@ -31,7 +31,7 @@ class Rules:
     Settings that are in no rule may change silently."""
 
     same: tuple[str, ...]  # changes are refused, because they change the model or the optimiser
-    samples: tuple[str, ...] = DATA  # changes are refused unless allowed, because they change the samples
+    samples: tuple[str, ...] = DATA  # changes are refused, because they change the samples
     noted: tuple[str, ...] = (WRITTEN,)  # changes are reported
     free: tuple[str, ...] = ()  # exceptions to a `section.*`: these settings may change silently
     advice: str = "start in another folder, or restore the former value"  # advice in the message about changed samples
@@ -66,15 +66,15 @@ def find(run_dir: Path, resume: str, extended: Callable[[checkpoint.Info], bool]
     """Return the checkpoint that `resume` (the option `--resume`) selects; None if it selects none. "no" selects none.
     "auto" selects the last checkpoint that is not marked as FAILED, if any; if the run is now `extended`, it selects
     the last checkpoint before the learning rate decayed. Any other value is a path for `checkpoint.locate`. Raises
-    UserError if the path contains no checkpoint, `run_dir` contains checkpoints of another run, or all checkpoints have
-    failed."""
+    UserError if the path contains no checkpoint, if `run_dir` contains checkpoints but not the selected one, or if all
+    checkpoints have failed."""
     own = checkpoint.saved_steps(run_dir)
     if resume == "auto":
         usable = [path for path in own if not (path / checkpoint.FAILED).exists()]
         if own and not usable:
             raise UserError(
-                f"{run_dir}: all of its checkpoints are marked as failed (non-finite loss); to start again, change "
-                "the config and delete these checkpoints"
+                f"{run_dir}: all of its checkpoints are marked as failed (non-finite loss or gradient); to start "
+                "again, change the config and delete these checkpoints"
             )
         if not own:
             return None

@@ -105,8 +105,8 @@ class Saver:
         self._finite_evaluation = step
 
     def step_was_not_finite(self, step: int) -> str:
-        """Mark the checkpoint right before `step` as failed, once it is complete, and return a message about it for the
-        user. Every rank must call it. Raises the same errors as `save`."""
+        """Mark the checkpoint right before `step` as failed, once it is complete, unless it is good. Return a message
+        about it for the user. Every rank must call this method. Raises the same errors as `save`."""
         self.wait()
         return self.ranks.broadcast(lambda: judge(self.run_dir, step))
 
@@ -138,8 +138,8 @@ class Saver:
 
 
 def judge(run_dir: Path, bad_step: int) -> str:
-    """Mark the checkpoint right before `bad_step`, whose loss or gradient norm is not finite, as failed. Return a
-    message about it that names the last good checkpoint."""
+    """Mark the checkpoint right before `bad_step`, whose loss or gradient norm is not finite, as failed, unless the
+    checkpoint is marked as good. Return a message about it that names the last good checkpoint."""
     before = checkpoint.step_folder(run_dir, bad_step - 1)
     marked = ""
     if before.is_dir() and not checkpoint.is_good(before):

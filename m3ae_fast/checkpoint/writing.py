@@ -34,7 +34,8 @@ def save(
     suggested_fix: str = "a lower optim.peak_lr",
     ranks: Agreement = ALONE,
 ) -> Path:
-    """Write a checkpoint to a temporary folder, rename the folder, and call `prune`. Every rank must call it.
+    """Write a checkpoint to a temporary folder, rename the folder, call `prune`, and return the checkpoint's path. If
+    the checkpoint already exists, nothing is written. Every rank must call this function.
 
     Args:
         run_dir: the run folder, on a file system shared by all ranks.

@@ -11,7 +11,7 @@ FILE contains these arrays or columns:
   features  float32 [N, D]
   labels    [N], if any are found; -1 or "" for a sample without a label
   patches   float16 [N, L, D], with --patches (in parquet [N, L * D]). With native aspect ratio, zeros
-            follow if an image has fewer than L patches, and `grids` [N, 2] has its rows and columns
+            follow if an image has fewer than L patches; `grids` [N, 2]: each image's rows and columns
   path, class, caption   with --columns; "" if a sample has none
 """
 

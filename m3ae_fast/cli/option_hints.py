@@ -51,9 +51,8 @@ _OTHERWISE = {
 
 
 def hint(program: str, unknown: Sequence[str]) -> str:
-    """Return advice on what to use in place of the first argument that a program does not know; "" if there is none.
-    `program`: the program as it was called; `unknown`: the arguments that it does not know, such as ["--epochs",
-    "10"]."""
+    """Return advice on what to use in place of the first unrecognised argument of a program; "" if there is none.
+    `program`: the program as it was called; `unknown`: its unrecognised arguments, such as ["--epochs", "10"]."""
     first, *rest = unknown
     program = Path(program.split()[-1]).stem
     if program not in _OTHERWISE or not first.startswith("--"):

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pretrain(options: PretrainOptions) -> bool:
-    """Return whether the run is finished."""
+    """Pre-train, and return whether the run is finished."""
     use_device(options.device)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # libraries handle SIGINT poorly while they are imported
     from m3ae_fast.pretraining.stages import pretrain

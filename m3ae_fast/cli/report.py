@@ -1,9 +1,10 @@
 """m3ae-fast report RUN ...: print the status of a run, and write a self-contained page about it, report.html, which can
 be read without a server.
 
-The first line of the output begins with Finished, Stopped, Running or Failed. The page begins with a summary of the
-results and diagnostics. It also contains the results of evaluations (every result.json below the run folder and below
-`--results`), curves, figures, the config and versions. Further runs are added to the tables and curves.
+The first line of the output begins with Finished, Stopped, Running or Failed or, if status.json is missing, with Step.
+The page begins with a summary of the results and diagnostics. It also contains the results of evaluations (every
+result.json below the run folder and below `--results`), curves, figures, the config and versions. Further runs are
+added to the tables and curves.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def _option(field: FieldInfo) -> Option:
 
 
 def _without_none(annotation: Any) -> Any:
-    """Return the type of a field that may also be None, without metadata."""
+    """Return the type in a field's annotation, without None and without metadata."""
     kinds = [each for each in get_args(annotation) if each is not type(None)]
     kind = kinds[0] if type(None) in get_args(annotation) and len(kinds) == 1 else annotation
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind

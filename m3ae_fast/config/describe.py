@@ -35,8 +35,8 @@ def settings_help(uses: Uses) -> str:
 
 
 def allowed_values(schema: dict[str, Any], section: str) -> str:
-    """Return the values that a field's JSON schema allows. `section`: name of the section that is the field's type, if
-    any."""
+    """Return the values that a field's JSON schema allows. `section`: text that stands for a section, if the field may
+    be one."""
     if "anyOf" in schema:
         return " or ".join(allowed_values(one, section) for one in schema["anyOf"])
     if "$ref" in schema:

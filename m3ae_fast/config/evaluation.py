@@ -53,8 +53,9 @@ class EncodeConfig(Section):
     pool: Pool | None = Field(
         None,
         description=f"Pooling of the output tokens, after the final LayerNorm: {described('`')}. null: of the poolings "
-        "with at most 4,096 features, the tasks `knn` and `logistic` use the one with which logistic regression is "
-        "most accurate on held-out training samples; in all other tasks, it is the model's own pooling, `model.pool`.",
+        "with at most 4,096 features, the tasks `knn`, `logistic` and `compare` use the one with which logistic "
+        "regression is most accurate on held-out training samples; with `--layers` or `--shots`, and in all other "
+        "tasks, the pooling is the model's own, `model.pool`.",
     )
     batch: Batch = 64
     """Number of samples per forward pass."""
@@ -107,8 +108,8 @@ class FineTuneConfig(Section):
     label_smoothing: Rate = 0.1
     """Label smoothing: fraction of a label that is spread evenly over all classes."""
     mixup: float = Field(0.8, ge=0, le=100)
-    """Alpha of mixup between consecutive samples of the training stream; 0: no mixup. Images are mixed only if the
-    input of the encoder contains no text."""
+    """Alpha of mixup between consecutive samples of a lane of the training stream; 0: no mixup. Images are mixed only
+    if the input of the encoder contains no text."""
     cutmix: float = Field(1.0, ge=0, le=100)
     """Alpha of CutMix; 0: no CutMix."""
     switch_prob: float = Field(0.5, ge=0, le=1)
@@ -261,7 +262,8 @@ FINETUNE = Uses(
         "LayerNorm, and the embeddings have the full learning rate",
         "train.global_batch": _DERIVED,
         "train.epochs": _DERIVED,
-        "train.eval_every": "about ten evaluations per run, or fewer if they would take more than a twentieth of it",
+        "train.eval_every": "at most about ten evaluations per run and one per epoch, or fewer if they would take more "
+        "than a twentieth of the run",
         "deepspeed": "`null`, which is plain torch",
     },
 )

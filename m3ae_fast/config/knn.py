@@ -13,9 +13,9 @@ class KnnConfig(Section):
     """k-nearest-neighbour classification of frozen features."""
 
     k: int | None = Field(None, gt=0)
-    """Number of neighbours that vote. null: the tasks `knn` and `compare` try 1 and 20 neighbours, each with and
-    without standardised features, and use the combination that is most accurate on held-out training samples; in all
-    other tasks, the number is 20, and features are not standardised."""
+    """Number of neighbours that vote. null: the tasks `knn` and `compare`, and the probe during training, try 1 and 20
+    neighbours, each with and without standardised features, and use the combination that is most accurate on held-out
+    training samples; in all other tasks, the number is 20, and features are not standardised."""
     temperature: float = Field(0.07, gt=0)
     """Temperature of the votes: a neighbour's vote is exp(cosine similarity / temperature)."""
 

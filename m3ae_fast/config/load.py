@@ -53,8 +53,9 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def _found(path: str | Path) -> Path:
-    """Return the path of a config. Raises UserError if `path` is neither an existing file nor the name of a shipped
-    config."""
+    """Return the path of a config file, or of a shipped config by its name. A path that ends in .json or contains a
+    slash is returned even if there is no such file. Raises UserError if any other path is neither an existing file nor
+    the name of a shipped config."""
     name = str(path)
     if Path(path).is_file() or name.endswith(".json") or "/" in name:
         return Path(path)

@@ -23,7 +23,7 @@ MAX_VOCAB = 1 << 24
 # because that would import torch.
 ORIENTATIONS = 9
 MAX_CHANNELS = 256  # more than any imaging spectrometer in use has
-LONGEST = 800  # maximum number of epochs of a run with a time limit; MAE trains for this number of epochs
+LONGEST = 800  # maximum number of epochs to which a time limit extends a run; MAE trains for this number of epochs
 MAX_POSITIONS = 1 << 27  # maximum number of elements in a table of position embeddings: 512 MB
 # (emb_dim, depth, num_heads) of the encoder; all sizes have the same decoder: width 512, depth 8, 16 heads
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
@@ -131,8 +131,9 @@ class ModelConfig(Section):
     """Pooling of the features of images in `encode`, `embed`, evaluations and exports, if no other pooling is set
     there; see `encode.pool`. Texts and pairs use `mean` in place of a grid."""
     init_from: str | None = None
-    """Export folder or Hugging Face model id whose weights initialise a new run. If it contains no decoder, or a
-    decoder with a different `dec_attention`, the decoder is randomly initialised."""
+    """Export folder or Hugging Face model id whose weights initialise a new run. The decoder is randomly initialised if
+    the export contains no decoder, if its decoder has a different `dec_attention`, or if `image_targets` is `features`
+    and its decoder was trained for other targets."""
 
     @model_validator(mode="before")
     @classmethod
@@ -213,7 +214,7 @@ class ModelConfig(Section):
         """Return the maximum number of patches along a side of an image."""
         if self.resize == "square":
             return self.image_size // self.patch_size
-        return min(self.most_patches, 2 * math.isqrt(self.most_patches - 1) + 2)  # twice the square root, rounded up
+        return min(self.most_patches, 2 * math.isqrt(self.most_patches - 1) + 2)  # twice the rounded-up square root
 
     @property
     def position_side(self) -> int:
@@ -229,7 +230,7 @@ class ModelConfig(Section):
     def image_output_dim(self) -> int:
         """Return the number of outputs of the image head per patch. Raises ValueError if it is still unknown."""
         if self.image_targets == "features" and self.target_width is None:
-            raise ValueError("model.target_width is not set: the width of the teacher is known when it has been opened")
+            raise ValueError("model.target_width is not set: it is known only after the teacher has been opened")
         sizes = {"pixels": self.patch_dim, "hog": ORIENTATIONS, "vqgan": self.codebook_size}
         return (sizes | {"features": self.target_width or 0})[self.image_targets]
 
@@ -248,8 +249,9 @@ class MaskingConfig(Section):
     text_predicted: float = Field(1.0, gt=0, le=1)
     """Fraction of the masked text tokens that enter the decoder and the loss in training; see `image_predicted`."""
     per: Literal["sample", "batch"] = "sample"
-    """Sampling of the masks. `sample`: one mask for each sample; `batch`: one mask for the whole batch, as in the
-    official code. In both cases, the masked tokens that are predicted are selected separately for each sample."""
+    """Sampling of the masks. `sample`: one mask for each sample; `batch`: one mask for the whole batch, whereas the
+    official code has one for each device. In both cases, the masked tokens that are predicted are selected separately
+    for each sample."""
 
 
 class LossConfig(Section):
@@ -375,8 +377,9 @@ class OptimConfig(Section):
     clip_grad: float | None = Field(None, gt=0)
     """Maximum global gradient norm; larger gradients are scaled down to it. null: no clipping."""
     name: Literal["adamw", "muon"] = "adamw"
-    """Optimiser. `muon` orthogonalises the updates of the weight matrices in the blocks and uses AdamW for everything
-    else (Jordan et al. 2024; arXiv 2502.16982); it cannot be used with ZeRO stage 3 or an offloaded optimiser."""
+    """Optimiser. `muon` orthogonalises the updates of the weight matrices in the blocks and at the decoder's input, and
+    uses AdamW for everything else (Jordan et al. 2024; arXiv 2502.16982); it cannot be used with ZeRO stage 3 or an
+    offloaded optimiser."""
     muon_momentum: Beta = 0.95
     """With `name: muon`: decay rate of the momentum, per step."""
     muon_lr_ratio: float = Field(2.0, gt=0, le=1e3)
@@ -404,8 +407,8 @@ class OptimConfig(Section):
 
 
 class KnnProbeConfig(KnnConfig):
-    """k-NN classification of labelled samples while the model trains. The features of a sample are the mean of its
-    tokens."""
+    """k-NN classification of labelled samples while the model trains. The features of a sample are the mean over all
+    its tokens except cls."""
 
     train: list[SourceConfig] = Field(min_length=1)
     """Data sources of the training samples, which are the neighbours."""
@@ -449,8 +452,8 @@ class TrainConfig(Section):
     """Whether torch.compile compiles the transformer blocks."""
     hours: float | None = Field(None, gt=0, le=1e5)
     """Duration of the run in hours, including evaluations. The number of steps, whose initial value is given by `steps`
-    or `epochs`, is adjusted during training so that the run ends after this time, or after 800 epochs at the latest.
-    null: no time limit."""
+    or `epochs`, is adjusted during training so that the run ends after this time, but never to more than 800 epochs or
+    the initial value, whichever is larger. null: no time limit."""
     eval_samples: Count = 1024
     """Number of held-out samples in each evaluation."""
     pictures: int = Field(6, ge=0, le=1000)

@@ -142,8 +142,8 @@ class Corpus:
 def open_corpus(sources: Sequence[SourceConfig], store: ShardStore, *, progress: bool = False) -> Corpus:
     """Return the dataset of these sources, with the number of samples in each shard. The numbers are read from a
     manifest or from the indexes of the shards, which are created if they are missing. `progress`: whether to show a
-    progress bar. Raises UserError if a pattern matches nothing, no shard of a source can be read, or no sample of a
-    source has the modality that the config sets."""
+    progress bar. Raises UserError if a pattern matches nothing, no shard of a source can be read, a source contains no
+    samples, or no sample of a source has the modality that the config sets."""
     corpus = Corpus([], store)
     for config in sources:
         names = [] if is_manifest(config.shards) else expand(config.shards)

@@ -33,8 +33,8 @@ from m3ae_fast.images.decoding import decode_image
 from m3ae_fast.images.normalisation import model_input
 from m3ae_fast.vqgan.model import VQGAN
 
-# A function of an image, uint8 [C, H, W], and a seed, which returns an image of the same shape. The seed must be its
-# only source of randomness.
+# A function of an image [C, H, W] (uint8, uint16 or float32) and a seed, which returns an image of the same shape and
+# dtype. The seed must be its only source of randomness.
 Transform = Callable[[Tensor, int], Tensor]
 
 

@@ -40,10 +40,11 @@ class NotFound(OSError):
 
 
 def download(shard: str, out: BinaryIO) -> None:
-    """Write the tar from a URL, a `pipe:` command or a gzipped file to `out`, which must be empty. Raises NotFound if
-    the server rejects the request permanently, for example because the tar does not exist. Raises OSError for all other
-    failures: a transfer that is too slow or incomplete, or data that are not a tar. After an HTTP error, the attribute
-    `retry_after` of the OSError is the waiting time in seconds that the server requests (0: none)."""
+    """Write the tar from a URL, a `pipe:` command or a file to `out`, which must be empty. Gzipped data are
+    decompressed. Raises NotFound if the server rejects the request permanently, for example because the tar does not
+    exist. Raises OSError for all other failures: a transfer that is too slow or incomplete, or data that are not a tar.
+    After an HTTP error, the attribute `retry_after` of the OSError is the waiting time in seconds that the server
+    requests (0: none)."""
     try:
         with _open(shard) as chunks:
             source = io.BufferedReader(_Stream(_paced(chunks)), _CHUNK)

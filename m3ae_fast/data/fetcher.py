@@ -42,7 +42,7 @@ class FetcherOfNode:
         self._ranks, self._slot = len(node.ranks), list(node.ranks).index(rank)
 
     def begin(self) -> None:
-        """Start downloading if this rank is the first of its node. Like the loader workers, the process is forked
+        """Start the fetcher if this rank is the first of its node. Like the loader workers, the fetcher is forked
         before the first step."""
         self._steps = _shared_steps(self._path, self._ranks)
         self._steps[self._slot] = self.schedule.start

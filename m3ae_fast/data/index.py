@@ -2,7 +2,8 @@
 
 A sidecar consists of one line of JSON (`Summary`) and a NumPy array (`table`). It is written next to the shard or, if
 this is not possible, to the cache folder. It is created on first use and renewed when the shard's size or modification
-time changes. The sidecar of a cached shard also contains checksums, so that later damage to the copy is detected.
+time changes. The sidecar of a remote or compressed shard also contains checksums, so that later damage to its cached
+copy is detected.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ T = TypeVar("T")
 MAX_CLASSES = 1 << 20
 LEFT_OUT = -1
 _MAX_BYTES = 1 << 20  # maximum number of bytes that are read from a member with a label
-_SHOWN = 10  # number of fields in a message
+_SHOWN = 10  # maximum number of fields in a message
 
 _INT64 = np.iinfo(np.int64)
 
@@ -140,7 +140,7 @@ def _written_names(corpus: Corpus, classes: Classes) -> dict[int, str]:
     names."""
     try:
         written = read_labels(corpus, "json.class_name")
-    except UserError:  # raised if a name is not text
+    except UserError:  # raised if a name is neither an integer nor text, or if a shard cannot be read
         return {}
     names: dict[int, str] = {}
     for source, own in zip(corpus.sources, written):
@@ -273,8 +273,8 @@ def json_field(data: bytes, field: str, where: str) -> Any:
 
 
 def parse_label(value: Any, field: str, where: str) -> Label | None:
-    """Return the label in a JSON field; None if the value is null. Raises UserError if it is neither an integer nor
-    text. `where`: name of the sample, for the message."""
+    """Return the label in a JSON field; None if the value is null. Raises UserError if the value is neither a 64-bit
+    integer nor text. `where`: name of the sample, for the message."""
     if isinstance(value, int) and not _INT64.min <= value <= _INT64.max:
         raise UserError(f"{where}: {field} is {str(value)[:40]}, which does not fit into a 64-bit integer")
     if value is None or (isinstance(value, int | str) and not isinstance(value, bool)):

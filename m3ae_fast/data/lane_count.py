@@ -28,8 +28,9 @@ class Layout(NamedTuple):
 
 def lay_out(config: DataConfig, sizes: Sequence[Sequence[int] | np.ndarray], global_batch: int) -> Layout:
     """Return the layout of the sample order. It has the largest number of lanes, up to `config.lanes`, that meets three
-    conditions: each step takes the same number of samples from every lane; few shards are split between lanes; and each
-    lane contains samples of every source. `sizes`: number of samples in each shard, by source."""
+    conditions: each step takes the same number of samples from every lane (on average, if `config.repeats` does not
+    divide the batch); few shards are split between lanes; and each lane contains samples of every source. `sizes`:
+    number of samples in each shard, by source."""
     divisible = global_batch // math.gcd(global_batch, config.repeats)
     most = min(config.lanes, divisible, sum(map(len, sizes)), *(int(np.sum(shards)) for shards in sizes))
     lanes = next(number for number in range(most, 0, -1) if divisible % number == 0)

@@ -45,9 +45,9 @@ def train_loader(
 ) -> DataLoader[PackedBatch]:
     """Return a loader of `share.accumulation` shuffled and augmented micro-batches per step, over all epochs.
 
-    Bad samples are left out of their batch and listed in `batch.skipped`. If the sizes of native images are known, the
-    images of a step are distributed over the ranks of the node such that all ranks have about the same number of
-    patches.
+    Bad samples are left out of their batch and listed in `batch.skipped`. If the sizes of native images are known, and
+    `data.repeats` is 1, the images of a step are distributed over the ranks of the node such that all ranks have about
+    the same number of patches.
 
     Args:
         config: settings of crops, repeats, shuffling, workers and prefetching.
@@ -57,7 +57,8 @@ def train_loader(
         pin_memory: whether to return batches in pinned memory.
 
     Raises:
-        UserError: the dataset has captions but there is no tokenizer, or `data.cache_gb` is too small.
+        UserError: the dataset has captions but there is no tokenizer, `data.cache_gb` is too small, or the shared
+            memory is too small for the batches of the workers.
     """
     lanes, window = layout or lay_out(config, corpus.sizes, share.global_batch)
     order = Order(corpus.sizes, corpus.weights, window, preparation.seed, lanes)

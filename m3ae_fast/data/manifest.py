@@ -113,8 +113,8 @@ def write(path: Path, rows: np.ndarray) -> None:
 
 
 def read(path: Path) -> np.ndarray:
-    """Return the memory-mapped rows of a manifest. Raises UserError if the file cannot be read, is not a
-    manifest, is damaged, or states more than 2^26 samples for a shard."""
+    """Return the memory-mapped rows of a manifest. Raises UserError if the file cannot be read, is not a manifest, is
+    damaged, or states more than 2^26 samples for a shard."""
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:

@@ -18,13 +18,13 @@ class Data:
 
     train: Corpus
     val: Corpus | None
-    tokenizer: CaptionTokenizer | None  # None for a model without text
+    tokenizer: CaptionTokenizer | None  # None for a model without text, or if `data.tokenizer` is not set
     image_tokenizer: VQGAN | None = None  # None if the image targets are not ids of an image tokenizer
 
     @property
     def shown(self) -> Corpus:
-        """Return the dataset whose samples are shown in figures: the held-out samples if there are any,
-        otherwise the training samples."""
+        """Return the dataset whose samples are shown in figures: the held-out samples if there are any, otherwise the
+        training samples."""
         return self.val or self.train
 
 

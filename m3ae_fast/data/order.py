@@ -209,7 +209,7 @@ class Order:
 
     Each lane owns a fixed, equal part of each source: the shards are put in random order and split evenly, within
     shards if necessary. A reader of a few lanes therefore reads only a few shards. The split depends on C, but not on
-    the number of ranks. With a single lane, the shards keep their order.
+    the number of ranks. With a single lane, nothing is split, so only `SourceOrder` puts the shards in random order.
     """
 
     # number of samples in each shard, by source; each source has at least one sample per lane

@@ -74,7 +74,8 @@ class PrefetchSchedule:
 
     def near(self, span: Span) -> list[Shard]:
         """Return the shards to download now, as many as fit into the cache, in the order in which they are needed:
-        those of the current shuffle windows and, after the first step, those of the following windows."""
+        those of the current shuffle windows and, after the first step, those of the next window of each lane and
+        source."""
         each = self.order.upcoming_windows(self.lanes, span.first, span.end)
         # number of positions that a lane has left before the end of the run; later windows are not downloaded
         rest = (self.stop * self.positions - span.end) / self.order.lanes - 1
@@ -102,7 +103,7 @@ class PrefetchSchedule:
 
     def require_space(self) -> None:
         """Check that the shards in use at the same time fit into the cache. If they do not, shards on a network file
-        system are no longer cached but read in place. Raises UserError if the remaining shards do not fit either."""
+        system are no longer cached but read in place. Raises UserError if the other shards exceed `data.cache_gb`."""
         store = self.corpus.store
         store.staging = store.staging and self.in_use() <= store.space().limit
         limit = store.limit

@@ -59,7 +59,8 @@ class Reader:
         table = self._get(shard).table
         if row >= len(table):
             raise BadSample(
-                f"the shard has only {len(table)} samples, but its manifest states {self.source.sizes[shard]}"
+                f"the shard has only {len(table)} sample{'s' * (len(table) != 1)}, but its manifest states "
+                f"{self.source.sizes[shard]}"
             )
         return printable(table["key"][row].decode("utf-8", "replace"))
 
@@ -114,8 +115,8 @@ class Reader:
             del self._open[shard]
 
     def _renew(self, shard: int) -> None:
-        """Download a cached shard again, unless another process has done so, and open it. Raises OSError if that fails,
-        or if the shard has been downloaded again recently."""
+        """Download a cached shard again, unless another process has done so, and close the old copy, so that the new
+        one is opened on the next access. Raises OSError if the download fails, or if the last one was recent."""
         opened, name = self._open[shard], self.source.shards[shard].shard
         if time.monotonic() - self._renewed.get(shard, -_RETRY_S) < _RETRY_S:
             raise OSError(f"its cached copy {self.store.copy(name)} differs from the indexed shard")

@@ -39,8 +39,8 @@ class Masks:
     places_N5: np.ndarray
 
     def views(self, numbers: Sequence[int], size: int, *, progress: bool = False) -> Tensor:
-        """Return the class ids of the samples with these numbers, cropped and scaled to the model's input (see
-        `mask_view`), uint8 [len(numbers), S, S]. `size`: S. Raises UserError if a mask cannot be read."""
+        """Return the masks of the samples with these numbers as class ids, uint8 [len(numbers), S, S]. They are cropped
+        and scaled like the model's input (see `mask_view`). `size`: S. Raises UserError if a mask cannot be read."""
         views = torch.empty(len(numbers), size, size, dtype=torch.uint8)
         with ThreadPoolExecutor(_THREADS) as pool:
             found = pool.map(lambda number: mask_view(self._read(number), size), numbers)

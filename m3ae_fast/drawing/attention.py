@@ -29,7 +29,7 @@ from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.transformer import Block
 
 _WORDS = 7  # maximum number of words per caption
-SHADE: Colour = (255, 110, 90)  # background of the word with the most attention
+SHADE: Colour = (255, 110, 90)  # background of the token with the most attention
 OUTLINE: Colour = (255, 0, 0)
 # Sizes in pixels: side of an image, width of a caption, gap between them, height of a line of text.
 _SIDE, _WIDE, _GAP, _LINE = 192, 420, 8, 20
@@ -173,10 +173,9 @@ def draw_patch_attention(
     channels: Sequence[int] | None = None,
 ) -> None:
     """Write a PNG with a row for each of the first `count` samples with an image and a caption, and each of `blocks`,
-    the numbers of encoder blocks from 0. The patch is outlined, and each word is shaded by the patch's attention to it,
-    from white (none) to SHADE (the highest in the caption).
-    `channels`: displayed channels, as in `figures.levels`. Raises UserError if no sample has a caption and an image
-    with this patch."""
+    the numbers of encoder blocks from 0. The patch is outlined, and each token of the caption is shaded by the patch's
+    attention to it, from white (none) to SHADE (the highest in the caption). `channels`: displayed channels, as in
+    `figures.levels`. Raises UserError if no sample has a caption and an image with this patch."""
     assert model.tokenizer is not None
     pairs = [sample for sample in samples if _has(sample, model, patch) and sample.tokens is not None][:count]
     if not pairs:
@@ -213,7 +212,7 @@ def _outlined(image: Tensor, patch: tuple[int, int], size: int) -> Image.Image:
 
 
 def shade(part: float, highest: float) -> Colour:
-    """Return the background colour of a word with the attention `part`: from white for no attention to SHADE for the
+    """Return the background colour of a token with the attention `part`: from white for no attention to SHADE for the
     `highest` attention."""
     fraction = part / highest if highest > 0 else 0.0
     red, green, blue = (round(255 + fraction * (end - 255)) for end in SHADE)

@@ -19,8 +19,7 @@ def draw_training(
 ) -> dict[str, Path]:
     """Plot samples of `corpus`, write the figures to the run folder, and return their paths by name. The name
     "reconstructions" is included if at least one sample is valid and the model's predictions can be drawn. The name
-    "attention" is included if at least one sample has an image.
-    See `draw_run` for the arguments and errors."""
+    "attention" is included if at least one sample has an image. See `draw_run` for the arguments and errors."""
     folder, count = config.run.dir, config.train.pictures
     drawn = {}
     if can_draw(config.model) and draw_run(config, weights, corpus, tokenizer, folder / "reconstructions.png", count):

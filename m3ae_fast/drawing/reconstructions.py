@@ -217,8 +217,8 @@ def views_of(model: M3AE, image: Tensor, mask_L: Tensor, pixels_IK: Tensor | Non
     loss.image_all_tokens.
 
     With loss.norm_pix, predictions are standardised per patch. As in MAE, this is undone with the mean and the standard
-    deviation of the true patch, which the model does not know. A fourth image therefore shows the zero prediction: the
-    reconstruction of a model that predicts 0 for every value.
+    deviation of the true patch, which the model does not predict. A fourth image therefore shows the zero prediction:
+    the reconstruction of a model that predicts 0 for every value.
     """
     c, with_loss = model.config, _with_loss(mask_L, model.loss_config.image_all_tokens)
     patches_LK = _cut(levels(image, c, range(len(image))), c.patch_size).float()

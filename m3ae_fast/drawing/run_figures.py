@@ -94,9 +94,9 @@ def attention(run: str | Path, **options: Any) -> Path:
 
 
 def _open(given: DrawOptions, default: str) -> _Source:
-    """Open a run's checkpoint or an export, and the samples. `default`: name of the figure in the run folder if there
-    is no `out`. Raises UserError if opening the samples requires `trust`, if an export has no `val` or no `out`, or if
-    the figure cannot be written."""
+    """Open a run's checkpoint or an export, and the samples. `default`: name of the figure in the folder `run` if there
+    is no `out`. Raises UserError if opening the samples requires `trust`, if `val` or `out` is missing for an export,
+    or if the figure cannot be written."""
     run, folder, shards = given.run, Path(given.run), given.val
     if not is_run(folder) and (folder / MODEL_FILE).is_file():
         if not shards or given.out is None:

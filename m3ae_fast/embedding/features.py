@@ -171,8 +171,9 @@ def _on_device(
 
 
 def _reading(config: EvaluationConfig, images: tuple[str, list[str]] | None) -> ModelConfig:
-    """Return the input of features without an M3AE: the channels, the value range, the mean and the standard deviation
-    of some images of the source. `images`: see `_image_files`. Raises UserError if the shards cannot be opened."""
+    """Return the input of a model that is not an M3AE: the channels, the value range, the mean and the standard
+    deviation of some images of the source. `images`: see `_image_files`. Raises UserError if the shards cannot be
+    opened."""
     if images is None:
         return input_config(config.data)
     folder, names = images

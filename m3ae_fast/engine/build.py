@@ -23,9 +23,10 @@ from m3ae_fast.process.ranks import Ranks
 def build_engine(
     model: M3AE, config: Config, ranks: Ranks, others: Callable[[int, int], float] = lambda samples, parts: 0.0
 ) -> ModelEngine:
-    """Build the engine for pre-training. On a GPU, it keeps all activations if there is enough memory. `others`:
-    function that returns the bytes that a step requires for other purposes, given the number of samples in a
-    micro-batch and the number of micro-batches in a step. See `make_engine` for the other arguments and errors."""
+    """Build the engine for pre-training. On a GPU, blocks that may recompute activations (see `recomputes`) keep all of
+    them if there is enough memory. `others`: function that returns the bytes that a step requires for other purposes,
+    given the number of samples in a micro-batch and the number of micro-batches in a step. See `make_engine` for the
+    other arguments and errors."""
     groups = optimizer_groups(model, config.optim)
     transformers = (model.encoder, model.decoder)
     keep, memory = False, ""

@@ -46,7 +46,7 @@ from m3ae_fast.process.ranks import Ranks
 # and 2, and in the BF16_Optimizer, which DeepSpeed may use instead at stage 1.
 _BUFFERS = ("bit16_groups_flat", "single_partition_of_fp32_groups")
 _BF16_BUFFERS = ("bf16_groups_flat", "fp32_groups_flat_partition")
-PERSISTENT = 100_000  # at stage 3, weight tensors with fewer elements are kept on every rank
+PERSISTENT = 100_000  # at stage 3, weight tensors with at most this many elements are kept on every rank
 
 
 class Place(NamedTuple):
@@ -101,7 +101,7 @@ class DeepSpeedEngine:
         model.to(ranks.device)
         for module in model.modules():
             if isinstance(module, MLP | Attention):
-                # no hooks on the module's layers, because it may read their parameters itself
+                # DeepSpeed then adds no hooks to the module's layers, whose parameters the module may read itself
                 set_z3_leaf_module(module, True)
         self.kinds = state_kinds(model, groups, ema)
         optimizer = build_optimizer(
@@ -250,7 +250,7 @@ def deepspeed_section(config: DeepSpeedConfig, optim: OptimConfig, dtype: torch.
         "gradient_accumulation_steps": share.accumulation,
         "gradient_clipping": optim.clip_grad or 0.0,
         "steps_per_print": 10**9,
-        "zero_allow_untested_optimizer": True,  # required for apex's FusedAdam
+        "zero_allow_untested_optimizer": True,  # required for Muon
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},  # synchronises with the GPU twice per step
     }
@@ -329,7 +329,7 @@ def _valid_norm(norm: Tensor) -> Tensor:
 
 
 def _wait_for_one_stream(optimizer: Any) -> None:
-    """Make the current stream wait for the stream that reduces gradients after each backward pass, instead of
+    """Make the current stream wait, after each backward pass, for the stream that reduces gradients, instead of
     synchronising the host with the device. Must not be used with an offloaded optimiser, because the host then reads
     the values that the reducing stream copies."""
     epilogue = _private(optimizer, "independent_gradient_partition_epilogue")

@@ -33,7 +33,7 @@ class Engine(Protocol):
     """An engine that takes training steps, and saves and loads their state."""
 
     model: nn.Module
-    # called before each change of the state; other threads may read the state until then
+    # called by `step` before it changes the state; other threads may read the state until then
     before_update: Callable[[], None]
     kinds: Kinds  # kinds of optimiser state, which are prefixes in the keys of `Fragments`
 
@@ -43,7 +43,9 @@ class Engine(Protocol):
         Args:
             batches: this rank's micro-batches, on its device.
             counts: denominators of the mean losses, by which the summed losses of each micro-batch are divided. They
-                are the numbers of images and captions in the step, or of its tokens, divided by the number of ranks.
+                are the numbers of images and captions in the step, or of the patches and text tokens that carry loss,
+                divided by the number of ranks. For a classifier, there is one denominator: the number of samples in
+                the step, divided by the number of ranks.
             lr: learning rate of the update; it is multiplied by the `lr_scale` of a parameter group that has one.
 
         Returns:

@@ -23,14 +23,14 @@ from m3ae_fast.process.ranks import Ranks
 
 # length of a typical caption relative to text_length: a caption of CC12M has about 20 words, and text_length is 64
 CAPTION_FRACTION = 1 / 3
-# Stage 3 releases a gathered weight after the forward pass only if the step reads more weights than this before its
-# backward pass. This is DeepSpeed's default of stage3_max_reuse_distance.
+# Stage 3 releases a gathered weight after its use in the forward pass only if the step reads more weights than this
+# before it uses that weight in the backward pass. This is DeepSpeed's default of stage3_max_reuse_distance.
 _REUSED = 1_000_000_000
 
 
 def memory_needed(config: Config, world: int, samples: int) -> float:
-    """Return the bytes of memory that a rank requires for steps with `samples` samples per rank, if all activations are
-    kept. `world`: number of ranks."""
+    """Return the bytes of memory that a rank requires for steps with `samples` samples per rank, if blocks keep all
+    activations or, with activation checkpointing, only their inputs. `world`: number of ranks."""
     with torch.device("meta"):
         model = M3AE(config.model, config.loss)
     parameters = sum(p.numel() for p in model.parameters())
@@ -123,9 +123,10 @@ def typical_batch(config: Config, model: M3AE) -> PackedBatch:
 
 
 def activation_bytes(config: Config, batch: PackedBatch) -> float:
-    """Return the bytes of the activations of a batch. For each row of width D, a block keeps 2 norms, q, k, v, the
-    attention output, 2 residual sums, and the hidden activations of the MLP twice. In a decoder with cross-attention,
-    the k and v of a block belong to the encoder's rows, and are kept even if the block is checkpointed."""
+    """Return the bytes of the activations of a batch. For each row of width D, a block keeps the outputs of 2
+    LayerNorms, q, k, v, the attention output, 2 residual sums, and the hidden activations of the MLP twice. In a
+    decoder with cross-attention, the k and v of a block belong to the encoder's rows, and are kept even if the block is
+    checkpointed."""
     m = config.model
     cross = m.dec_attention == "cross"
     size = 2 if in_bf16(config) else 4
@@ -140,7 +141,7 @@ def activation_bytes(config: Config, batch: PackedBatch) -> float:
 
 
 # Ops that allocate a copy of their largest tensor on a CPU: oneDNN copies the input or the output of a convolution to
-# its own layout, and the MLP computes the output of GELU.
+# its own layout, and the MLP allocates the output of GELU.
 _COPY = ("aten::convolution", "m3ae::mlp")
 
 

@@ -85,8 +85,8 @@ def build_adamw(
 
 
 def name_of(optimizer: torch.optim.Optimizer) -> str:
-    """Return a description of the optimiser: "torch AdamW" or "apex FusedAdam", and the parameters that Muon
-    updates."""
+    """Return a description of the optimiser: "torch AdamW" or "apex FusedAdam", preceded by Muon and the parameters
+    that it updates, if Muon is used."""
     if isinstance(optimizer, Muon):
         ratio = optimizer.param_groups[0]["lr_scale"]
         return f"Muon for hidden matrices (learning rate x {ratio:g}), {name_of(optimizer.others)} for the rest"

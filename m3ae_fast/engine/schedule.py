@@ -88,9 +88,9 @@ class Schedule:
 
     def _decays(self) -> Iterator[tuple[int, int, int, float]]:
         """Yield the plan of the decay at the start and after each change: the step from which the plan applies, the
-        first and the last step of the decay, and its progress before the first step. A decay that has not begun when
-        the number of steps changes is moved to the new end. The rest of a decay that has begun is spread over the
-        remaining steps."""
+        numbers of steps after which the decay begins and ends, and its progress at this beginning. A decay that has
+        not begun when the number of steps changes is moved to the new end. The rest of a decay that has begun is spread
+        over the remaining steps."""
         first, last, before = self._first_of_decay(self.configured_steps), self.configured_steps, 0.0
         yield 0, first, last, before
         for step, total in self.changes:

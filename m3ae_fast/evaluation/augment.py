@@ -88,8 +88,8 @@ class Mixing:
     images, mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
 
     The samples 2 k and 2 k + 1 of a lane of the training stream are mixed with each other. The random numbers of a pair
-    depend only on the seed, the lane and k. (The official code samples random numbers once per micro-batch, so its
-    results depend on the number of ranks.)
+    depend only on the seed and on the position of the pair in the stream. (The official code draws random numbers once
+    per micro-batch, so its results depend on the number of ranks.)
 
     Args:
         config: settings of label smoothing, mixup and cutmix.
@@ -158,7 +158,7 @@ class Mixing:
         return replace(batch, images=images.to(dtype)), labels_SK
 
     def _draw(self, positions: list[int | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sample how a batch is mixed. Return, for each sample, the row of its partner (its own row if there is none),
+        """Draw how a batch is mixed. Return, for each sample, the row of its partner (its own row if there is none),
         int64 [S]; the weight of the sample itself, float32 [S]; and the box that cutmix pastes from the partner, int64
         [S, 4] (top, bottom, left, right; 0 for mixup)."""
         rows = {position: row for row, position in enumerate(positions)}

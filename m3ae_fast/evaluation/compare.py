@@ -1,5 +1,5 @@
-"""Comparison of models, random weights and downscaled pixels by several probes of frozen features on the same samples,
-with significance tests.
+"""Comparison of models with each other and with baselines (random weights, and features without a network) by several
+probes of frozen features on the same samples, with significance tests.
 
 Shapes: N held-out samples, D trials with different seeds.
 """
@@ -52,7 +52,7 @@ from m3ae_fast.weights.open_model import open_model
 
 _BASELINES = (UNTRAINED, *IMAGE_FEATURES.values())
 _TOKENS = 196  # number of patches of a ViT for 224 px
-_DECODING = 0.1  # approximate cost of reading an image, relative to encoding it
+_DECODING = 0.1  # approximate cost of reading an image, relative to encoding it with the largest model
 TABLE_FILE = "comparison.md"
 _TRIALS = "trials"  # sub-folder of the output folder for the predictions of each probe and seed until all are complete
 
@@ -114,7 +114,7 @@ class ComparedPredictions:
 
     def warnings(self) -> Iterator[tuple[str, str]]:
         """Yield (probe, warning) for each model that is not significantly better than always predicting the largest
-        class, or than the other baselines."""
+        class, or than another baseline."""
         worse: dict[tuple[str, str], dict[str, float]] = {}
         for probe, first, second, test in self.tests():
             is_baseline = second == LARGEST or (second in _BASELINES and first not in _BASELINES)
@@ -234,11 +234,13 @@ def run(job: Job[Compare]) -> dict[str, Any]:
         shorter=lambda _: _shorter(job),
     )
     job.print(
-        f"compare: {', '.join(names)}; probes: {', '.join(options.probes)}; {len(seeds)} seeds; {len(names)} models "
-        f"encode {train.samples + val.samples:,} images each (random weights: once per seed)"
+        f"compare: {', '.join(names)}; probes: {', '.join(options.probes)}; "
+        f"{len(seeds)} seed{'s' * (len(seeds) != 1)}; {len(names)} models encode "
+        f"{train.samples + val.samples:,} images each (random weights: once per seed)"
     )
     if complete := sum(len(each.trials) - len(each.missing) for each in work.values()):
-        job.print(f"{complete} probes were completed by an earlier call, whose predictions are used")
+        probes = "1 probe was" if complete == 1 else f"{complete} probes were"
+        job.print(f"{probes} completed by an earlier call, whose predictions are used")
     for done, (name, model) in enumerate(names.items(), 1):
         _measure(job, found, (work[name], whole), name, features.get(model, model), (train, val))
         job.print(f"{done} of {len(names)} models done{whole.describe_left()}")
@@ -264,7 +266,8 @@ def _shape(job: Job[Compare], encoder: MultimodalEncoder, decoding: float = 0.0)
     `FixedFeatures`."""
     c, probes = encoder.config, tuple(job.options.probes)
     if isinstance(encoder, FixedFeatures):
-        if isinstance(encoder, LibraryFeatures):  # 12 D^2 weights of a block, for about as many tokens as a ViT has
+        if isinstance(encoder, LibraryFeatures):
+            # a block has 12 D^2 weights, and the network is assumed to have as many tokens as a ViT
             decoding += encoder.parameters_of_network / 12 * _TOKENS
         pooled = tuple(probe for probe in probes if probe != ATTENTIVE)
         return Shape(decoding, pooled)

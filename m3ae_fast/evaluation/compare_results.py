@@ -83,10 +83,10 @@ class Result:
 
 def compare_results(folders: Sequence[Path]) -> str:
     """Return lines that state for each pair of results which result is better. There is one line for each pair, except
-    for results of robustness (one line for each attack) and of ood (one line for each set and score). If a result
-    has several layers, poolings or numbers of training samples, its main accuracy is compared (see `main_case`). Raises
-    UserError if there are fewer than two folders, a folder has no predictions, or the results are not on the same
-    samples."""
+    for results of robustness (one line for the clean images and for each attack) and of ood (one line for each set and
+    score). If a result has several layers, poolings or numbers of training samples, its main accuracy is compared (see
+    `main_case`). Raises UserError if there are fewer than two folders, a folder has no predictions, or the results
+    differ in their metric or their samples."""
     if len(folders) < 2:
         raise UserError(f"{folders[0]}: cannot be compared alone; {_ADVICE}")
     if missing := next((folder for folder in folders if not (folder / FILE).is_file()), None):
@@ -106,7 +106,8 @@ def _compare(one: Result, other: Result) -> Iterator[str]:
 
 
 def _compare_accuracies(one: Result, other: Result) -> Iterator[str]:
-    """Yield a sentence about the accuracies of two classifiers, or one for each attack."""
+    """Yield a sentence about the accuracies of two classifiers; for results of robustness, yield one for the clean
+    images and for each attack."""
     attacks, others = map(_by_attack, (one, other))
     if attacks.keys() != others.keys():
         names = ", ".join(sorted((attacks.keys() ^ others.keys()) - {""}))
@@ -122,7 +123,8 @@ def _compare_accuracies(one: Result, other: Result) -> Iterator[str]:
 
 
 def _by_attack(result: Result) -> dict[str, Result]:
-    """Return the parts of a result of robustness by attack; the whole result, with the key "", for other tasks."""
+    """Return the parts of a result of robustness by attack, of which "clean" is one; the whole result, with the key "",
+    for other tasks."""
     if "condition" not in result.table:
         return {"": result}
     return {attack: part for (attack,), part in result.parts("condition").items()}

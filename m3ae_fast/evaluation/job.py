@@ -50,12 +50,11 @@ T_co = TypeVar("T_co", bound=Task, covariant=True)
 
 
 class Encoded(NamedTuple):
-    """Features of the training and of the held-out samples, by type of the features. They were computed either by a
-    network or directly from the pixels."""
+    """Features of the training and of the held-out samples, by type of the features."""
 
     train: Mapping[FeatureType, FeatureBank]
     val: Mapping[FeatureType, FeatureBank]
-    is_network: bool = True
+    is_network: bool = True  # whether the model has layers and poolings; False for FixedFeatures
     # result of `try_strengths` for the training features, if the choice of the pooling has computed it for all samples
     tried: Tried | None = None
 

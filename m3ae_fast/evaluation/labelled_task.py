@@ -58,8 +58,8 @@ class Start(NamedTuple):
 
 
 def open_training(job: Job[WithResume]) -> Start:
-    """Open the checkpoint to resume from, if any, and the labelled samples, and complete the job's config with default
-    hyper-parameters. Raises UserError if the checkpoint or the samples cannot be used."""
+    """Open and return the checkpoint to resume from, if any, and the labelled samples. The job's config is completed
+    with default hyper-parameters. Raises UserError if the checkpoint or the samples cannot be used."""
     found = Resume(job.config.run.dir, job.options.resume, job.ranks)
     train, val, _ = job.open_labelled()
     if train.has_captions:

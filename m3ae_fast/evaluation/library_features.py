@@ -46,9 +46,9 @@ class LibraryFeatures(ImageFeatures):
 
 
 def open_fixed_features(name: str, config: ModelConfig) -> ImageFeatures:
-    """Return the features of a name that denotes no M3AE (see `is_network`), on the CPU, in evaluation mode. `config`:
-    how the image files are read; see `image_features.input_config`. Raises UserError as `open_library_features` and
-    `image_features` do."""
+    """Return the features with this name, which denotes no M3AE (see `is_network`), on the CPU, in evaluation mode.
+    `config`: how the image files are read; see `image_features.input_config`. Raises UserError as
+    `open_library_features` and `image_features` do."""
     return image_features(name, config) if name in IMAGE_FEATURES else open_library_features(name, config)
 
 

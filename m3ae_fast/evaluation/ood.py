@@ -115,8 +115,8 @@ class Scores:
 
     Args:
         bank: features of the training samples, with labels.
-        k: number of the nearest neighbour whose distance gives the score `knn`. With fewer than k training samples, it
-            is the most distant sample.
+        k: number of the nearest neighbour whose distance gives the score `knn`. With fewer than k training samples, the
+            distance to the most distant sample is used.
         head: head of a classifier, features [R, D] -> logits [R, K]; None: a logistic regression is fitted.
     """
 

@@ -134,8 +134,8 @@ def run_probes(job: Job[WithGrid]) -> Probed:
 
 
 def _types(job: Job[WithGrid]) -> list[FeatureType]:
-    """Return the types of features of the probes or, if the pooling is chosen, the candidates. Raises UserError if an
-    option cannot be used with another option or with the model."""
+    """Return the types of features of the probes or, if the pooling will be chosen, the candidates. Raises UserError if
+    an option cannot be used with another option or with the model."""
     options, config = job.options, job.model.config
     if options.pools and "pool" in job.config.encode.model_fields_set:
         raise UserError("pools replaces encode.pool; leave out one of the two")
@@ -312,8 +312,8 @@ def _shorter(job: Job[WithGrid], layers: Sequence[int]) -> list[str]:
 def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], name: str = "") -> bool:
     """Return whether attentive probes at these layers are trained online, without storing patch tokens. The setting
     `attentive.online` determines this; if it is null, the probes are trained online if the tokens do not fit into
-    memory. Print the required memory. Every rank must call this function; the result is the same on all ranks.
-    `name`: prefix of the printed line."""
+    memory. Print the required memory unless the setting is true. Every rank must call this function; the result is the
+    same on all ranks. `name`: prefix of the printed line."""
     model, ranks, online = job.model.config, job.ranks, job.config.attentive.online
     samples = sum(corpus.samples for corpus in corpora)
     needed = 2 * samples * len(layers) * model.most_patches * model.emb_dim  # float16
@@ -341,7 +341,8 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
             taken[labels[row]].append(row)
     for number, rows in taken.items():
         if len(rows) < shots:
-            raise UserError(f"shots {shots}: the class {classes[number]} has only {len(rows)} training samples")
+            found = f"{len(rows)} training sample{'s' * (len(rows) != 1)}"
+            raise UserError(f"shots {shots}: the class {classes[number]} has only {found}")
     return bank.rows(sorted(row for rows in taken.values() for row in rows))
 
 

@@ -40,7 +40,7 @@ class Pass(NamedTuple):
     """An evaluation of all samples under one condition."""
 
     classify: Classify
-    cost: int = 1  # number of forward passes per sample
+    cost: int = 1  # cost per sample, relative to a forward pass
 
 
 def run(job: Job[Robustness]) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def _attack_name(epsilon: float) -> str:
 
 def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass]) -> str:
     """Return a line that describes the attacks to run."""
-    forward = sum(each.cost for each in passes.values())
+    forward, attacks = sum(each.cost for each in passes.values()), len(config.epsilons)
     return (
-        f"robustness: {images:,} images in {len(passes)} passes: clean images and "
-        f"{len(config.epsilons)} attacks of {config.steps} steps; this is equivalent to classifying "
+        f"robustness: {images:,} images in {len(passes)} pass{'es' * (len(passes) != 1)}: clean images and "
+        f"{attacks} attack{'s' * (attacks != 1)} of {config.steps} steps; this is equivalent to classifying "
         f"{forward * images:,} images (to use fewer images, set robustness.samples)"
     )
 

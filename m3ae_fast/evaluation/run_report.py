@@ -57,7 +57,7 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
         others: folders of other runs, whose curves and results are shown for comparison.
 
     Raises:
-        UserError: a run has no metrics, a file is damaged, or `out` cannot be written.
+        UserError: a folder does not exist, a run has no metrics, a file is damaged, or `out` cannot be written.
     """
     runs = {str(folder): read_metrics(folder) for folder in (run, *others)}
     found = read_results([run, *others, *results])
@@ -88,8 +88,8 @@ def write_report(run: Path, out: Path, results: Sequence[Path] = (), others: Seq
 
 
 def read_results(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Return all results below `folders`, each with the path of its result.json. Raises UserError if a file is
-    damaged."""
+    """Return all results below `folders`, each with the path of its result.json. Raises UserError if a folder does not
+    exist or a file is damaged."""
     found = {}
     for folder in folders:
         if not folder.is_dir():
@@ -224,8 +224,8 @@ def _per_class(found: list[tuple[Path, dict[str, Any]]]) -> Iterator[str]:
 
 
 def _with_error(name: str, value: float, result: dict[str, Any]) -> str:
-    """Return a metric as text, with its standard error if it is known. A recorded error of 0 is replaced by an estimate
-    from the number of samples."""
+    """Return a metric as text, with its standard error if this is known. If the recorded error of a top-1 or top-5
+    accuracy is 0, it is replaced by an estimate from the number of samples."""
     error, samples = result.get(f"{name}{ERROR}"), result.get("val_samples")
     if error == 0 and name.startswith("top") and isinstance(samples, int) and samples > 0 and 0 <= value <= 1:
         error = standard_error(value, samples)

@@ -195,8 +195,8 @@ def _open_baselines(job: Job) -> dict[str, MultimodalEncoder]:
 
 def _perform(options: Task, session: Session, shared: SharedFeatures, *, is_last: bool) -> dict[str, Any] | None:
     """Run the task, write its result and return it; return None if it was stopped. `shared`: see `evaluate`; `is_last`:
-    whether the program ends after this task. Raises UserError if the task cannot be run; `out` then contains no
-    result."""
+    whether the program ends after this task. Raises UserError if the task cannot be run (`out` then contains no
+    result), or if figures cannot be written."""
     ranks, task = session.ranks, options.name()
     if is_last:
         session.stop.advice = f"{AGAIN} starts over" if isinstance(options, WithResume) else effect_of_resuming()
@@ -232,9 +232,6 @@ def _perform(options: Task, session: Session, shared: SharedFeatures, *, is_last
         ranks.on_main(lambda: write_result(job.out, result))
         if is_last:
             session.stop.advice = f"the result is in {job.out / RESULT_FILE}"
-        for draw in job.pictures:
-            ranks.on_main(draw)
-        ranks.on_main(lambda: show_result(job.out, result))
         job.print(f"{task}: {summary(result)}")
         if "verdict" in result:
             job.print(f"{task}: {result['verdict']}")
@@ -246,4 +243,17 @@ def _perform(options: Task, session: Session, shared: SharedFeatures, *, is_last
             job.print(f"{task}: {'; '.join([f'{TOGETHER}: {summary(together)}', *together['verdicts']])}")
         for text in found:  # the warnings of the job have already been printed
             job.print(f"warning: {text}")
+        ranks.on_main(lambda: _draw(job, result))
         return result
+
+
+def _draw(job: Job, result: dict[str, Any]) -> None:
+    """Write the figures of the job, and TensorBoard's event files. Raises UserError if a file cannot be written; the
+    result is complete without these files."""
+    try:
+        for draw in job.pictures:
+            draw()
+        show_result(job.out, result)
+    except (OSError, UserError) as error:
+        complete = f"{job.out / RESULT_FILE} is complete; only figures are missing"
+        raise UserError(f"{error}; {complete}") from None

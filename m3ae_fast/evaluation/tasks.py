@@ -39,6 +39,7 @@ from m3ae_fast.weights.model_name import (
     CLASSIFIER_HELP,
     FEATURES_HELP,
     IMAGE_FEATURES,
+    LIBRARY_HELP,
     MODEL_HELP,
     RANDOM,
     is_network,
@@ -322,8 +323,8 @@ class PooledProbe(WithGrid, WithBaselines, WithModality, WithTraining):
     TAKES_IMAGE_FEATURES = True
 
     model: Model = Field(
-        description=f"{MODEL_HELP}; or {', '.join(IMAGE_FEATURES)} for features that are computed from the images "
-        "without a network"
+        description=f"{MODEL_HELP}; or {LIBRARY_HELP}; or {', '.join(IMAGE_FEATURES)} for features that are computed "
+        "from the images without a network"
     )
 
     @model_validator(mode="after")

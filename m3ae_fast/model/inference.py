@@ -21,7 +21,7 @@ def encoding(model: nn.Module, precision: str, device: torch.device) -> Iterator
     read nor changed, so other threads may train the same model. The weights are cast once for all batches.
     `precision`: "bf16" (autocast), "fp32", or "auto" for the faster one on the device."""
     dtype = dtype_of(fast_precision(device) if precision == "auto" else precision)
-    # autocast on a CPU raises an error for float16
+    # autocast to bfloat16 on a CPU raises an error for float16 weights
     known = device.type != "cpu" or next(model.parameters()).dtype != torch.float16
     with (
         whole_depth(),

@@ -141,7 +141,7 @@ def test_invalid_labels_end_the_run_before_training(pretrain, shards, tmp_path):
 
 def test_the_k_nn_curve_of_a_partitioned_model_is_the_same(trainer, shards):
     """With ZeRO-3 on three ranks, every rank takes part in gathering the partitioned weights, even if it has no sample
-    left. This occurs in an evaluation of three samples, for figures, and in the last batches of the probe."""
+    left. This occurs for figures of two samples, and in the last batches of the probe."""
     options = [*settings("train.steps=3", "data.workers=0", "train.eval_samples=3", "train.pictures=2")]
     options += [*probe(shards), "--set", "train.eval_every=1"]
     split, curves = {"zero_optimization": {"stage": 3}}, []

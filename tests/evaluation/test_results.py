@@ -1,6 +1,7 @@
 """A task's result is kept even if its figures fail, and figures show any name unchanged."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from m3ae_fast.base.errors import UserError
+from m3ae_fast.cli.evaluate import main
 from m3ae_fast.drawing.figures import draw_confusion
 from m3ae_fast.evaluation import class_metrics, job, knn, labelled_task, ood
 from tests.evaluation.conftest import settings
@@ -82,3 +85,17 @@ def test_a_failed_figure_does_not_prevent_the_result(transfer, shards, tmp_path,
     with pytest.raises(ValueError, match="no such glyph"):
         transfer(task, *more, *QUICK[task])
     assert json.loads((tmp_path / "out" / job.RESULT_FILE).read_text())["task"] == task
+
+
+def test_an_unwritable_figure_is_reported_after_the_result(run, shards, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise UserError("confusion.png: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(class_metrics, "draw_confusion", fails)
+    out = tmp_path / "out"
+    options = ["--train", shards[0], "--val", shards[1], "--out", str(out), "--no-baselines"]
+    message = f"(No space left on device); {out}/result.json is complete; only figures are missing"
+    with pytest.raises(UserError, match=re.escape(message)):
+        main(["knn", str(run), *options])
+    assert "knn: top1 1" in capsys.readouterr().out
+    assert json.loads((out / job.RESULT_FILE).read_text())["top1"] == 1

@@ -1,10 +1,10 @@
 """Attention on CUDA GPUs, with the fastest of the kernels of flash-attn (2, 3 and 4), cuDNN, torch and this package.
 
-No kernel is fastest in all cases. For example, flash-attn 3 pads a head dimension of 32 to 64, and a sample of 70
-visible tokens fills its tiles of 192 keys only partly. flash-attn 2 has neither disadvantage, but does not use Hopper's
-instructions. Therefore, each kernel is benchmarked once on random samples of a given length, forward and backward. A
-kernel that is not installed, fails or computes wrong results on this GPU is excluded, and the log states the reason.
-The same applies to this package's own Triton kernel.
+No kernel is fastest in all cases. For example, flash-attn 3 pads a head dimension of 32 to 64, and its tiles of 192
+keys are only partly filled by a sample of 70 visible tokens. flash-attn 2 has neither disadvantage, but does not use
+Hopper's instructions. Therefore, each kernel is benchmarked once on random samples of a given length, forward and
+backward. A kernel that is not installed, fails or computes wrong results on this GPU is excluded, and the log states
+the reason. The same applies to this package's own Triton kernel.
 
 Shapes: T packed rows, Q query rows, K key rows, H heads, D values per head.
 """
@@ -24,13 +24,13 @@ from .. import tuning
 from .kernel import Kernel, Segments
 from .padded import PADDED
 
-SAMPLES = 64  # number of samples in a check
+SAMPLES = 64  # number of samples in a check and, unless another number is given, in a benchmark
 HALVES = (torch.bfloat16, torch.float16)
 HEAD_START = 20_000_000  # GPU cycles (about 10 ms) that the GPU waits while the host launches kernels
-ROUNDS = 3  # rounds of a benchmark, each with the same number of calls
+ROUNDS = 3  # number of rounds of a benchmark, and number of calls in each round
 # minimum length of the longest sample that is passed to cuDNN; torch itself does not use cuDNN for shorter samples
 CUDNN_ROWS = 129
-ERROR = 0.03  # maximum relative difference (of norms) that is allowed between two kernels in 16 bits
+ERROR = 0.03  # maximum `distance` that is allowed between the results of two kernels in 16 bits
 
 Inputs = tuple[Tensor, Tensor, Segments]  # qkv [T, 3, H, D], the gradient of the result [T, H, D], and the samples
 Maker = Callable[[torch.device], Kernel]
@@ -155,13 +155,14 @@ def results(
 
 
 def distance(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest relative distance (of norms) between corresponding tensors; NaN if any value is NaN."""
+    """Return the largest value of norm(got - expected) / norm(expected) over the pairs of tensors; NaN if any value is
+    NaN."""
     pairs = [(a.float(), b.float()) for a, b in zip(got, expected)]
     return float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max())
 
 
 def _seconds(kernel: Kernel, qkv_T3HD: Tensor, grad_THD: Tensor, segments: Segments) -> float:
-    """Return the duration of one forward and backward pass in seconds. On a GPU, this is the time between two events.
+    """Return the mean duration of a forward and backward pass in seconds. On a GPU, it is measured between two events.
     The GPU is first kept waiting while the host launches the kernels, so that launch times have no effect."""
     inputs = qkv_T3HD, grad_THD, segments
     if qkv_T3HD.device.type != "cuda":

@@ -26,7 +26,7 @@ class Segments:
 def check_segments(op: str, **segments: Segments) -> None:
     """Raise IndexError unless the boundaries increase from 0 to the number of rows in steps of at most `max_seqlen`.
     They are always checked on a CPU; on other devices, they are checked only if M3AE_KERNELS_CHECK=1 is set. The
-    message contains the names of the keyword arguments."""
+    message names the keyword argument that is wrong."""
     for name, each in segments.items():
         if ids.checks_enabled() or each.cu_seqlens.device.type == "cpu":
             ids.check_ends(op, name, each.cu_seqlens, each.rows, each.max_seqlen)

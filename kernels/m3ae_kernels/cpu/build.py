@@ -1,5 +1,5 @@
-"""The instruction sets that the C kernels in this folder need, and their compilation on first use, with the system's
-compiler."""
+"""The instruction sets that the C kernels in this folder need, and the compilation of these kernels on first use, with
+the system's compiler."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def _is_whole(library: Path) -> bool:
 
 
 def _built(command: list[str], name: str, folder: Path) -> Path:
-    """Compile to `name`-CHECKSUM.so. Several processes may do this at the same time, because each process writes its
-    own file and renames it when it is complete."""
+    """Compile to `name`-CHECKSUM.so in `folder`, and return the path. Several processes may do this at the same time,
+    because each process writes its own file and renames it when it is complete."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / "library.so"
         _run([*command, "-o", str(built), "-lm"])

@@ -11,7 +11,8 @@
 #define CUBE 0.044715f
 #define LOG2_E 1.4426950409f
 
-/* Return 1 / (1 + e ** -u), and set *rest = e ** -u; both are accurate for very small and very large u. |x| is at most 64. */
+/* Return 1 / (1 + e ** -u), and set *rest = e ** -u; both are accurate for very small and very large u.
+   |x| must be at most 64. */
 static inline __m512 gate(__m512 x, __m512 square, __m512 *rest) {
     const __m512 derivative = _mm512_fmadd_ps(square, _mm512_set1_ps(-LOG2_E * LINEAR * CUBE), _mm512_set1_ps(-LOG2_E * LINEAR));
     *rest = power_of_2(_mm512_mul_ps(x, derivative));

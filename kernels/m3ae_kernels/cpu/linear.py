@@ -55,11 +55,11 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
 
 
 def matmul_dtype(x: Tensor, weight_OI: Tensor) -> torch.dtype | None:
-    """Return the dtype in which `linear` multiplies; None if torch's own function is used, for example on a GPU or for
-    two different dtypes. The result does not depend on the number of rows. Otherwise, the compiled graphs of two ranks
-    could differ and compute gradients in different orders. With ZeRO, the order must be the same on all ranks, because
-    it is also the order in which gradients are reduced."""
-    if x.device.type != "cpu":
+    """Return the dtype in which `linear` multiplies; None if torch's own function must be used, for example on a GPU,
+    for float64 or for two different dtypes. The result does not depend on the number of rows. Otherwise, the compiled
+    graphs of two ranks could differ and compute gradients in different orders. With ZeRO, the order must be the same on
+    all ranks, because it is also the order in which gradients are reduced."""
+    if x.device.type != "cpu" or x.dtype == torch.float64:  # autocast does not change float64
         return None
     if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu")
@@ -214,7 +214,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return x, or a copy if its rows are not contiguous, as the C code requires."""
+    """Return x if its rows are contiguous, as the C code requires; otherwise a contiguous copy."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

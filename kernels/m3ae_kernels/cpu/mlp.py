@@ -85,8 +85,8 @@ def _backward(ctx, grad_RO, _):
         return (None,) * 5
     x_RI, weight_HI, weight_OH, hidden_RH = ctx.saved_tensors
     needs = list(ctx.needs_input_grad)
-    # With two ops, a compiled graph can free GELU's input after the first one. If it recomputes x, it can do so after
-    # the first one, too.
+    # With two ops, a compiled graph can free GELU's input after the first op. If the graph recomputes x, it can wait
+    # until the first op has run.
     grad_RH, *of_fc2 = mlp_backward_op(grad_RO, weight_OH, hidden_RH, needs[3:])
     grads = *linear_backward_op(grad_RH, x_RI, weight_HI, needs[:3]), *of_fc2
     return tuple(grad if need else None for grad, need in zip(grads, needs))

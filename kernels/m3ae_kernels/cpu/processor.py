@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Cpu:
-    """A CPU model, and what it is fast at."""
+    """A CPU model, and whether it computes fast in bf16."""
 
     vendor: str  # "GenuineIntel", "AuthenticAMD"; "" if unknown
     name: str  # for display
@@ -24,7 +24,7 @@ class Cpu:
 
     @property
     def tiles(self) -> bool:
-        """Return whether AMX supports bf16."""
+        """Return whether the CPU has AMX with products of bf16 values."""
         return self.flags >= {"amx_tile", "amx_bf16"}
 
     @property

@@ -53,8 +53,8 @@ static inline __m512 load_some(const value *x, long count) { return _mm512_maskz
 static inline void store_some(value *dst, long count, __m512 x) { _mm512_mask_storeu_ps(dst, lanes(count), x); }
 #endif
 
-/* Return 2 ** x, but at least 2 ** -100. On [-1/2, 1/2], bf16 uses the cubic with the least relative error, 7.5e-5, which is a
-   thirtieth of the rounding error of bf16; float uses the Taylor polynomial, with an error of 2e-7. */
+/* Return 2 ** x, but at least 2 ** -100. On [-1/2, 1/2], bf16 uses the cubic with the least relative error, 7.5e-5, which is
+   4 % of the rounding error of bf16; float uses the Taylor polynomial, with a relative error below 2e-7. */
 static inline __m512 power_of_2(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-100), x); /* avoids denormals, which are slow; this order of operands preserves NaN */
     const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -23,9 +23,9 @@ from .common import (
     up,
 )
 
-# For the gradient of the weight, the rows are split so that there are at least this number of program instances, two
-# for each multiprocessor of an H100. The number is the same on every GPU, so the order of summation depends only on the
-# sizes.
+# For the gradient of the weight, the rows are split so that there are about this number of program instances, two for
+# each multiprocessor of an H100; few rows give fewer instances, and large weights give more. The number is the same on
+# every GPU, so the order of summation depends only on the sizes of the tensors and of the tiles.
 TARGET_PROGRAMS = 264
 
 

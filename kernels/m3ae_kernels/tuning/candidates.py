@@ -63,8 +63,8 @@ def best(arch: str, width: str, reports: Sequence[tuple[Settings, Report]]) -> l
 
 @lru_cache
 def compiled(kernel: str, arch: str, width: str) -> list[Settings]:
-    """Return the dozen settings of a matmul kernel that are worth timing. All possible settings are compiled ahead of
-    time, in parallel processes, which takes about a minute."""
+    """Return the settings of a matmul kernel that are worth timing, at most a dozen. All possible settings are compiled
+    ahead of time, in parallel processes, which takes about a minute."""
     # the first case of the kernel; its images are RGB if the kernel reads images
     case = next(case for case in CASES if case.kernel == kernel)
     tried = possible(arch, width)

@@ -25,13 +25,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 @dataclass
 class Check:
-    """The result of checking an op at some sizes in one dtype: the largest ratio of the error to the allowed error
-    (None if there is no result), and a description of problems."""
+    """The result of checking an op at some sizes in one dtype: the largest ratio of the error to the allowed error, and
+    a description of problems."""
 
     op: str
     sizes: str
     dtype: str
-    worst: float | None
+    worst: float
     problems: list[str]
 
 

@@ -26,9 +26,11 @@ from .workloads import OPS, Sizes, Workload, make
 
 Device = CudaDevice | CpuDevice
 Trial = dict[str, Any]
-GAIN = 0.99  # new settings must take less than this fraction of the best settings' time; a smaller gain may be noise
+# New settings must take less than this fraction of the time of the settings with which a search starts; a smaller gain
+# may be noise.
+GAIN = 0.99
 REPEATS = 7
-# The kernels that are tuned first. Most of the time of attention is spent in its backward pass.
+# The kernels that are tuned first, in this order, because attention spends most of its time in the backward pass.
 FIRST = ("attention_backward", "attention")
 
 
@@ -159,8 +161,8 @@ def tune(
 
 class _Search:
     """A search for the best settings of one kernel, timed within one op. The search starts with the present settings,
-    and proceeds to settings close to the best ones so far. After each trial, the loaded table contains the best
-    settings so far, whose trial is marked as "kept". New settings must also give correct results."""
+    and proceeds to those that `try_settings` returns for the best ones so far. After each trial, the loaded table
+    contains the best settings so far, whose trial is marked as "kept". New settings must also give correct results."""
 
     def __init__(
         self,

@@ -22,7 +22,8 @@ Cost = tuple[float, float]  # FLOPs, bytes
 class Workload:
     """An op with its inputs and the minimum cost of its forward and backward pass with 16-bit inputs.
 
-    `rows` are the names of the inputs that the op processes row by row; if it is empty, the op cannot be run in chunks.
+    `rows` are the names of the inputs that the op processes row by row; if there are none, the op cannot be run in
+    chunks.
     """
 
     name: str
