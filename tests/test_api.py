@@ -118,7 +118,7 @@ def test_a_method_of_another_library_names_the_one_that_replaces_it(run, name):
         (lambda model: model.encode(IMAGE, batch_size=2.0), "batch_size 2.0: must be an integer of at least 1"),
         (
             lambda model: model.encode(np.zeros((32, 32, 4), np.uint8)),
-            r"has 4 channels, but the model expects 3; PIL\.Image\.fromarray\(x\) is converted$",
+            r"has 4 channels, but the model expects 3; pass it as PIL\.Image\.fromarray\(x\), which is converted$",
         ),
         (lambda model: model.patch_features(IMAGE, batch_size=0), "batch_size 0: must be an integer of at least 1"),
         (lambda model: model.encode(IMAGE, layer=1.5), "layer 1.5: the encoder has layers 1 to 2"),

@@ -69,7 +69,7 @@ def test_training_continues_if_a_node_joins_and_is_lost(trainer):
                 kill(left)
     output = log.read_text()
     assert first.returncode == 0, output
-    assert "batch 16 = 1 ranks x 16 samples" in output and "Traceback" not in output
+    assert "batch 16 = 1 rank x 16 samples" in output and "Traceback" not in output
     assert 0 < int(output.rpartition(", steps ")[2].split()[0]) < 120
     np.testing.assert_allclose(np.array(trainer.losses("run")), np.array(trainer.losses("one")), rtol=2e-5)
 

@@ -1017,7 +1017,7 @@ def test_labels_that_cannot_be_used_are_no_obstacle_to_training(tmp_path):
     files = [(f"{i}.{suffix}", data) for i in range(4) for suffix, data in (("jpg", picture(i)), ("cls", b"cat"))]
     shards = [write_tar(tmp_path / name, files) for name in ("a.tar", "b.tar")]
     statistics, notes = inspect(Shards(shards[:1], shards[1:], []), tmp_path / "run", "cls")
-    assert statistics.classes == 0 and "its cls member must be an integer, but is 'cat'" in notes[0]
+    assert statistics.classes == 0 and "its cls member must be an integer of at most 18 digits, but is 'cat'" in notes[0]
 
 
 def test_samples_without_images_are_refused_before_a_tokenizer_is_trained(tmp_path):
@@ -1269,8 +1269,8 @@ def test_the_wait_for_data_is_that_of_the_rank_that_waits_longest(monkeypatch, w
 def test_throughput_is_printed_with_its_standard_error():
     assert ThroughputEstimate(1 / 97, 8, 24, 0.06).rate(64) == "97 ± 6 samples/s, measured over 24 steps"
     assert ThroughputEstimate(1 / 5.23, 8, 24, 0.02).rate(64) == "5.23 ± 0.10 samples/s, measured over 24 steps"
-    assert ThroughputEstimate(1 / 5.23, 8, 1).rate(64) == "5.23 samples/s, measured over 1 steps"
-    assert ThroughputEstimate(0.01, 8, 1, update=0.5).rate(50) == "50 samples/s, measured over 1 steps"
+    assert ThroughputEstimate(1 / 5.23, 8, 1).rate(64) == "5.23 samples/s, measured over 1 step"
+    assert ThroughputEstimate(0.01, 8, 1, update=0.5).rate(50) == "50 samples/s, measured over 1 step"
     # the update takes half of the step, and the error applies only to the other half
     assert ThroughputEstimate(0.01, 8, 24, 0.2, update=0.5).rate(50) == "50 ± 5 samples/s, measured over 24 steps"
 

@@ -247,7 +247,7 @@ def _converted(image: Image | np.ndarray, channels: int) -> str:
     other images."""
     if isinstance(image, Image) or image.dtype != np.uint8 or image.ndim != 3 or channels not in (1, 3):
         return ""
-    return "; PIL.Image.fromarray(x) is converted" if image.shape[2] in {3, 4} - {channels} else ""
+    return "; pass it as PIL.Image.fromarray(x), which is converted" if image.shape[2] in {3, 4} - {channels} else ""
 
 
 def _of_call(error: BadSample) -> str:

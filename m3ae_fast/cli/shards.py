@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from m3ae_fast.base.errors import exit_cleanly
+from m3ae_fast.base.wording import counted
 from m3ae_fast.cli.command_line import checked, command, program, refuse
 from m3ae_fast.config.arguments import Arguments, add_arguments
 from m3ae_fast.shards.options import MakeOptions, StatsOptions, TableOptions, TokenizerOptions
@@ -100,8 +101,8 @@ def _table(given: dict[str, Any]) -> None:
         print_table(found.indexed)
     print("".join(f"note: {note}\n" for note in found.notes), end="")
     if options.out is not None:
-        counts = f"{len(found.rows):,} shards with {found.samples:,} samples"
-        print(f"{options.out}: {counts}; {found.unread:,} shards unreadable")
+        counts = f"{counted(len(found.rows), 'shard')} with {counted(found.samples, 'sample')}"
+        print(f"{options.out}: {counts}; {counted(found.unread, 'shard')} unreadable")
 
 
 def _stats(given: dict[str, Any]) -> None:

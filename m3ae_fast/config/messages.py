@@ -9,6 +9,8 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from m3ae_fast.base.wording import counted
+
 UNIONS = (Union, UnionType)
 _ALIKE = 0.75  # minimum similarity (difflib's ratio) between an unknown key and a key that is suggested instead
 
@@ -33,7 +35,7 @@ def describe_error(section: type[BaseModel], error: ValidationError) -> str:
         got = "" if isinstance(first["input"], dict) else f" (got {json.dumps(first['input'], default=str)[:80]})"
         text = message if not where or message.startswith(f"{where}.") else f"{where}: {message}{got}"
     text = " ".join(text.split())[:1000]  # an unknown key may have any length, and contain line breaks
-    return text + (f" (and {len(others)} more error{'s' * (len(others) > 1)})" if others else "")
+    return text + (f" (and {counted(len(others), 'more error')})" if others else "")
 
 
 def _without_kinds(section: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, model_validator
 
+from m3ae_fast.base.wording import counted
 from m3ae_fast.config.knn import KnnConfig
 from m3ae_fast.config.poolings import POOLINGS, Pool
 from m3ae_fast.config.section import Batch, Beta, Channels, Count, Layers, NamedPath, Rate, Section, Size
@@ -181,7 +182,7 @@ class ModelConfig(Section):
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values for {self.channels} channels; "
+                    f"{name} has {counted(len(getattr(self, name)), 'value')} for {counted(self.channels, 'channel')}; "
                     f"m3ae-fast shards stats SHARDS --channels {self.channels} prints the values of your images"
                 )
         if min(self.image_std) <= 0:
@@ -330,8 +331,8 @@ class DataConfig(Section):
     lanes: int = Field(64, gt=0, le=1 << 16)
     """Maximum number of lanes, the parallel sub-streams into which the training stream is divided; each node reads only
     some of them ([explanation](guide/remote-shards.md#partitioning-of-shards-over-nodes)). The actual number of lanes
-    is the largest divisor of `train.global_batch` / `repeats` that is at most this value and at most the number of
-    shards."""
+    is the largest divisor of N that is at most this value and at most the number of shards. N is `train.global_batch`,
+    divided by its greatest common divisor with `repeats`."""
     workers: int | None = Field(None, ge=0, le=1024)
     """Number of data-loader processes per rank; null: derived from the number of CPU cores."""
     cache_dir: NamedPath | None = None

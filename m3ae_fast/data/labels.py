@@ -252,7 +252,7 @@ def _parse(data: bytes, field: str, where: str) -> Label | None:
     if field == "cls":
         text = data.decode("utf-8", "replace").strip()
         if not re.fullmatch(r"-?[0-9]{1,18}", text):
-            raise UserError(f"{where}: its cls member must be an integer, but is {text[:40]!r}")
+            raise UserError(f"{where}: its cls member must be an integer of at most 18 digits, but is {text[:40]!r}")
         return int(text)
     value = json_field(data, field, where)
     if isinstance(value, list):

@@ -15,6 +15,7 @@ import numpy as np
 
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.wording import counted
 from m3ae_fast.data.corpus import Source
 from m3ae_fast.data.index import MAX_IMAGE_BYTES, MISSING, IndexedShard, caption_of, printable
 from m3ae_fast.data.shard_store import ShardStore
@@ -59,7 +60,7 @@ class Reader:
         table = self._get(shard).table
         if row >= len(table):
             raise BadSample(
-                f"the shard has only {len(table)} sample{'s' * (len(table) != 1)}, but its manifest states "
+                f"the shard has only {counted(len(table), 'sample')}, but its manifest states "
                 f"{self.source.sizes[shard]}"
             )
         return printable(table["key"][row].decode("utf-8", "replace"))
@@ -119,7 +120,10 @@ class Reader:
         one is opened on the next access. Raises OSError if the download fails, or if the last one was recent."""
         opened, name = self._open[shard], self.source.shards[shard].shard
         if time.monotonic() - self._renewed.get(shard, -_RETRY_S) < _RETRY_S:
-            raise OSError(f"its cached copy {self.store.copy(name)} differs from the indexed shard")
+            raise OSError(
+                f"its cached copy {self.store.copy(name)} differs from the indexed shard, although it was downloaded "
+                "again; if the shard was replaced, delete its index"
+            )
         self._renewed[shard] = time.monotonic()
         if os.path.samestat(os.fstat(opened.file.fileno()), os.stat(self.store.path(name))):
             self.store.refetch(name)

@@ -23,6 +23,7 @@ from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.parquet import read_parquet, write_parquet
+from m3ae_fast.base.wording import counted
 from m3ae_fast.data import Corpus
 from m3ae_fast.data.fingerprint import written
 from m3ae_fast.data.labels import Classes
@@ -235,7 +236,7 @@ def run(job: Job[Compare]) -> dict[str, Any]:
     )
     job.print(
         f"compare: {', '.join(names)}; probes: {', '.join(options.probes)}; "
-        f"{len(seeds)} seed{'s' * (len(seeds) != 1)}; {len(names)} models encode "
+        f"{counted(len(seeds), 'seed')}; {len(names)} models encode "
         f"{train.samples + val.samples:,} images each (random weights: once per seed)"
     )
     if complete := sum(len(each.trials) - len(each.missing) for each in work.values()):

@@ -17,6 +17,7 @@ import numpy as np
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.libraries import require_libraries
 from m3ae_fast.base.parquet import read_parquet
+from m3ae_fast.base.wording import counted
 from m3ae_fast.evaluation import segment
 from m3ae_fast.evaluation.baseline_results import (
     BASELINES,
@@ -343,8 +344,8 @@ def _largest(labels: Iterable[Any]) -> Any:
 def _require_same(folders: Sequence[Any], first: Any, second: Any) -> None:
     if first != second:
         raise UserError(
-            f"{folders[0]} and {folders[1]}: {len(first ^ second):,} samples are in only one of them; choose "
-            "two results with the same --val, whose paths must be spelled in the same way"
+            f"{folders[0]} and {folders[1]}: are of different samples ({counted(len(first ^ second), 'sample')} in "
+            "only one of the two); choose two results with the same --val, whose paths must be spelled in the same way"
         )
 
 

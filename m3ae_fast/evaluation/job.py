@@ -18,6 +18,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.hardware import pins_memory
 from m3ae_fast.base.pace import Pace, duration
 from m3ae_fast.base.parquet import write_parquet
+from m3ae_fast.base.wording import counted
 from m3ae_fast.batch.masking import UNMASKED
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.batch.packing import Sample
@@ -143,7 +144,7 @@ class Job(Generic[T_co]):
                 found, classes, unknown = list_corpus(corpus, field, classes, progress=progress)
                 about = f"{found.samples:,} samples with lists of labels, {len(classes):,} classes"
                 if unknown:
-                    about += f"\nnote: {unknown:,} labels of --val have no training samples, and are left out"
+                    about += f"\nnote: left out {counted(unknown, 'label')} of --val that no training sample has"
             else:
                 found, classes = label_corpus(corpus, field, classes, progress=progress)
                 about = f"{found.samples:,} of {corpus.samples:,} samples belong to one of the {len(classes)} classes"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.wording import counted
 from m3ae_fast.config import FOR_TEXTS, POOLINGS, Pool
 from m3ae_fast.config.arguments import chosen_layers
 from m3ae_fast.data import Corpus
@@ -157,7 +158,7 @@ def _print_plan(job: Job[WithGrid], types: Sequence[FeatureType], train: Corpus)
         f"{options.name()} probe{f' at {len(layers)} of {job.model.config.depth} layers' if options.layers else ''}, "
         + _pooled(options)
         + (f"{', '.join(map(str, options.shots))} training samples per class, out of " if options.shots else "all ")
-        + f"{train.samples:,} training samples: {probes} probe{'s' * (probes != 1)}"
+        + f"{train.samples:,} training samples: {counted(probes, 'probe')}"
     )
 
 
@@ -319,7 +320,7 @@ def trains_online(job: Job, layers: Sequence[int], corpora: Sequence[Corpus], na
     needed = 2 * samples * len(layers) * model.most_patches * model.emb_dim  # float16
     lacking = missing_in_host_memory(needed / ranks.world, len(ranks.of_node))
     lacking = next(filter(None, ranks.gather(lacking)), "")
-    what = f"{name}the patch tokens of {samples:,} samples at {len(layers)} layer{'s' * (len(layers) != 1)}"
+    what = f"{name}the patch tokens of {samples:,} samples at {counted(len(layers), 'layer')}"
     if online is None and lacking:
         job.print(f"{what} do not fit into memory ({lacking}): each step encodes a batch and discards its tokens")
         return True
@@ -341,7 +342,7 @@ def few_shot(bank: FeatureBank, shots: int, draw: int, classes: Classes) -> Feat
             taken[labels[row]].append(row)
     for number, rows in taken.items():
         if len(rows) < shots:
-            found = f"{len(rows)} training sample{'s' * (len(rows) != 1)}"
+            found = counted(len(rows), "training sample")
             raise UserError(f"shots {shots}: the class {classes[number]} has only {found}")
     return bank.rows(sorted(row for rows in taken.values() for row in rows))
 

@@ -19,6 +19,7 @@ from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.pace import Pace
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.randomness import seed32
+from m3ae_fast.base.wording import counted
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config.evaluation import RobustnessConfig
 from m3ae_fast.data import Corpus, Share, eval_loader
@@ -93,7 +94,7 @@ def _plan(config: RobustnessConfig, images: int, passes: Mapping[str, Pass]) -> 
     forward, attacks = sum(each.cost for each in passes.values()), len(config.epsilons)
     return (
         f"robustness: {images:,} images in {len(passes)} pass{'es' * (len(passes) != 1)}: clean images and "
-        f"{attacks} attack{'s' * (attacks != 1)} of {config.steps} steps; this is equivalent to classifying "
+        f"{counted(attacks, 'attack')} of {config.steps} steps; this is equivalent to classifying "
         f"{forward * images:,} images (to use fewer images, set robustness.samples)"
     )
 

@@ -120,8 +120,8 @@ def run(job: Job) -> dict[str, Any]:
     known, val_ids = (_ids(part, config.ignore_label, ranks) for part in (train, val))
     if len(known) < 2:
         raise UserError(
-            f"--train: its masks have {len(known)} classes besides segment.ignore_label {config.ignore_label}; at "
-            "least two are required"
+            f"--train: its masks have {len(known)} class{'es' * (len(known) != 1)} besides segment.ignore_label "
+            f"{config.ignore_label}; at least two are required"
         )
     if not val_ids:
         raise UserError(f"--val: all pixels of its masks have segment.ignore_label {config.ignore_label}")

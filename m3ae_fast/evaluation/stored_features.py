@@ -18,6 +18,7 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import open_regular
+from m3ae_fast.base.wording import counted
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import ModelConfig, Pool
 from m3ae_fast.data import Corpus
@@ -103,7 +104,9 @@ def open_features(name: str, config: ModelConfig, corpora: Sequence[Corpus], max
     features_ND = np.ascontiguousarray(features_ND, dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(features_ND).all(1))
     if len(bad):
-        raise UserError(f"{name}: the features of {len(bad):,} samples are not finite, for example {keys[bad[0]]}")
+        raise UserError(
+            f"{name}: the features of {counted(len(bad), 'sample')} are not finite, for example {keys[bad[0]]}"
+        )
     names = [*keys] if shards is None else [*zip(map(os.path.basename, shards.astype(str)), keys)]
     rows = {each: row for row, each in enumerate(names)}
     if len(rows) < len(names):
@@ -129,8 +132,8 @@ def open_features(name: str, config: ModelConfig, corpora: Sequence[Corpus], max
 
 def _lacks(name: str, lacking: Sequence[str]) -> UserError:
     return UserError(
-        f"{name}: lacks the features of {len(lacking):,} samples, for example {lacking[0]}; it must contain those of "
-        "all --train and --val samples"
+        f"{name}: lacks the features of {counted(len(lacking), 'sample')}, for example {lacking[0]}; it must contain "
+        "those of all --train and --val samples"
     )
 
 

@@ -16,6 +16,7 @@ from m3ae_fast import checkpoint
 from m3ae_fast.base.atomic_file import write_text_atomically
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.untrusted_file import read_json
+from m3ae_fast.base.wording import counted
 from m3ae_fast.config import Range
 from m3ae_fast.data.manifest import is_manifest
 from m3ae_fast.data.shard_names import expand, is_remote
@@ -190,7 +191,7 @@ def _split_by_names(names: list[str]) -> Shards | None:
         return None
     notes = [f"held out because of their names: {len(held):,} of {len(names):,} shards, such as {held[0]}"]
     if apart := [name for name in names if name not in (*kept, *held)]:
-        tests = f"{len(apart):,} test shard{'s' * (len(apart) != 1)}, such as {apart[0]}"
+        tests = f"{counted(len(apart), 'test shard')}, such as {apart[0]}"
         notes.append(f"not used, because there is also a validation split: {tests}")
     return Shards(kept, held, notes + overlap(kept, held))
 
@@ -248,7 +249,7 @@ def overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
 
 def _samples(shared: dict[str, set[int]]) -> str:
     count = sum(map(len, shared.values()))
-    return f"{count:,} sample{'s' * (count != 1)}"
+    return counted(count, "sample")
 
 
 def _made(

@@ -17,6 +17,7 @@ from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
 from m3ae_fast.base.untrusted_file import parse_json
+from m3ae_fast.base.wording import counted
 from m3ae_fast.config.arguments import accepts
 from m3ae_fast.data.corpus import describe_ignored
 from m3ae_fast.data.download import read_small
@@ -95,7 +96,7 @@ def print_table(shards: Sequence[IndexedShard]) -> None:
         table.add_row(escape(shard.shard), modality, *(f"{n:,}" for n in counts), *notes)
     table.add_section()
     table.add_row(
-        f"{len(shards):,} shard{'s' * (len(shards) != 1)}",
+        counted(len(shards), "shard"),
         "",
         *(f"{n:,}" for n in totals),
         describe_ignored(shards),

@@ -16,6 +16,7 @@ from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import track
+from m3ae_fast.base.wording import counted
 from m3ae_fast.batch.tokenizer import SPECIAL, train_tokenizer, write_tokenizer
 from m3ae_fast.config import MAX_VOCAB, SourceConfig
 from m3ae_fast.config.arguments import accepts
@@ -62,7 +63,7 @@ def tokenizer(shards: str | Sequence[str], out: str | os.PathLike[str], **option
     texts = list(caption_texts(names, ShardStore(given.cache_dir), tally))
     if not texts:
         raise UserError(f"shards {' '.join(names)}: none of their captions contains a word")
-    print(f"training a tokenizer on {len(texts):,} caption{'s' * (len(texts) != 1)}", file=sys.stderr, flush=True)
+    print(f"training a tokenizer on {counted(len(texts), 'caption')}", file=sys.stderr, flush=True)
     trained = train_tokenizer(texts, vocab_size)
     size = trained.get_vocab_size()
     if size > vocab_size:

@@ -34,6 +34,7 @@ from m3ae_fast.base.atomic_file import put_in_place
 from m3ae_fast.base.bad_samples import BadSample
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.progress import progress
+from m3ae_fast.base.wording import counted
 from m3ae_fast.data.index import index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shard_names import INDEX_SUFFIX
@@ -367,13 +368,11 @@ def describe_conversion(out: Path, converted: Converted) -> str:
     paired = c.images + c.captions - c.samples
     kinds = {"paired": paired, "image-only": c.images - paired, "text-only": c.captions - paired}
     listed = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
-    shards = f"{len(c.shards):,} shard{'s' * (len(c.shards) != 1)}"
-    lines = [
-        f"{out}: {c.samples:,} sample{'s' * (c.samples != 1)} in {shards} ({listed}), {c.captions:,} with a caption"
-    ]
+    shards = counted(len(c.shards), "shard")
+    lines = [f"{out}: {counted(c.samples, 'sample')} in {shards} ({listed}), {c.captions:,} with a caption"]
     lines += [*c.notes, *c.tally.lines()]
     if earlier := c.left_out - c.tally.counts[REFUSED]:
-        lines.append(f"{earlier:,} sample{'s' * (earlier != 1)} left out before the conversion was interrupted")
+        lines.append(f"{counted(earlier, 'sample')} left out before the conversion was interrupted")
     for split in dict.fromkeys(path.name.rpartition("-")[0] for path in c.shards):
         lines.append(f'  "{split}": [{{"shards": "{out / split}-*.tar"}}]')
     return "\n".join(lines)

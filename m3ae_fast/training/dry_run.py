@@ -11,6 +11,7 @@ from rich.table import Table
 
 from m3ae_fast.base.hardware import PEAKS, missing_memory, resolve_precision
 from m3ae_fast.base.progress import working
+from m3ae_fast.base.wording import counted
 from m3ae_fast.config import Config
 from m3ae_fast.data import Corpus, open_data, split_batch
 from m3ae_fast.data.prefetch_schedule import PrefetchSchedule
@@ -263,7 +264,7 @@ def fetching_lines(config: Config, corpus: Corpus, world: int) -> list[tuple[str
     first, owned = schedule.in_use() / 1e9, schedule.owned() / 1e9
     if not owned:
         return []
-    node = f"a node with {len(ranks)} rank{'s' * (len(ranks) > 1)}"
+    node = f"a node with {counted(len(ranks), 'rank')}"
     return [
         ("fetching", f"at most {first:,.3g} GB for {node} before the first step, and {owned:,.3g} GB in an epoch"),
         ("disk of a node", f"at least {2 * first:,.3g} GB for cached shards; {owned:,.3g} GB to cache all shards"),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from m3ae_fast import checkpoint
 from m3ae_fast.base.hardware import dtype_of, fast_precision
+from m3ae_fast.base.wording import counted
 from m3ae_fast.batch.packed import PackedBatch
 from m3ae_fast.config import Config
 from m3ae_fast.data import Data
@@ -123,7 +124,7 @@ class PretrainingTask:
             precision = "bf16 (fp32 is faster here)"
         views = f" x {config.data.repeats} views" if config.data.repeats > 1 else ""
         least, rest = divmod(config.train.global_batch, ranks.world)
-        per_rank = f"{least} or {least + 1}" if rest else f"{least}"
+        per_rank = f"{least} or {least + 1} samples" if rest else counted(least, "sample")
         accumulated = f" in {trainer.share.accumulation} micro-batches" if trainer.share.accumulation > 1 else ""
         adjusted = f", adjusted to train.hours={config.train.hours:g}" if config.train.hours else ""
         begin = schedule.decay_begin
@@ -134,7 +135,7 @@ class PretrainingTask:
             f"M3AE, {parameters:,} parameters, on {ranks.world} x {ranks.device.type}, {precision}, {engine.name}, "
             f"attention: {attention}, optimiser: {engine.optimizer_name}",
             f"{self.data.train.samples:,} samples{views}, "
-            f"batch {config.train.global_batch} = {ranks.world} ranks x {per_rank} samples{accumulated}, "
+            f"batch {config.train.global_batch} = {counted(ranks.world, 'rank')} x {per_rank}{accumulated}, "
             f"steps {trainer.step} to {schedule.total_steps}{adjusted}, run folder {config.run.dir}",
             f"{schedule.describe_rate()}, after {schedule.warmup_steps:,} steps of warm-up{falls}{layers}",
         ]

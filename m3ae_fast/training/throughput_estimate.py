@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from m3ae_fast.base.pace import duration
 from m3ae_fast.base.progress import working
+from m3ae_fast.base.wording import counted
 from m3ae_fast.config import Config
 from m3ae_fast.engine.interface import Engine
 from m3ae_fast.engine.schedule import Schedule
@@ -69,7 +70,7 @@ class ThroughputEstimate:
         digits = 0 if rate >= 10 else 2
         without_update = batch * self.sample / self.step(batch)  # fraction of the step to which `error` applies
         error = f" ± {rate * without_update * self.error:,.{digits}f}" if math.isfinite(self.error) else ""
-        return f"{rate:,.{digits}f}{error} samples/s, measured over {self.steps} steps"
+        return f"{rate:,.{digits}f}{error} samples/s, measured over {counted(self.steps, 'step')}"
 
     def seconds(self, config: Config, schedule: Schedule) -> float:
         """Return the duration of the whole run in seconds: its steps and its evaluations on held-out samples."""
@@ -88,8 +89,8 @@ class ThroughputEstimate:
         scaled = "" if same else f" of {self.batch} samples, scaled to the full batch"
         whole, steps = duration(self.seconds(config, schedule)), schedule.total_steps
         adjusted = "; train.hours adjusts the number of steps" if config.train.hours else ""
-        measured = f"measured over {self.steps} steps{scaled}"
-        return f"{whole} on this machine: {steps:,} steps of {step:.3g} s, {measured}{adjusted}"
+        measured = f"measured over {counted(self.steps, 'step')}{scaled}"
+        return f"{whole} on this machine: {counted(steps, 'step')} of {step:.3g} s, {measured}{adjusted}"
 
 
 def measure(config: Config, session: Session, seconds: float) -> ThroughputEstimate:
@@ -111,7 +112,7 @@ def measure_batch(config: Config, session: Session, batch: int, seconds: float) 
     """Return the pace of steps with `batch` samples, measured for about `seconds`. Every rank must call this function.
     Raises the same errors as `measure`."""
     with (
-        working(f"measuring steps of {batch:,} samples", show=session.ranks.is_main),
+        working(f"measuring steps of {counted(batch, 'sample')}", show=session.ranks.is_main),
         tempfile.TemporaryDirectory() as folder,
     ):
         nowhere = config.run.model_copy(update={"dir": Path(folder) / "run", "loggers": []})
@@ -132,15 +133,15 @@ def measure_batch(config: Config, session: Session, batch: int, seconds: float) 
                 stable = spent > _LEAST * seconds and _stable(taken, ahead)
                 if session.ranks.from_main(stable or (spent > seconds and len(taken) >= enough)):
                     break
-        counted = _counted(steps)
+        settled = _settled(steps)
         # The time of an update, which is long with Muon, does not depend on the batch size, so it must not be scaled to
         # other batch sizes.
-        others = [step.whole - step.update for step in counted]
-        update = fmean(step.update for step in counted)
+        others = [step.whole - step.update for step in settled]
+        update = fmean(step.update for step in settled)
         mean, error, update = session.ranks.from_main((fmean(others), _error(others), update))
-        waited = sum(step.waited for step in counted) / sum(step.whole for step in counted)
+        waited = sum(step.waited for step in settled) / sum(step.whole for step in settled)
         data_wait = max(session.ranks.gather(waited))
-        pace = ThroughputEstimate(mean / batch, batch, len(counted), error, update, data_wait)
+        pace = ThroughputEstimate(mean / batch, batch, len(settled), error, update, data_wait)
     del trainer
     gc.collect()  # frees the weights and loaders of the trainer
     return pace
@@ -153,7 +154,7 @@ def batches_ahead(trainer: Trainer) -> int:
     return loader.num_workers * (loader.prefetch_factor or 0) // trainer.share.accumulation
 
 
-def _counted(steps: Sequence[T]) -> Sequence[T]:
+def _settled(steps: Sequence[T]) -> Sequence[T]:
     """Return the steps that count: the later half of the steps after the warm-up. By then, the batches loaded in
     advance have been used up."""
     return steps[_WARM:][len(steps[_WARM:]) // 2 :]
@@ -165,8 +166,8 @@ def _stable(times: Sequence[float], ahead: int) -> bool:
     often = max(_CHECK_EVERY, 1 << max(len(times).bit_length() - 4, 0))
     if len(times) % often or len(times) < _WARM + 2 * ahead:
         return False
-    counted = _counted(times)
-    return len(counted) >= _PARTS * _OF_PART and _error(counted) < _STABLE
+    settled = _settled(times)
+    return len(settled) >= _PARTS * _OF_PART and _error(settled) < _STABLE
 
 
 def _error(times: Sequence[float]) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from m3ae_fast.base.errors import UserError
 from m3ae_fast.base.output_folder import check_dtypes
+from m3ae_fast.base.wording import counted
 from m3ae_fast.config import ModelConfig, parse
 from m3ae_fast.model.m3ae import M3AE
 from m3ae_fast.model.pretrained import ENCODER
@@ -125,7 +126,7 @@ def config_of(theirs: dict[str, Tensor], options: ViTOptions, mean_pool: str, wh
         )
     if not len(options.mean) == len(options.std) == channels:
         raise UserError(
-            f"{where}: has {channels} channel{'s' * (channels != 1)}, but {len(options.mean)} means and "
+            f"{where}: has {counted(channels, 'channel')}, but {len(options.mean)} means and "
             f"{len(options.std)} standard deviations are known; use a folder that timm has saved, whose config.json "
             "contains one of each for every channel"
         )

@@ -105,8 +105,10 @@ def _parts(saved: Any, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray
     flat = dict(_flatten(_plain(params.get("base_model", params)), ""))
     for name, array in flat.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim == 0:
-            kind = array.path if isinstance(array, Inert) else getattr(array, "dtype", type(array).__name__)
-            raise UserError(f"{path}: the parameter {name} is not an array of floats but {kind}")
+            kind = array.path if isinstance(array, Inert) else type(array).__name__
+            if isinstance(array, np.ndarray):
+                kind = f"an array of {array.dtype} with shape {array.shape}"
+            raise UserError(f"{path}: the parameter {name} must be an array of floats, but is {kind}")
         flat[name] = np.array(array, np.float32)
     if "image_embedding/kernel" not in flat or "cls_token" not in flat:
         raise UserError(f"{path}: contains no M3AE encoder, but the parameters {', '.join(sorted(flat)[:4]) or 'none'}")

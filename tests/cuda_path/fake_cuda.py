@@ -26,8 +26,8 @@ _DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__  #
 
 
 class FakeCuda(TorchFunctionMode):
-    """The simulation, for use as a context manager. `events` lists the calls to streams and events in order, and
-    `pinned` the tensors that were copied to pinned memory."""
+    """The simulation, for use as a context manager. `events` lists the calls that concern streams, events and devices,
+    in order. `pinned` lists the shapes of the tensors that were copied to pinned memory."""
 
     def __init__(self, name: str = NAME, capability: tuple[int, int] = CAPABILITY, gpus: int = 1) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from tests.helpers.zero_cases import build_deepspeed
 
 
 def train(folder: Path, name: str, *options: str, resume: str = "no", profile: bool = False) -> np.ndarray:
-    """Train, and return the loss and the gradient norm of each step."""
+    """Train, and return the loss, the text loss and the gradient norm of each step."""
     (folder / "tiny.json").write_text(json.dumps(TINY))
     sizes = ["train.steps=2", "train.global_batch=4", "train.micro_batch=2", "train.eval_samples=4"]
     settings = [*sizes, f"run.dir={folder / name}", *options]

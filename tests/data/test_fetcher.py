@@ -36,8 +36,8 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(params=[0.0])
 def remote_shards(request, shards, tmp_path, monkeypatch):
-    """Return (manifest of shards behind a URL, Counter of the served paths, bytes of a shard). The parameter is the
-    fraction of requests that fail."""
+    """Yield (list of one source, whose manifest names shards behind a URL; Counter of the served paths; bytes of a
+    shard). The parameter is the fraction of requests that fail."""
     folder, size = shards
     monkeypatch.setattr("m3ae_fast.data.shard_store.retry_after", lambda *_: 0.01)
     with faulty_server(folder, 0, request.param) as server:

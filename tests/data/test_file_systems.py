@@ -99,4 +99,4 @@ def test_inspecting_a_few_images_does_not_copy_shards(network_folder, store, tmp
     assert enlarged_images(SimpleNamespace(model=model), corpus).startswith("images are enlarged: half of 4 inspected")
     assert not copies(store)
     Reader(corpus.sources[0], store).read(0, 0)
-    assert len(copies(store)) == 1  # read as in a run
+    assert len(copies(store)) == 1  # a run reads samples in this way, which does copy the shard

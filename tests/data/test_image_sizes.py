@@ -107,8 +107,8 @@ def test_balancing_equalises_the_cost_of_parts_and_keeps_their_lengths():
 
 @pytest.mark.parametrize(("accumulation", "repeats", "most"), [(1, 1, 64), (2, 1, 64), (1, 2, 64), (1, 1, 16)])
 def test_images_of_a_step_are_balanced_over_the_ranks_of_a_node_by_size(shard, accumulation, repeats, most):
-    """Balancing does not change the samples of a step or of a node, and keeps the views of a sample together. The cost
-    of an image is its number of patches, which has a maximum."""
+    """Balancing does not change the samples of a step or of a node. The cost of an image is its number of patches,
+    which has a maximum. If samples have several views, which must stay together, nothing is balanced."""
     model = ModelConfig(
         size=None, emb_dim=8, depth=1, num_heads=1, dec_emb_dim=8, dec_depth=1, dec_num_heads=1, image_size=64,
         patch_size=8, text_length=4, vocab_size=0, resize="native", max_patches=most,

@@ -331,7 +331,7 @@ def test_a_shard_is_indexed_by_one_process_while_the_others_wait(tmp_path, store
 
     def scan(path):
         made.append(1)
-        time.sleep(0.2)  # during this time, the other processes find no index
+        time.sleep(0.2)  # during this time, the other threads, which represent processes, find no index
         return real(path)
 
     monkeypatch.setattr(index, "scan_tar", scan)

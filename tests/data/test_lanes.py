@@ -67,7 +67,8 @@ def test_a_lane_shows_each_of_its_samples_once_per_epoch(sizes, lanes):
     assert sorted(owned) == list(range(sum(sizes)))
 
 
-@pytest.mark.parametrize("scale", [1, 10])  # 1: lanes are shorter than a block; 10: lanes begin within blocks
+# 1: an epoch of a lane is shorter than a block; 10: it has several blocks, of which the last is incomplete
+@pytest.mark.parametrize("scale", [1, 10])
 def test_an_epoch_contains_every_sample_of_every_source_once(scale):
     """The sizes of the sources are multiples of the number of lanes."""
     sizes = [[scale * samples for samples in source] for source in ([40, 24], [8], [16, 16, 16])]

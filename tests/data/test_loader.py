@@ -338,8 +338,8 @@ NATIVE = Native(patch_size=8, least=1, most=16, longest=8, positions="absolute")
 
 @pytest.mark.parametrize("per", ["sample", "batch"])
 def test_masks_of_native_images_follow_the_settings_of_the_config(load, tmp_path, per):
-    """Each image is masked with the mask ratio. A square image and every caption have the same masks as in a model with
-    one square image size. With one mask per batch, all images of the same size have the same mask."""
+    """Each image is masked with the mask ratio. An image of 32 x 32 pixels and every caption have the same masks as in
+    a model with only this image size. With one mask per batch, all images of the same size have the same mask."""
     sizes = [(32, 32), (64, 16), (40, 24), (16, 16)]
     pictures = ((f"{i:05d}.png", picture(i, sizes[i % 4], fmt="PNG")) for i in range(12))
     files = [file for i, own in enumerate(pictures) for file in (own, (f"{i:05d}.txt", caption(i).encode()))]
@@ -398,7 +398,7 @@ def test_a_source_has_a_loss_weight_in_addition_to_its_sampling_weight(load, tmp
     (weighted,) = load(sources, micro_batch=8, train=False)
     for name in ("image_row_weight", "text_row_weight"):
         one, other = getattr(plain, name), getattr(weighted, name)
-        factors = (other / one)[one > 0]  # the other rows are padding that makes shapes repeat
+        factors = (other / one)[one > 0]  # the other rows are padding, with which the shapes of batches repeat
         assert factors.unique_consecutive().tolist() == [1.0, 0.25]
     assert torch.equal(plain.text_row_mean_weight, weighted.text_row_mean_weight)
     assert torch.equal(plain.text_row_mean_weight, plain.text_row_weight)

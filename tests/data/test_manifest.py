@@ -169,8 +169,8 @@ def test_files_that_are_not_manifests_are_refused(tmp_path, store):
 
 
 def together(world, nodes, work):
-    """Run `work(ranks, node)` in `world` threads, and return the result or exception of each. The threads of
-    a node share a store."""
+    """Run `work(ranks, node)` in `world` threads, and return the result or the error message of each. The threads of a
+    node are given the same number `node`, so that they can share a store."""
     barrier, box = threading.Barrier(world, timeout=60), [None] * world
 
     def run(rank):

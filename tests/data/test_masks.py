@@ -72,7 +72,8 @@ def test_a_mask_that_does_not_fit_its_image_is_refused(tmp_path):
 
 
 def test_samples_contain_their_segmentation_masks(tmp_path):
-    """Samples that have no mask, several image files or only a caption are left out."""
+    """Samples that have no mask or no image are left out. If a sample has several image files, only one of them is
+    used."""
     image = picture(0, (32, 24))
     first = [("0.jpg", image), ("0.mask.png", mask(3)), ("1.jpg", image), ("2.txt", b"alone"), ("2.mask.png", mask(9))]
     first += [("3.jpg", image), ("3.png", image), ("3.mask.png", mask(4))]

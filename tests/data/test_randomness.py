@@ -165,8 +165,8 @@ def test_random_numbers_of_a_forward_pass_depend_only_on_the_view_of_a_sample(lo
 
 
 def test_area_and_aspect_ratio_of_a_native_crop_are_within_their_ranges(monkeypatch):
-    """The box has an area and an aspect ratio within the ranges. The model's input has the aspect ratio of the box, and
-    as many patches as the whole image would have."""
+    """The box has an area and an aspect ratio within the ranges. The model's input has about the aspect ratio of the
+    box, and about as many patches as the whole image would have."""
     boxes, real = [], crops.draw_box
     monkeypatch.setattr(crops, "draw_box", lambda *args: boxes.append(real(*args)) or boxes[-1])
     native = Native(patch_size=4, least=1, most=100, longest=20, positions="absolute")
@@ -183,7 +183,8 @@ def test_area_and_aspect_ratio_of_a_native_crop_are_within_their_ranges(monkeypa
 
 
 def test_every_image_size_has_a_patch_grid_within_the_bounds():
-    """The number of patches and their aspect ratio are as close to those of the image as the bounds allow."""
+    """If the image is not very long, the aspect ratio of the grid is close to that of the image, and the number of
+    patches is close to the exact number within the bounds."""
     native = Native(patch_size=16, least=4, most=64, longest=16, positions="absolute")
     random = np.random.default_rng(0)
     sizes = np.exp(random.uniform(0, np.log(5000), (2000, 2))).round().astype(int).tolist()

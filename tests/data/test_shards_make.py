@@ -61,7 +61,7 @@ def make(source, out, *options, workers=1):
 
 
 def contents(out, pattern="*.tar"):
-    """Return the samples of all shards by path, each as {suffix: bytes}."""
+    """Return the samples of all shards in the order of the shards' names, each as {suffix: bytes}."""
     samples = {}
     for path in sorted(out.glob(pattern)):
         with tarfile.open(path) as tar:
@@ -189,7 +189,7 @@ def test_a_worker_that_fails_leaves_no_incomplete_shards_of_the_others(tmp_path,
     out, add = tmp_path / "out", writer.add_member
 
     def stop(tar, name, data):
-        """Fail in the second shard after the first shard has been begun, which then waits."""
+        """Fail in the second shard once the first one has been begun. The process that writes the first shard waits."""
         add(tar, name, data)
         if tar.name.endswith(".train-00000.tar.partial"):
             time.sleep(60)
@@ -617,7 +617,8 @@ def test_the_type_of_a_source_is_recognised(tmp_path, pictures):
 
 
 def test_images_are_held_out_with_equal_probability_whatever_their_number_of_copies():
-    """100 samples have different images, and 5 images have 4 to 16 copies each. A tenth of the samples is held out."""
+    """100 samples have different images, and 5 images have 4 to 16 copies each. About 17 of the 144 samples are held
+    out."""
     copies = np.repeat(np.arange(100, 105), [4, 6, 8, 10, 16])
     images = np.random.default_rng(0).permutation(np.concatenate([np.arange(100), copies]))
     wanted, draws = 17, 3000

@@ -38,7 +38,8 @@ def shards(tmp_path):
 
 
 def pixels(shape):
-    """Return the mean and the mean square of each image's pixels / 255, float64 [images, C] each."""
+    """Return the mean and the mean square of each image's pixels / 255, float64 [images, 2, C], or [images, 2] if the
+    mode `shape` has one channel."""
     found = []
     for i in range(8):
         file = picture(i, SIZES[i % 4], fmt=KINDS[i % 2])

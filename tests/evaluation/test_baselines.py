@@ -146,7 +146,7 @@ def test_hog_depends_on_the_orientation_of_edges_and_not_on_their_colour(channel
 
 
 def _input_of(folder, files):
-    """Return the config of the image features of shards with these files, by name."""
+    """Write a shard, and return the config of the image features for it. `files`: contents by file name."""
     shard = write_tar(folder / "files.tar", files.items())
     return input_config(DataConfig.model_validate({"train": [{"shards": shard, "modality": "image"}]}))
 

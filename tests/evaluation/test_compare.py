@@ -245,7 +245,7 @@ def test_significant_and_insignificant_differences_between_results_are_reported(
     output = capsys.readouterr().out
     assert output.startswith(f"{folders[0]} ") and folders[1] in output and "McNemar p = " in output
     transfer("knn", val=shards[0], out="elsewhere")
-    with pytest.raises(UserError, match="66 samples are in only one of them"):
+    with pytest.raises(UserError, match=r"are of different samples \(66 samples in only one of the two\)"):
         main(["compare", folders[0], str(tmp_path / "elsewhere")])
     compared_models = tmp_path / "compared"
     columns = {"key": ["a", "a"], "label": [1, 1], "prediction": [1, 1], "model": ["m", "n"]}

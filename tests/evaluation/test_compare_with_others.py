@@ -157,8 +157,8 @@ def test_mistakes_with_files_of_features_are_one_line_each(tmp_path, opened):
         ({"shards": shards[1:]}, "shards has the shape"),
         ({"features": features[:, 0]}, "features has the dtype float64 and the shape"),
         ({"features": features.astype(str)}, "features has the dtype <U"),
-        ({"features": wrong}, f"the features of 1 samples are not finite, for example {keys[3]}"),
-        ({"keys": np.array(["a", *keys[1:]])}, "lacks the features of 1 samples, for example"),
+        ({"features": wrong}, f"the features of 1 sample are not finite, for example {keys[3]}"),
+        ({"keys": np.array(["a", *keys[1:]])}, "lacks the features of 1 sample, for example"),
         ({"keys": np.array([keys[1], *keys[1:]])}, "twice"),
         ({"keys": keys.astype(object)}, "Object arrays cannot be loaded when allow_pickle=False"),
     ]

@@ -325,7 +325,8 @@ def test_features_have_the_precision_of_the_weights_and_at_least_float32(run, po
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
 def test_half_precision_images_are_encoded(run, precision):
-    """Weights and images in float16 are encoded on a CPU, whose autocast does not support float16."""
+    """Weights and images in float16 are encoded on a CPU, where autocast to bfloat16 does not support float16
+    weights."""
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = open_model(str(run), text=False).eval()
     expected = model.encode(pixels, precision="fp32")
@@ -398,7 +399,7 @@ def test_a_dataset_is_encoded_in_file_order_with_labels_and_without_broken_sampl
 
 @pytest.fixture
 def deep():
-    """Return a model in train mode with stochastic depth, whose encoder is in eval mode."""
+    """Return a model in train mode with stochastic depth, in which the first block of the encoder is in eval mode."""
     model = M3AE(ModelConfig.model_validate({**TINY["model"], "depth": 3, "drop_path": 0.5}, strict=False)).train()
     model.encoder.blocks[0].eval()
     return model

@@ -73,7 +73,7 @@ def test_parquet_and_npz_files_have_the_same_content(features, shards):
 
 
 def test_requested_columns_identify_each_sample(features, tmp_path):
-    """The columns contain only the readable samples, for features of images and of captions."""
+    """The columns contain only the readable samples. A sample without a value has an empty text."""
     files = {}
     for name, content in labelled_members(range(5)):
         files[name] = content

@@ -75,7 +75,7 @@ def test_labels_determined_by_the_colour_are_predicted(transfer, tmp_path, task,
     assert [row["class"] for row in result["per_class"]] == ["blue", "cold", "green"]
     assert (result["train_samples"], result["val_samples"], result["skipped"]) == (45, 19, 0)
     output = capsys.readouterr().out
-    assert "note: 1 labels of --val have no training samples, and are left out" in output
+    assert "note: left out 1 label of --val that no training sample has" in output
     assert f"{task}: {result['verdict']}\n" in output and f"map {result['map']:.4f} ± {result['map_se']:.4f}" in output
     assert figure_names(tmp_path / "out") == (["neighbours"] if task == "knn" else [])
     table = read_parquet(tmp_path / "out/predictions.parquet")
@@ -188,7 +188,8 @@ def test_scores_at_chance_level_have_a_warning():
 
 
 def test_the_confidence_interval_contains_the_estimate_for_rare_labels():
-    """A positive sample that is drawn twice raises the average precision, but not the chance level."""
+    """A positive sample that is drawn twice raises the average precision and also the chance level, so both are
+    computed from the same bootstrap samples."""
     random = np.random.default_rng(0)
     truth = random.random((80, 200)) < 0.015
     scores = {MODEL: truth + random.normal(size=(80, 200))}

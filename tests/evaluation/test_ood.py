@@ -179,12 +179,13 @@ def test_two_aurocs_are_compared_with_paired_bootstrap_samples(transfer, run, tm
     for score, line in zip(SCORES, lines):
         apart = results[0][f"o_{score}_auroc"] - results[1][f"o_{score}_auroc"]
         assert f"AUROC {apart:+.3f}, 95 % interval" in line
-    with pytest.raises(UserError, match="1 samples are in only one of them"):
+    with pytest.raises(UserError, match="1 sample in only one of the two"):
         main(["compare", str(tmp_path / "one"), str(tmp_path / "three")])
 
 
 def test_ood_scores_do_not_allocate_memory_per_sample_class_and_dimension():
-    """For the validation samples of ImageNet, a tensor of this size would take 154 GB."""
+    """For the validation samples of ImageNet, a tensor with an element for each sample, class and dimension would take
+    154 GB."""
     random = np.random.RandomState(0)
     train, labels = random.randn(400, 32).astype(np.float32), np.arange(400) % 200
     scores = Scores(_bank(train, labels), 5, head=lambda features: features)

@@ -42,7 +42,7 @@ SHORT = {
 
 @pytest.fixture
 def encoded_samples(monkeypatch):
-    """Return the list of the numbers of samples that the encoder has processed."""
+    """Return the list of the keys of the samples that the encoder has processed."""
     seen, real = [], MultimodalEncoder._input
     monkeypatch.setattr(MultimodalEncoder, "_input", lambda self, batch: seen.extend(batch.keys) or real(self, batch))
     return seen

@@ -40,8 +40,8 @@ def png(array, mode=None):
 
 
 def shapes(number):
-    """Return a noisy image with a disc and a square of other colours, and its mask: classes 0, 1 and 2, with an ignored
-    rim."""
+    """Return a noisy image with a disc and a square of other colours, and its mask with the classes 0, 1 and 2. The
+    upper six rows of the mask are ignored."""
     random = np.random.RandomState(number)
     image, mask = np.full((48, 40, 3), (30, 60, 220)), np.zeros((48, 40), np.uint8)
     y, x = np.mgrid[:48, :40]
@@ -328,7 +328,7 @@ def test_user_errors_are_reported_in_one_line(transfer, masked, tmp_path):
     plain = labelled_tar(tmp_path / "plain.tar", range(4))
     for options, train, message in (
         ([], plain, "no sample has a mask, KEY.mask.png next to its image; make shards"),
-        ([], one, "its masks have 1 classes besides segment.ignore_label 255; at least two are"),
+        ([], one, "its masks have 1 class besides segment.ignore_label 255; at least two are"),
         ([], rotated, r"is invalid \(the mask has 48 x 40 pixels, but the image has 40 x 48\); repair or remove it"),
         ([], rgb, r"is invalid \(the mask has mode RGB; it must have one channel of class ids\); repair"),
         (["--set", "model.resize=native"], masked[0], "segment needs images of one size; add --set model.resize=sq"),

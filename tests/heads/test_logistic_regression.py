@@ -16,7 +16,8 @@ def _bank(features, labels=None):
 
 
 def _samples(count, classes, noise, width=24, seed=0, decay=2):
-    """Return features, whose variances differ by a factor of 10,000 as those of networks do, and labels."""
+    """Return features and labels. Unless `decay` is 0, the variances of the features' principal components differ by
+    many orders of magnitude, as those of networks do."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     means = torch.randn(classes, width, generator=torch.Generator().manual_seed(9))

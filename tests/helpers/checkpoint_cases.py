@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc-per-node 4 -m tests.helpers.checkpoint_cases save|load|die ...
 
-save DIR: trains a small net with each engine and saves it, together with the state according to DeepSpeed.
+save DIR: trains a small net with each engine, saves it, and writes the expected state, which is checked with DeepSpeed.
 load DIR: loads each checkpoint into the same engine and into a different one, and compares.
 die DIR RANK WHERE: saves step 1; then a rank kills itself while step 2 is saved.
 """

@@ -29,7 +29,8 @@ def labelled_members(numbers, labels=None):
     """Yield members as (name, bytes): for each sample an image of one of three colours, a caption with the name of the
     colour, and the class as a number and as a name.
 
-    `labels`: values by sample number that replace the correct class id; None: no .cls and no .json.
+    `labels`: values by sample number that replace the correct class id. A sample with the value None has no .cls and no
+    .json.
     """
     for number in numbers:
         colour = NAMES[number % 3]

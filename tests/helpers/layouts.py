@@ -1,4 +1,4 @@
-"""Tensors in memory layouts that ops may wrongly assume to be contiguous."""
+"""Tensors in memory layouts that ops may handle incorrectly."""
 
 from collections.abc import Iterator
 
@@ -9,8 +9,8 @@ SHARED = ("expanded", "expanded rows")  # layouts in which elements share memory
 
 
 def layouts(t: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensor in layouts that are not contiguous, and tensors of the same shape whose elements share
-    memory."""
+    """Yield the tensor in layouts that are not contiguous, the tensor at an offset of one element in its storage, and
+    tensors of the same shape whose elements share memory."""
     yield "apart", torch.stack([t, t + 1], -1)[..., 0]
     yield "offset", torch.cat([t[:1].flatten()[:1], t.flatten()])[1:].view(t.shape)
     yield "expanded", t.select(-1, 0)[..., None].expand(t.shape)

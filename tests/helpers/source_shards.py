@@ -1,4 +1,4 @@
-"""The shards of a source, found as `pretrain` does."""
+"""The shards of a source, found in the same way as by `pretrain`."""
 
 from __future__ import annotations
 

@@ -177,8 +177,8 @@ def packed_attention(dtype, lengths, heads, dim, queries=None, ids=torch.int32) 
     return Inputs(tensors, options)
 
 
-# Row counts are 0, 1 and prime numbers, widths are below and above that of a tile, and tiles are incomplete on every
-# side. Cases in which a program instance processes a row or a segment are small, because these take most of the
+# Row counts are 0, 1 and prime or odd numbers, widths are below and above that of a tile, and tiles are incomplete on
+# every side. Cases in which a program instance processes a row or a segment are small, because these take most of the
 # interpreter's time.
 CASES = {
     "attend-empty": (packed_attention, {"lengths": (), "heads": 2, "dim": 16}),

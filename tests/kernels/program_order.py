@@ -36,7 +36,7 @@ builder = interpreter.interpreter_builder
 
 @dataclass
 class Launches:
-    """Record of the launches of a test, with addresses in bytes. `faults` returns descriptions of forbidden
+    """Record of the launches of a test, with addresses in bytes. `faults` contains descriptions of forbidden
     accesses."""
 
     order: Callable[[list[int]], None]

@@ -270,7 +270,7 @@ def test_compile_equals_eager(case, autocast):
 
 @pytest.mark.slow
 def test_inductor_equals_eager():
-    """All ops are in one compiled graph, with Inductor's own kernels between them."""
+    """Several ops are in one compiled graph, with Inductor's own kernels between them."""
     torch.manual_seed(0)
     pixels = {"patch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     embed = m3ae_kernels.PatchEmbed(16, **pixels)
@@ -400,7 +400,7 @@ def test_partial_gradients_have_the_shapes_declared_to_compilers(case):
 
 
 def largest_allocation(case: str, inputs: Inputs) -> int:
-    """Return the number of bytes of the largest allocation in a run, including those inside the op."""
+    """Return the number of bytes of the largest allocation in a run. Allocations inside the op are included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run(m3ae_kernels, case, inputs)
     return max(event.self_cpu_memory_usage for event in record.events())

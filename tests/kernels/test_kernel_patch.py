@@ -141,7 +141,7 @@ def test_a_patched_encoder_equals_the_plain_one():
 
 
 class Adapter(nn.Module):
-    """A low-rank adapter with the attributes of the layer that it contains, as in PEFT."""
+    """A stand-in for an adapter of PEFT. It has the attributes of the layer that it contains."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.wording import counted
 from m3ae_fast.data.index import printable
 from m3ae_fast.shards.sources.columns import (
     CAPTION_COLUMNS,
@@ -165,7 +166,7 @@ def _row(number: int, columns: Sequence[str], row: Sequence[Any], image: int, ca
     """Convert a list of values to a Row. Raises ValueError if the values do not fit the columns."""
     if len(row) != len(columns):
         raise ValueError(
-            f"it has {len(row)} field{'s' * (len(row) != 1)} but the table has {len(columns)} columns: "
+            f"it has {counted(len(row), 'field')} but the table has {len(columns)} columns: "
             f"{', '.join(columns)}; a field that contains a separator or a line break must be quoted"
         )
     used = [image] if caption is None else [image, caption]
