@@ -1017,7 +1017,8 @@ def test_labels_that_cannot_be_used_are_no_obstacle_to_training(tmp_path):
     files = [(f"{i}.{suffix}", data) for i in range(4) for suffix, data in (("jpg", picture(i)), ("cls", b"cat"))]
     shards = [write_tar(tmp_path / name, files) for name in ("a.tar", "b.tar")]
     statistics, notes = inspect(Shards(shards[:1], shards[1:], []), tmp_path / "run", "cls")
-    assert statistics.classes == 0 and "its cls member must be an integer of at most 18 digits, but is 'cat'" in notes[0]
+    assert statistics.classes == 0
+    assert "its cls member must be an integer of at most 18 digits, but is 'cat'" in notes[0]
 
 
 def test_samples_without_images_are_refused_before_a_tokenizer_is_trained(tmp_path):
