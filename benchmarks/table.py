@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> int:
         args.readme.write_text(rewrite(text, section(args.results, args.readme)), encoding="utf-8")
         (args.results / PAGE).write_text(page(args.results), encoding="utf-8")
     except (OSError, ValueError) as error:
-        print(f"benchmarks.table: {args.readme}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        path = getattr(error, "filename", None) or args.readme
+        print(f"benchmarks.table: {path}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 2
     return 0
 

@@ -7,6 +7,7 @@ import os
 import torch
 
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.wording import counted
 from m3ae_fast.batch.packing import Geometry
 from m3ae_fast.process.workers import SHM
 
@@ -38,8 +39,8 @@ def fitting_prefetch(workers: int, size: int) -> int:
     available = _available_bytes()
     if available < 2 * size * workers:
         raise UserError(
-            f"{SHM}: has {available / 1e6:,.0f} MB available per rank, but the batches of {workers} "
-            f"worker{'s' * (workers != 1)} take {2 * size * workers / 1e6:,.0f} MB: enlarge it (docker run --shm-size, "
+            f"{SHM}: has {available / 1e6:,.0f} MB available per rank, but the batches of "
+            f"{counted(workers, 'worker')} take {2 * size * workers / 1e6:,.0f} MB: enlarge it (docker run --shm-size, "
             "or --ipc=host), or lower data.workers or train.micro_batch"
         )
     return max(1, min(PREFETCH, int(min(available, MAX_BYTES) / (size * workers)) - 1))

@@ -21,6 +21,7 @@ import numpy as np
 from m3ae_fast.base.atomic_file import atomic_write
 from m3ae_fast.base.bad_samples import Skipped
 from m3ae_fast.base.errors import UserError
+from m3ae_fast.base.wording import counted
 from m3ae_fast.data.index import VERSION, IndexedShard, Modality, Summary, index_shards
 from m3ae_fast.data.order import permutation
 from m3ae_fast.data.shard_names import expand, is_remote
@@ -238,7 +239,7 @@ def prepare(
 
 def none_read(first: Skipped, shards: int) -> UserError:
     """Return the error to raise if none of the shards can be read. `first`: the error of the first shard."""
-    others = f"; the same applies to {shards - 1:,} other{'s' * (shards > 2)}" if shards > 1 else ""
+    others = f"; the same applies to {counted(shards - 1, 'other')}" if shards > 1 else ""
     return UserError(f"shard {first}{others}")
 
 

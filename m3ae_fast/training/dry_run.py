@@ -276,7 +276,7 @@ def shortest_steps(flops: float, samples: float, world: int) -> Table:
     loader keeps up with such steps, for one GPU and for `world` GPUs. `flops`, `samples`: FLOPs and samples per step
     and GPU; `world`: number of GPUs."""
     gpus = [1] if world == 1 else [1, world]
-    columns = [f"cores for {count} GPU{'s' * (count > 1)}" for count in gpus]
+    columns = [f"cores for {counted(count, 'GPU')}" for count in gpus]
     table = Table("GPU", "peak TFLOP/s", "shortest step in ms", *columns)
     for name, peaks in PEAKS.items():
         seconds = flops / peaks.flops
