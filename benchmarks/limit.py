@@ -1,4 +1,4 @@
-"""The shortest possible time of work on this machine, from its FLOPs and its bytes."""
+"""The shortest time in which this machine can compute a number of FLOPs and move a number of bytes."""
 
 from __future__ import annotations
 

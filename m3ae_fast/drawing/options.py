@@ -27,7 +27,7 @@ class DrawOptions(Arguments):
     """The options that all figures have."""
 
     run: Annotated[Name, Option("run", metavar="RUN")]
-    """a run folder (its last checkpoint is used), a checkpoint folder, or an export (with val and out)"""
+    """a run folder (its last checkpoint is used), a checkpoint folder, or an export (requires val and out)"""
     out: Annotated[Annotated[Path, BeforeValidator(output(".png"))] | None, Option(metavar="FILE.png")] = None
     """output file (default: reconstructions.png or attention.png in RUN)"""
     val: Annotated[Sequence[str], BeforeValidator(names), Option(nargs="+", metavar="SHARDS")] = ()
@@ -58,5 +58,5 @@ class AttentionOptions(DrawOptions):
     @model_validator(mode="after")
     def _has_one_figure(self) -> AttentionOptions:
         if self.word is not None and self.patch is not None:
-            raise UserError("patch: selects another figure than word; leave out one of the two")
+            raise UserError("patch: selects another figure than word does; leave out one of the two")
         return self

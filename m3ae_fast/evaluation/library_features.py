@@ -19,8 +19,8 @@ _LARGEST_PATCH = 32  # maximum patch size of the input; it affects only how imag
 
 
 class LibraryFeatures(ImageFeatures):
-    """The vectors that a model of timm or transformers computes for images. The images have the size, the mean and the
-    standard deviation with which the model was trained."""
+    """The vectors that a model of timm or transformers computes for images. The images have the size with which the
+    model was trained, and are normalised with the mean and the standard deviation of its training."""
 
     def __init__(self, config: ModelConfig, network: nn.Module, width: int) -> None:
         super().__init__(config)
@@ -32,7 +32,7 @@ class LibraryFeatures(ImageFeatures):
 
     @property
     def digest(self) -> str:
-        """Return a hash of the weights and of the input."""
+        """Return a hash of the weights, followed by the config as JSON."""
         return f"{weights_digest(self.state_dict())} {self.config.model_dump_json()}"
 
     @property
@@ -46,9 +46,9 @@ class LibraryFeatures(ImageFeatures):
 
 
 def open_fixed_features(name: str, config: ModelConfig) -> ImageFeatures:
-    """Return the features with this name, which denotes no M3AE (see `is_network`), on the CPU, in evaluation mode.
-    `config`: how the image files are read; see `image_features.input_config`. Raises UserError as
-    `open_library_features` and `image_features` do."""
+    """Return the image features called `name` on the CPU, in evaluation mode. `name`: a kind of fixed features, or a
+    model of timm or transformers. `config`: how the image files are read; see `image_features.input_config`. Raises
+    UserError as `open_library_features` and `image_features` do."""
     return image_features(name, config) if name in IMAGE_FEATURES else open_library_features(name, config)
 
 
@@ -60,8 +60,8 @@ def open_library_features(name: str, config: ModelConfig) -> LibraryFeatures:
         config: how the image files are read; see `image_features.input_config`.
 
     Raises:
-        UserError: as in `open_library_model`, or if the model does not accept images of its size, or does not compute
-            one vector per image.
+        UserError: as in `open_library_model`, or if the model rejects images of the size that its own config states, or
+            does not compute one vector per image.
     """
     opened = open_library_model(name)
     side = opened.side

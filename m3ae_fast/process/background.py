@@ -1,4 +1,4 @@
-"""Background tasks during training. They run one at a time, and their errors are not lost."""
+"""Background tasks during training. They run one at a time, and `wait` raises their errors."""
 
 from __future__ import annotations
 
@@ -75,5 +75,5 @@ class Background:
         if not issubclass(kind, UserError):
             self.leaving.set()
         if issubclass(kind, Exception):
-            # wait for the save, but drop its error in favour of the error that ends the run
+            # wait for the task, but drop its error in favour of the error that ends the run
             self._idle.wait()

@@ -67,7 +67,7 @@ def bias_gelu_backward_kernel(
 
     Cost: 6TD bytes in bfloat16. For the MLPs of M3AE-Large's encoder at 512 samples of 256 px (T 35.8k, D 4096), this
     is 881 MB, which takes 263 us at 3.35 TB/s; issuing the instructions (counted in the compiled code) takes 174 us.
-    Separate kernels for GELU and the sum would also have to read grad_x, which has the same size.
+    Separate kernels for GELU and the sum would also have to read grad_x, another 2TD bytes.
     """
     tiles = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0)
