@@ -173,7 +173,7 @@ def test_the_draw_command_passes_its_options(tmp_path, monkeypatch):
         (["--patch", "1"], "--patch 1: must be ROW,COLUMN"),
         (["--layers", "0"], "--layers 0: must be all, or numbers of blocks from 1"),
         (["--pictures", "0"], "--pictures 0: must be greater than or equal to 1"),
-        (["--word", "blue", "--patch", "0,0"], "--patch: selects another figure than word does"),
+        (["--word", "blue", "--patch", "0,0"], "--patch: cannot be combined with word"),
     ):
         with pytest.raises(UserError, match=message):
             main([*base, *options])

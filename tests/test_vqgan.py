@@ -101,7 +101,7 @@ def test_the_official_vqgan_file_is_converted(tmp_path):
     wrong = {
         "cut": (whole[:-100], "damaged"),
         "garbage": (b"\xc1 garbage", "damaged"),
-        "number": (msgpack.packb(3), "its content is of type int"),
+        "number": (msgpack.packb(3), "its content must be a dictionary or an array, but has type int"),
         "hostile": (
             msgpack.packb({"params": msgpack.ExtType(1, msgpack.packb(((1 << 40,), "float32", b"")))}),
             "damaged",

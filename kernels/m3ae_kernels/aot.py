@@ -1,4 +1,4 @@
-"""Compiles all kernels for all architectures with the settings of the tuning tables, without a GPU, and checks them.
+"""Compiles all kernels for several architectures with the settings of the tuning tables, without a GPU; checks them.
 
     python -m m3ae_kernels.aot [--full] [--arch sm_90 ...] [--kernel token_rows ...] [--jobs N]
 

@@ -58,5 +58,5 @@ class AttentionOptions(DrawOptions):
     @model_validator(mode="after")
     def _has_one_figure(self) -> AttentionOptions:
         if self.word is not None and self.patch is not None:
-            raise UserError("patch: selects another figure than word does; leave out one of the two")
+            raise UserError("patch: cannot be combined with word; leave out one of the two")
         return self

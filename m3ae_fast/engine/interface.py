@@ -1,4 +1,4 @@
-"""The interfaces of engines: `Engine` for the trainer and checkpoints, and `ModelEngine` for tasks that train a model.
+"""The interfaces of engines: `Engine` has what the trainer and checkpoints use, and `ModelEngine` adds evaluation.
 
 A state consists of tensors by parameter name. Each rank saves and loads flat slices of them, so that checkpoints do not
 depend on ZeRO stages or on the layout of optimisers.
@@ -59,8 +59,8 @@ class Engine(Protocol):
         passes may run at the same time."""
 
     def load_state(self, step: int, read: Read) -> None:
-        """Load the state after `step` updates, with `read`. Every rank must call it, and reads only the elements that
-        it holds."""
+        """Load, with `read`, the state that training had after `step` updates. Every rank must call it, and reads only
+        the elements that it holds."""
 
 
 class ModelEngine(Engine, Protocol):

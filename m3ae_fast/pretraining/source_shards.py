@@ -248,8 +248,7 @@ def overlap(train: Sequence[str], val: Sequence[str]) -> list[str]:
 
 
 def _samples(shared: dict[str, set[int]]) -> str:
-    count = sum(map(len, shared.values()))
-    return counted(count, "sample")
+    return counted(sum(map(len, shared.values())), "sample")
 
 
 def _made(

@@ -49,8 +49,8 @@ _HOSTS = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
 
 def adopt(environment: MutableMapping[str, str]) -> None:
     """Set torch's environment variables for distributed runs if srun or an MPI launcher has started several processes.
-    Variables that are already set are kept. Raises UserError if WORLD_SIZE contradicts the launcher, or if the address
-    of rank 0 is unknown."""
+    Variables that are already set are kept. Raises UserError if WORLD_SIZE is 1 although the launcher has started
+    several processes, or if the local rank or the address of rank 0 is unknown."""
     found = next((one for one in LAUNCHERS if environment.keys() >= {one.rank, one.world}), None)
     if found is None or environment[found.world] == "1":
         return

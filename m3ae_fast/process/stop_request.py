@@ -45,7 +45,8 @@ class StopRequest:
         self._listening = self._leaving = self._ended = False
         self._first_interrupt = float("inf")
         self._notify: Callable[[str], bool] | None = None
-        self.advice = ""  # printed after a stop before `listen`; "": the message is that there is nothing to save
+        # printed if the run stops before `listen` is called; "": a message that nothing was to be saved
+        self.advice = ""
         self._lock = threading.Lock()
         self._in_program, self._left = in_program(), threading.Event()
         self._joined = threading.Event()
@@ -89,8 +90,9 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def joined(self, notify: Callable[[str], bool]) -> None:
-        """Register a function for stop requests before `listen`. It is called with the reason, forwards it to the other
-        ranks, and returns whether this rank is the first one that is asked to stop."""
+        """Register a function that handles the stop requests that arrive before `listen` is called. It is called with
+        the reason, forwards it to the other ranks, and returns whether this rank is the first one that is asked to
+        stop."""
         self._notify = notify
         self._joined.set()
 

@@ -34,7 +34,7 @@ class ColumnOptions(Arguments):
     image_column: Annotated[str | None, AppliesTo("folder", "huggingface", metavar="NAME")] = None
     """column of paths or images in a table or a dataset (default: detected)"""
     caption_column: Annotated[str | None, AppliesTo("folder", "huggingface", metavar="NAME")] = None
-    """column of captions (default: detected); '' reads only the other columns, as fields"""
+    """column of captions (default: detected); '' reads no captions, and stores the other columns in KEY.json"""
 
 
 class SourceOptions(ColumnOptions):
@@ -61,8 +61,8 @@ class GroupOption(Arguments):
     """The option that keeps samples together if some samples are held out."""
 
     group: Annotated[str | None, Option(metavar="FIELD", group="held-out samples")] = None
-    """keep samples with equal values of FIELD in the same split: a column of the table, json.NAME (a field of
-    KEY.json), or folder (the folder of the image)"""
+    """keep samples with equal values of FIELD in the same split; FIELD is a column of the table, json.NAME (a
+    field of KEY.json), or folder (the folder of the image)"""
 
 
 class ShardOptions(GroupOption):
@@ -113,7 +113,7 @@ class TableOptions(OfShards):
     out: Annotated[Annotated[Path, BeforeValidator(output(".npy"))] | None, Option(metavar="FILE.npy")] = None
     """write a manifest to this file"""
     stats: bool = False
-    """with --out: read the counts from the NAME_stats.json files that img2dataset wrote"""
+    """with --out: read the numbers of samples from the NAME_stats.json files that img2dataset wrote"""
 
 
 class StatsOptions(OfShards):

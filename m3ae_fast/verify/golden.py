@@ -104,8 +104,8 @@ class Golden:
         return torch.from_numpy(self.arrays[key])
 
     def get(self, key: str) -> Tensor | None:
-        """Return the array as `tensor` does; None if the file does not contain it, for example because it has only one
-        modality."""
+        """Return the array as `tensor` does; None if the file does not contain it, for example because the file has
+        only one modality."""
         return self.tensor(key) if key in self.arrays else None
 
     def at(self, key: str) -> Tensor:

@@ -119,4 +119,6 @@ def _flatten(tree: Any, path: str) -> Iterator[tuple[str, np.ndarray]]:
         for key, value in tree.items():
             yield from _flatten(value, f"{path}/{key}" if path else str(key))
     else:
-        raise ValueError(f"{path or 'its content'} is of type {type(tree).__name__}")
+        raise ValueError(
+            f"{path or 'its content'} must be a dictionary or an array, but has type {type(tree).__name__}"
+        )

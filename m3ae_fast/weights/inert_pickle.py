@@ -50,7 +50,8 @@ class Inert:
 
 
 class _Builder:
-    """An allowed global, which builds an object when it is called. A state that a pickle sets for it is ignored."""
+    """An allowed global, which builds an object when it is called. A state that a pickle sets for the global is
+    ignored."""
 
     def __init__(self, build: Callable) -> None:
         self._build = build

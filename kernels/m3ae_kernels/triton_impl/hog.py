@@ -90,9 +90,9 @@ def hog_energy_kernel(
     P: tl.constexpr, C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PLANAR: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Compute the sum of the squares of each patch's histogram (energy [N]). Cost: NK bytes for uint8, which take 30 us
-    at 3.35 TB/s for 131,072 patches of 768 elements, and about 80 operations for each of the P * P pixels, which take
-    40 us at 67 TFLOP/s. Each value is loaded four times; all but the first loads hit the cache."""
+    """Compute the sum of the squares of each patch's histogram (energy [N]). Cost: N P P C bytes for uint8, which take
+    30 us at 3.35 TB/s for 131,072 patches of 768 elements, and about 80 operations for each of the P * P pixels, which
+    take 40 us at 67 TFLOP/s. Each value is loaded four times; all but the first loads hit the cache."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     votes = histograms(images, m, m < N, table, P, C, H, W, PLANAR, ACC, BLOCK_M, BLOCK_D)
     tl.store(energy + m, tl.sum(votes * votes, 1), mask=m < N)

@@ -93,14 +93,15 @@ def kernel_ms(device: Device, work: Workload, repeats: int | None = None) -> dic
 def busiest(
     device: Device, sizes: Sizes, dtype: torch.dtype, rows: list[Trial], trials: Path
 ) -> dict[tuple[str, str], str]:
-    """Return the op in which each kernel takes the most time. There is one op for each pair of a kernel and a result of
-    `samples_class`. Ops that raise errors are left out. The op under way is recorded in `rows` and in the file
-    `trials`. If this op ends the process, the next process reads the record and leaves the op out."""
+    """Return the op in which each kernel takes the most time. There is one op for each pair of a kernel and a class of
+    sample sizes (see `tuning.samples_class`). Ops that raise errors are left out. The op under way is recorded in
+    `rows` and in the file `trials`. If this op ends the process, the next process reads the record and leaves the op
+    out."""
     most: dict[tuple[str, str], tuple[float, str]] = {}
     for name in OPS:
         row: Trial = {"op": name, "dtype": str(dtype), "kept": False, "verdict": "under way"}
         if row in rows:
-            print(f"{name} is left out: it ended an earlier process, or did not end", flush=True)
+            print(f"{name} is left out: in an earlier process, it crashed or did not finish", flush=True)
             continue
         rows.append(row)
         save(trials, rows)
