@@ -88,8 +88,8 @@ class Mixing:
     images, mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899).
 
     The samples 2 k and 2 k + 1 of a lane of the training stream are mixed with each other. The random numbers of a pair
-    depend only on the seed and on the position of the pair in the stream. (The official code draws random numbers once
-    per micro-batch, so its results depend on the number of ranks.)
+    depend only on the seed and on the position of the pair in the stream. (The official M3AE code draws random
+    numbers once per micro-batch, so its results depend on the number of ranks.)
 
     Args:
         config: settings of label smoothing, mixup and cutmix.
