@@ -205,6 +205,47 @@ def test_a_stopped_rank_leaves_after_it_has_notified_the_other_ranks():
     assert (process.returncode, out) == (0, "told SIGTERM\n")
 
 
+def test_a_rank_that_another_rank_stops_prints_nothing_even_if_it_cannot_tell_the_others():
+    """The process that hosts the store may have ended."""
+    code = """
+        import time
+        from m3ae_fast.process.stop_request import BY_ANOTHER, StopRequest
+        def tell(reason):
+            print("telling", flush=True)
+            raise RuntimeError("the store has ended")
+        with StopRequest() as stop:
+            stop.joined(tell)
+            stop.request(BY_ANOTHER)
+            time.sleep(60)
+    """
+    process = program(code, WORLD_SIZE="2")
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "telling\n")
+
+
+def test_no_gloo_thread_is_left_when_the_interpreter_shuts_down():
+    """A thread that drops a Python tensor at that time would abort the process."""
+    code = """
+        import atexit
+        from pathlib import Path
+        def threads():
+            names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+            return sum("gloo" in name for name in names)
+        atexit.register(lambda: print(threads(), flush=True))  # runs last
+        from m3ae_fast.process.session import joined_program
+        def run():
+            with joined_program() as session:
+                import torch.distributed.nn.functional
+                cycle = [session]
+                cycle.append(cycle)
+                assert session.ranks.gather(1) == [1, 1] and threads() >= 2
+        run()
+    """
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [program(code, RANK=rank, LOCAL_RANK=rank, **where) for rank in ("0", "1")]
+    assert [process.communicate(timeout=60)[0] for process in ranks] == ["0\n"] * 2
+
+
 def test_a_rank_whose_peer_left_first_ends_without_an_error():
     """The end of the other rank has closed the connections on which this rank waits."""
     code = """

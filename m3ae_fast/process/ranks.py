@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import itertools
@@ -228,6 +229,9 @@ def join_ranks(device: Device | None = None) -> Iterator[Ranks]:
             # program would use these groups, which no longer exist.
             deepspeed = sys.modules.get("deepspeed.comm")
             (deepspeed if deepspeed and deepspeed.is_initialized() else dist).destroy_process_group()
+            # gloo's threads end when their group is freed. Reference cycles, such as the trainer's, would keep the
+            # groups until the interpreter shuts down. A gloo thread that drops a Python tensor then aborts the process.
+            atexit.register(gc.collect)
 
 
 def _joined(device: Device | None) -> Ranks:
@@ -303,6 +307,10 @@ def _connect(rank: int, world: int, device: torch.device) -> tuple[dist.ProcessG
     backend = "gloo" if device.type == "cpu" else "nccl"
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # number of collectives in NCCL's flight recorder
     hook = sys.excepthook
+    # This module uses the default group as a default argument, which would keep it until the interpreter shuts down if
+    # the group existed at the import; see `join_ranks`.
+    import torch.distributed.nn  # noqa: F401
+
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     if world == 1:
         sys.excepthook = hook  # torch's hook would begin each line of the caller's tracebacks with [rank0]

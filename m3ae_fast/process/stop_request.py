@@ -132,10 +132,10 @@ class StopRequest:
     def _leave(self) -> None:
         """End a process that has nothing to save, by an exception in the main thread or, if that fails, by force."""
         self._joined.wait(_ORPHAN_S if self.reason == _LAUNCHER_GONE else _JOIN_S)
-        first = True
+        first = self.reason != BY_ANOTHER  # otherwise, the other rank prints the message
         if self._notify:
             with contextlib.suppress(Exception):  # the store ended with the process that hosted it
-                first = self._notify(self.reason)
+                first = self._notify(self.reason) and first
         with self._lock:
             if self._listening:  # training has begun or ended in the meantime
                 return
